@@ -1,0 +1,320 @@
+"""A run's recipe: frozen dataclasses from TOML and `key=value`, checked before anything heavy is imported.
+
+An unknown key is an error that names the nearest known one; a value of the wrong type or out of its range is an error that
+names the key, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedkeel.types import FedKeelError
+
+
+class ConfigError(FedKeelError):
+    """A recipe that cannot be run as written."""
+
+
+def _one_of(default: str, *choices: str) -> Any:
+    return field(default=default, metadata={"choices": choices})
+
+
+def _number(default: float, low: float, high: float = float("inf"), *, above: bool = False) -> Any:
+    """A number in [low, high], or in (low, high] with `above`."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True)
+class Model:
+    """base: `keel-nano` (embedded), a local folder or a hub id. kind: what it is loaded as; `auto` reads its config."""
+
+    base: str = "keel-nano"
+    revision: str = "main"
+    kind: str = _one_of("auto", "auto", "causal", "seq2seq", "classifier")
+    # For an encoder: `label-text` scores a class by the similarity of the text to the label's own words (frozen);
+    # `linear` trains a fresh classification head.
+    head: str = _one_of("label-text", "label-text", "linear")
+    device: str = "cpu"
+    precision: str = _one_of("auto", "auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """targets: empty means attention and feed-forward maps of the architecture. alpha / rank is the scale."""
+
+    rank: int = _number(8, 1)
+    alpha: float = _number(16.0, 0, above=True)
+    rslora: bool = False
+    dropout: float = _number(0.0, 0, 0.99)
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Data:
+    """source: `pydocs` (embedded), `jsonl` (files under root) or `hub` (a Hugging Face data set id or folder)."""
+
+    source: str = _one_of("pydocs", "pydocs", "jsonl", "hub")
+    root: str = ""
+    files: tuple[str, ...] = ()
+    # JSON with, per task, `instruction` and `labels`; and `references` by row id
+    tasks_file: str = ""
+    # keep only these tasks; empty: all
+    tasks: tuple[str, ...] = ()
+    # leave out rows whose answer is one of these
+    drop_labels: tuple[str, ...] = ()
+    # column that names the site of a row, for partition.scheme = "natural"
+    site_column: str = ""
+    dataset: str = ""
+    subset: str = ""
+    instruction: str = ""
+    # training rows kept a site, chosen by hash; 0: all
+    rows_per_site: int = _number(0, 0)
+    # shares of rows without a `split` of their own
+    validation_share: float = _number(0.1, 0, 0.5)
+    test_share: float = _number(0.1, 0, 0.5)
+    max_length: int = _number(512, 8)
+    # list the candidate answers in the prompt when there are at most this many
+    list_labels: int = _number(16, 0)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How rows become sites. `natural`: by the source's own key."""
+
+    scheme: str = _one_of("natural", "natural", "iid", "dirichlet", "by-task", "quantity")
+    sites: int = _number(4, 1)
+    alpha: float = _number(0.3, 0, above=True)
+    # what a Dirichlet draw is made for
+    over: str = _one_of("labels", "labels", "tasks")
+
+
+@dataclass(frozen=True)
+class Train:
+    """One site's round. Exactly one of local_steps and local_epochs is above 0. Learning rate and warm-up span the run."""
+
+    lr: float = _number(3e-3, 0, above=True)
+    local_steps: int = _number(10, 0)
+    local_epochs: int = _number(0, 0)
+    batch_size: int = _number(16, 1)  # rows an optimiser step
+    micro_batch_size: int = _number(0, 0)  # rows at once; 0: batch_size
+    warmup: float = _number(0.05, 0, 1)  # share of the run's steps
+    final_lr: float = _number(0.1, 0, 1)  # share of lr at the run's end; linear in between
+    weight_decay: float = _number(0.0, 0)
+    clip_norm: float = _number(1.0, 0, above=True)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The round loop. quorum: share of the sampled sites that must answer well, else the run stops with their errors."""
+
+    rounds: int = _number(10, 1)
+    sites_per_round: int = _number(0, 0)  # 0: all
+    rule: str = _one_of("mean", "mean", "svd")
+    weighting: str = _one_of("positions", "positions", "sqrt_positions", "uniform")
+    codec_up: str = _one_of("fp32", "fp32", "bf16", "fp16")
+    codec_down: str = _one_of("fp32", "fp32", "bf16", "fp16")
+    quorum: float = _number(1.0, 0, 1, above=True)
+    deadline: float = _number(3600.0, 0, above=True)  # seconds a round
+    max_update_norm: float = _number(float("inf"), 0, above=True)  # of a site's change; beyond: refused
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Curves come from validation rows, the final table from test rows. Rows are chosen by hash, the same for every method."""
+
+    every: int = _number(1, 1)  # rounds between curve points
+    validation_rows: int = _number(100, 0)  # a task; 0: all
+    test_rows: int = _number(400, 0)  # a task; 0: all
+    batch_size: int = _number(32, 1)
+    max_new_tokens: int = _number(48, 1)
+    baselines: tuple[str, ...] = ("base", "local", "centralised")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a run."""
+
+    name: str = "run"
+    seed: int = _number(1, 0)
+    out: str = "runs"
+    threads: int = _number(0, 0)  # of torch; 0: the cores this process may use, at most 2
+    model: Model = field(default_factory=Model)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: Data = field(default_factory=Data)
+    partition: Partition = field(default_factory=Partition)
+    train: Train = field(default_factory=Train)
+    federation: Federation = field(default_factory=Federation)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+BASELINES = ("base", "local", "centralised")
+
+
+def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(cls)
+    return [(f, hints[f.name]) for f in dataclasses.fields(cls)]
+
+
+def known_keys(cls: type = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every settable key, dotted, and the type of its value."""
+    keys: dict[str, Any] = {}
+    for f, hint in _fields(cls):
+        keys |= known_keys(hint, f"{prefix}{f.name}.") if dataclasses.is_dataclass(hint) else {prefix + f.name: hint}
+    return keys
+
+
+def _check(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    """`value` as the type of its field, or a ConfigError."""
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str):
+            value = [v for v in value.split(",") if v]
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise ConfigError(f"{key} = {value!r}: a list of strings belongs here")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{key} = {value!r}: {hint.__name__} belongs here, not {type(value).__name__}")
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint_text = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{key} = {value!r}: one of {', '.join(choices)} belongs here{hint_text}")
+    if "low" in metadata:
+        low, high, above = metadata["low"], metadata["high"], metadata["above"]
+        if not (low < value if above else low <= value) or value > high:
+            bound = f"above {low}" if above else f"at least {low}"
+            raise ConfigError(
+                f"{key} = {value!r}: must be {bound}" + (f" and at most {high}" if high < float("inf") else "")
+            )
+    return value
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    fields = {f.name: (f, hint) for f, hint in _fields(cls)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            key = prefix + name
+            near = difflib.get_close_matches(key, known_keys(), 1, cutoff=0.4)
+            same = [k for k in known_keys() if k.rpartition(".")[2] == name]
+            best = same[0] if same else (near[0] if near else None)
+            raise ConfigError(f"unknown key {key!r}" + (f"; did you mean {best!r}?" if best else ""))
+        f, hint = fields[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix}{name} is a table of keys, not {value!r}; write {prefix}{name}.KEY=VALUE")
+            arguments[name] = _build(typing.cast(type, hint), value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _check(prefix + name, value, hint, f.metadata)
+    return cls(**arguments)
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value, or the text itself where it is not one (a bare word, a path)."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{override!r} is neither a recipe file nor key=value")
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key.strip()}: {parent!r} is a value, not a table")
+    value = _parse_value(text.strip())
+    # `name=7` or `data.root=2024`: a field of text takes the text as it was written
+    is_text = known_keys().get(key.strip()) is str
+    node[leaf] = text.strip() if is_text and not isinstance(value, str) else value
+
+
+def _cross_check(recipe: Recipe) -> None:
+    train, data = recipe.train, recipe.data
+    if (train.local_steps > 0) == (train.local_epochs > 0):
+        raise ConfigError(
+            f"train.local_steps = {train.local_steps} and train.local_epochs = {train.local_epochs}: set exactly one above 0 and the other to 0"
+        )
+    if train.micro_batch_size > train.batch_size:
+        raise ConfigError(
+            f"train.micro_batch_size = {train.micro_batch_size} is over train.batch_size = {train.batch_size}"
+        )
+    for baseline in recipe.evaluation.baselines:
+        if baseline not in BASELINES:
+            raise ConfigError(f"evaluation.baselines: {baseline!r} is not one of {', '.join(BASELINES)}")
+    if data.source == "jsonl":
+        if not data.root:
+            raise ConfigError(
+                "data.root is not set: name the folder that holds the data, as in data.root=/path/to/data"
+            )
+        if not data.files:
+            raise ConfigError("data.files is empty: list the JSON Lines files, relative to data.root")
+        for name in (*data.files, *([data.tasks_file] if data.tasks_file else [])):
+            if not (Path(data.root) / name).is_file():
+                raise ConfigError(f"data file not found: {Path(data.root) / name} (data.root = {data.root!r})")
+    if data.source == "hub" and not data.dataset:
+        raise ConfigError("data.dataset is not set: name a Hugging Face data set id or a local folder")
+    if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
+        raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
+
+
+def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `path` (TOML; None: all defaults) with `key=value` overrides applied on top.
+
+    Raises ConfigError on a missing or malformed file, an unknown key, or a value that cannot be right.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text())
+        except FileNotFoundError as error:
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
+            raise ConfigError(f"recipe not found: {path}" + (f"; did you mean {near[0]}?" if near else "")) from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+    for override in overrides:
+        _assign(tree, override)
+    recipe: Recipe = _build(Recipe, tree, "")
+    _cross_check(recipe)
+    return recipe
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML, every default written out; `load_recipe` reads it back to an equal Recipe."""
+    lines, tables = [], []
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        if dataclasses.is_dataclass(value):
+            inner = [f"{g.name} = {_toml_value(getattr(value, g.name))}" for g in dataclasses.fields(value)]
+            tables.append("\n".join([f"[{f.name}]", *inner]))
+        else:
+            lines.append(f"{f.name} = {_toml_value(value)}")
+    return "\n\n".join(["\n".join(lines), *tables]) + "\n"
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """Nested plain values."""
+    return dataclasses.asdict(recipe)

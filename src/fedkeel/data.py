@@ -1,0 +1,319 @@
+"""From records to batches: prompts, masks, lengths, order.
+
+Everything is a supervised position (METHOD §1): the answer's tokens of a language model, the decoder's tokens of an
+encoder-decoder, or the one class of a classifier row. Prompt and answer are tokenised apart, the answer behind a short
+anchor (the end of every prompt), so that the border between them is exact for any tokenizer, and so that scoring sees the
+very tokens that training saw.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedkeel.rng import numpy_generator
+from fedkeel.sources import DataError
+from fedkeel.types import Record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PLAIN_ANCHOR = "\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded row.
+
+    ids: the tokens that the model (an encoder-decoder: its encoder) reads. supervised: one flag a token of `ids`, whether
+    it is to be predicted; all False for the two other kinds. decoder: target tokens of an encoder-decoder, its end token
+    included. target, allowed: class index and candidate class indices of a classifier row.
+    """
+
+    record: str
+    task: str
+    ids: tuple[int, ...]
+    supervised: tuple[bool, ...] = ()
+    decoder: tuple[int, ...] = ()
+    target: int = -1
+    allowed: tuple[int, ...] = ()
+
+    @property
+    def positions(self) -> int:
+        """How many positions this row supervises; a first token has nothing before it to be predicted from."""
+        return sum(self.supervised[1:]) + len(self.decoder) + (self.target >= 0)
+
+    @property
+    def length(self) -> int:
+        """What the row costs, in tokens."""
+        return len(self.ids) + len(self.decoder)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs: what the model's forward takes, each (rows, tokens). Position n of N is token `columns[n]` of row `rows[n]`
+    (of the decoder, for an encoder-decoder); `targets[n]` is what must be predicted there. allowed: (N, V) or None.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    allowed: Tensor | None = None
+
+
+@dataclass
+class Formatter:
+    """Turns records into examples for one tokenizer and one kind of model.
+
+    classes: the texts that a classifier can answer, in order; unused by the other kinds. counts: how many rows were
+    shortened (`truncated`) or left out (`dropped`) because they were over `max_length` tokens.
+    """
+
+    tokenizer: Any
+    kind: str
+    max_length: int
+    list_labels: int = 16
+    classes: tuple[str, ...] = ()
+    counts: Counter[str] = field(default_factory=Counter)
+    _answers: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def _class_index(self) -> dict[str, int]:
+        return {text: index for index, text in enumerate(self.classes)}
+
+    @cached_property
+    def _bos(self) -> tuple[int, ...]:
+        """The beginning-of-text token, if this tokenizer puts one before a text of its own accord."""
+        bos = self.tokenizer.bos_token_id
+        return (bos,) if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else ()
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _render(self, turns: Sequence[tuple[str, str]], generate: bool) -> str:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+
+    def _content(self, record: Record, text: str) -> str:
+        parts = [record.instruction, text]
+        if 1 < len(record.labels) <= self.list_labels and "\nOptions: " not in f"\n{text}":
+            parts.append("Options: " + ", ".join(record.labels))
+        return "\n".join(p for p in parts if p)
+
+    def _prompt(self, record: Record, text: str) -> tuple[str, str]:
+        """(whole prompt, anchor): the anchor is what stands between the row's own text and the answer."""
+        if self.kind != "causal":
+            return self._content(record, text), ""
+        if record.messages:
+            prompt = self._render(record.messages[:-1], True)
+            return prompt, prompt[-32:]
+        content = self._content(record, text)
+        if self.tokenizer.chat_template is None:
+            return content + PLAIN_ANCHOR, PLAIN_ANCHOR
+        prompt = self._render([("user", content)], True)
+        return prompt, prompt.rpartition(content)[2] or prompt[-32:]
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        if self.kind == "causal":
+            bos = self._bos if self.tokenizer.chat_template is None else ()
+            return [*bos, *self._ids(prompt)]
+        return self.tokenizer(prompt)["input_ids"]
+
+    def answer_ids(self, record: Record, answer: str) -> tuple[int, ...]:
+        """The tokens of `answer` behind this record's prompt, with the token(s) that end a turn or a text."""
+        _, anchor = self._prompt(record, "" if record.messages else "x")
+        key = (anchor, answer)
+        if key not in self._answers:
+            self._answers[key] = tuple(self._encode_answer(anchor, answer))
+        return self._answers[key]
+
+    def _encode_answer(self, anchor: str, answer: str) -> list[int]:
+        if self.kind == "seq2seq":
+            ids = self.tokenizer(text_target=answer)["input_ids"]
+            end = self.tokenizer.eos_token_id
+            return ids if end is None or ids[-1:] == [end] else [*ids, end]
+        if self.tokenizer.chat_template is None:
+            end = self.tokenizer.eos_token_id
+            return [*self._behind(anchor, " " + answer), *([] if end is None else [end])]
+        probe = [("user", "x")]
+        before, after = self._render(probe, True), self._render([*probe, ("assistant", answer)], False)
+        return self._behind(anchor, self._added(before, after).rstrip())
+
+    def _added(self, before: str, after: str) -> str:
+        if not after.startswith(before):
+            raise DataError(
+                f"the chat template of {self.tokenizer.name_or_path} rewrites earlier turns when an answer is added, so the "
+                f"answer cannot be told from the prompt; set another template or use instruction rows"
+            )
+        return after[len(before) :]
+
+    def _behind(self, anchor: str, text: str) -> list[int]:
+        """The tokens of `text` as they come behind `anchor`; on their own if a token would straddle the border."""
+        head, joint = self._ids(anchor), self._ids(anchor + text)
+        return joint[len(head) :] if joint[: len(head)] == head and len(joint) > len(head) else self._ids(text)
+
+    def prompt_ids(self, record: Record, room: int) -> tuple[int, ...]:
+        """The tokens of the prompt, with the row's input cut at its end until `room` tokens are left for the answer.
+
+        Raises DataError if not even an empty input fits.
+        """
+        if record.messages:
+            return tuple(self._prompt_ids(self._prompt(record, "")[0])[-(self.max_length - room) :])
+        text = record.input
+        budget = self.max_length - (room if self.kind == "causal" else 0)
+        ids = self._prompt_ids(self._prompt(record, text)[0])
+        shortened = False
+        while len(ids) > budget:
+            if not text:
+                raise DataError(
+                    f"row {record.id} (task {record.task}): instruction and answer alone take {len(ids) + room} tokens, over "
+                    f"data.max_length = {self.max_length}; shorten the instruction or raise data.max_length"
+                )
+            # Cut by tokens' share of the characters; the loop mends what the estimate misses.
+            keep = max(0, int(len(text) * (1 - (len(ids) - budget) / max(1, len(self._ids(text))))) - 1)
+            text = text[:keep].rpartition(" ")[0] or text[: keep // 2]
+            shortened = True
+            ids = self._prompt_ids(self._prompt(record, text)[0])
+        self.counts["truncated"] += shortened
+        return tuple(ids)
+
+    def encode(self, record: Record) -> Example:
+        """A training example. Raises DataError, naming the row, if it has no position to learn from."""
+        if self.kind == "classifier":
+            if record.output not in self._class_index:
+                raise DataError(
+                    f"row {record.id}: label {record.output!r} is not among the {len(self.classes)} known classes"
+                )
+            text = record.input or record.instruction
+            full = self.tokenizer(text)["input_ids"]
+            ids = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
+            self.counts["truncated"] += len(full) > len(ids)
+            allowed = tuple(self._class_index[v] for v in record.labels)
+            return Example(record.id, record.task, tuple(ids), target=self._class_index[record.output], allowed=allowed)
+        if record.messages and self.kind == "causal":
+            example = self._encode_chat(record)
+        else:
+            answer = self.answer_ids(record, record.output)
+            prompt = self.prompt_ids(record, len(answer))
+            if self.kind == "seq2seq":
+                return Example(record.id, record.task, prompt, decoder=answer[: self.max_length])
+            flags = (False,) * len(prompt) + (True,) * len(answer)
+            example = Example(record.id, record.task, (*prompt, *answer), flags)
+        if not example.positions:
+            raise DataError(
+                f"row {record.id} (task {record.task}) has no supervised position within {self.max_length} tokens"
+            )
+        return example
+
+    def _encode_chat(self, record: Record) -> Example:
+        """Every assistant turn supervised, its end marker included; cut behind the last answer that fits."""
+        if self.tokenizer.chat_template is None:
+            raise DataError(
+                f"row {record.id} is a chat, but the tokenizer of {self.tokenizer.name_or_path} has no chat template; "
+                f"use instruction rows or a base with a template"
+            )
+        ids: list[int] = []
+        flags: list[bool] = []
+        done, fits = "", 0
+        for turn, (role, _) in enumerate(record.messages):
+            if role != "assistant":
+                continue
+            prompt = self._render(record.messages[:turn], True)
+            full = self._render(record.messages[: turn + 1], False)
+            asked, answer = self._added(done, prompt), self._added(prompt, full)
+            before = self._ids(asked)
+            after = self._behind(prompt[-32:], answer.rstrip())
+            tail = self._ids(answer[len(answer.rstrip()) :])
+            if len(ids) + len(before) + len(after) > self.max_length:
+                self.counts["truncated"] += 1
+                break
+            ids += [*before, *after]
+            flags += [False] * len(before) + [True] * len(after)
+            fits, done = len(ids), full
+            ids += tail
+            flags += [False] * len(tail)
+        return Example(record.id, record.task, tuple(ids[:fits]), tuple(flags[:fits]))
+
+    def encode_all(self, records: Sequence[Record]) -> list[Example]:
+        """Training examples; a row of which not even the answer fits is left out and counted as `dropped`."""
+        examples = []
+        for record in records:
+            if record.messages and self.kind == "causal":
+                example = self._encode_chat(record)
+                if not example.positions:
+                    self.counts["dropped"] += 1
+                    continue
+            elif self.kind == "causal" and len(self.answer_ids(record, record.output)) > self.max_length // 2:
+                self.counts["dropped"] += 1
+                continue
+            else:
+                example = self.encode(record)
+            examples.append(example)
+        return examples
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[list[int]]:
+    """One epoch as batches of indices, each index once, rows of similar length together.
+
+    Rows are shuffled, cut into windows of 16 batches, sorted by length within a window, and the batches shuffled: little
+    padding, and still nearly any row can meet any other. The last batch of the epoch may be short.
+    """
+    order = rng.permutation(len(lengths)).tolist()
+    window = 16 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        near = sorted(order[start : start + window], key=lambda i: lengths[i])
+        batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def batches_per_epoch(rows: int, batch_size: int) -> int:
+    """ceil(rows / batch_size)."""
+    return -(-rows // batch_size)
+
+
+def batch_indices(lengths: Sequence[int], batch_size: int, seed: int, site: str, steps: range) -> list[list[int]]:
+    """The batches of a site's optimiser steps `steps`, counted from the start of the run.
+
+    A pure function of its arguments: a resumed or moved run meets the same rows in the same order.
+    """
+    size = batches_per_epoch(len(lengths), batch_size)
+    epochs = {
+        epoch: epoch_batches(lengths, batch_size, numpy_generator(seed, "batches", site, epoch))
+        for epoch in {step // size for step in steps}
+    }
+    return [epochs[step // size][step % size] for step in steps]
+
+
+def collate(examples: Sequence[Example], kind: str, pad: int, classes: int = 0) -> Batch:
+    """One batch, padded on the right. Raises DataError if a row has no supervised position, naming it."""
+    for example in examples:
+        if not example.positions:
+            raise DataError(f"row {example.record} (task {example.task}) has no supervised position")
+    width = max(len(e.ids) for e in examples)
+    inputs = {
+        "input_ids": torch.tensor([[*e.ids, *[pad] * (width - len(e.ids))] for e in examples]),
+        "attention_mask": torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in examples]),
+    }
+    if kind == "classifier":
+        rows = torch.arange(len(examples))
+        allowed = torch.zeros(len(examples), classes, dtype=torch.bool)
+        for row, example in enumerate(examples):
+            allowed[row, list(example.allowed) or slice(None)] = True
+        targets = torch.tensor([e.target for e in examples])
+        return Batch(inputs, rows, torch.zeros_like(rows), targets, allowed)
+    if kind == "seq2seq":
+        width = max(len(e.decoder) for e in examples)
+        places = [(r, c, t) for r, e in enumerate(examples) for c, t in enumerate(e.decoder)]
+        inputs["labels"] = torch.tensor([[*e.decoder, *[-100] * (width - len(e.decoder))] for e in examples])
+    else:
+        places = [(r, c - 1, e.ids[c]) for r, e in enumerate(examples) for c in range(1, len(e.ids)) if e.supervised[c]]
+    rows, columns, targets = (torch.tensor(column) for column in zip(*places, strict=True))
+    return Batch(inputs, rows, columns, targets)

@@ -1,0 +1,409 @@
+"""One frozen base model with a LoRA adapter: load, run, read and write. The only file that imports peft.
+
+Logits are computed at supervised positions only: a hook in front of the output projection gathers the hidden states of
+those positions, so a (batch, time, V) tensor never exists, whatever the architecture does after the projection.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedkeel.config import LoraConfig
+from fedkeel.config import Model as ModelConfig
+from fedkeel.data import Batch
+from fedkeel.rng import seed_torch
+from fedkeel.types import Adapter, FedKeelError, Forward, Lora
+
+EMBEDDED = {"keel-nano": Path(__file__).parent / "keel_nano"}
+
+# Attention and feed-forward maps by architecture, as suffixes of module paths (what PEFT matches).
+_SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+_T5 = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+_NEOX = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
+_BART = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+TARGETS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "smollm3",
+            "olmo2",
+            "granite",
+        ),
+        _SPLIT,
+    ),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "gpt_neox": _NEOX,
+    "bloom": ("query_key_value", "self_attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "opt": _BART,
+    **dict.fromkeys(("bart", "mbart"), _BART),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", *_BERT[3:]),
+    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin", "ffn.lin1", "ffn.lin2"),
+    "modernbert": ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+    **dict.fromkeys(("t5", "mt5"), _T5),
+}
+
+
+class ModelError(FedKeelError):
+    """A base model that cannot be loaded or used as asked."""
+
+
+@dataclass(frozen=True)
+class _LabelText:
+    """Class scores of an encoder: 20 · cos(mean-pooled text, frozen mean-pooled label text), as CLIP and
+    sentence-transformers scale a cosine into logits."""
+
+    embeddings: Tensor  # (V, d), unit rows
+    scale: float = 20.0
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        return self.scale * nn.functional.normalize(pooled.float(), dim=-1) @ self.embeddings.T
+
+
+def _pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of a row's hidden states over its real tokens, (rows, d)."""
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loading prints bars and advice meant for another audience."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def base_location(base: str) -> str:
+    """A folder or hub id for `base`: the embedded model by name, an existing folder, else a hub id as it stands."""
+    if base in EMBEDDED:
+        return str(EMBEDDED[base])
+    if Path(base).expanduser().is_dir():
+        return str(Path(base).expanduser())
+    if base.startswith((".", "/", "~")):
+        raise ModelError(f"model.base = {base!r}: no such folder")
+    return base
+
+
+def _load(call: Any, base: str, where: str, **options: Any) -> Any:
+    """A `from_pretrained` with one clear error for its many ways to fail."""
+    try:
+        with quiet():
+            return call.from_pretrained(where, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model.base = {base!r} cannot be loaded: {reason}. Name the embedded model ({', '.join(EMBEDDED)}), a local "
+            f"folder in Hugging Face layout, or a hub id that this machine can reach or has in its cache"
+        ) from error
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The base model's tokenizer, with a padding token."""
+    where = base_location(config.base)
+    tokenizer = _load(transformers.AutoTokenizer, config.base, where, **_revision(config, where))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"model.base = {config.base!r}: its tokenizer has neither a padding, end nor unknown token to pad with"
+        )
+    return tokenizer
+
+
+def _revision(config: ModelConfig, where: str) -> dict[str, Any]:
+    return {"local_files_only": True} if Path(where).is_dir() else {"revision": config.revision}
+
+
+def load_config(config: ModelConfig) -> Any:
+    """The base model's own configuration; reads one small file."""
+    where = base_location(config.base)
+    return _load(transformers.AutoConfig, config.base, where, **_revision(config, where))
+
+
+def kind_of(config: ModelConfig, base_config: Any) -> str:
+    """`causal`, `seq2seq` or `classifier`: what `model.kind = "auto"` means for this base."""
+    if config.kind != "auto":
+        return config.kind
+    if base_config.is_encoder_decoder:
+        return "seq2seq"
+    names = " ".join(base_config.architectures or ())
+    causal = type(base_config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    encoder = type(base_config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if "ForCausalLM" in names or "LMHeadModel" in names or (causal and not encoder):
+        return "causal"
+    return "classifier"
+
+
+def targets_for(base_config: Any, asked: Sequence[str]) -> list[str] | str:
+    """The LoRA targets: `asked`, or attention and feed-forward maps of the architecture.
+
+    An architecture that TARGETS does not know gets every linear map of its blocks (PEFT's `all-linear`).
+    """
+    return list(asked) or list(TARGETS.get(base_config.model_type, ())) or "all-linear"
+
+
+def uses_bf16(precision: str, device: str) -> bool:
+    """Whether training runs under bf16 autocast: asked for, or `auto` and the machine computes in it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+class Model:
+    """A base model with one adapter in it, on one device.
+
+    kind: `causal`, `seq2seq` or `classifier`. classes: the answers of a classifier, in the order of its logits.
+    """
+
+    def __init__(
+        self, config: ModelConfig, lora: LoraConfig, seed: int, classes: Sequence[str] = (), weights: bool = True
+    ) -> None:
+        """weights: False builds the same modules on torch's `meta` device, to count and name what would be trained.
+
+        Raises ModelError if the base cannot be loaded or LoRA has no place in it.
+        """
+        where = base_location(config.base)
+        base_config = load_config(config)
+        self.config = config
+        self.kind = kind_of(config, base_config)
+        self.tokenizer = load_tokenizer(config)
+        self.classes = tuple(classes)
+        self.device = torch.device(config.device)
+        self.bf16 = uses_bf16(config.precision, config.device)
+        self.linear_head = self.kind == "classifier" and config.head == "linear"
+        if self.kind == "classifier" and not self.classes:
+            raise ModelError("a classifier needs classification rows: no row of this data has labels")
+
+        task, auto = {
+            "causal": (peft.TaskType.CAUSAL_LM, transformers.AutoModelForCausalLM),
+            "seq2seq": (peft.TaskType.SEQ_2_SEQ_LM, transformers.AutoModelForSeq2SeqLM),
+            "classifier": (peft.TaskType.FEATURE_EXTRACTION, transformers.AutoModel),
+        }[self.kind]
+        options = _revision(config, where)
+        if self.linear_head:
+            task, auto = peft.TaskType.SEQ_CLS, transformers.AutoModelForSequenceClassification
+            options["num_labels"] = len(self.classes)
+        # A frozen base is best held in the type it computes in; on a CPU float32 weights are the faster source.
+        options["dtype"] = torch.bfloat16 if self.bf16 and self.device.type == "cuda" else torch.float32
+        seed_torch(seed, "fresh head")
+        if weights:
+            base = _load(auto, config.base, where, **options)
+        else:
+            base_config.num_labels = max(2, len(self.classes))
+            with torch.device("meta"), quiet():
+                base = auto.from_config(base_config)
+        base.config.use_cache = False
+        if base.config.pad_token_id is None:
+            base.config.pad_token_id = self.tokenizer.pad_token_id
+        peft_config = peft.LoraConfig(
+            task_type=task,
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            use_rslora=lora.rslora,
+            lora_dropout=lora.dropout,
+            target_modules=targets_for(base_config, lora.targets),
+        )
+        seed_torch(seed, "adapter")
+        try:
+            with quiet():
+                self.net = peft.get_peft_model(base, peft_config)
+        except ValueError as error:
+            raise ModelError(f"LoRA cannot be put into {config.base!r} ({base_config.model_type}): {error}") from error
+        if weights:
+            self.net.to(self.device)
+        self.net.eval()
+        self._prefix = "base_model.model."
+        self._lora = {
+            name.removeprefix(self._prefix): module
+            for name, module in self.net.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        self._dense = {
+            name.removeprefix(self._prefix).replace(".modules_to_save.default", ""): parameter
+            for name, parameter in self.net.named_parameters()
+            if parameter.requires_grad and "lora_" not in name
+        }
+        self._gather: tuple[Tensor, Tensor] | None = None
+        if self.kind != "classifier":
+            projection = self.net.get_output_embeddings()
+            if projection is None:
+                raise ModelError(
+                    f"{config.base!r} ({base_config.model_type}) has no output projection to read logits from"
+                )
+            projection.register_forward_pre_hook(self._gather_positions)
+        similar = weights and self.kind == "classifier" and not self.linear_head
+        self._label_text = self._embed_labels() if similar else None
+
+    def _gather_positions(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """(rows, time, d) -> (1, N, d) in front of the output projection, while `forward` runs."""
+        if self._gather is None:
+            return None
+        return (inputs[0][self._gather].unsqueeze(0), *inputs[1:])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast where this model uses it."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    @torch.no_grad()
+    def _embed_labels(self) -> _LabelText:
+        """The classes' own words through the base without its adapter: computed once, then frozen."""
+        rows = []
+        with self.net.disable_adapter():
+            for text in self.classes:
+                inputs = self.tokenizer(text, return_tensors="pt").to(self.device)
+                hidden = self.net(**inputs).last_hidden_state
+                rows.append(_pool(hidden, inputs["attention_mask"])[0].float())
+        return _LabelText(nn.functional.normalize(torch.stack(rows), dim=-1))
+
+    def forward(self, batch: Batch) -> Forward:
+        """Logits at the supervised positions of `batch`, on this model's device; see `types.Forward`."""
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
+        rows, columns, targets = (t.to(self.device) for t in (batch.rows, batch.columns, batch.targets))
+        if self.kind == "classifier":
+            out = self.net(**inputs)
+            if self._label_text is not None:
+                logits = self._label_text(_pool(out.last_hidden_state, inputs["attention_mask"]))
+            else:
+                logits = out.logits
+            if batch.allowed is not None:
+                logits = logits.float().masked_fill(~batch.allowed.to(self.device), float("-inf"))
+            return Forward(logits, targets, rows)
+        if self.kind == "seq2seq":
+            labels = inputs.pop("labels")
+            inputs["decoder_input_ids"] = self.shift_right(labels)
+        logits, _ = self.logits_at(inputs, rows, columns)
+        return Forward(logits, targets, rows)
+
+    def logits_at(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, Any]:
+        """(N, V) logits at the given positions of a language model, and the model's whole output (with its cache)."""
+        self._gather = (rows, columns)
+        try:
+            output = self.net(**inputs)
+        finally:
+            self._gather = None
+        return output.logits[0], output
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """Decoder inputs for target tokens: the start token, then all targets but the last; padding after the end."""
+        start, pad = self.net.config.decoder_start_token_id, self.net.config.pad_token_id
+        if start is None:
+            raise ModelError(
+                f"{self.config.base!r}: its config has no decoder_start_token_id, which an encoder-decoder needs"
+            )
+        shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+        return shifted.masked_fill(shifted == -100, pad)
+
+    def accepts(self, argument: str) -> bool:
+        """Whether the base model's forward takes `argument`."""
+        return argument in inspect.signature(self.net.get_base_model().forward).parameters
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for p in self.net.parameters() if p.requires_grad]
+
+    def train(self, mode: bool = True) -> None:
+        """Training mode (dropout on), or evaluation mode."""
+        self.net.train(mode)
+
+    def read(self) -> Adapter:
+        """A copy of the adapter, float32, on the CPU."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", torch.float32, copy=True)
+
+        lora = {
+            path: Lora(copy(m.lora_A["default"].weight), copy(m.lora_B["default"].weight), float(m.scaling["default"]))
+            for path, m in self._lora.items()
+        }
+        return Adapter(lora, {path: copy(p) for path, p in self._dense.items()})
+
+    @torch.no_grad()
+    def write(self, adapter: Adapter) -> None:
+        """Put `adapter` in place of the present one, in place: no new modules, no second base.
+
+        Raises ModelError if its modules or shapes are not this model's.
+        """
+        mine, given = self.read_shapes(), {name: tuple(t.shape) for name, t in adapter.tensors().items()}
+        if mine != given:
+            odd = sorted(set(mine.items()) ^ set(given.items()))[0][0]
+            raise ModelError(
+                f"the adapter does not fit {self.config.base!r}: {odd} has {given.get(odd)}, not {mine.get(odd)}"
+            )
+        for path, module in self._lora.items():
+            module.lora_A["default"].weight.copy_(adapter.lora[path].a)
+            module.lora_B["default"].weight.copy_(adapter.lora[path].b)
+            module.scaling["default"] = adapter.lora[path].scale
+        for path, parameter in self._dense.items():
+            parameter.copy_(adapter.dense[path])
+
+    def read_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that `read` gives, by the names of `Adapter.tensors`."""
+        shapes = {}
+        for path, module in self._lora.items():
+            shapes[f"{path}.a"] = tuple(module.lora_A["default"].weight.shape)
+            shapes[f"{path}.b"] = tuple(module.lora_B["default"].weight.shape)
+        return shapes | {path: tuple(p.shape) for path, p in self._dense.items()}
+
+    def base_parameters(self) -> int:
+        """The number of frozen scalars."""
+        return sum(p.numel() for p in self.net.parameters() if not p.requires_grad)
+
+    def save(self, folder: Path) -> None:
+        """The adapter in PEFT format; `PeftModel.from_pretrained(base, folder)` loads it.
+
+        An encoder's classes are written beside it, and with the `label-text` head their frozen embeddings, without which
+        the adapter's hidden states could not be turned into class scores.
+        """
+        self.net.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
+        if self.classes and self.kind == "classifier":
+            head = "linear" if self._label_text is None else "label-text"
+            text = json.dumps({"head": head, "classes": self.classes}, indent=1, ensure_ascii=False)
+            (folder / "fedkeel_classes.json").write_text(text + "\n")
+            if self._label_text is not None:
+                from safetensors.torch import save_file
+
+                save_file({"embeddings": self._label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")
+
+    def save_merged(self, folder: Path) -> None:
+        """Base and adapter in one, in Hugging Face layout, with the tokenizer. This object is of no further use after it."""
+        merged = self.net.merge_and_unload()
+        merged.config.use_cache = True
+        merged.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

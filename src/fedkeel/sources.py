@@ -1,0 +1,234 @@
+"""Where rows come from: the embedded `pydocs`, JSON Lines files in four common forms, or a Hugging Face data set.
+
+Every source ends in the same `Record`s, sorted by an id made from the content, so that the order of lines in a file, or of
+files in a folder, changes nothing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedkeel.config import Data
+from fedkeel.rng import derive
+from fedkeel.types import FedKeelError, Record
+
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+class DataError(FedKeelError):
+    """A row or file that cannot be used; the text names the file and line."""
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of every line of a .jsonl or .jsonl.gz file; place is `file:line`."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{place}: not JSON ({error.msg}); one JSON object a line belongs here") from error
+                if not isinstance(value, dict):
+                    raise DataError(f"{place}: {type(value).__name__} where a JSON object belongs")
+                yield place, value
+    except FileNotFoundError as error:
+        raise DataError(f"data file not found: {path}") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _text(value: Any, place: str, key: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {key!r} holds {type(value).__name__} where text belongs")
+    return value.strip()
+
+
+def _messages(row: Mapping[str, Any], place: str) -> tuple[tuple[str, str], ...]:
+    """Chat turns from `messages` (role, content) or ShareGPT's `conversations` (from, value)."""
+    turns = row.get("messages", row.get("conversations"))
+    if not isinstance(turns, list):
+        raise DataError(f"{place}: a list of turns belongs under messages or conversations")
+    read = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise DataError(f"{place}: a turn is {type(turn).__name__} where an object with role and content belongs")
+        role = turn.get("role", turn.get("from"))
+        if role not in ROLES:
+            raise DataError(f"{place}: role {role!r} is unknown; one of {', '.join(ROLES)} belongs here")
+        read.append((ROLES[role], _text(turn.get("content", turn.get("value")), place, "content")))
+    while read and read[-1][0] != "assistant":
+        read.pop()  # nothing to learn from what follows the last answer
+    if not read or not read[-1][1]:
+        raise DataError(f"{place}: a conversation without an assistant's answer has nothing to train on")
+    return tuple(read)
+
+
+def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], config: Data) -> Record:
+    """One row of any known form as a Record.
+
+    Forms, told apart by their keys: chat (`messages` or ShareGPT `conversations`), classification (`text`, `label`),
+    and instruction or Alpaca (`instruction`, `input`, `output`). Underscores of a label become spaces: a label is
+    scored by its words. meta: the `tasks_file`: {"tasks": {name: {"instruction", "labels"}}, "references": {id: [...]}}.
+    Raises DataError naming `place` if a row has no answer or no known form.
+    """
+    task = _text(row.get("task"), place, "task") or "default"
+    about = meta.get("tasks", {}).get(task, {})
+    labels = tuple(str(v).replace("_", " ") for v in about.get("labels") or ())
+    instruction = (
+        _text(row.get("instruction"), place, "instruction") or config.instruction or about.get("instruction", "")
+    )
+    messages: tuple[tuple[str, str], ...] = ()
+    if "messages" in row or "conversations" in row:
+        messages = _messages(row, place)
+        text, output, labels = "", messages[-1][1], ()
+    elif "label" in row and "text" in row:
+        text, output = _text(row["text"], place, "text"), _text(row["label"], place, "label").replace("_", " ")
+        instruction = instruction or "Classify the text."
+    elif "output" in row and ("instruction" in row or "input" in row):
+        text, output = _text(row.get("input"), place, "input"), _text(row["output"], place, "output")
+        labels = tuple(str(v) for v in about.get("labels") or ())
+    else:
+        raise DataError(
+            f"{place}: keys {sorted(row)} are of no known form; use text+label, instruction+input+output, or messages"
+        )
+    if not output:
+        raise DataError(
+            f"{place}: the row has no output (its answer is empty); every row needs an answer to learn from"
+        )
+    if not (text or instruction or messages):
+        raise DataError(f"{place}: the row has neither instruction nor input")
+    if labels and output not in labels:
+        raise DataError(
+            f"{place}: label {output!r} is not among the labels that {config.tasks_file} lists for {task!r}"
+        )
+    split = row.get("split")
+    if split is not None and split not in SPLITS:
+        raise DataError(f"{place}: split {split!r} is unknown; one of {', '.join(SPLITS)} belongs here")
+    site = ""
+    if config.site_column:
+        if config.site_column not in row:
+            raise DataError(
+                f"{place}: no column {config.site_column!r} (data.site_column) to take the site's name from"
+            )
+        site = str(row[config.site_column])
+    content = json.dumps([task, instruction, text, output, messages, split, site])
+    identity = str(row.get("id") or hashlib.sha256(content.encode()).hexdigest()[:16])
+    references = tuple(meta.get("references", {}).get(identity, ())) or (output,)
+    return Record(
+        identity, task, SPLITS.get(split or "", ""), output, instruction, text, site, references, labels, messages
+    )
+
+
+def _metadata(config: Data) -> Mapping[str, Any]:
+    if not config.tasks_file:
+        return {}
+    path = Path(config.root) / config.tasks_file
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} (data.tasks_file) cannot be read: {error}") from error
+    if not isinstance(meta, dict):
+        raise DataError(f"{path} (data.tasks_file): a JSON object of tasks belongs here")
+    return meta if "tasks" in meta else {"tasks": meta}
+
+
+def _hub_rows(config: Data) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("data.source = 'hub' needs the extra: pip install 'fedkeel[hub]'") from error
+    try:
+        loaded = datasets.load_dataset(config.dataset, config.subset or None)
+    except Exception as error:  # the library raises many unrelated types for a wrong id, a missing file or no network
+        raise DataError(f"data set {config.dataset!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    for split, rows in loaded.items():
+        feature = rows.features.get("label")
+        for number, row in enumerate(rows):
+            if isinstance(feature, datasets.ClassLabel) and isinstance(row["label"], int):
+                row["label"] = feature.int2str(row["label"])
+            if split in SPLITS and "split" not in row:
+                row["split"] = split
+            yield f"{config.dataset}[{split}][{number}]", row
+
+
+def _with_splits(records: Iterable[Record], config: Data, seed: int) -> Iterator[Record]:
+    """Rows without a split get one from a hash of their id: nothing but the row itself decides."""
+    for record in records:
+        if record.split:
+            yield record
+            continue
+        share = derive(seed, "split", record.id) / 2**63
+        if share < config.test_share:
+            yield replace(record, split="test")
+        elif share < config.test_share + config.validation_share:
+            yield replace(record, split="validation")
+        else:
+            yield replace(record, split="train")
+
+
+def _unique_ids(records: list[Record]) -> list[Record]:
+    """Sorted by id and content; an id that occurs again (a row that stands twice) gets a running suffix."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for record in sorted(records, key=lambda r: (r.id, r.task, r.split, r.site, r.input, r.output)):
+        seen[record.id] += 1
+        unique.append(record if seen[record.id] == 1 else replace(record, id=f"{record.id}~{seen[record.id]}"))
+    return unique
+
+
+def load_records(config: Data, seed: int) -> list[Record]:
+    """All rows of the source, each with a split, sorted by id.
+
+    A task whose rows are all `text, label` without a list of labels gets the labels of its own rows, sorted.
+    Raises DataError on a missing or malformed file, a row without an answer, or a source with no training row.
+    """
+    if config.source == "pydocs":
+        from fedkeel.pydocs import records
+
+        found = records(Path(config.root) if config.root else None, seed, config.rows_per_site or 240)
+    else:
+        meta = _metadata(config)
+        if config.source == "hub":
+            rows: Iterable[tuple[str, dict[str, Any]]] = _hub_rows(config)
+        else:
+            rows = (pair for name in config.files for pair in read_json_lines(Path(config.root) / name))
+        read, classified = [], set()
+        for place, row in rows:
+            if config.tasks and row.get("task") not in config.tasks:
+                continue
+            if row.get("label") is not None and str(row["label"]) in config.drop_labels:
+                continue
+            record = to_record(row, place, meta, config)
+            if "label" in row and not record.labels and not record.messages:
+                classified.add(record.task)
+            read.append(record)
+        own = {t: tuple(sorted({r.output for r in read if r.task == t})) for t in classified}
+        read = [replace(r, labels=own[r.task]) if r.task in own else r for r in read]
+        dropped = {label.replace("_", " ") for label in config.drop_labels}
+        if dropped:
+            read = [replace(r, labels=tuple(v for v in r.labels if v not in dropped)) for r in read]
+        found = list(_with_splits(_unique_ids(read), config, seed))
+    if config.tasks:
+        missing = set(config.tasks) - {r.task for r in found}
+        if missing:
+            raise DataError(f"data.tasks names {sorted(missing)}, but no row is of that task")
+        found = [r for r in found if r.task in config.tasks]
+    if not any(r.split == "train" for r in found):
+        where = config.dataset or config.root or config.source
+        raise DataError(f"no training row in {where}: {len(found)} rows read, none with split `train`")
+    return sorted(found, key=lambda r: r.id)

@@ -1,0 +1,175 @@
+"""The nouns of FedKeel: shapes and units are stated here, once.
+
+Nothing here imports torch at run time, so that reading a recipe or a results file stays fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FedKeelError(Exception):
+    """An error that the user can act on. Its text names the file, key or site, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank change of one linear map: W = W0 + scale · b @ a.
+
+    a: (r, d_in). b: (d_out, r). scale: α/r, or α/√r under rsLoRA; a mathematical object carries its scale.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def dense(self) -> Tensor:
+        """scale · b @ a, (d_out, d_in), in the factors' own precision."""
+        return self.scale * (self.b @ self.a)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All that training changes: low-rank factors by module path, and whole tensors by parameter path.
+
+    lora: module path in the base model (`model.layers.0.self_attn.q_proj`) -> Lora.
+    dense: parameter path (`classifier.weight`) -> tensor trained in full, such as a fresh classification head.
+    """
+
+    lora: Mapping[str, Lora]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under a flat name: `<path>.a`, `<path>.b`, and dense parameters by their own path."""
+        flat: dict[str, Tensor] = {}
+        for path, factors in self.lora.items():
+            flat[f"{path}.a"], flat[f"{path}.b"] = factors.a, factors.b
+        return flat | dict(self.dense)
+
+    def with_tensors(self, flat: Mapping[str, Tensor]) -> Adapter:
+        """The same structure and scales around other tensors, named as `tensors` names them."""
+        lora = {p: Lora(flat[f"{p}.a"], flat[f"{p}.b"], m.scale) for p, m in self.lora.items()}
+        return Adapter(lora, {p: flat[p] for p in self.dense})
+
+    def numel(self) -> int:
+        """The number of scalars."""
+        return sum(t.numel() for t in self.tensors().values())
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one site gives back for one round, decoded: its adapter after training.
+
+    positions: supervised positions trained on in this round, > 0. stats: further numbers by name (mean loss in nats per
+    position under `loss`, wall-clock seconds under `seconds`).
+    """
+
+    site: str
+    adapter: Adapter
+    positions: int
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Global:
+    """The state of a federation after `round` rounds (0: before the first)."""
+
+    round: int
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Everything a loss term may look at, at the N supervised positions of a micro-batch.
+
+    logits: (N, V) of the student. targets: (N,) int64 in [0, V). rows: (N,) int64, the row of the micro-batch that a
+    position belongs to.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of text with its answer, as read from a source and before any tokenizer.
+
+    id: stable and derived from the content, so that file order means nothing. task: its name. split: `train`,
+    `validation` or `test`. site: the natural key (department, author, library area), empty where the source has none.
+    instruction, input: the prompt's two parts, either may be empty. output: the answer to train on, never empty.
+    references: all accepted answers for scoring (default: only `output`). labels: the candidate answers of a
+    classification row, in a fixed order and with `output` among them; empty for free generation.
+    messages: (role, text) turns of a chat row, which then replaces instruction, input and output in the prompt; the last
+    turn is the assistant's and equals `output`.
+    """
+
+    id: str
+    task: str
+    split: str
+    output: str
+    instruction: str = ""
+    input: str = ""
+    site: str = ""
+    references: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    messages: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number; a run is a file of them, and reports read nothing else.
+
+    run: the run's name. method: which leg of it (`base`, `local`, `centralised`, `federated`). round: rounds finished
+    when it was read. site, task: empty means all of them. stage: index in a task stream, 0 outside one. name: what was
+    measured. unit: of `value` (`share`, `nats`, `bytes`, `seconds`, `rows`, ...). split: which rows, where it applies.
+    """
+
+    run: str
+    method: str
+    seed: int
+    round: int
+    name: str
+    value: float
+    unit: str
+    site: str = ""
+    stage: int = 0
+    task: str = ""
+    split: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object; NaN and infinity, which JSON cannot hold, become null."""
+        row = asdict(self)
+        row["value"] = self.value if math.isfinite(self.value) else None
+        return row
+
+
+@dataclass(frozen=True)
+class Request:
+    """What goes down to one site: a sealed message, the same bytes for every site of a round."""
+
+    site: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from one site: a sealed message, or the text of what went wrong there (its traceback)."""
+
+    site: str
+    payload: bytes = b""
+    error: str = ""
+
+
+class Transport(Protocol):
+    """Carries messages between the round loop and the sites; algorithms know no more of an engine than this."""
+
+    def exchange(self, requests: Sequence[Request], deadline: float) -> Sequence[Reply]:
+        """One reply for every request, in any order. A site without an answer after `deadline` seconds gets an error."""
+        ...
