@@ -157,12 +157,12 @@ class Recipe:
 BASELINES = ("base", "local", "centralised")
 
 
-def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+def _fields(cls: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
     hints = typing.get_type_hints(cls)
     return [(f, hints[f.name]) for f in dataclasses.fields(cls)]
 
 
-def known_keys(cls: type = Recipe, prefix: str = "") -> dict[str, Any]:
+def known_keys(cls: Any = Recipe, prefix: str = "") -> dict[str, Any]:
     """Every settable key, dotted, and the type of its value."""
     keys: dict[str, Any] = {}
     for f, hint in _fields(cls):
@@ -191,9 +191,7 @@ def _check(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
         low, high, above = metadata["low"], metadata["high"], metadata["above"]
         if not (low < value if above else low <= value) or value > high:
             bound = f"above {low}" if above else f"at least {low}"
-            raise ConfigError(
-                f"{key} = {value!r}: must be {bound}" + (f" and at most {high}" if high < float("inf") else "")
-            )
+            raise ConfigError(f"{key} = {value!r}: must be {bound}" + (f" and at most {high}" if high < float("inf") else ""))
     return value
 
 
@@ -245,20 +243,17 @@ def _cross_check(recipe: Recipe) -> None:
     train, data = recipe.train, recipe.data
     if (train.local_steps > 0) == (train.local_epochs > 0):
         raise ConfigError(
-            f"train.local_steps = {train.local_steps} and train.local_epochs = {train.local_epochs}: set exactly one above 0 and the other to 0"
+            f"train.local_steps = {train.local_steps} and train.local_epochs = {train.local_epochs}: set exactly one above 0, "
+            f"and the other to 0"
         )
     if train.micro_batch_size > train.batch_size:
-        raise ConfigError(
-            f"train.micro_batch_size = {train.micro_batch_size} is over train.batch_size = {train.batch_size}"
-        )
+        raise ConfigError(f"train.micro_batch_size = {train.micro_batch_size} is over train.batch_size = {train.batch_size}")
     for baseline in recipe.evaluation.baselines:
         if baseline not in BASELINES:
             raise ConfigError(f"evaluation.baselines: {baseline!r} is not one of {', '.join(BASELINES)}")
     if data.source == "jsonl":
         if not data.root:
-            raise ConfigError(
-                "data.root is not set: name the folder that holds the data, as in data.root=/path/to/data"
-            )
+            raise ConfigError("data.root is not set: name the folder that holds the data, as in data.root=/path/to/data")
         if not data.files:
             raise ConfigError("data.files is empty: list the JSON Lines files, relative to data.root")
         for name in (*data.files, *([data.tasks_file] if data.tasks_file else [])):

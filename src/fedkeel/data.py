@@ -188,9 +188,7 @@ class Formatter:
         """A training example. Raises DataError, naming the row, if it has no position to learn from."""
         if self.kind == "classifier":
             if record.output not in self._class_index:
-                raise DataError(
-                    f"row {record.id}: label {record.output!r} is not among the {len(self.classes)} known classes"
-                )
+                raise DataError(f"row {record.id}: label {record.output!r} is not among the {len(self.classes)} known classes")
             text = record.input or record.instruction
             full = self.tokenizer(text)["input_ids"]
             ids = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
@@ -207,9 +205,7 @@ class Formatter:
             flags = (False,) * len(prompt) + (True,) * len(answer)
             example = Example(record.id, record.task, (*prompt, *answer), flags)
         if not example.positions:
-            raise DataError(
-                f"row {record.id} (task {record.task}) has no supervised position within {self.max_length} tokens"
-            )
+            raise DataError(f"row {record.id} (task {record.task}) has no supervised position within {self.max_length} tokens")
         return example
 
     def _encode_chat(self, record: Record) -> Example:

@@ -116,9 +116,7 @@ def _padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) 
     return ids, real
 
 
-def _behind_prompt(
-    model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[int, Sequence[int]]]
-) -> list[float]:
+def _behind_prompt(model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
     pad, device = model.tokenizer.pad_token_id, model.device
     ids, mask = (t.to(device) for t in _left_padded(prompts, pad))
     lengths = mask.sum(1)
@@ -147,9 +145,7 @@ def _behind_prompt(
     return totals.tolist()
 
 
-def _behind_encoder(
-    model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[int, Sequence[int]]]
-) -> list[float]:
+def _behind_encoder(model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
     pad, device = model.tokenizer.pad_token_id, model.device
     ids, mask = _padded(prompts, pad, device)
     encoder = model.net.get_encoder()

@@ -40,9 +40,7 @@ class LocalTransport:
                 payload = answer(request.payload, self._model, examples, request.site, self._rounds, self._recipe)
                 seconds = time.perf_counter() - begin
                 if seconds > deadline:
-                    reply = Reply(
-                        request.site, error=f"answered after {seconds:.1f} s; federation.deadline is {deadline:g} s"
-                    )
+                    reply = Reply(request.site, error=f"answered after {seconds:.1f} s; federation.deadline is {deadline:g} s")
                 else:
                     reply = Reply(request.site, payload)
             except FedKeelError as error:

@@ -263,9 +263,7 @@ class Model:
         if self.kind != "classifier":
             projection = self.net.get_output_embeddings()
             if projection is None:
-                raise ModelError(
-                    f"{config.base!r} ({base_config.model_type}) has no output projection to read logits from"
-                )
+                raise ModelError(f"{config.base!r} ({base_config.model_type}) has no output projection to read logits from")
             projection.register_forward_pre_hook(self._gather_positions)
         similar = weights and self.kind == "classifier" and not self.linear_head
         self._label_text = self._embed_labels() if similar else None
@@ -323,9 +321,7 @@ class Model:
         """Decoder inputs for target tokens: the start token, then all targets but the last; padding after the end."""
         start, pad = self.net.config.decoder_start_token_id, self.net.config.pad_token_id
         if start is None:
-            raise ModelError(
-                f"{self.config.base!r}: its config has no decoder_start_token_id, which an encoder-decoder needs"
-            )
+            raise ModelError(f"{self.config.base!r}: its config has no decoder_start_token_id, which an encoder-decoder needs")
         shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
         return shifted.masked_fill(shifted == -100, pad)
 
@@ -362,9 +358,7 @@ class Model:
         mine, given = self.read_shapes(), {name: tuple(t.shape) for name, t in adapter.tensors().items()}
         if mine != given:
             odd = sorted(set(mine.items()) ^ set(given.items()))[0][0]
-            raise ModelError(
-                f"the adapter does not fit {self.config.base!r}: {odd} has {given.get(odd)}, not {mine.get(odd)}"
-            )
+            raise ModelError(f"the adapter does not fit {self.config.base!r}: {odd} has {given.get(odd)}, not {mine.get(odd)}")
         for path, module in self._lora.items():
             module.lora_A["default"].weight.copy_(adapter.lora[path].a)
             module.lora_B["default"].weight.copy_(adapter.lora[path].b)

@@ -36,7 +36,7 @@ def quantity(strata: Sequence[Hashable], shares: np.ndarray, rng: np.random.Gene
     """Rows dealt at random, site k getting a share ∝ shares[k] of every stratum. shares: (sites,), > 0."""
     held: Indices = [[] for _ in shares]
     for indices in _groups(strata).values():
-        for site, piece in enumerate(_deal(rng.permutation(indices), np.asarray(shares, dtype=float))):
+        for site, piece in enumerate(_deal(rng.permutation(indices).tolist(), np.asarray(shares, dtype=float))):
             held[site] += piece
     return [sorted(h) for h in held]
 
@@ -57,7 +57,7 @@ def dirichlet(
     shares = {key: rng.dirichlet(np.full(sites, alpha)) for key in _groups(keys)}
     for key, indices in _groups(keys).items():
         for within in _groups([strata[i] for i in indices]).values():
-            dealt = rng.permutation([indices[w] for w in within])
+            dealt = rng.permutation([indices[w] for w in within]).tolist()
             for site, piece in enumerate(_deal(dealt, shares[key])):
                 held[site] += piece
     return [sorted(h) for h in held]

@@ -107,9 +107,7 @@ def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
         held = {f"site-{k:0{width}d}": indices for k, indices in enumerate(dealt)}
     sites: dict[str, dict[str, list[Record]]] = {}
     for name, indices in held.items():
-        sites[name] = {
-            s: [records[i] for i in indices if records[i].split == s] for s in ("train", "validation", "test")
-        }
+        sites[name] = {s: [records[i] for i in indices if records[i].split == s] for s in ("train", "validation", "test")}
         cap = recipe.data.rows_per_site
         if cap and recipe.data.source != "pydocs":  # pydocs caps by itself, balanced over its tasks
             hashed = sorted(sites[name]["train"], key=lambda r: derive(recipe.seed, "cap", r.id))[:cap]
@@ -351,7 +349,7 @@ def _round_rows(leg: Leg, result: RoundResult, run: str) -> list[Row]:
     return rows
 
 
-def _load(path: Path, like: Adapter) -> Adapter:
+def load_checkpoint(path: Path, like: Adapter) -> Adapter:
     try:
         _, tensors = unpack(path.read_bytes(), "checkpoint", None, like)
     except (OSError, ValueError) as error:
@@ -383,14 +381,10 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
     examples = {name: formatter.encode_all(held["train"]) for name, held in prepared.sites.rows.items()}
     for name, encoded in examples.items():
         if not encoded:
-            raise ConfigError(
-                f"site {name}: none of its rows fits into data.max_length = {recipe.data.max_length} tokens"
-            )
+            raise ConfigError(f"site {name}: none of its rows fits into data.max_length = {recipe.data.max_length} tokens")
     for what, text in (("truncated", "had their input shortened"), ("dropped", "were left out: their answer is over")):
         if formatter.counts[what]:
-            watch.note(
-                f"{formatter.counts[what]} training rows {text} (data.max_length = {recipe.data.max_length} tokens)"
-            )
+            watch.note(f"{formatter.counts[what]} training rows {text} (data.max_length = {recipe.data.max_length} tokens)")
     for note in prepared.notes:
         watch.note(note)
     every = recipe.evaluation
@@ -413,7 +407,7 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
             held = {"all": sorted(together, key=lambda e: e.record)}
         current = Global(0, initial)
         if state["leg"] == leg.name and state["round"]:
-            current = Global(state["round"], _load(folder.checkpoint(leg.name, state["round"]), initial))
+            current = Global(state["round"], load_checkpoint(folder.checkpoint(leg.name, state["round"]), initial))
             watch.advance(current.round * one_round)
         current = _rounds(leg, current, model, held, formatter, curve_rows, prepared, folder, state, watch, one_round)
         watch.leg(leg.name, "scoring held-out rows")
@@ -423,14 +417,12 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
         seconds = time.perf_counter() - begin
         rows = _score_rows(leg, current.round, "test", scored, prepared.sites, recipe.name)
         site = next(iter(leg.rows)) if leg.method == "local" else ""
-        rows.append(
-            Row(recipe.name, leg.method, recipe.seed, current.round, "test_seconds", seconds, "seconds", site=site)
-        )
+        rows.append(Row(recipe.name, leg.method, recipe.seed, current.round, "test_seconds", seconds, "seconds", site=site))
         if leg.method == "federated":
             _save_adapter(model, folder.path / "adapter")
         state.update(done=[*state["done"], leg.name], leg="", round=0)
         folder.save(state, rows)
-    model.write(_load(folder.checkpoint("federated", recipe.federation.rounds), initial))
+    model.write(load_checkpoint(folder.checkpoint("federated", recipe.federation.rounds), initial))
     state["finished"] = True
     folder.save(state, [])
     return model
@@ -487,7 +479,7 @@ def describe_sites(prepared: Prepared) -> list[tuple[str, int, int, int, int, st
         tasks = len({r.task for r in held["train"]})
         answers = Counter(r.output for r in held["train"] if r.labels).most_common(1)
         top = f"{answers[0][0][:24]} {answers[0][1] / len(held['train']):.0%}" if answers else ""
-        lines.append((name, *(len(held[s]) for s in ("train", "validation", "test")), tasks, top))
+        lines.append((name, len(held["train"]), len(held["validation"]), len(held["test"]), tasks, top))
     return lines
 
 

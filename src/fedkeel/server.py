@@ -98,9 +98,7 @@ def run_round(
             f"{federation.quorum:g} asks for at least {federation.quorum * len(sampled):g}. What failed:\n{told}"
         )
     if not any(u.stats["update_norm"] for u in updates):
-        raise FederationError(
-            f"round {state.round + 1} changed nothing: every site sent back the adapter that it was given"
-        )
+        raise FederationError(f"round {state.round + 1} changed nothing: every site sent back the adapter that it was given")
     aggregation = clock()
     result = AGGREGATORS[federation.rule](reference, updates, weights(updates, federation.weighting))
     end = clock()

@@ -89,9 +89,7 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
     task = _text(row.get("task"), place, "task") or "default"
     about = meta.get("tasks", {}).get(task, {})
     labels = tuple(str(v).replace("_", " ") for v in about.get("labels") or ())
-    instruction = (
-        _text(row.get("instruction"), place, "instruction") or config.instruction or about.get("instruction", "")
-    )
+    instruction = _text(row.get("instruction"), place, "instruction") or config.instruction or about.get("instruction", "")
     messages: tuple[tuple[str, str], ...] = ()
     if "messages" in row or "conversations" in row:
         messages = _messages(row, place)
@@ -107,31 +105,23 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
             f"{place}: keys {sorted(row)} are of no known form; use text+label, instruction+input+output, or messages"
         )
     if not output:
-        raise DataError(
-            f"{place}: the row has no output (its answer is empty); every row needs an answer to learn from"
-        )
+        raise DataError(f"{place}: the row has no output (its answer is empty); every row needs an answer to learn from")
     if not (text or instruction or messages):
         raise DataError(f"{place}: the row has neither instruction nor input")
     if labels and output not in labels:
-        raise DataError(
-            f"{place}: label {output!r} is not among the labels that {config.tasks_file} lists for {task!r}"
-        )
+        raise DataError(f"{place}: label {output!r} is not among the labels that {config.tasks_file} lists for {task!r}")
     split = row.get("split")
     if split is not None and split not in SPLITS:
         raise DataError(f"{place}: split {split!r} is unknown; one of {', '.join(SPLITS)} belongs here")
     site = ""
     if config.site_column:
         if config.site_column not in row:
-            raise DataError(
-                f"{place}: no column {config.site_column!r} (data.site_column) to take the site's name from"
-            )
+            raise DataError(f"{place}: no column {config.site_column!r} (data.site_column) to take the site's name from")
         site = str(row[config.site_column])
     content = json.dumps([task, instruction, text, output, messages, split, site])
     identity = str(row.get("id") or hashlib.sha256(content.encode()).hexdigest()[:16])
     references = tuple(meta.get("references", {}).get(identity, ())) or (output,)
-    return Record(
-        identity, task, SPLITS.get(split or "", ""), output, instruction, text, site, references, labels, messages
-    )
+    return Record(identity, task, SPLITS.get(split or "", ""), output, instruction, text, site, references, labels, messages)
 
 
 def _metadata(config: Data) -> Mapping[str, Any]:

@@ -1,0 +1,256 @@
+"""The command `fedkeel`. Heavy imports wait until a recipe is known to be good, so `--help` and typos answer at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedkeel import __version__
+from fedkeel.config import Recipe, load_recipe, to_toml
+from fedkeel.types import FedKeelError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedkeel.model import Model
+    from fedkeel.run import Prepared
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Federated fine-tuning of language models that keeps its course when the sites' data differ.",
+)
+
+RecipeArguments = Annotated[
+    list[str] | None,
+    typer.Argument(help="A recipe file (.toml), then key=value overrides such as train.lr=1e-3.", show_default=False),
+]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", show_default=False)]
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A file or pipe has no width of its own; tables there should not be broken at 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _recipe(arguments: Sequence[str]) -> Recipe:
+    """The recipe that the command line means: an optional file first, then overrides; threads resolved to a number."""
+    path = Path(arguments[0]) if arguments and "=" not in arguments[0] else None
+    recipe = load_recipe(path, arguments[1:] if path else arguments)
+    if recipe.threads:
+        return recipe
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return dataclasses.replace(recipe, threads=min(cores, 8))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _print_plan(console: Console, prepared: Prepared) -> None:
+    from rich.table import Table
+
+    from fedkeel.display import size
+    from fedkeel.run import describe_model, describe_sites, legs_of, payload_bytes
+
+    recipe = prepared.recipe
+    console.print(to_toml(recipe), markup=False, highlight=False)
+    table = Table(title="Sites", title_justify="left")
+    for heading in ("site", "train", "validation", "test", "tasks", "commonest answer"):
+        table.add_column(heading, justify="left" if heading in ("site", "commonest answer") else "right")
+    for name, *counts, top in describe_sites(prepared):
+        table.add_row(name, *(f"{c:,}" for c in counts), top)
+    console.print(table)
+    frozen, trainable, shapes = describe_model(prepared)
+    down, up = payload_bytes(shapes, recipe)
+    sites = min(recipe.federation.sites_per_round or len(prepared.sites.rows), len(prepared.sites.rows))
+    facts = Table(show_header=False, title="Before any work", title_justify="left")
+    facts.add_row("base model", f"{recipe.model.base} ({prepared.kind}), {frozen:,} frozen parameters")
+    facts.add_row("trainable parameters", f"{trainable:,} ({trainable / max(1, frozen):.2%} of the base)")
+    facts.add_row("one message down / up", f"{down:,} / {up:,} bytes")
+    facts.add_row("a round", f"{sites} sites, {size(sites * (down + up))}")
+    facts.add_row("the whole federation", f"{recipe.federation.rounds} rounds, {size(recipe.federation.rounds * sites * (down + up))}")
+    facts.add_row("legs", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared))))
+    console.print(facts)
+    for note in prepared.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+
+
+def _latest_unfinished(out: Path) -> list[str]:
+    """The recipe of the unfinished run in `out` that was worked on last."""
+    from fedkeel.run import RunFolder
+
+    found = [p.parent for p in out.glob("*/state.json") if not RunFolder(p.parent).state()["finished"]]
+    if not found:
+        raise FedKeelError(f"no unfinished run in {out}/; name the recipe of the run to resume")
+    return [str(max(found, key=lambda p: (p / "state.json").stat().st_mtime) / "recipe.toml")]
+
+
+@app.command()
+def run(
+    arguments: RecipeArguments = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run; without a recipe, the last unfinished one.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace a run of the same name.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, sites, parameters and bytes; do nothing.")] = False,
+) -> None:
+    """Run a federation and its baselines; without a recipe, the full defaults on the embedded model and data."""
+    given = arguments or []
+    if resume and not any("=" not in a for a in given):
+        given = [*_latest_unfinished(Path("runs")), *given]
+    recipe = _recipe(given)
+    console = _console()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with console.status("loading libraries and data"):
+        from fedkeel.run import RunFolder, execute, prepare
+
+        prepared = prepare(recipe)
+    if dry_run:
+        _print_plan(console, prepared)
+        return
+    from fedkeel.display import Display
+    from fedkeel.report import method_table, read_rows, task_table, write_report
+
+    folder = RunFolder(Path(recipe.out) / recipe.name)
+    console.print(f"{recipe.name}: {len(prepared.sites.rows)} sites, {recipe.federation.rounds} rounds -> {folder.path}/")
+    try:
+        with Display(console, len(prepared.sites.rows)) as display:
+            execute(prepared, folder, display, resume=resume, fresh=fresh)
+    except KeyboardInterrupt:
+        console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume", markup=False, highlight=False)
+        raise typer.Exit(130) from None
+    report = write_report(folder.path)
+    rows = read_rows(folder.rows_file)
+    console.print(method_table(rows).rich())
+    tasks = task_table(rows)
+    if len(tasks.lines) <= 20:
+        console.print(tasks.rich())
+    console.print(f"report: {report}\nadapter (PEFT): {folder.path / 'adapter'}", markup=False, highlight=False)
+
+
+def _finished(folder: Path) -> tuple[Recipe, Path]:
+    """A run folder's recipe and adapter, or an error that says what is missing."""
+    for needed in (folder / "recipe.toml", folder / "adapter" / "adapter_model.safetensors"):
+        if not needed.is_file():
+            raise FedKeelError(f"{needed} is missing: {folder} is not a run whose federation has ended")
+    return load_recipe(folder / "recipe.toml"), folder / "adapter"
+
+
+def _loaded(prepared: Prepared, folder: Path) -> Model:
+    """The model with the run's federated adapter in it."""
+    from fedkeel.model import Model
+    from fedkeel.run import RunFolder, load_checkpoint
+
+    recipe = prepared.recipe
+    model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
+    path = RunFolder(folder).checkpoint("federated", recipe.federation.rounds)
+    model.write(load_checkpoint(path, model.read()))
+    return model
+
+
+@app.command()
+def evaluate(
+    run_folder: RunArgument,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as evaluation.test_rows=0")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    predictions: Annotated[Path | None, typer.Option(help="Write every row's prediction to this JSON Lines file.")] = None,
+) -> None:
+    """Score a run's federated adapter, on more rows or other data than the run did."""
+    if split not in ("train", "validation", "test"):
+        raise FedKeelError(f"--split {split}: one of train, validation, test belongs here")
+    _finished(run_folder)
+    recipe = load_recipe(run_folder / "recipe.toml", overrides or [])
+    console = _console()
+    with console.status("loading libraries, data and model"):
+        import json
+
+        import torch
+        from rich.progress import track
+        from rich.table import Table
+
+        from fedkeel.data import Formatter
+        from fedkeel.evaluate import choose, score, task_table
+        from fedkeel.files import write_atomic
+        from fedkeel.run import prepare
+
+        torch.set_num_threads(recipe.threads)
+        prepared = prepare(recipe)
+        model = _loaded(prepared, run_folder)
+        formatter = Formatter(
+            model.tokenizer, model.kind, recipe.data.max_length, recipe.data.list_labels, classes=prepared.classes
+        )
+        rows = choose(prepared.sites.all(split), split, recipe.evaluation.test_rows)
+    if not rows:
+        raise FedKeelError(f"the data has no row of split {split!r}")
+    ticks = iter(track(range(len(rows)), description=f"scoring {len(rows):,} rows", console=console))
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            next(ticks, None)
+
+    scored = score(model, formatter, rows, recipe.evaluation, advance)
+    next(ticks, None)
+    table = Table(title=f"{run_folder}: federated adapter on {split} rows", title_justify="left")
+    for heading in ("task", "rows", "score", "accuracy", "ROUGE-L", "exact match"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    found = task_table(scored)
+    for task, metrics in found.items():
+        cells = [f"{100 * metrics[k]:.1f}" if k in metrics else "" for k in ("score", "accuracy", "rouge_l", "exact_match")]
+        table.add_row(task, f"{metrics['rows']:.0f}", *cells)
+    mean = sum(m["score"] for m in found.values()) / len(found)
+    table.add_row("mean over tasks", f"{len(scored)}", f"{100 * mean:.1f}", "", "", "", style="bold")
+    console.print(table)
+    if predictions:
+        lines = [
+            {"id": s.record.id, "task": s.record.task, "output": s.record.output, "prediction": s.prediction, **s.metrics}
+            for s in scored
+        ]
+        write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        console.print(f"predictions: {predictions}", markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    run_folder: RunArgument,
+    target: Annotated[Path, typer.Argument(help="A folder to create.", show_default=False)],
+    merged: Annotated[bool, typer.Option("--merged", help="Base and adapter in one, instead of the adapter.")] = False,
+) -> None:
+    """Write a run's federated adapter in PEFT format, or merged into its base in Hugging Face layout."""
+    recipe, adapter = _finished(run_folder)
+    if target.exists():
+        raise FedKeelError(f"{target} exists; name a folder that does not")
+    if not merged:
+        shutil.copytree(adapter, target)
+    else:
+        from fedkeel.run import prepare
+
+        partial = target.with_name(target.name + ".partial")
+        _loaded(prepare(recipe), run_folder).save_merged(partial)
+        partial.rename(target)
+    typer.echo(f"{'merged model' if merged else 'adapter'}: {target}")
+
+
+def main() -> None:
+    """The entry point: a FedKeelError becomes one paragraph on stderr and exit status 1."""
+    try:
+        app()
+    except FedKeelError as error:
+        print(f"fedkeel: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

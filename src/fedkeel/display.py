@@ -1,0 +1,90 @@
+"""What a person sees while a run works: one line of progress on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from fedkeel.server import RoundResult
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left at the mean speed since the start: legs differ in speed, so a short window would mislead."""
+
+    def render(self, task: Task) -> Text:
+        """`left 1:23`, or dashes before there is anything to go by."""
+        if not task.total or not task.completed or task.elapsed is None:
+            return Text("left -:--")
+        seconds = round(task.elapsed * (task.total - task.completed) / task.completed)
+        return Text(f"left {seconds // 60}:{seconds % 60:02d}")
+
+
+def size(count: float) -> str:
+    """Bytes with a decimal unit: 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+class Display:
+    """The `Watch` of a run, on a rich console; use it as a context manager."""
+
+    def __init__(self, console: Console, sites: int) -> None:
+        self._console, self._sites = console, sites
+        self._live = console.is_terminal
+        self._bytes = 0
+        self._begin = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            _TimeLeft(),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("preparing", total=None, detail="")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def begin(self, total_work: float) -> None:
+        """See `run.Watch`."""
+        self._progress.reset(self._task, total=total_work, description="starting", detail=f"{self._sites} sites")
+
+    def leg(self, name: str, detail: str) -> None:
+        """See `run.Watch`."""
+        self._progress.update(self._task, description=name, detail=detail)
+        if not self._live and detail == "scoring held-out rows":
+            self._console.print(f"[{time.perf_counter() - self._begin:7.1f} s] {name}: {detail}", markup=False, highlight=False)
+
+    def advance(self, work: float) -> None:
+        """See `run.Watch`."""
+        self._progress.advance(self._task, work)
+
+    def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
+        """See `run.Watch`."""
+        positions = sum(u.positions for u in result.updates)
+        loss = sum(u.stats["loss"] * u.positions for u in result.updates) / positions
+        line = f"{leg} round {done}/{rounds}: {len(result.updates)} sites, training loss {loss:.3f} nats"
+        if len(result.updates) > 1 or rounds > 1:
+            self._bytes += sum(result.bytes_up.values()) + sum(result.bytes_down.values())
+            line += f", aggregation error {result.error:.1%}, {size(self._bytes)} exchanged so far"
+        self._console.print(
+            f"[{time.perf_counter() - self._begin:7.1f} s] {line}, {result.seconds:.1f} s", markup=False, highlight=False
+        )
+
+    def note(self, text: str) -> None:
+        """See `run.Watch`."""
+        self._console.print(f"note: {text}", style="yellow", markup=False, highlight=False)
