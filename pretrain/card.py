@@ -194,8 +194,7 @@ def main() -> None:
 
     gain = {k: 1 - table[k]["bits_per_byte"] / five[k]["bits_per_byte"] for k in (*KINDS, "all")}
     data = [
-        f"| {k} | {' | '.join(SOURCES[k])} | {ngrams['train'][k]['documents']:,} "
-        f"| {ngrams['train'][k]['bytes'] / 1e6:.2f} |"
+        f"| {k} | {' | '.join(SOURCES[k])} | {ngrams['train'][k]['documents']:,} | {ngrams['train'][k]['bytes'] / 1e6:.2f} |"
         for k in KINDS
     ]
     heldout = [

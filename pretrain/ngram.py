@@ -211,9 +211,7 @@ def main() -> None:
             }
             for kind in KINDS
         },
-        "bpe": study(
-            train, heldout, lambda text: [bos, *tokenizer.encode(text).ids], tokenizer.get_vocab_size(), args.order
-        ),
+        "bpe": study(train, heldout, lambda text: [bos, *tokenizer.encode(text).ids], tokenizer.get_vocab_size(), args.order),
     }
     if args.bytes:
         result["bytes"] = study(train, heldout, lambda text: [BYTE_BOS, *text.encode()], BYTE_BOS + 1, args.bytes)

@@ -47,8 +47,7 @@ class Twin:
                         lefts.setdefault(gram, set()).add(document[i - 1])
         del occurrences[(BOS,)]
         self.counts = {
-            gram: times if len(gram) == order or gram[0] == BOS else len(lefts[gram])
-            for gram, times in occurrences.items()
+            gram: times if len(gram) == order or gram[0] == BOS else len(lefts[gram]) for gram, times in occurrences.items()
         }
         self.taken = {n: self.discounts(n) for n in range(1, order + 1)}
 

@@ -83,7 +83,9 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     facts.add_row("trainable parameters", f"{trainable:,} ({trainable / max(1, frozen):.2%} of the base)")
     facts.add_row("one message down / up", f"{down:,} / {up:,} bytes")
     facts.add_row("a round", f"{sites} sites, {size(sites * (down + up))}")
-    facts.add_row("the whole federation", f"{recipe.federation.rounds} rounds, {size(recipe.federation.rounds * sites * (down + up))}")
+    facts.add_row(
+        "the whole federation", f"{recipe.federation.rounds} rounds, {size(recipe.federation.rounds * sites * (down + up))}"
+    )
     facts.add_row("legs", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared))))
     console.print(facts)
     for note in prepared.notes:
@@ -103,7 +105,9 @@ def _latest_unfinished(out: Path) -> list[str]:
 @app.command()
 def run(
     arguments: RecipeArguments = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run; without a recipe, the last unfinished one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run; without a recipe, the last unfinished one.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace a run of the same name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, sites, parameters and bytes; do nothing.")] = False,
 ) -> None:

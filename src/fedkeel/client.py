@@ -103,9 +103,10 @@ def answer(
     model.write(before)
     positions, stats = train_round(model, examples, site, header["round"], rounds, recipe)
     change = difference(model.read(), before)
-    stats["seconds"] = clock() - begin
+    # Of fixed width, so that the bytes of a message do not depend on how fast the machine was.
+    seconds = f"{clock() - begin:012.3f}"
     tasks = dict(sorted(Counter(e.task for e in examples).items()))
     return pack(
         "update", header["round"], like, change, recipe.federation.codec_up,
-        site=site, positions=positions, stats=stats, tasks=tasks,
+        site=site, positions=positions, stats=stats, seconds=seconds, tasks=tasks,
     )  # fmt: skip

@@ -98,8 +98,16 @@ class Formatter:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _render(self, turns: Sequence[tuple[str, str]], generate: bool) -> str:
+        from jinja2 import TemplateError
+
         messages = [{"role": role, "content": text} for role, text in turns]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+        except TemplateError as error:
+            raise DataError(
+                f"the chat template of {self.tokenizer.name_or_path} refuses turns by {', '.join(r for r, _ in turns) or 'nobody'} "
+                f"(the first: {turns[0][1][:60] if turns else ''!r}): {error}"
+            ) from error
 
     def _content(self, record: Record, text: str) -> str:
         parts = [record.instruction, text]
@@ -110,7 +118,8 @@ class Formatter:
     def _prompt(self, record: Record, text: str) -> tuple[str, str]:
         """(whole prompt, anchor): the anchor is what stands between the row's own text and the answer."""
         if self.kind != "causal":
-            return self._content(record, text), ""
+            turns = "\n".join(f"{role}: {said}" for role, said in record.messages[:-1])
+            return turns or self._content(record, text), ""
         if record.messages:
             prompt = self._render(record.messages[:-1], True)
             return prompt, prompt[-32:]
@@ -162,12 +171,17 @@ class Formatter:
     def prompt_ids(self, record: Record, room: int) -> tuple[int, ...]:
         """The tokens of the prompt, with the row's input cut at its end until `room` tokens are left for the answer.
 
-        Raises DataError if not even an empty input fits.
+        A chat is cut at its beginning instead. Raises DataError if not even an empty input fits.
         """
-        if record.messages:
-            return tuple(self._prompt_ids(self._prompt(record, "")[0])[-(self.max_length - room) :])
-        text = record.input
         budget = self.max_length - (room if self.kind == "causal" else 0)
+        if record.messages:
+            if budget < 1:
+                raise DataError(
+                    f"row {record.id} (task {record.task}): data.max_length = {self.max_length} leaves no room for a prompt "
+                    f"before {room} tokens of an answer; raise data.max_length"
+                )
+            return tuple(self._prompt_ids(self._prompt(record, "")[0])[-budget:])
+        text = record.input
         ids = self._prompt_ids(self._prompt(record, text)[0])
         shortened = False
         while len(ids) > budget:
@@ -201,6 +215,7 @@ class Formatter:
             answer = self.answer_ids(record, record.output)
             prompt = self.prompt_ids(record, len(answer))
             if self.kind == "seq2seq":
+                self.counts["truncated"] += len(answer) > self.max_length
                 return Example(record.id, record.task, prompt, decoder=answer[: self.max_length])
             flags = (False,) * len(prompt) + (True,) * len(answer)
             example = Example(record.id, record.task, (*prompt, *answer), flags)
@@ -217,25 +232,21 @@ class Formatter:
             )
         ids: list[int] = []
         flags: list[bool] = []
-        done, fits = "", 0
+        done = ""
         for turn, (role, _) in enumerate(record.messages):
             if role != "assistant":
                 continue
             prompt = self._render(record.messages[:turn], True)
-            full = self._render(record.messages[: turn + 1], False)
-            asked, answer = self._added(done, prompt), self._added(prompt, full)
-            before = self._ids(asked)
-            after = self._behind(prompt[-32:], answer.rstrip())
-            tail = self._ids(answer[len(answer.rstrip()) :])
+            answer = self._added(prompt, self._render(record.messages[: turn + 1], False)).rstrip()
+            # behind all that went before, so that the pieces are the tokens of the whole chat
+            before, after = self._behind(done, self._added(done, prompt)), self._behind(prompt, answer)
             if len(ids) + len(before) + len(after) > self.max_length:
-                self.counts["truncated"] += 1
+                self.counts["truncated"] += bool(ids)
                 break
             ids += [*before, *after]
             flags += [False] * len(before) + [True] * len(after)
-            fits, done = len(ids), full
-            ids += tail
-            flags += [False] * len(tail)
-        return Example(record.id, record.task, tuple(ids[:fits]), tuple(flags[:fits]))
+            done = prompt + answer
+        return Example(record.id, record.task, tuple(ids), tuple(flags))
 
     def encode_all(self, records: Sequence[Record]) -> list[Example]:
         """Training examples; a row of which not even the answer fits is left out and counted as `dropped`."""

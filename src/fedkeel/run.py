@@ -176,7 +176,8 @@ def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tupl
     lora = {p: Lora(zeros[f"{p}.a"], zeros[f"{p}.b"], 1.0) for p in paths}
     factors = {f"{p}.{x}" for p in paths for x in "ab"}
     adapter = Adapter(lora, {n: t for n, t in zeros.items() if n not in factors})
-    more = {"site": "site-0", "positions": 10_000, "stats": {"loss": 0.123456789, "seconds": 0.123456789}, "tasks": {}}
+    stats = {"loss": 0.1234567890123456}
+    more = {"site": "site-0", "positions": 10_000, "stats": stats, "seconds": "00000000.000", "tasks": {}}
     down = pack("global", 0, adapter, adapter.tensors(), recipe.federation.codec_down)
     up = pack("update", 0, adapter, adapter.tensors(), recipe.federation.codec_up, **more)
     return len(down), len(up)
@@ -329,7 +330,7 @@ def _score_rows(leg: Leg, round: int, split: str, scored: Sequence[Scored], site
     return rows
 
 
-def _round_rows(leg: Leg, result: RoundResult, run: str) -> list[Row]:
+def round_rows(leg: Leg, result: RoundResult, run: str) -> list[Row]:
     def row(name: str, value: float, unit: str, site: str = "") -> Row:
         return Row(run, leg.method, leg.recipe.seed, result.state.round, name, value, unit, site=site)
 
@@ -408,7 +409,8 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
         current = Global(0, initial)
         if state["leg"] == leg.name and state["round"]:
             current = Global(state["round"], load_checkpoint(folder.checkpoint(leg.name, state["round"]), initial))
-            watch.advance(current.round * one_round)
+            scored_before = current.round // every.every * len(curve_rows) if leg.method == "federated" else 0
+            watch.advance(current.round * one_round + scored_before)
         current = _rounds(leg, current, model, held, formatter, curve_rows, prepared, folder, state, watch, one_round)
         watch.leg(leg.name, "scoring held-out rows")
         model.write(current.adapter)
@@ -455,7 +457,7 @@ def _rounds(
         watch.leg(leg.name, f"round {current.round + 1} of {leg.rounds}")
         result = run_round(current, transport, list(examples), recipe.federation, recipe.seed)
         current = result.state
-        rows = _round_rows(leg, result, recipe.name)
+        rows = round_rows(leg, result, recipe.name)
         for site, text in sorted(result.failures.items()):
             watch.note(f"round {current.round}: site {site} failed and was left out (the quorum holds): {text.strip()}")
         if leg.method == "federated" and curve_rows and current.round % recipe.evaluation.every == 0:

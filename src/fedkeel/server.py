@@ -58,6 +58,10 @@ def screen(reply: Reply, round: int, reference: Adapter, max_norm: float) -> Upd
     positions, stats = header.get("positions"), header.get("stats")
     if not isinstance(positions, int) or positions < 1 or not isinstance(stats, dict):
         raise EnvelopeError(f"the message reports {positions!r} supervised positions and stats {stats!r}")
+    try:
+        stats = {name: float(value) for name, value in stats.items()} | {"seconds": float(header["seconds"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise EnvelopeError(f"the message's numbers cannot be read: {error!r}") from error
     norm = float(torch.sqrt(sum((t.double().square().sum() for t in change.values()), torch.zeros(()))))
     if norm > max_norm:
         raise EnvelopeError(f"the change has norm {norm:.3g}, over federation.max_update_norm = {max_norm:g}")

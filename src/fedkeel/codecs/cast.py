@@ -31,4 +31,6 @@ class Cast:
         for name, t in tensors.items():
             if t.dtype != getattr(torch, self.dtype):
                 raise ValueError(f"{name}: {t.dtype} where the codec sends {self.dtype}")
-        return {name: t.to(torch.float32) for name, t in tensors.items()}
+        # A copy even where the type is right: what was read from a message lies at any address, and sums over unaligned
+        # memory are vectorised otherwise, so that the last bit would depend on the length of a header.
+        return {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}

@@ -45,7 +45,8 @@ def open_envelope(payload: bytes, limit: int = LIMIT) -> tuple[dict[str, Any], d
     try:
         size = int.from_bytes(body[:8], "little")
         header = json.loads(json.loads(body[8 : 8 + size])["__metadata__"]["fedkeel"])
-        tensors = safetensors.torch.load(body)
+        # The parser hands tensors out in no fixed order; sums over them need one.
+        tensors = dict(sorted(safetensors.torch.load(body).items()))
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise EnvelopeError(f"a malformed message: {error}") from error
     if not isinstance(header, dict):

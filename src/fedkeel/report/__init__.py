@@ -100,7 +100,7 @@ def summary(rows: Sequence[Row]) -> str:
     if not score["federated"]:
         known = [f"{METHODS[m]} {points(mean_and_sd(found.values())[0])}" for m, found in score.items() if found]
         told = f" Test scores so far, in points: {', '.join(known)}." if known else ""
-        return f"{took[0].upper()}{took[1:]} are done; the federated model has no test score yet.{told}"
+        return f"Done so far: {took}; the federated model has no test score yet.{told}"
     own = mean_and_sd(score["federated"].values())[0]
     sentences = [
         f"After {took}, the federated model scores {points(own)} points on "

@@ -82,6 +82,7 @@ def learning_curve(rows: Sequence[Row], path: Path) -> None:
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     curve = curve_points(rows)
     panels: list[Callable[[Any, Curve], None]] = [
@@ -98,8 +99,8 @@ def learning_curve(rows: Sequence[Row], path: Path) -> None:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the user's own style: the same picture everywhere
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(4.6 * columns, 3.1 * lines), dpi=110, layout="constrained", facecolor="white")
-        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)  # inches around each panel
+        layout = ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09)  # inches around each panel
+        figure = Figure(figsize=(4.6 * columns, 3.1 * lines), dpi=110, layout=layout, facecolor="white")
         for index, draw in enumerate(panels):
             axes = figure.add_subplot(lines, columns, index + 1)
             draw(axes, curve)
@@ -138,12 +139,13 @@ def _traffic(axes: Any, curve: Curve) -> None:
 
 def _loss(axes: Any, curve: Curve) -> None:
     rounds, mean, low, high = zip(*curve.loss, strict=True)
-    axes.fill_between(rounds, low, high, color=COLOURS["federated"], alpha=0.2, linewidth=1, label="lowest to highest")
     _line(axes, rounds, mean, COLOURS["federated"])
-    axes.lines[0].set_label("mean over sites")
+    if low != high:
+        axes.lines[0].set_label("mean over sites")
+        axes.fill_between(rounds, low, high, color=COLOURS["federated"], alpha=0.2, linewidth=1, label="lowest to highest")
+        axes.legend(frameon=False)
     axes.set_title("Training loss, federated")
     axes.set_ylabel("loss (nats per position)")
-    axes.legend(frameon=False)
     _whole_rounds(axes)
 
 

@@ -1,0 +1,40 @@
+# make run: the quickstart. make test: the tests. make check: all that CI checks. Each sets up what it needs, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: run test check format lint types clean
+
+run: .venv/installed
+	$(BIN)/fedkeel run recipes/quickstart.toml --fresh
+
+test: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: format lint types test
+
+format: .venv/installed-dev
+	$(BIN)/ruff format --check .
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "FedKeel needs Python 3.11 or newer; say which with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub]'
+	@touch $@ .venv/installed
+
+clean:
+	rm -rf .venv build dist runs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,427 @@
+"""The main job end to end on a tiny model: equal to plain training, repeatable, resumable, loadable, loud when it fails."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from fedkeel.client import learning_rate, steps_a_round, train_round
+from fedkeel.config import ConfigError, Recipe, Train, load_recipe
+from fedkeel.data import Formatter, batch_indices, collate
+from fedkeel.model import Model
+from fedkeel.run import Prepared, RunError, RunFolder, describe_model, execute, legs_of, make_sites, payload_bytes, prepare
+from fedkeel.server import FederationError, RoundResult
+from fedkeel.types import Adapter
+
+
+class Silent:
+    """A Watch that keeps what it is told; `on_round` may raise to interrupt a run."""
+
+    def __init__(self, on_round: Callable[[str, int], None] = lambda leg, done: None) -> None:
+        self.notes: list[str] = []
+        self.results: list[tuple[str, RoundResult]] = []
+        self.total = self.work = 0.0
+        self._on_round = on_round
+
+    def begin(self, total_work: float) -> None:
+        self.total = total_work
+
+    def leg(self, name: str, detail: str) -> None:
+        pass
+
+    def advance(self, work: float) -> None:
+        self.work += work
+
+    def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
+        self.results.append((leg, result))
+        self._on_round(leg, done)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def go(overrides: list[str], watch: Silent | None = None, **options: bool) -> tuple[Recipe, RunFolder, Model]:
+    recipe = load_recipe(None, overrides)
+    folder = RunFolder(Path(recipe.out) / recipe.name)
+    model = execute(prepare(recipe), folder, watch or Silent(), **options)
+    return recipe, folder, model
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows_of(folder: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in folder.rows_file.read_text().splitlines()]
+
+
+def without_time(rows: list[dict]) -> list[dict]:
+    return [r for r in rows if r["unit"] != "seconds"]
+
+
+def test_one_site_is_plain_lora_training(tiny_overrides: list[str], tiny_base: Path) -> None:
+    """The whole system with one site against a bare loop on transformers and peft, no code of FedKeel's in the loop but the
+    choice of batches: logits over the vocabulary, labels of −100 elsewhere, transformers' own loss."""
+    one_site = ["partition.scheme=iid", "partition.sites=1", "evaluation.baselines=[]"]
+    recipe, folder, _ = go([*tiny_overrides, *one_site])
+    prepared = prepare(recipe)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_base)
+    examples = Formatter(tokenizer, "causal", 128).encode_all(prepared.sites.rows["site-0"]["train"])
+    start = Model(recipe.model, recipe.lora, recipe.seed).net.state_dict()
+    plain = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32),
+        peft.LoraConfig(
+            r=4, lora_alpha=16, task_type="CAUSAL_LM",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        ),
+    )  # fmt: skip
+    plain.load_state_dict(start)
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    for round in range(3):
+        optimiser = torch.optim.AdamW(trained, weight_decay=0.0)
+        for step in range(3 * round, 3 * round + 3):
+            (chosen,) = batch_indices([e.length for e in examples], 4, recipe.seed, "site-0", range(step, step + 1))
+            width = max(len(examples[i].ids) for i in chosen)
+            ids, labels = torch.zeros(len(chosen), width, dtype=torch.long), torch.full((len(chosen), width), -100)
+            for row, i in enumerate(chosen):
+                for column, (token, counts) in enumerate(zip(examples[i].ids, examples[i].supervised, strict=True)):
+                    ids[row, column] = token
+                    labels[row, column] = token if counts else -100
+            mask = (torch.arange(width) < torch.tensor([[len(examples[i].ids)] for i in chosen])).long()
+            plain(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.param_groups[0]["lr"] = learning_rate(recipe.train, step, 9)
+            optimiser.step()
+            optimiser.zero_grad()
+    expected = peft.get_peft_model_state_dict(plain)
+    got = adapter_of(folder.path)
+    assert got.keys() == expected.keys()
+    assert max((got[k] - expected[k]).abs().max().item() for k in got) < 1e-6
+    moved = max((expected[k] - start[k.replace(".weight", ".default.weight")]).abs().max().item() for k in got)
+    assert moved > 1e-2, "the comparison would hold for a model that did not train"
+
+
+def test_learning_rate_by_hand() -> None:
+    train = Train(lr=1.0, warmup=0.2, final_lr=0.5, local_steps=5)
+    assert [round(learning_rate(train, s, 10), 4) for s in range(10)] == [
+        0.5, 1.0, 1.0, 0.9375, 0.875, 0.8125, 0.75, 0.6875, 0.625, 0.5625,
+    ]  # fmt: skip
+
+
+def test_steps_a_round() -> None:
+    assert steps_a_round(Train(local_steps=7), 3) == 7
+    assert steps_a_round(Train(local_steps=0, local_epochs=2, batch_size=4), 9) == 6
+
+
+def test_micro_batches_add_up(tiny_overrides: list[str]) -> None:
+    """1 × 8 rows and 4 × 2 rows, of unequal numbers of supervised positions, end in the same adapter."""
+    ends = []
+    for micro in (8, 2):
+        recipe = load_recipe(None, [*tiny_overrides, "train.batch_size=8", f"train.micro_batch_size={micro}"])
+        prepared = prepare(recipe)
+        model = Model(recipe.model, recipe.lora, recipe.seed)
+        examples = Formatter(model.tokenizer, "causal", 128).encode_all(prepared.sites.rows["ward-0"]["train"])
+        assert len({e.positions for e in examples}) > 1
+        positions, stats = train_round(model, examples, "ward-0", 0, 1, recipe)
+        ends.append((model.read().tensors(), positions, stats["loss"]))
+    (a, n_a, loss_a), (b, n_b, loss_b) = ends
+    assert n_a == n_b
+    assert loss_a == pytest.approx(loss_b, abs=1e-5)
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-6
+
+
+def test_same_seed_same_bits_and_file_order_means_nothing(tiny_overrides: list[str]) -> None:
+    base = [*tiny_overrides, "evaluation.baselines=[]"]
+    _, first, _ = go(base)
+    _, again, _ = go([*base, "name=again"])
+    _, turned, _ = go([*base, "name=turned", 'data.files=["reversed.jsonl"]'])
+    _, other, _ = go([*base, "name=other", "seed=2"])
+    assert same(adapter_of(first.path), adapter_of(again.path))
+    assert same(adapter_of(first.path), adapter_of(turned.path))
+    assert not same(adapter_of(first.path), adapter_of(other.path))
+    scores = [[r["value"] for r in rows_of(f) if r["name"] in ("score", "loss")] for f in (first, again, turned)]
+    assert scores[0] == scores[1] == scores[2]
+
+
+@pytest.mark.parametrize(("leg", "after"), [("federated", 1), ("federated", 2), ("local/ward-1", 1), ("centralised", 1)])
+def test_an_interrupted_run_resumes_to_the_same_bits(tiny_overrides: list[str], leg: str, after: int) -> None:
+    """Interrupted before the checkpoint of that round is written: the round is done again, and every row stands once."""
+
+    def interrupt(at: str, done: int) -> None:
+        if (at, done) == (leg, after):
+            raise KeyboardInterrupt
+
+    _, whole, _ = go([*tiny_overrides, "name=whole"])
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny_overrides, Silent(interrupt))
+    watch = Silent()
+    _, resumed, _ = go(tiny_overrides, watch, resume=True)
+    assert watch.work == pytest.approx(watch.total)
+    assert same(adapter_of(whole.path), adapter_of(resumed.path))
+    renamed = [{**r, "run": "whole"} for r in without_time(rows_of(resumed))]
+    assert renamed == without_time(rows_of(whole))
+    assert resumed.state()["finished"]
+
+
+def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """kill -9 while rows of an unfinished unit are already in the file: they are cut off again."""
+    _, whole, _ = go([*tiny_overrides, "name=whole"])
+    script = (
+        "import os, signal, sys; sys.path.insert(0, 'tests')\n"
+        "from test_run import Silent, go\n"
+        "from fedkeel.run import RunFolder\n"
+        "import fedkeel.run as run\n"
+        "real = run.append_lines\n"
+        "def append(path, lines):\n"
+        "    size = real(path, lines)\n"
+        "    if sum('bytes_up' in line for line in open(path)) > 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return size\n"
+        "run.append_lines = append\n"
+        f"go({tiny_overrides!r})\n"
+    )
+    root = Path(__file__).parent.parent
+    killed = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    folder = RunFolder(tmp_path / "tiny")
+    assert len(folder.rows_file.read_bytes()) > folder.state()["rows_bytes"]
+    _, resumed, _ = go(tiny_overrides, resume=True)
+    assert same(adapter_of(whole.path), adapter_of(resumed.path))
+    assert [{**r, "run": "whole"} for r in without_time(rows_of(resumed))] == without_time(rows_of(whole))
+
+
+def test_folder_rules(tiny_overrides: list[str], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run to resume"):
+        go(tiny_overrides, resume=True)
+    _, folder, _ = go([*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1"])
+    with pytest.raises(RunError, match="--resume.*--fresh"):
+        go([*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1"])
+    with pytest.raises(RunError, match=r"lr = 0\.01.*lr = 0\.5"):
+        go([*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1", "train.lr=0.5"], resume=True)
+    before = adapter_of(folder.path)
+    go([*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1", "seed=9"], fresh=True)
+    assert not same(before, adapter_of(folder.path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="not a run of FedKeel"):
+        go([*tiny_overrides, "name=mine"], fresh=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_the_adapter_loads_in_peft(tiny_overrides: list[str], tiny_base: Path) -> None:
+    _, folder, model = go([*tiny_overrides, "evaluation.baselines=[]"])
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    bare = base(input_ids=ids).logits
+    loaded = peft.PeftModel.from_pretrained(base, folder.path / "adapter").eval()
+    ours = model.net(input_ids=ids).logits
+    assert (loaded(input_ids=ids).logits - ours).abs().max().item() < 1e-5
+    assert (bare - ours).abs().max().item() > 1e-2
+
+
+def test_rows_of_a_run(tiny_overrides: list[str]) -> None:
+    """Every leg is scored on the same rows, bytes are those of real messages, and svd states a smaller error than mean."""
+    watch = Silent()
+    recipe, folder, _ = go(tiny_overrides, watch)
+    rows = rows_of(folder)
+    test = [r for r in rows if r["split"] == "test" and r["name"] == "rows"]
+    counts = {(r["method"], r["site"]): {} for r in test}
+    for r in test:
+        counts[r["method"], r["site"]][r["task"]] = r["value"]
+    assert set(counts) == {("base", ""), ("federated", ""), ("centralised", ""), *(("local", f"ward-{k}") for k in range(3))}
+    assert len({tuple(sorted(c.items())) for c in counts.values()}) == 1
+    _, _, shapes = describe_model(prepare(recipe))
+    down, up = payload_bytes(shapes, recipe)
+    for name, planned in (("bytes_down", down), ("bytes_up", up)):
+        sent = [r["value"] for r in rows if r["name"] == name and r["method"] == "federated"]
+        assert len(sent) == 9
+        assert all(abs(b - planned) <= 200 for b in sent), (planned, sent)
+    errors = {"mean": [r["value"] for r in rows if r["name"] == "aggregation_error" and r["method"] == "federated"]}
+    _, exact, _ = go([*tiny_overrides, "name=svd", "federation.rule=svd", "evaluation.baselines=[]"])
+    errors["svd"] = [r["value"] for r in rows_of(exact) if r["name"] == "aggregation_error"]
+    assert all(s < m for s, m in zip(errors["svd"][:1], errors["mean"][:1], strict=True))
+    assert not any(r["name"] == "failed" for r in rows)
+
+
+def test_svd_at_full_rank_is_the_dense_sum(tiny_overrides: list[str]) -> None:
+    """Three sites of rank 4 in a 32-wide model at rank 12: nothing is truncated, the rule is exact; `mean` is not."""
+    watch = Silent()
+    go([*tiny_overrides, "lora.rank=12", "federation.rule=svd", "federation.rounds=1", "evaluation.baselines=[]"], watch)
+    (_, result) = watch.results[0]
+    total = sum(u.positions for u in result.updates)
+    # Ranks of the sites add up to 36, over the width of the model: compare on the modules where 12 can be enough
+    for path, factors in result.state.adapter.lora.items():
+        dense = sum(u.positions / total * u.adapter.lora[path].dense().double() for u in result.updates)
+        values = torch.linalg.svdvals(dense)
+        tail = values[12:].square().sum().sqrt()
+        assert torch.linalg.matrix_norm(dense - factors.dense().double()).item() == pytest.approx(tail.item(), abs=1e-5)
+
+
+def test_budgets_of_the_legs(tiny_overrides: list[str]) -> None:
+    prepared = prepare(load_recipe(None, tiny_overrides))
+    legs = {leg.name: leg for leg in legs_of(prepared)}
+    assert list(legs) == ["base", "federated", "local/ward-0", "local/ward-1", "local/ward-2", "centralised"]
+    assert legs["base"].rounds == 0
+    assert legs["federated"].rounds * legs["federated"].recipe.train.local_steps == 9
+    assert (legs["local/ward-1"].rounds, legs["local/ward-1"].recipe.train.local_steps) == (1, 9)
+    assert (legs["centralised"].rounds, legs["centralised"].recipe.train.local_steps) == (1, 27)
+    train = {r.id for held in prepared.sites.rows.values() for r in held["train"]}
+    assert {r.id for r in legs["centralised"].rows["all"]} == train
+
+
+def test_memory_does_not_grow_with_rounds(tiny_overrides: list[str]) -> None:
+    """The number of live tensors after 2 rounds and after 6 is the same, and there is one base model."""
+    live: dict[int, int] = {}
+
+    def count(leg: str, done: int) -> None:
+        gc.collect()
+        live[done] = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    class Forgetful(Silent):
+        def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
+            del result
+            count(leg, done)
+
+    go([*tiny_overrides, "federation.rounds=6", "evaluation.baselines=[]", "evaluation.validation_rows=1"], Forgetful())
+    assert live[6] == live[3]
+    bases = [o for o in gc.get_objects() if isinstance(o, transformers.LlamaModel)]
+    assert len(bases) <= 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_site(tiny_overrides: list[str]) -> None:
+    with pytest.raises(FederationError) as stopped:
+        go([*tiny_overrides, "train.lr=1e30", "train.local_steps=6"])
+    text = str(stopped.value)
+    assert "round 1 stopped: 0 of 3 sites answered well" in text
+    for site in ("ward-0", "ward-1", "ward-2"):
+        assert f"site {site}: the loss became" in text
+    assert "A lower train.lr" in text
+
+
+def test_quorum_goes_on_without_a_broken_site(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedkeel.local
+
+    real = fedkeel.local.answer
+
+    def answer(payload: bytes, model: Model, examples: list, site: str, rounds: int, recipe: Recipe) -> bytes:
+        if site == "ward-1":
+            raise OSError("the disk of ward-1 is gone")
+        return real(payload, model, examples, site, rounds, recipe)
+
+    monkeypatch.setattr(fedkeel.local, "answer", answer)
+    base = [*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=2"]
+    with pytest.raises(FederationError, match=r"(?s)2 of 3 sites.*ward-1.*Traceback.*the disk of ward-1 is gone"):
+        go(base)
+    watch = Silent()
+    _, folder, _ = go([*base, "federation.quorum=0.6"], watch, fresh=True)
+    failed = [(r["round"], r["site"]) for r in rows_of(folder) if r["name"] == "failed"]
+    assert failed == [(1, "ward-1"), (2, "ward-1")]
+    told = [n for n in watch.notes if "ward-1" in n and "the quorum holds" in n]
+    assert len(told) == 2, watch.notes
+
+
+def test_full_disk_leaves_a_run_that_resumes(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedkeel.files
+
+    from fedkeel.files import DiskError
+
+    real, calls = fedkeel.files.os.fsync, [0]
+
+    def fsync(descriptor: int) -> None:
+        calls[0] += 1
+        if calls[0] == 9:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    _, whole, _ = go([*tiny_overrides, "name=whole"])
+    monkeypatch.setattr(fedkeel.files.os, "fsync", fsync)
+    with pytest.raises(DiskError, match="No space left on device"):
+        go(tiny_overrides)
+    monkeypatch.setattr(fedkeel.files.os, "fsync", real)
+    _, resumed, _ = go(tiny_overrides, resume=True)
+    assert same(adapter_of(whole.path), adapter_of(resumed.path))
+    assert not list(resumed.path.rglob("*.partial"))
+
+
+def test_an_empty_site_is_named(tiny_overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"site-\d+.* would have no training row"):
+        prepare(load_recipe(None, [*tiny_overrides, "partition.scheme=iid", "partition.sites=60"]))
+    with pytest.raises(ConfigError, match="data.site_column"):
+        prepare(load_recipe(None, [*tiny_overrides, "data.site_column="]))
+
+
+def test_a_label_never_seen_in_training_is_counted(tiny_overrides: list[str], tiny_data: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (tiny_data / "rows.jsonl").read_text().splitlines()]
+    lines = [r for r in lines if r["task"] == "colour" and not (r["split"] == "train" and r["output"] == "blue")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    (tmp_path / "tasks.json").write_text((tiny_data / "tasks.json").read_text())
+    held_out = sum(r["split"] == "test" and r["output"] == "blue" for r in lines)
+    prepared = prepare(load_recipe(None, [*tiny_overrides, f"data.root={tmp_path}", "partition.scheme=iid"]))
+    assert held_out > 0
+    assert any(f"{held_out} test rows carry a label never seen in training (colour: blue)" in n for n in prepared.notes)
+
+
+def test_over_long_rows_are_counted(tiny_overrides: list[str]) -> None:
+    watch = Silent()
+    go([*tiny_overrides, "data.max_length=40", "evaluation.baselines=[]", "federation.rounds=1"], watch)
+    assert any("had their input shortened (data.max_length = 40 tokens)" in n for n in watch.notes)
+
+
+def test_partition_serves_every_split(tiny_overrides: list[str]) -> None:
+    """A site's test rows follow its training rows: what no Dirichlet site trains on, it is not tested on as its own."""
+    recipe = load_recipe(None, [*tiny_overrides, "partition.scheme=dirichlet", "partition.sites=2", "partition.alpha=0.5"])
+    prepared = prepare(recipe)
+    everything = sorted(r.id for s in ("train", "validation", "test") for r in prepared.sites.all(s))
+    assert len(everything) == len(set(everything)) == 72
+    again = make_sites(sorted(prepared.sites.all("train") + prepared.sites.all("validation") + prepared.sites.all("test"),
+                              key=lambda r: r.id), recipe)  # fmt: skip
+    assert again == prepared.sites
+
+
+def test_sampling_sites(tiny_overrides: list[str]) -> None:
+    watch = Silent()
+    go([*tiny_overrides, "federation.sites_per_round=2", "evaluation.baselines=[]"], watch)
+    assert [len(result.updates) for _, result in watch.results] == [2, 2, 2]
+
+
+def test_prepared_is_cheap_to_change(tiny_overrides: list[str]) -> None:
+    """`collate` and `Formatter` agree with what a site counts: positions in a message are those of its batches."""
+    watch = Silent()
+    recipe, _, model = go([*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1"], watch)
+    prepared: Prepared = prepare(recipe)
+    for update in watch.results[0][1].updates:
+        examples = Formatter(model.tokenizer, "causal", 128).encode_all(prepared.sites.rows[update.site]["train"])
+        batches = batch_indices([e.length for e in examples], 4, recipe.seed, update.site, range(3))
+        counted = sum(len(collate([examples[i] for i in b], "causal", 0).targets) for b in batches)
+        assert update.positions == counted
+
+
+def test_checkpoints_hold_every_round(tiny_overrides: list[str]) -> None:
+    from fedkeel.run import load_checkpoint
+
+    watch = Silent()
+    recipe, folder, model = go([*tiny_overrides, "evaluation.baselines=[]"], watch)
+    for _, result in watch.results:
+        stored = load_checkpoint(folder.checkpoint("federated", result.state.round), model.read())
+        assert same(stored.tensors(), dict(result.state.adapter.tensors()))
+    path = folder.checkpoint("federated", 2)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(RunError, match=r"round-0002\.fkl cannot be used.*checksum"):
+        load_checkpoint(path, model.read())
+    other: Adapter = replace(model.read(), lora={})
+    with pytest.raises(RunError, match="layout"):
+        load_checkpoint(folder.checkpoint("federated", 1), other)
