@@ -13,7 +13,9 @@ import torch
 
 torch.set_num_threads(1)
 
-WORDS = "red green blue small large old new cat dog bird tree house river stone sings runs sleeps near under over".split()
+COLOURS, SIZES = ["red", "green", "blue"], ["small", "large", "old", "new"]
+THINGS, VERBS = ["cat", "dog", "bird", "tree", "house", "river", "stone"], ["sings", "runs", "sleeps"]
+WORDS = [*COLOURS, *SIZES, *THINGS, *VERBS, "near", "under", "over"]
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +55,7 @@ def tiny_rows() -> list[dict[str, str]]:
     rows = []
     for number in range(72):
         colour, thing, verb = WORDS[number % 3], WORDS[7 + number % 7], WORDS[14 + number % 3]
-        split = ("train", "train", "train", "train", "validation", "test")[number % 6]
+        split = ("train", "train", "train", "train", "validation", "test")[number // 2 % 6]
         row = {"department": f"ward-{number % 3}", "split": split, "input": f"the {colour} {thing} {verb} {number}"}
         if number % 2:
             rows.append({**row, "task": "colour", "instruction": "Which colour?", "output": colour})

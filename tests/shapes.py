@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of transformers: nothing here may ask a network
 
 import torch
 import transformers

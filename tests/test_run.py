@@ -77,7 +77,7 @@ def without_time(rows: list[dict]) -> list[dict]:
 def test_one_site_is_plain_lora_training(tiny_overrides: list[str], tiny_base: Path) -> None:
     """The whole system with one site against a bare loop on transformers and peft, no code of FedKeel's in the loop but the
     choice of batches: logits over the vocabulary, labels of −100 elsewhere, transformers' own loss."""
-    one_site = ["partition.scheme=iid", "partition.sites=1", "evaluation.baselines=[]"]
+    one_site = ["train.lr=1e-3", "partition.scheme=iid", "partition.sites=1", "evaluation.baselines=[]"]
     recipe, folder, _ = go([*tiny_overrides, *one_site])
     prepared = prepare(recipe)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_base)
@@ -113,7 +113,7 @@ def test_one_site_is_plain_lora_training(tiny_overrides: list[str], tiny_base: P
     assert got.keys() == expected.keys()
     assert max((got[k] - expected[k]).abs().max().item() for k in got) < 1e-6
     moved = max((expected[k] - start[k.replace(".weight", ".default.weight")]).abs().max().item() for k in got)
-    assert moved > 1e-2, "the comparison would hold for a model that did not train"
+    assert moved > 2e-3, "the comparison would hold for a model that did not train"
 
 
 def test_learning_rate_by_hand() -> None:
@@ -208,7 +208,7 @@ def test_folder_rules(tiny_overrides: list[str], tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no run to resume"):
         go(tiny_overrides, resume=True)
     _, folder, _ = go([*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1"])
-    with pytest.raises(RunError, match="--resume.*--fresh"):
+    with pytest.raises(RunError, match=r"--resume.*--fresh"):
         go([*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1"])
     with pytest.raises(RunError, match=r"lr = 0\.01.*lr = 0\.5"):
         go([*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1", "train.lr=0.5"], resume=True)
@@ -336,7 +336,6 @@ def test_quorum_goes_on_without_a_broken_site(tiny_overrides: list[str], monkeyp
 
 def test_full_disk_leaves_a_run_that_resumes(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import fedkeel.files
-
     from fedkeel.files import DiskError
 
     real, calls = fedkeel.files.os.fsync, [0]
@@ -360,7 +359,7 @@ def test_full_disk_leaves_a_run_that_resumes(tiny_overrides: list[str], monkeypa
 def test_an_empty_site_is_named(tiny_overrides: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"site-\d+.* would have no training row"):
         prepare(load_recipe(None, [*tiny_overrides, "partition.scheme=iid", "partition.sites=60"]))
-    with pytest.raises(ConfigError, match="data.site_column"):
+    with pytest.raises(ConfigError, match=r"data\.site_column"):
         prepare(load_recipe(None, [*tiny_overrides, "data.site_column="]))
 
 
@@ -414,7 +413,7 @@ def test_checkpoints_hold_every_round(tiny_overrides: list[str]) -> None:
     from fedkeel.run import load_checkpoint
 
     watch = Silent()
-    recipe, folder, model = go([*tiny_overrides, "evaluation.baselines=[]"], watch)
+    _, folder, model = go([*tiny_overrides, "evaluation.baselines=[]"], watch)
     for _, result in watch.results:
         stored = load_checkpoint(folder.checkpoint("federated", result.state.round), model.read())
         assert same(stored.tensors(), dict(result.state.adapter.tensors()))

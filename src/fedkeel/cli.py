@@ -113,8 +113,8 @@ def run(
 ) -> None:
     """Run a federation and its baselines; without a recipe, the full defaults on the embedded model and data."""
     given = arguments or []
-    if resume and not any("=" not in a for a in given):
-        given = [*_latest_unfinished(Path("runs")), *given]
+    if resume and not given:
+        given = _latest_unfinished(Path("runs"))
     recipe = _recipe(given)
     console = _console()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

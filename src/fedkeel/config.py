@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ class Partition:
 
     scheme: str = _one_of("natural", "natural", "iid", "dirichlet", "by-task", "quantity")
     sites: int = _number(4, 1)
-    alpha: float = _number(0.3, 0, above=True)
+    alpha: float = _number(0.3, 0, 1e6, above=True)
     # what a Dirichlet draw is made for
     over: str = _one_of("labels", "labels", "tasks")
 
@@ -273,7 +274,7 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            tree = tomllib.loads(path.read_text())
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
             raise ConfigError(f"recipe not found: {path}" + (f"; did you mean {near[0]}?" if near else "")) from error
@@ -289,9 +290,8 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+    if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     return repr(value)

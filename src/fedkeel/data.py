@@ -104,9 +104,9 @@ class Formatter:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
         except TemplateError as error:
+            roles, first = ", ".join(role for role, _ in turns) or "nobody", turns[0][1][:60] if turns else ""
             raise DataError(
-                f"the chat template of {self.tokenizer.name_or_path} refuses turns by {', '.join(r for r, _ in turns) or 'nobody'} "
-                f"(the first: {turns[0][1][:60] if turns else ''!r}): {error}"
+                f"the chat template of {self.tokenizer.name_or_path} refuses turns by {roles} (the first: {first!r}): {error}"
             ) from error
 
     def _content(self, record: Record, text: str) -> str:

@@ -44,12 +44,13 @@ def unpack(payload: bytes, kind: str, round: int | None, like: Adapter) -> tuple
     for key, value in promised.items():
         if header.get(key) != value:
             raise EnvelopeError(f"a message with {key} = {header.get(key)!r} where {value!r} belongs")
-    if header.get("codec") not in CODECS:
-        raise EnvelopeError(f"unknown codec {header.get('codec')!r}; known: {', '.join(CODECS)}")
+    codec = header.get("codec")
+    if not isinstance(codec, str) or codec not in CODECS:
+        raise EnvelopeError(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
     shapes = {name: tuple(t.shape) for name, t in like.tensors().items()}
     if {name: tuple(t.shape) for name, t in sent.items()} != shapes:
         raise EnvelopeError("names or shapes of the tensors are not those of the adapter")
     try:
-        return header, CODECS[header["codec"]].decode(sent)
+        return header, CODECS[codec].decode(sent)
     except ValueError as error:
         raise EnvelopeError(str(error)) from error

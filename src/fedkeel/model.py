@@ -19,6 +19,8 @@ import peft
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedkeel.config import LoraConfig
@@ -118,17 +120,23 @@ def base_location(base: str) -> str:
     return base
 
 
-def _load(call: Any, base: str, where: str, **options: Any) -> Any:
-    """A `from_pretrained` with one clear error for its many ways to fail."""
+@contextmanager
+def _loading(base: str) -> Iterator[None]:
+    """One clear error for the many ways in which loading can fail, and no bars or advice from it."""
     try:
         with quiet():
-            return call.from_pretrained(where, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"model.base = {base!r} cannot be loaded: {reason}. Name the embedded model ({', '.join(EMBEDDED)}), a local "
             f"folder in Hugging Face layout, or a hub id that this machine can reach or has in its cache"
         ) from error
+
+
+def _load(call: Any, base: str, where: str, **options: Any) -> Any:
+    with _loading(base):
+        return call.from_pretrained(where, trust_remote_code=False, **options)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -225,9 +233,10 @@ class Model:
         if weights:
             base = _load(auto, config.base, where, **options)
         else:
-            base_config.num_labels = max(2, len(self.classes))
-            with torch.device("meta"), quiet():
-                base = auto.from_config(base_config)
+            if self.linear_head:
+                base_config.num_labels = len(self.classes)
+            with torch.device("meta"), _loading(config.base):
+                base = auto.from_config(base_config, trust_remote_code=False)
         base.config.use_cache = False
         if base.config.pad_token_id is None:
             base.config.pad_token_id = self.tokenizer.pad_token_id
@@ -238,6 +247,8 @@ class Model:
             use_rslora=lora.rslora,
             lora_dropout=lora.dropout,
             target_modules=targets_for(base_config, lora.targets),
+            # a checkpoint may lack the pooler (DeBERTa's always does): drawn afresh, it is part of the fresh head
+            modules_to_save=["pooler"] if self.linear_head else None,
         )
         seed_torch(seed, "adapter")
         try:
@@ -386,18 +397,23 @@ class Model:
         """
         self.net.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
+        self._save_classes(folder)
+
+    def _save_classes(self, folder: Path) -> None:
         if self.classes and self.kind == "classifier":
             head = "linear" if self._label_text is None else "label-text"
             text = json.dumps({"head": head, "classes": self.classes}, indent=1, ensure_ascii=False)
             (folder / "fedkeel_classes.json").write_text(text + "\n")
             if self._label_text is not None:
-                from safetensors.torch import save_file
-
                 save_file({"embeddings": self._label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")
 
     def save_merged(self, folder: Path) -> None:
-        """Base and adapter in one, in Hugging Face layout, with the tokenizer. This object is of no further use after it."""
+        """Base and adapter in one, in Hugging Face layout, with the tokenizer and what `save` writes of an encoder's classes.
+
+        This object is of no further use after it.
+        """
         merged = self.net.merge_and_unload()
         merged.config.use_cache = True
         merged.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        self._save_classes(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -44,7 +45,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield place, value
     except FileNotFoundError as error:
         raise DataError(f"data file not found: {path}") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -68,7 +69,7 @@ def _messages(row: Mapping[str, Any], place: str) -> tuple[tuple[str, str], ...]
         if not isinstance(turn, dict):
             raise DataError(f"{place}: a turn is {type(turn).__name__} where an object with role and content belongs")
         role = turn.get("role", turn.get("from"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise DataError(f"{place}: role {role!r} is unknown; one of {', '.join(ROLES)} belongs here")
         read.append((ROLES[role], _text(turn.get("content", turn.get("value")), place, "content")))
     while read and read[-1][0] != "assistant":
@@ -110,18 +111,19 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
         raise DataError(f"{place}: the row has neither instruction nor input")
     if labels and output not in labels:
         raise DataError(f"{place}: label {output!r} is not among the labels that {config.tasks_file} lists for {task!r}")
-    split = row.get("split")
-    if split is not None and split not in SPLITS:
+    split = _text(row.get("split"), place, "split")
+    if split and split not in SPLITS:
         raise DataError(f"{place}: split {split!r} is unknown; one of {', '.join(SPLITS)} belongs here")
     site = ""
     if config.site_column:
         if config.site_column not in row:
             raise DataError(f"{place}: no column {config.site_column!r} (data.site_column) to take the site's name from")
         site = str(row[config.site_column])
-    content = json.dumps([task, instruction, text, output, messages, split, site])
-    identity = str(row.get("id") or hashlib.sha256(content.encode()).hexdigest()[:16])
+    content = json.dumps([task, instruction, text, output, messages, split or None, site])
+    given = row.get("id")
+    identity = hashlib.sha256(content.encode()).hexdigest()[:16] if given in (None, "") else str(given)
     references = tuple(meta.get("references", {}).get(identity, ())) or (output,)
-    return Record(identity, task, SPLITS.get(split or "", ""), output, instruction, text, site, references, labels, messages)
+    return Record(identity, task, SPLITS.get(split, ""), output, instruction, text, site, references, labels, messages)
 
 
 def _metadata(config: Data) -> Mapping[str, Any]:
@@ -132,9 +134,14 @@ def _metadata(config: Data) -> Mapping[str, Any]:
         meta = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{path} (data.tasks_file) cannot be read: {error}") from error
-    if not isinstance(meta, dict):
-        raise DataError(f"{path} (data.tasks_file): a JSON object of tasks belongs here")
-    return meta if "tasks" in meta else {"tasks": meta}
+    if isinstance(meta, dict) and not {"tasks", "references"} & set(meta):
+        meta = {"tasks": meta}
+    for key, belongs in (("tasks", dict), ("references", list)):
+        values = meta.get(key, {}) if isinstance(meta, dict) else None
+        if not isinstance(values, dict) or not all(isinstance(v, belongs) for v in values.values()):
+            what = "task, an object with instruction and labels" if key == "tasks" else "row id, a list of accepted answers"
+            raise DataError(f"{path} (data.tasks_file): under {key!r} belongs an object that holds, by {what}")
+    return meta
 
 
 def _hub_rows(config: Data) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -150,8 +157,9 @@ def _hub_rows(config: Data) -> Iterator[tuple[str, dict[str, Any]]]:
         feature = rows.features.get("label")
         for number, row in enumerate(rows):
             if isinstance(feature, datasets.ClassLabel) and isinstance(row["label"], int):
-                row["label"] = feature.int2str(row["label"])
-            if split in SPLITS and "split" not in row:
+                row["label"] = feature.int2str(row["label"]) if row["label"] >= 0 else None  # -1: withheld
+            # a set of one split has not been divided, whatever that split is called
+            if split in SPLITS and len(loaded) > 1 and "split" not in row:
                 row["split"] = split
             yield f"{config.dataset}[{split}][{number}]", row
 
@@ -175,7 +183,7 @@ def _unique_ids(records: list[Record]) -> list[Record]:
     """Sorted by id and content; an id that occurs again (a row that stands twice) gets a running suffix."""
     seen: Counter[str] = Counter()
     unique = []
-    for record in sorted(records, key=lambda r: (r.id, r.task, r.split, r.site, r.input, r.output)):
+    for record in sorted(records, key=lambda r: (r.id, r.task, r.split, r.site, r.instruction, r.input, r.output, r.messages)):
         seen[record.id] += 1
         unique.append(record if seen[record.id] == 1 else replace(record, id=f"{record.id}~{seen[record.id]}"))
     return unique
@@ -199,20 +207,21 @@ def load_records(config: Data, seed: int) -> list[Record]:
             rows = (pair for name in config.files for pair in read_json_lines(Path(config.root) / name))
         read, classified = [], set()
         for place, row in rows:
-            if config.tasks and row.get("task") not in config.tasks:
+            if config.tasks and (_text(row.get("task"), place, "task") or "default") not in config.tasks:
                 continue
-            if row.get("label") is not None and str(row["label"]) in config.drop_labels:
+            answer = row["label"] if row.get("label") is not None else row.get("output")
+            if str(answer) in config.drop_labels:
                 continue
             record = to_record(row, place, meta, config)
-            if "label" in row and not record.labels and not record.messages:
+            if "label" in row and "text" in row and not record.labels and not record.messages:
                 classified.add(record.task)
             read.append(record)
         own = {t: tuple(sorted({r.output for r in read if r.task == t})) for t in classified}
         read = [replace(r, labels=own[r.task]) if r.task in own else r for r in read]
-        dropped = {label.replace("_", " ") for label in config.drop_labels}
+        dropped = {*config.drop_labels, *(label.replace("_", " ") for label in config.drop_labels)}
         if dropped:
             read = [replace(r, labels=tuple(v for v in r.labels if v not in dropped)) for r in read]
-        found = list(_with_splits(_unique_ids(read), config, seed))
+        found = _unique_ids(list(_with_splits(read, config, seed)))  # in this order: a row that stands twice is in one split
     if config.tasks:
         missing = set(config.tasks) - {r.task for r in found}
         if missing:

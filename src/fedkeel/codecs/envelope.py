@@ -47,11 +47,13 @@ def open_envelope(payload: bytes, limit: int = LIMIT) -> tuple[dict[str, Any], d
         header = json.loads(json.loads(body[8 : 8 + size])["__metadata__"]["fedkeel"])
         # The parser hands tensors out in no fixed order; sums over them need one.
         tensors = dict(sorted(safetensors.torch.load(body).items()))
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        finite = {name: bool(torch.isfinite(tensor).all()) for name, tensor in tensors.items()}
+    # RuntimeError: JSON nested too deep, a shape or a type that torch cannot hold
+    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise EnvelopeError(f"a malformed message: {error}") from error
     if not isinstance(header, dict):
         raise EnvelopeError(f"a header of type {type(header).__name__} where an object belongs")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+    for name, fine in finite.items():
+        if not fine:
             raise EnvelopeError(f"{name} holds a value that is not finite")
     return header, tensors

@@ -1,0 +1,169 @@
+"""The command as a user types it: fast where it can be, one clear paragraph where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from fedkeel.config import load_recipe
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+def fedkeel(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from fedkeel.cli import main; main()"
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "train.lrr=1"], ["--version"]])
+def test_help_and_typos_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import atexit, sys\n"
+        "heavy = ('torch', 'transformers', 'peft', 'numpy', 'datasets', 'matplotlib')\n"
+        "atexit.register(lambda: print('HEAVY', [m for m in heavy if m in sys.modules]))\n"
+        "from fedkeel.cli import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert "HEAVY []" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        (["run", "recipes/quikstart.toml"], "recipe not found: recipes/quikstart.toml; did you mean quickstart.toml?"),
+        (["run", "recipes/clinc150.toml"], "data.root is not set"),
+        (["run", "recipes/clinc150.toml", "data.root=/nowhere"], "data file not found: /nowhere/intents/clinc150.jsonl.gz"),
+        (["run", "model.base=./nowhere"], "model.base = './nowhere': no such folder"),
+        (["run", "model.base=nobody/nothing", "data.rows_per_site=8"], "model.base = 'nobody/nothing' cannot be loaded"),
+        (["run", "federation.rule=median"], "federation.rule = 'median': one of mean, svd belongs here"),
+        (["evaluate", "runs/never"], "is missing: runs/never is not a run whose federation has ended"),
+        (["export", "runs/never", "x"], "is missing: runs/never is not a run whose federation has ended"),
+    ],
+)
+def test_mistakes_are_one_paragraph_and_exit_1(arguments: list[str], told: str) -> None:
+    done = fedkeel(*arguments)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert done.stderr.startswith("fedkeel: ")
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().split("\n")) == 1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_well_formed(path: Path, tmp_path: Path) -> None:
+    """Its files need not be here: empty ones stand in for the names it lists."""
+    listed = re.findall(r'"((?:cl15|intents|superni)/[^"]+)"', path.read_text())
+    for name in listed:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    recipe = load_recipe(path, [f"data.root={tmp_path}"] if listed else [])
+    assert recipe.name == path.stem
+
+
+def test_dry_run_shows_the_plan_and_does_nothing(tiny_overrides: list[str], tmp_path: Path) -> None:
+    done = fedkeel("run", *tiny_overrides, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for part in ("rank = 4", "ward-0", "ward-2", "frozen parameters", "trainable parameters", "bytes", "a round"):
+        assert part in done.stdout
+    # per layer: q, o 32x32, k, v 32x16, gate, up, down 32x64, rank 4: 4 * (64 + 64 + 48 + 48 + 3 * 96)
+    assert f"{2 * 4 * (64 + 64 + 48 + 48 + 3 * 96):,} (" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_smollm2_recipe_with_local_stand_ins(tiny_base: Path, tmp_path: Path) -> None:
+    """The hub recipe as it is, but for two names: a folder in Hugging Face layout and a folder of chats."""
+    pytest.importorskip("datasets", reason="the hub source needs the extra `hub`")
+    (tmp_path / "chats").mkdir()
+    for split, count in (("train", 40), ("test", 8)):
+        rows = [
+            {"messages": [{"role": "user", "content": f"hello {k}"}, {"role": "assistant", "content": f"hi {k}"}]}
+            for k in range(count)
+        ]
+        (tmp_path / "chats" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = fedkeel(
+        "run", "recipes/smollm2.toml", f"model.base={tiny_base}", f"data.dataset={tmp_path / 'chats'}", "data.subset=",
+        "--dry-run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    counts = [
+        list(map(int, re.findall(r"\d+", line.split("│", 1)[1]))) for line in done.stdout.splitlines() if "│ site-" in line
+    ]
+    assert [c[0] for c in counts] == [0, 1, 2, 3]
+    assert sum(c[1] + c[2] for c in counts) == 40
+    assert sum(c[3] for c in counts) == 8
+
+
+def test_run_evaluate_export(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    """From text to a merged model: the table, the report, the scores of `evaluate`, and logits of what `export` wrote."""
+    done = fedkeel("run", *tiny_overrides)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tiny"
+    for part in ("base", "local", "federated", "centralised", "report.md", "adapter"):
+        assert part in done.stdout
+    names = {p.name for p in folder.iterdir()}
+    assert {"recipe.toml", "rows.jsonl", "env.json", "state.json", "adapter", "checkpoints", "report.md", "table.md"} <= names
+
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    stored = {r["task"]: r["value"] for r in rows if (r["method"], r["name"], r["split"]) == ("federated", "score", "test")}
+    evaluated = fedkeel("evaluate", str(folder), "--predictions", str(tmp_path / "p.jsonl"))
+    assert evaluated.returncode == 0, evaluated.stderr
+    for task in ("colour", "echo"):
+        line = next(line for line in evaluated.stdout.splitlines() if f"│ {task}" in line)
+        assert f"{100 * stored[task]:.1f}" in line
+    predicted = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    correct = [p["accuracy"] for p in predicted if p["task"] == "colour"]
+    assert sum(correct) / len(correct) == pytest.approx(stored["colour"])
+
+    assert fedkeel("export", str(folder), str(tmp_path / "adapter")).returncode == 0
+    assert fedkeel("export", str(folder), str(tmp_path / "merged"), "--merged").returncode == 0
+    import peft
+
+    ids = torch.arange(5, 30)[None]
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=ids).logits
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (merged(input_ids=ids).logits - adapted).abs().max().item() < 1e-5
+    again = fedkeel("export", str(folder), str(tmp_path / "merged"), "--merged")
+    assert again.returncode == 1
+    assert "exists; name a folder that does not" in again.stderr
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+def test_resume_from_the_command_line(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """Ctrl-C in the middle (SIGINT), then --resume, ends in the adapter of a run that was never stopped."""
+    import signal
+    import time
+
+    whole = fedkeel("run", *tiny_overrides, "name=whole", "federation.rounds=12")
+    assert whole.returncode == 0, whole.stderr
+    arguments = [*tiny_overrides, "federation.rounds=12"]
+    code = "from fedkeel.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "run", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    state = tmp_path / "tiny" / "state.json"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (state.exists() and json.loads(state.read_text())["round"] >= 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped; continue with: fedkeel run" in out
+    assert not json.loads(state.read_text())["finished"]
+    resumed = fedkeel("run", *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    adapter = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "tiny" / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()

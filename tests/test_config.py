@@ -1,0 +1,245 @@
+"""Recipes: every documented failure with its words, overrides, and the way out to TOML and back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedkeel.aggregate import AGGREGATORS, WEIGHTINGS
+from fedkeel.codecs import CODECS
+from fedkeel.config import (
+    BASELINES,
+    ConfigError,
+    Data,
+    Evaluation,
+    Federation,
+    LoraConfig,
+    Recipe,
+    as_dict,
+    known_keys,
+    load_recipe,
+    to_toml,
+)
+
+
+def read(recipe: Recipe, key: str) -> Any:
+    """The value at a dotted key."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        # unknown keys, with the nearest known one
+        ("lora.rnak=4", "unknown key 'lora.rnak'; did you mean 'lora.rank'?"),
+        ("federation.quorm=1", "unknown key 'federation.quorm'; did you mean 'federation.quorum'?"),
+        ("rank=4", "unknown key 'rank'; did you mean 'lora.rank'?"),
+        ("train.rank=4", "unknown key 'train.rank'; did you mean 'lora.rank'?"),
+        ("trian.lr=1", "unknown key 'trian'; did you mean 'train.lr'?"),
+        ("qqq=1", "unknown key 'qqq'"),
+        # wrong types
+        ("lora.rank=4.0", "lora.rank = 4.0: int belongs here, not float"),
+        ("lora.rank=four", "lora.rank = 'four': int belongs here, not str"),
+        ("lora.rank=true", "lora.rank = True: int belongs here, not bool"),
+        ("train.lr=true", "train.lr = True: float belongs here, not bool"),
+        ("lora.rslora=1", "lora.rslora = 1: bool belongs here, not int"),
+        ("lora.rslora=True", "lora.rslora = 'True': bool belongs here, not str"),
+        ("lora.targets=[1, 2]", "lora.targets = [1, 2]: a list of strings belongs here"),
+        ("data.tasks=3", "data.tasks = 3: a list of strings belongs here"),
+        ("train=5", "train is a table of keys, not 5; write train.KEY=VALUE"),
+        # out of range
+        ("lora.rank=0", "lora.rank = 0: must be at least 1"),
+        ("lora.alpha=0", "lora.alpha = 0.0: must be above 0"),
+        ("lora.dropout=1", "lora.dropout = 1.0: must be at least 0 and at most 0.99"),
+        ("train.lr=-1e-3", "train.lr = -0.001: must be above 0"),
+        ("train.lr=nan", "train.lr = nan: must be above 0"),
+        ("train.warmup=1.5", "train.warmup = 1.5: must be at least 0 and at most 1"),
+        ("federation.quorum=0", "federation.quorum = 0.0: must be above 0 and at most 1"),
+        ("federation.quorum=1.01", "federation.quorum = 1.01: must be above 0 and at most 1"),
+        ("federation.rounds=0", "federation.rounds = 0: must be at least 1"),
+        ("partition.alpha=inf", "partition.alpha = inf: must be above 0 and at most 1000000.0"),
+        ("seed=-1", "seed = -1: must be at least 0"),
+        # choices
+        ("federation.rule=meen", "federation.rule = 'meen': one of mean, svd belongs here; did you mean 'mean'?"),
+        ("federation.codec_up=zip", "federation.codec_up = 'zip': one of fp32, bf16, fp16 belongs here"),
+        ("partition.scheme=by_task", "did you mean 'by-task'?"),
+        ("model.kind=casual", "did you mean 'causal'?"),
+        ("evaluation.baselines=base,centralized", "evaluation.baselines: 'centralized' is not one of base, local, centralised"),
+        # what only fits together
+        ("train.local_epochs=1", "train.local_steps = 10 and train.local_epochs = 1: set exactly one above 0"),
+        ("train.local_steps=0", "train.local_steps = 0 and train.local_epochs = 0: set exactly one above 0"),
+        ("train.micro_batch_size=17", "train.micro_batch_size = 17 is over train.batch_size = 16"),
+        ("data.source=jsonl", "data.root is not set: name the folder that holds the data, as in data.root=/path/to/data"),
+        ("data.source=hub", "data.dataset is not set"),
+        ("name=../up", "name = '../up': a plain folder name belongs here"),
+        ("name=", "name = '': a plain folder name belongs here"),
+        ("name=.", "name = '.': a plain folder name belongs here"),
+        # not an override at all
+        ("recipe", "'recipe' is neither a recipe file nor key=value"),
+        ("=3", "'=3' is neither a recipe file nor key=value"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_in_these_words(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(None, [override])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["lora.rank=4"], "lora.rank", 4),
+        (["seed=1_000"], "seed", 1000),
+        (["train.lr=1e-3"], "train.lr", 1e-3),
+        (["train.lr=1"], "train.lr", 1.0),
+        (["federation.max_update_norm=inf"], "federation.max_update_norm", float("inf")),
+        (["lora.rslora=true"], "lora.rslora", True),
+        ([" lora.rank = 4 "], "lora.rank", 4),
+        (['lora.targets=["q_proj", "v_proj"]'], "lora.targets", ("q_proj", "v_proj")),
+        (["lora.targets=q_proj,v_proj"], "lora.targets", ("q_proj", "v_proj")),
+        (["lora.targets=q_proj"], "lora.targets", ("q_proj",)),
+        (["evaluation.baselines="], "evaluation.baselines", ()),
+        (["evaluation.baselines=[]"], "evaluation.baselines", ()),
+        (["federation.rule=svd"], "federation.rule", "svd"),
+        (['federation.rule="svd"'], "federation.rule", "svd"),
+        (["model.base=/models/a b=c"], "model.base", "/models/a b=c"),
+        (["model.base=org/model-1.5"], "model.base", "org/model-1.5"),
+        (["name=7"], "name", "7"),
+        (["name=007"], "name", "007"),
+        (["name=true"], "name", "true"),
+        (["out=2024-01-02"], "out", "2024-01-02"),
+        (["data.subset=[1, 2]"], "data.subset", "[1, 2]"),
+        (["seed=2", "seed=3"], "seed", 3),
+        (["train.local_epochs=2", "train.local_steps=0"], "train.local_epochs", 2),
+    ],
+)
+def test_overrides_are_read_as_meant(overrides: list[str], key: str, value: Any) -> None:
+    got = read(load_recipe(None, overrides), key)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_an_override_changes_nothing_else() -> None:
+    recipe = load_recipe(None, ["lora.rank=4"])
+    assert replace(recipe, lora=LoraConfig()) == Recipe() == load_recipe(None)
+
+
+def test_a_file_is_overridden_by_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('name = "müller"\n[train]\nlr = 1\nbatch_size = 4\n', encoding="utf-8")
+    recipe = load_recipe(path, ["train.batch_size=8"])
+    assert (recipe.name, recipe.train.lr, recipe.train.batch_size) == ("müller", 1.0, 8)
+    assert recipe.federation == Federation()
+
+
+def test_a_missing_recipe_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"recipe not found: .*quikstart\.toml; did you mean quickstart\.toml\?"):
+        load_recipe(tmp_path / "quikstart.toml")
+    with pytest.raises(ConfigError, match=r"recipe not found: .*other\.toml$"):
+        load_recipe(tmp_path / "nowhere" / "other.toml")
+
+
+@pytest.mark.parametrize("content", [b"[train\nlr = 1", b"lr = = 1", b'name = "\xff"', b"seed = 1\nseed = 2"])
+def test_a_malformed_recipe_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken\.toml: ."):
+        load_recipe(path)
+    with pytest.raises(ConfigError, match="directory"):
+        load_recipe(tmp_path)
+
+
+def test_an_unknown_table_in_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[training]\nlr = 1\n")
+    with pytest.raises(ConfigError, match="unknown key 'training'; did you mean"):
+        load_recipe(path)
+    path.write_text("train = 3\n")
+    with pytest.raises(ConfigError, match=r"train\.lr: 'train' is a value, not a table"):
+        load_recipe(path, ["train.lr=1"])
+
+
+def test_data_files_are_looked_for_before_anything_heavy(tmp_path: Path) -> None:
+    there = ["data.source=jsonl", f"data.root={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"data\.files is empty"):
+        load_recipe(None, there)
+    with pytest.raises(ConfigError, match=rf"data file not found: {tmp_path}/rows\.jsonl \(data\.root = '{tmp_path}'\)"):
+        load_recipe(None, [*there, "data.files=rows.jsonl"])
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"data file not found: .*tasks\.json"):
+        load_recipe(None, [*there, "data.files=rows.jsonl", "data.tasks_file=tasks.json"])
+    assert load_recipe(None, [*there, "data.files=rows.jsonl"]).data.files == ("rows.jsonl",)
+
+
+def test_the_choices_are_the_keys_of_the_tables() -> None:
+    choices = {f.name: f.metadata.get("choices") for f in fields(Federation)}
+    assert choices["rule"] == tuple(AGGREGATORS)
+    assert choices["weighting"] == tuple(WEIGHTINGS)
+    assert choices["codec_up"] == choices["codec_down"] == tuple(CODECS)
+    assert Evaluation().baselines == BASELINES
+
+
+def test_every_default_is_in_its_own_range(tmp_path: Path) -> None:
+    for key in known_keys():
+        default = read(Recipe(), key)
+        text = (
+            ",".join(default) if isinstance(default, tuple) else str(default).lower() if default in (True, False) else default
+        )
+        if not (key == "data.source" or isinstance(default, str)):
+            assert read(load_recipe(None, [f"{key}={text}"]), key) == default
+
+
+def there_and_back(recipe: Recipe, folder: Path) -> Recipe:
+    path = folder / "recipe.toml"
+    path.write_text(to_toml(recipe), encoding="utf-8")
+    return load_recipe(path)
+
+
+def test_the_default_recipe_survives_toml(tmp_path: Path) -> None:
+    assert there_and_back(Recipe(), tmp_path) == Recipe()
+    assert tomllib.loads(to_toml(Recipe())).keys() == as_dict(Recipe()).keys()
+
+
+ODD = "quote \" backslash \\ both \\\" tab \t newline \n return \r bell \x07 escape \x1b delete \x7f nul \0 ÄΩ漢🙂 # = [x] '''"
+
+
+def test_an_odd_recipe_survives_toml(tmp_path: Path) -> None:
+    recipe = replace(
+        Recipe(),
+        name="sites of Zürich",
+        seed=2**70,
+        lora=LoraConfig(rslora=True, targets=(ODD, "", "plain"), alpha=1e-300),
+        data=Data(instruction=ODD, drop_labels=("a,b", '"', "\\")),
+        federation=Federation(max_update_norm=1e22, quorum=1 / 3),
+        evaluation=Evaluation(baselines=()),
+    )
+    assert there_and_back(recipe, tmp_path) == recipe
+    assert read(load_recipe(None, ["federation.max_update_norm=inf"]), "federation.max_update_norm") == float("inf")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_any_text_survives_toml(text: str) -> None:
+    recipe = replace(Recipe(), data=Data(instruction=text))
+    assert tomllib.loads(to_toml(recipe))["data"]["instruction"] == text
+
+
+def test_reading_a_recipe_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from fedkeel.config import load_recipe; load_recipe(None, ['lora.rank=4']);"
+        "print(sorted({'torch', 'numpy', 'transformers', 'peft', 'safetensors', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

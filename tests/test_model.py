@@ -1,0 +1,470 @@
+"""Every architecture against plain Hugging Face: where LoRA sits, what logits come out, what a saved adapter gives.
+
+The twin of a forward pass is the base alone with W + scale · B @ A written into its weights by hand, one row at a time and
+without padding, all positions computed and the supervised ones picked out afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from shapes import ARCHITECTURES, CAUSAL, ENCODERS, HIDDEN, LAYERS, SEQ2SEQ, base, make, randomise, tokenizer
+from torch import Tensor, nn
+
+from fedkeel import model as model_module
+from fedkeel.config import LoraConfig
+from fedkeel.config import Model as ModelConfig
+from fedkeel.data import Batch, Example, Formatter, collate
+from fedkeel.model import Model, ModelError, kind_of, load_config, load_tokenizer, uses_bf16
+from fedkeel.types import Adapter, Lora, Record
+
+CLASSES = ("sport", "business news", "science")
+_LLAMA = (
+    "model.layers",
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj",
+)
+_BERT = "attention.output.dense intermediate.dense output.dense"
+_SELF = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2"
+_CROSS = "encoder_attn.q_proj encoder_attn.k_proj encoder_attn.v_proj encoder_attn.out_proj"
+
+
+def _t5(feed_forward: str) -> tuple[tuple[str, str], ...]:
+    def block(*attentions: str) -> str:
+        maps = [f"layer.{n}.{a}.{m}" for n, a in enumerate(attentions) for m in "qkvo"]
+        return " ".join(maps + [f"layer.{len(attentions)}.DenseReluDense.{m}" for m in feed_forward.split()])
+
+    return ("encoder.block", block("SelfAttention")), ("decoder.block", block("SelfAttention", "EncDecAttention"))
+
+
+# (path of the blocks, modules in each block) for the attention and feed-forward maps of each architecture
+PLACES: dict[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2"), (_LLAMA,)),
+    "phi": (("model.layers", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.dense mlp.fc1 mlp.fc2"),),
+    "phi3": (("model.layers", "self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj"),),
+    "gpt2": (("transformer.h", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),),
+    "gpt_neox": (("gpt_neox.layers", "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"),),
+    "opt": (("model.decoder.layers", _SELF),),
+    "bert": (("encoder.layer", f"attention.self.query attention.self.key attention.self.value {_BERT}"),),
+    "roberta": (("encoder.layer", f"attention.self.query attention.self.key attention.self.value {_BERT}"),),
+    "deberta-v2": (("encoder.layer", f"attention.self.query_proj attention.self.key_proj attention.self.value_proj {_BERT}"),),
+    "distilbert": (
+        ("transformer.layer", "attention.q_lin attention.k_lin attention.v_lin attention.out_lin ffn.lin1 ffn.lin2"),
+    ),
+    "modernbert": (("layers", "attn.Wqkv attn.Wo mlp.Wi mlp.Wo"),),
+    "t5": _t5("wi wo"),
+    "t5:gated": _t5("wi_0 wi_1 wo"),
+    "bart": (("model.encoder.layers", _SELF), ("model.decoder.layers", f"{_SELF} {_CROSS}")),
+}
+every = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+@cache
+def examples(name: str) -> tuple[Example, ...]:
+    """Three rows of different lengths."""
+    kind = ARCHITECTURES[name][0]
+    made = Formatter(load_tokenizer(ModelConfig(base=base(name))), kind, 128, classes=CLASSES)
+    rows = [
+        Record("a", "t", "train", "sport", "Say it.", "the boat turns", labels=CLASSES[:2] if kind == "classifier" else ()),
+        Record("b", "t", "train", "science", "", "a much longer row about 42 lentils, carrots and the old captain"),
+        Record("c", "t", "train", "business news", "", "no news"),
+    ]
+    return tuple(made.encode(row) for row in rows)
+
+
+def batch_of(model: Model, name: str) -> Batch:
+    return collate(examples(name), model.kind, model.tokenizer.pad_token_id, len(model.classes))
+
+
+@torch.no_grad()
+def logits_of(model: Model, name: str) -> Tensor:
+    return model.forward(batch_of(model, name)).logits
+
+
+def auto_class(model: Model) -> Any:
+    if model.kind == "classifier":
+        return transformers.AutoModelForSequenceClassification if model.linear_head else transformers.AutoModel
+    return transformers.AutoModelForCausalLM if model.kind == "causal" else transformers.AutoModelForSeq2SeqLM
+
+
+def plain(model: Model, adapter: Adapter | None = None) -> nn.Module:
+    """The base, loaded without FedKeel and PEFT, with the adapter's change added to its weights."""
+    net = auto_class(model).from_pretrained(model.config.base, dtype=torch.float32).eval()
+    for path, factors in (adapter.lora if adapter else {}).items():
+        module = net.get_submodule(path)
+        change = factors.scale * torch.einsum("or,ri->oi", factors.b, factors.a)
+        with torch.no_grad():  # GPT-2 stores its maps transposed
+            module.weight += change if isinstance(module, nn.Linear) else change.T
+    return net
+
+
+@torch.no_grad()
+def twin(net: nn.Module, model: Model, name: str) -> Tensor:
+    """The rows of `forward`, one row at a time, unpadded, every position computed."""
+    found = []
+    for example in examples(name):
+        ids = torch.tensor([example.ids])
+        if model.kind == "causal":
+            logits = net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+            found += [logits[c - 1] for c in range(1, len(example.ids)) if example.supervised[c]]
+        elif model.kind == "seq2seq":
+            decoder = torch.tensor([[net.config.decoder_start_token_id, *example.decoder[:-1]]])
+            found += list(net(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=decoder).logits[0])
+        else:
+            found.append(net(input_ids=ids).last_hidden_state[0].mean(0))
+    return torch.stack(found)
+
+
+def close(one: Tensor, two: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to `tolerance` of the largest logit: float32 rounds sums by their largest term."""
+    torch.testing.assert_close(one, two, atol=tolerance * max(1.0, float(two.abs().max())), rtol=0)
+
+
+@every
+def test_kind_is_read_from_the_config(name: str) -> None:
+    config = ModelConfig(base=base(name))
+    assert kind_of(config, load_config(config)) == ARCHITECTURES[name][0] == make(name).kind
+    assert kind_of(dataclasses.replace(config, kind="classifier"), load_config(config)) == "classifier"
+
+
+@every
+def test_lora_is_in_attention_and_feed_forward_of_every_block(name: str) -> None:
+    expected = {f"{blocks}.{i}.{m}" for blocks, maps in PLACES[name] for i in range(LAYERS) for m in maps.split()}
+    adapter = make(name, rank=3, alpha=12.0).read()
+    assert set(adapter.lora) == expected
+    assert adapter.dense == {}
+    modules = dict(plain(make(name)).named_modules())
+    for path, factors in adapter.lora.items():
+        out, into = modules[path].weight.shape if isinstance(modules[path], nn.Linear) else modules[path].weight.T.shape
+        assert (factors.a.shape, factors.b.shape) == ((3, into), (out, 3))
+        assert factors.scale == 4.0
+        assert factors.a.abs().sum() > 0 == factors.b.abs().sum()
+
+
+@pytest.mark.parametrize("name", CAUSAL + SEQ2SEQ)
+def test_logits_equal_a_plain_forward_of_base_and_adapter(name: str) -> None:
+    model = make(name)
+    randomise(model)
+    forward = model.forward(batch_of(model, name))
+    close(forward.logits, twin(plain(model, model.read()), model, name))
+    # and the adapter matters: a comparison that would hold without it proves nothing
+    assert (forward.logits - twin(plain(model), model, name)).abs().max() > 0.1
+    n = sum(e.positions for e in examples(name))
+    assert forward.logits.shape == (n, model.net.config.vocab_size)
+    assert forward.targets.tolist() == [
+        token for e in examples(name) for token in (e.decoder or [t for t, s in zip(e.ids, e.supervised, strict=True) if s])
+    ]
+    assert forward.rows.tolist() == [row for row, e in enumerate(examples(name)) for _ in range(e.positions)]
+
+
+@pytest.mark.parametrize("name", CAUSAL + SEQ2SEQ)
+def test_the_output_projection_sees_supervised_positions_only(name: str) -> None:
+    model, seen = make(name), []
+    model.net.get_output_embeddings().register_forward_hook(lambda _, inputs, out: seen.append((inputs[0].shape, out.shape)))
+    forward = model.forward(batch_of(model, name))
+    n, vocabulary = forward.logits.shape
+    assert n == sum(e.positions for e in examples(name))
+    assert seen == [((1, n, HIDDEN), (1, n, vocabulary))]
+    # outside `forward` the model is whole again
+    inputs = {k: v for k, v in batch_of(model, name).inputs.items() if k != "labels"}
+    if model.kind == "seq2seq":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    assert model.net(**inputs).logits.shape == (*inputs["input_ids"].shape, vocabulary)
+
+
+def test_a_failed_forward_leaves_no_positions_behind() -> None:
+    model = make("llama")
+    with pytest.raises(IndexError):
+        model.logits_at({"input_ids": torch.tensor([[10**6]])}, torch.tensor([0]), torch.tensor([0]))
+    assert model.net(input_ids=torch.tensor([[1, 2, 3]])).logits.shape[1] == 3
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_scores_a_class_by_twenty_times_the_cosine_to_its_words(name: str) -> None:
+    model = make(name)
+    randomise(model)
+    untouched, pooled = plain(model), twin(plain(model, model.read()), model, name)
+    label_rows = []
+    with torch.no_grad():
+        for text in CLASSES:
+            ids = torch.tensor([tokenizer(ARCHITECTURES[name][1])(text)["input_ids"]])
+            label_rows.append(untouched(input_ids=ids).last_hidden_state[0].mean(0))
+    labels = torch.stack(label_rows)
+    cosines = [[float(p @ q / (p.norm() * q.norm())) for q in labels] for p in pooled]
+    expected = 20 * torch.tensor(cosines)
+    expected[0, 2] = float("-inf")  # row a allows the first two classes only
+    assert expected[1:].std() > 0.1
+    forward = model.forward(batch_of(model, name))
+    assert (forward.logits == float("-inf")).tolist() == expected.isinf().tolist()
+    close(forward.logits.nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0))
+    assert (forward.targets.tolist(), forward.rows.tolist()) == ([0, 2, 1], [0, 1, 2])
+
+
+@every
+def test_only_the_adapter_is_trained_and_all_of_it(name: str) -> None:
+    model = make(name)
+    randomise(model)
+    trained = {n for n, p in model.net.named_parameters() if p.requires_grad}
+    assert all("lora_A" in n or "lora_B" in n for n in trained)
+    assert len(trained) == len(model.parameters()) == len(model.read().tensors()) == 2 * len(model.read().lora)
+    frozen = {n: p.detach().clone() for n, p in model.net.named_parameters() if n not in trained}
+    forward = model.forward(batch_of(model, name))
+    nn.functional.cross_entropy(forward.logits, forward.targets).backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert all(torch.equal(p, frozen[n]) for n, p in model.net.named_parameters() if n in frozen)
+    assert (
+        model.base_parameters() == sum(p.numel() for p in frozen.values()) == sum(p.numel() for p in plain(model).parameters())
+    )
+
+
+@every
+def test_read_and_write_are_exact(name: str) -> None:
+    model = make(name)
+    fresh = model.read()
+    randomise(model)
+    adapter = model.read()
+    kept = {path: t.clone() for path, t in adapter.tensors().items()}
+    logits = logits_of(model, name)
+    other = make(name, seed=2, alpha=20.0)
+    other.write(adapter)
+    assert torch.equal(logits_of(other, name), logits)
+    again = other.read()
+    assert all(torch.equal(t, kept[path]) for path, t in again.tensors().items())
+    assert [m.scale for m in again.lora.values()] == [m.scale for m in adapter.lora.values()]
+    model.write(fresh)
+    assert all(torch.equal(t, kept[path]) for path, t in adapter.tensors().items()), "read must give a copy"
+    if model.kind != "classifier":
+        close(logits_of(model, name), twin(plain(model), model, name))
+
+
+def test_the_seed_decides_the_fresh_adapter() -> None:
+    one, same, other = (make("llama", seed=s).read().tensors() for s in (5, 5, 6))
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert all(torch.equal(one[n], other[n]) == n.endswith(".b") for n in one)
+    head, again, elsewhere = (make("bert", head="linear", seed=s).read().dense["classifier.weight"] for s in (5, 5, 6))
+    assert torch.equal(head, again)
+    assert not torch.equal(head, elsewhere)
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    assert {m.scale for m in make("gpt2", rank=4, alpha=12.0, rslora=True).read().lora.values()} == {6.0}
+
+
+@pytest.mark.parametrize("fault", ["rank", "missing", "extra", "dense"])
+def test_an_adapter_that_does_not_fit_is_refused_whole_and_named(fault: str) -> None:
+    model = make("llama")
+    before, odd = model.read(), "model.layers.1.mlp.up_proj"
+    lora, dense = {p: Lora(m.a + 1, m.b + 1, m.scale) for p, m in before.lora.items()}, {}
+    if fault == "rank":
+        lora[odd] = Lora(lora[odd].a[:2], lora[odd].b[:, :2], 6.0)
+    elif fault == "missing":
+        del lora[odd]
+    elif fault == "extra":
+        odd = "model.layers.2.mlp.up_proj"
+        lora[odd] = lora["model.layers.1.mlp.up_proj"]
+    else:
+        odd = "classifier.weight"
+        dense[odd] = torch.zeros(3, HIDDEN)
+    with pytest.raises(ModelError, match=odd.replace(".", r"\.")):
+        model.write(Adapter(lora, dense))
+    assert all(torch.equal(t, before.tensors()[n]) for n, t in model.read().tensors().items())
+
+
+@every
+def test_peft_loads_a_saved_adapter(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    randomise(model)
+    model.save(tmp_path)
+    expected = logits_of(model, name)
+    loaded = peft.PeftModel.from_pretrained(auto_class(model).from_pretrained(base(name)), tmp_path).eval()
+    assert not (tmp_path / "README.md").exists()
+    if model.kind != "classifier":
+        close(twin(loaded, model, name), expected)
+        return
+    # what is needed to score classes lies beside the adapter
+    assert json.loads((tmp_path / "fedkeel_classes.json").read_text()) == {"head": "label-text", "classes": list(CLASSES)}
+    labels = load_file(tmp_path / "label_embeddings.safetensors")["embeddings"]
+    scores = 20 * nn.functional.normalize(twin(loaded, model, name), dim=-1) @ labels.T
+    close(scores[1:], expected[1:])
+
+
+@every
+def test_a_merged_model_gives_the_same_logits_alone(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    randomise(model)
+    expected = logits_of(model, name)
+    model.save_merged(tmp_path)
+    alone = auto_class(model).from_pretrained(tmp_path).eval()
+    text = "No news is good news 42"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+    found = twin(alone, model, name)
+    if model.kind == "classifier":
+        assert json.loads((tmp_path / "fedkeel_classes.json").read_text())["classes"] == list(CLASSES)
+        labels = load_file(tmp_path / "label_embeddings.safetensors")["embeddings"]
+        found, expected = (20 * nn.functional.normalize(found, dim=-1) @ labels.T)[1:], expected[1:]
+    close(found, expected, tolerance=1e-4)
+    assert "use_cache" not in (c := json.loads((tmp_path / "config.json").read_text())) or c["use_cache"] is True
+
+
+LINEAR = {
+    "bert": {"classifier.weight", "classifier.bias"},
+    "roberta": {"classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"},
+    "deberta-v2": {"classifier.weight", "classifier.bias"},
+    "distilbert": {"classifier.weight", "classifier.bias"},
+    "modernbert": {"classifier.weight", "classifier.bias"},
+    "llama": {"score.weight"},
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_head_is_trained_and_survives_saving(name: str, tmp_path: Path) -> None:
+    made = {"kind": "classifier", "head": "linear", "classes": CLASSES}
+    model = make(name, **made)
+    assert set(model.read().dense) >= LINEAR[name]
+    assert set(model.read().lora) == {f"{blocks}.{i}.{m}" for (blocks, maps), i in
+                                      zip_layers(name, model) for m in maps.split()}  # fmt: skip
+    randomise(model)
+    rows = [Example(r, "t", e.ids, target=n) for n, (r, e) in enumerate(zip("abc", examples(name), strict=True))]
+    batch = collate(rows, "classifier", model.tokenizer.pad_token_id, 3)
+    forward = model.forward(batch)
+    assert forward.logits.shape == (3, 3)
+    nn.functional.cross_entropy(forward.logits, forward.targets).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+    other = make(name, seed=9, **made)
+    other.write(model.read())
+    model.save(tmp_path / "adapter")
+    # loaded by PEFT on a base whose fresh head is drawn anew, and so is another one
+    torch.manual_seed(77)
+    fresh = transformers.AutoModelForSequenceClassification.from_pretrained(base(name), num_labels=3)
+    fresh.config.pad_token_id = model.tokenizer.pad_token_id
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    model.save_merged(tmp_path / "merged")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        close(other.forward(batch).logits, forward.logits)
+        close(loaded(**batch.inputs).logits, forward.logits)
+        close(merged(**batch.inputs).logits, forward.logits, tolerance=1e-4)
+    assert json.loads((tmp_path / "adapter" / "fedkeel_classes.json").read_text())["head"] == "linear"
+
+
+def zip_layers(name: str, model: Model) -> list[tuple[tuple[str, str], int]]:
+    """The blocks of `name` under the extra prefix that a model with a head has."""
+    prefix = {"llama": "", "modernbert": "model."}.get(name, f"{model.net.config.model_type.removesuffix('-v2')}.")
+    return [((prefix + blocks, maps), i) for blocks, maps in PLACES[name] for i in range(LAYERS)]
+
+
+@pytest.mark.parametrize("head", ["label-text", "linear"])
+@every
+def test_a_model_without_weights_has_the_same_shapes_and_counts(name: str, head: str) -> None:
+    if head == "linear" and name not in LINEAR:
+        pytest.skip("not an encoder")
+    options: dict[str, Any] = {"head": head}
+    if head == "linear":
+        options |= {"kind": "classifier", "classes": ("only",) if name == "bert" else CLASSES}
+    real, meta = make(name, **options), make(name, weights=False, **options)
+    assert meta.read_shapes() == real.read_shapes() == {n: tuple(t.shape) for n, t in real.read().tensors().items()}
+    assert meta.base_parameters() == real.base_parameters()
+    assert meta.kind == real.kind
+    assert {p.device.type for p in meta.net.parameters()} == {"meta"}
+
+
+def test_an_architecture_that_the_table_lacks_gets_every_linear_map_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = set(make("llama").read().lora)
+    monkeypatch.delitem(model_module.TARGETS, "llama")
+    assert set(make("llama").read().lora) == known
+
+
+def test_targets_of_the_recipe_take_precedence() -> None:
+    paths = set(make("llama", targets=("q_proj", "down_proj")).read().lora)
+    assert paths == {f"model.layers.{i}.{m}" for i in range(LAYERS) for m in ("self_attn.q_proj", "mlp.down_proj")}
+    with pytest.raises(ModelError, match=r"LoRA cannot be put into .*llama.*nonsense"):
+        make("llama", targets=("nonsense",))
+
+
+def test_an_encoder_needs_classes() -> None:
+    with pytest.raises(ModelError, match="no row of this data has labels"):
+        Model(ModelConfig(base=base("bert"), precision="fp32"), LoraConfig(), 1)
+
+
+def copy_of(name: str, folder: Path) -> Path:
+    return Path(shutil.copytree(base(name), folder / "base"))
+
+
+def refused(folder: Path | str, match: str, **options: Any) -> None:
+    for weights in (True, False):
+        with pytest.raises(ModelError, match=match):
+            Model(ModelConfig(base=str(folder), precision="fp32", **options), LoraConfig(), 1, CLASSES, weights)
+
+
+def test_a_base_that_does_not_exist(tmp_path: Path) -> None:
+    refused(tmp_path / "gone", r"gone': no such folder")
+    refused("./gone", r"gone': no such folder")
+    refused("no-such-owner/no-such-model", r"'no-such-owner/no-such-model' cannot be loaded.*keel-nano")
+
+
+def test_a_folder_that_holds_no_known_model(tmp_path: Path) -> None:
+    refused(tmp_path, "cannot be loaded")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-architecture"}))
+    refused(tmp_path, "cannot be loaded.*no-such-architecture")
+
+
+def test_a_base_of_another_kind_than_asked_for() -> None:
+    refused(base("llama"), "cannot be loaded", kind="seq2seq")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another size", "no weights"])
+def test_damaged_weights_are_named(tmp_path: Path, damage: str) -> None:
+    folder = copy_of("llama", tmp_path)
+    weights = folder / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "another size":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    else:
+        weights.unlink()
+    with pytest.raises(ModelError, match="base' cannot be loaded"):
+        Model(ModelConfig(base=str(folder), precision="fp32"), LoraConfig(), 1)
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path: Path) -> None:
+    folder, canary = copy_of("llama", tmp_path), tmp_path / "ran"
+    (folder / "own.py").write_text(
+        f"open({str(canary)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig): model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM): config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
+    refused(folder, "cannot be loaded")
+    # with a type that transformers knows, its own code for that type is used
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Model(ModelConfig(base=str(folder), precision="fp32"), LoraConfig(), 1)
+    assert type(model.net.get_base_model()) is transformers.LlamaForCausalLM
+    assert not canary.exists()
+
+
+def test_a_padding_token_is_always_there() -> None:
+    made = load_tokenizer(ModelConfig(base=base("gpt2")))
+    assert made.pad_token_id == made.eos_token_id is not None
+    assert make("gpt2").net.config.pad_token_id == made.pad_token_id
+
+
+def test_precision_is_as_asked() -> None:
+    assert (uses_bf16("bf16", "cpu"), uses_bf16("fp32", "cpu"), uses_bf16("fp32", "cuda")) == (True, False, False)
+    assert uses_bf16("auto", "cpu") == torch.cpu._is_avx512_bf16_supported()
