@@ -80,7 +80,7 @@ def as_chat(kind: str, text: str, rng: random.Random) -> tuple[str, str] | None:
         return None
     answer = rng.choice(inside)
     options = rng.sample([w for w in words if w not in inside] or [w for w in words if w != answer], 1)
-    options += rng.sample([w for w in words if w != answer and w not in options], 2) + [answer]
+    options += [*rng.sample([w for w in words if w != answer and w not in options], 2), answer]
     rng.shuffle(options)
     blank = re.sub(rf"\b{answer}\b", "____", sentence, count=1)
     return f"Fill the gap: {blank}\nOptions: {', '.join(options)}", answer

@@ -256,7 +256,8 @@ def tokenizer(name: str) -> Any:
 def base(name: str) -> str:
     """A folder with a tiny random model of this architecture and its tokenizer, in Hugging Face layout.
 
-    Weights are wide (σ = 0.2), so that a wrong position, mask or scale moves the logits by far more than rounding.
+    Weights are wide (σ = 0.2; 0.1 for T5, whose attention scores are not scaled down), so that a wrong position, mask or
+    scale moves the logits by far more than rounding.
     """
     kind, shape, sizes = ARCHITECTURES[name]
     words = _built(shape)
@@ -272,7 +273,7 @@ def base(name: str) -> str:
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.2)
+                parameter.normal_(0.0, 0.1 if name.startswith("t5") else 0.2)
     folder = Path(_FOLDER.name) / name.replace(":", "-")
     with quiet():
         made.save_pretrained(folder)

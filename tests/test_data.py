@@ -306,13 +306,13 @@ def equal(batch: Batch, inputs: dict[str, list[list[int]]], rows: list[int], col
 
 def test_collate_of_a_language_model_by_hand() -> None:
     one = Example("a", "t", (11, 12, 13, 14), (False, False, True, True))
-    two = Example("b", "t", (21, 22, 23, 24, 25), (True, False, True, False, True))
+    two = Example("b", "t", (21, 22, 23, 24, 25), (True, True, False, False, True))
     equal(
         collate([one, two], "causal", 9),
         {"input_ids": [[11, 12, 13, 14, 9], [21, 22, 23, 24, 25]], "attention_mask": [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]},
         rows=[0, 0, 1, 1],
-        columns=[1, 2, 1, 3],
-        targets=[13, 14, 23, 25],
+        columns=[1, 2, 0, 3],
+        targets=[13, 14, 22, 25],
     )
 
 

@@ -193,12 +193,18 @@ def _generate(
     encoded.sort(key=lambda e: (len(e[0]), e[1].id))
     for start in range(0, len(encoded), config.batch_size):
         chunk = encoded[start : start + config.batch_size]
-        ids, mask = (t.to(model.device) for t in _left_padded([p for p, _ in chunk], model.tokenizer.pad_token_id))
-        ends = {formatter.answer_ids(r, "x")[-1] for _, r in chunk} | {model.tokenizer.eos_token_id}
+        prompts, pad = [p for p, _ in chunk], model.tokenizer.pad_token_id
+        if model.kind == "seq2seq":  # an encoder may count positions from its first column
+            ids, mask = _padded(prompts, pad, model.device)
+        else:
+            ids, mask = (t.to(model.device) for t in _left_padded(prompts, pad))
+        # what ends an answer is the same whatever the answer; a template without an end marker has no such token
+        lasts = [{formatter.answer_ids(r, probe)[-1] for probe in ("x", "y")} for _, r in chunk]
+        ends = {model.tokenizer.eos_token_id}.union(*(last for last in lasts if len(last) == 1))
         with quiet():
             out = model.net.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, use_cache=True,
-                max_new_tokens=config.max_new_tokens, pad_token_id=model.tokenizer.pad_token_id,
+                max_new_tokens=config.max_new_tokens, pad_token_id=pad,
                 eos_token_id=sorted(e for e in ends if e is not None),
             )  # fmt: skip
         new = out if model.kind == "seq2seq" else out[:, ids.shape[1] :]

@@ -80,13 +80,16 @@ def run_round(
 ) -> RoundResult:  # fmt: skip
     """One round from `state` to the next.
 
-    Raises FederationError, with every failed site's own words, if fewer than quorum · sampled sites answered well, or if
-    no update differs from what was sent.
+    Raises FederationError, with every failed site's own words, if fewer than quorum · sampled sites answered well, if no
+    update differs from what was sent, or if codec_down cannot hold the adapter.
     """
     begin = clock()
     sampled = sample_sites(sites, federation.sites_per_round, seed, state.round)
     sent = state.adapter.tensors()
-    payload = pack("global", state.round, state.adapter, sent, federation.codec_down)
+    try:
+        payload = pack("global", state.round, state.adapter, sent, federation.codec_down)
+    except ValueError as error:  # a value over the range of the type that it should travel as
+        raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
     # What the sites start from is what the codec left of the global adapter.
     codec = CODECS[federation.codec_down]
     reference = state.adapter.with_tensors(codec.decode(codec.encode(sent)))

@@ -108,6 +108,8 @@ def test_quantity_keeps_its_shares_within_every_stratum() -> None:
         members = {i for i, s in enumerate(strata) if s == split}
         assert np.abs(shares_of(held, members) - shares / 10).max() * len(members) <= 1
     assert [len(h) for h in partition.quantity(["train"] * 100, shares, np.random.default_rng(0))] == [50, 30, 10, 10]
+    # sizes are rounded, not cut: two thirds of ten are seven
+    assert [len(h) for h in partition.quantity(["train"] * 10, np.array([2.0, 1.0]), np.random.default_rng(0))] == [7, 3]
 
 
 def test_quantity_skew_is_unequal_in_amount_and_equal_across_strata() -> None:

@@ -1,0 +1,256 @@
+"""Scores against a plain forward of every (prompt, answer) pair and a token-by-token decoding loop, all unpadded."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from functools import cache
+
+import pytest
+import torch
+from shapes import ARCHITECTURES, CAUSAL, ENCODERS, SEQ2SEQ, make, randomise
+
+from fedkeel import evaluate
+from fedkeel.config import Evaluation
+from fedkeel.data import Example, Formatter, collate
+from fedkeel.evaluate import Scored, choose, label_log_likelihoods, score, task_table
+from fedkeel.model import Model
+from fedkeel.rng import derive
+from fedkeel.types import Record
+
+LANGUAGE = CAUSAL + SEQ2SEQ
+LABELS = ("yes", "no", "a rather longer answer, in words", "42", "maybe")
+TEXTS = (
+    "What?",
+    "the boat turns and the captain, who is old, says no word about it to the crew",
+    "soup of lentils",
+    "is it so, or is it not so",
+)
+
+
+@cache
+def prepared(name: str) -> tuple[Model, Formatter]:
+    """A model with a non-zero adapter, and the formatter for it; nothing here changes either."""
+    classes = LABELS if ARCHITECTURES[name][0] == "classifier" else ()
+    model = make(name, classes)
+    randomise(model, seed=8)
+    model.train(False)
+    return model, Formatter(model.tokenizer, model.kind, 200, classes=model.classes)
+
+
+def rows(count: int = 4, labels: tuple[str, ...] = LABELS) -> list[Record]:
+    """`count` rows whose prompts have different lengths and whose label lists do too."""
+    made = []
+    for n in range(count):
+        own = labels[: 2 + n % 4] if labels else ()
+        output = own[n % len(own)] if own else TEXTS[-1 - n % 4]
+        made.append(Record(f"row-{n}", f"task-{n % 2}", "test", output, "Say it.", f"{TEXTS[n % 4]} {n}", labels=own))
+    return made
+
+
+@torch.no_grad()
+def pair_log_likelihood(model: Model, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
+    """The slow twin: one unpadded forward of one pair, all positions, no cache."""
+    if model.kind == "seq2seq":
+        decoder = torch.tensor([[model.net.config.decoder_start_token_id, *answer[:-1]]])
+        logits = model.net(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder, use_cache=False).logits[0]
+    else:
+        logits = model.net(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return float(logits.double().log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum())
+
+
+@pytest.mark.parametrize("sequences", [256, 2])
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_label_likelihoods_equal_a_plain_forward_of_every_pair(
+    name: str, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "SEQUENCES", sequences)
+    model, formatter = prepared(name)
+    answers = [[formatter.answer_ids(r, label) for label in r.labels] for r in rows()]
+    answers[0].append(answers[0][1][:1])  # of one token: nothing of it is behind the cached prompt
+    prompts = [formatter.prompt_ids(r, 20) for r in rows()]
+    assert len({len(p) for p in prompts}) == 4
+    assert max(map(len, prompts)) > 12  # beyond the sliding window of the models that have one
+    found = label_log_likelihoods(model, prompts, answers)
+    expected = [[pair_log_likelihood(model, p, a) for a in options] for p, options in zip(prompts, answers, strict=True)]
+    assert [len(f) for f in found] == [3, 3, 4, 5]
+    for f, e in zip(found, expected, strict=True):
+        assert f == pytest.approx(e, abs=1e-4, rel=1e-5)
+    assert torch.tensor([v for e in expected for v in e]).std() > 1
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_the_likeliest_label_is_the_prediction_for_any_batch_size(name: str) -> None:
+    model, formatter = prepared(name)
+    records = rows(9)
+    expected = []
+    for record in records:
+        prompt = formatter.prompt_ids(record, 20)
+        values = [pair_log_likelihood(model, prompt, formatter.answer_ids(record, v)) for v in record.labels]
+        expected.append(record.labels[values.index(max(values))])
+    for batch_size in (1, 4, 32):
+        counted: list[int] = []
+        scored = score(model, formatter, records, Evaluation(batch_size=batch_size), counted.append)
+        assert [s.record for s in scored] == records
+        assert [s.prediction for s in scored] == expected
+        assert [s.metrics for s in scored] == [
+            {"accuracy": float(p == r.output)} for p, r in zip(expected, records, strict=True)
+        ]
+        assert (sum(counted), max(counted)) == (9, min(batch_size, 9))
+
+
+@torch.no_grad()
+def greedy(model: Model, prompt: tuple[int, ...], ends: set[int], most: int) -> list[int]:
+    """The slow twin of generation: the whole text again for every token, unpadded and without a cache."""
+    new: list[int] = []
+    start = [] if model.kind == "causal" else [model.net.config.decoder_start_token_id]
+    while len(new) < most and not (new and new[-1] in ends):
+        if model.kind == "causal":
+            logits = model.net(input_ids=torch.tensor([[*prompt, *new]]), use_cache=False).logits
+        else:
+            decoder = torch.tensor([start + new])
+            logits = model.net(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder, use_cache=False).logits
+        new.append(int(logits[0, -1].argmax()))
+    return new
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_generation_equals_a_token_by_token_loop_for_any_batch_size(name: str) -> None:
+    model, formatter = prepared(name)
+    records = rows(5, labels=())
+    end = formatter.answer_ids(records[0], "x")[-1]
+    assert model.tokenizer.convert_ids_to_tokens(end) in ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>")
+    expected = []
+    for record in records:
+        new = greedy(model, formatter.prompt_ids(record, 10), {end, model.tokenizer.eos_token_id}, 10)
+        expected.append(model.tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert len(set(expected)) > 1
+    for batch_size in (1, 3, 8):
+        scored = score(model, formatter, records, Evaluation(batch_size=batch_size, max_new_tokens=10))
+        assert [s.record for s in scored] == records
+        assert [s.prediction for s in scored] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_generation_stops_behind_the_end_of_an_answer(name: str) -> None:
+    """Trained by hand until the answer is known by heart; what comes behind its end must not be read."""
+    model = make(name)
+    formatter = Formatter(model.tokenizer, model.kind, 200)
+    record = Record("r", "t", "test", "near the river", "Say it.", "the red house")
+    batch = collate([formatter.encode(record)], model.kind, model.tokenizer.pad_token_id)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        forward = model.forward(batch)
+        loss = torch.nn.functional.cross_entropy(forward.logits, forward.targets)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert torch.equal(forward.logits.argmax(-1), forward.targets)
+    found = score(model, formatter, [record], Evaluation(max_new_tokens=30))[0]
+    assert (found.prediction, found.metrics) == ("near the river", {"rouge_l": 1.0, "exact_match": 1.0})
+
+
+def test_a_template_without_an_end_marker_does_not_end_answers_at_the_letter_x() -> None:
+    """The end is found by asking for the answer "x": where a template ends no turn, that is no end."""
+    model = make("qwen3")
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    formatter = Formatter(model.tokenizer, model.kind, 200)
+    asked: list[list[int]] = []
+    model.net.generate = lambda **options: (asked.append(options["eos_token_id"]), options["input_ids"])[1]  # type: ignore[method-assign]
+    score(model, formatter, rows(1, labels=()), Evaluation(max_new_tokens=4))
+    assert asked == [[model.tokenizer.eos_token_id]]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_predicts_among_the_labels_of_the_row(name: str) -> None:
+    model, formatter = prepared(name)
+    records = rows(9)
+    free = dataclasses.replace(records[0], id="free", labels=())
+    expected = []
+    for record in records:
+        example = Example("", "", formatter.encode(record).ids, target=0)
+        with torch.no_grad():
+            hidden = model.net(input_ids=torch.tensor([example.ids])).last_hidden_state[0].mean(0)
+        assert model._label_text is not None
+        cosines = (torch.nn.functional.normalize(hidden, dim=0) @ model._label_text.embeddings.T).tolist()
+        expected.append(max(record.labels, key=lambda label: cosines[LABELS.index(label)]))
+    for batch_size in (1, 4):
+        scored = score(model, formatter, [*records, free], Evaluation(batch_size=batch_size))
+        # a row without labels is nothing that an encoder could answer
+        assert [(s.record, s.prediction) for s in scored] == list(zip(records, expected, strict=True))
+        assert [s.metrics["accuracy"] for s in scored] == [p == r.output for p, r in zip(expected, records, strict=True)]
+
+
+def test_a_generated_answer_counts_against_its_best_reference() -> None:
+    model, formatter = prepared("gpt2")
+    record = rows(1, labels=())[0]
+    said = score(model, formatter, [record], Evaluation(max_new_tokens=12))[0].prediction
+    assert said
+
+    def metrics(*references: str) -> dict[str, float]:
+        row = dataclasses.replace(record, output="zzz qqq", references=references)
+        return score(model, formatter, [row], Evaluation(max_new_tokens=12))[0].metrics
+
+    assert metrics("something else", said.upper() + " !") == {"rouge_l": pytest.approx(1.0), "exact_match": 1.0}
+    assert metrics("something else", said + " and much more") == {
+        "rouge_l": pytest.approx(metrics(said + " and much more")["rouge_l"]),
+        "exact_match": 0.0,
+    }
+    # without references the row's own answer is the only one
+    assert metrics() == {"rouge_l": 0.0, "exact_match": 0.0}
+
+
+def test_dropout_is_off_while_scoring() -> None:
+    model = make("llama", dropout=0.9)
+    randomise(model)
+    formatter = Formatter(model.tokenizer, model.kind, 200)
+    prompts = [formatter.prompt_ids(r, 20) for r in rows()]
+    answers = [[formatter.answer_ids(r, label) for label in r.labels] for r in rows()]
+    model.train()
+    assert label_log_likelihoods(model, prompts, answers) != label_log_likelihoods(model, prompts, answers)
+    score(model, formatter, rows(), Evaluation())
+    assert label_log_likelihoods(model, prompts, answers) == label_log_likelihoods(model, prompts, answers)
+
+
+def test_task_table_by_hand() -> None:
+    def one(task: str, **metrics: float) -> Scored:
+        return Scored(Record("r", task, "test", "a"), "p", metrics)
+
+    scored = [
+        one("topic", accuracy=1.0),
+        one("sums", rouge_l=0.5, exact_match=0.0),
+        one("topic", accuracy=0.0),
+        one("topic", accuracy=0.0),
+        one("sums", rouge_l=1.0, exact_match=1.0),
+        one("topic", accuracy=0.0),
+    ]
+    table = task_table(scored)
+    assert table == {
+        "sums": {"rouge_l": 0.75, "exact_match": 0.5, "score": 0.75, "rows": 2.0},
+        "topic": {"accuracy": 0.25, "score": 0.25, "rows": 4.0},
+    }
+    assert list(table) == ["sums", "topic"]
+    assert task_table([]) == {}
+
+
+def test_choose_takes_as_many_of_each_task_by_hash_whatever_the_order() -> None:
+    sizes = {"a": 7, "b": 2, "c": 4}
+    records = [Record(f"{t}{n}", t, "test", "x") for t, size in sizes.items() for n in range(size)]
+    records += [Record(f"v{n}", "a", "validation", "x") for n in range(5)]
+
+    def first(task: str, limit: int) -> set[str]:
+        """By hand: the ids with the smallest hashes."""
+        return set(sorted((f"{task}{n}" for n in range(sizes[task])), key=lambda i: derive(0, "evaluation", i))[:limit])
+
+    chosen = choose(records, "test", 3)
+    assert {r.id for r in chosen} == first("a", 3) | first("b", 3) | first("c", 3)
+    assert len(chosen) == 3 + 2 + 3
+    for seed in range(5):
+        assert choose(random.Random(seed).sample(records, len(records)), "test", 3) == chosen
+    # rows added elsewhere, as another site's are, change nothing for a task
+    assert [r for r in chosen if r.task == "a"] == choose([r for r in records if r.task == "a"], "test", 3)
+    assert len(choose(records, "test", 0)) == 13
+    assert {r.id for r in choose(records, "validation", 0)} == {f"v{n}" for n in range(5)}
+    assert {r.id for r in choose(records, "test", 2)} < {r.id for r in chosen}
