@@ -241,3 +241,9 @@ def test_reading_a_recipe_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_override_is_one_key() -> None:
+    """TOML's line break inside an override starts no second key; the whole text is the value, and refused as such."""
+    with pytest.raises(ConfigError, match="seed = '3"):
+        load_recipe(None, ["seed=3\nname=4"])

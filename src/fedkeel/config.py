@@ -219,9 +219,10 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 def _parse_value(text: str) -> Any:
     """A TOML value, or the text itself where it is not one (a bare word, a path)."""
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        parsed = tomllib.loads(f"v = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return parsed["v"] if len(parsed) == 1 else text
 
 
 def _assign(tree: dict[str, Any], override: str) -> None:

@@ -100,7 +100,10 @@ def run_round(
             updates.append(screen(reply, state.round, reference, federation.max_update_norm))
         except EnvelopeError as error:
             failures[reply.site] = str(error)
-    for site in set(sampled) - {r.site for r in replies}:
+    answered = [r.site for r in replies]
+    if len(set(answered)) < len(answered) or not set(answered) <= set(sampled):
+        raise FederationError(f"round {state.round + 1}: replies from {sorted(answered)}, but each of {sampled} was asked once")
+    for site in set(sampled) - set(answered):
         failures[site] = "no reply"
     # a share, not a product: 0.55 · 20 is 11.000000000000002, and 11 of 20 are enough
     if not updates or len(updates) / len(sampled) < federation.quorum:
