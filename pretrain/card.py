@@ -58,6 +58,9 @@ federation can be run, tested and taught without a download. Weights in bf16 saf
 
 {steps:,} steps, {tokens:,} tokens ({epochs:.1f} passes of {epoch_tokens:,} tokens), {seconds:,.0f} seconds on CPU.
 Muon on the matrices of the blocks, AdamW on embeddings and norms; see `pretrain/pretrain.py`.
+The run shared its machine and was stopped and resumed from its checkpoints with fewer steps to go: `--steps 2600` up to
+step 1,000, `--steps 2200` up to 1,750, then `--steps 1900 --threads 1`. So its learning rate was flat up to step 1,320,
+fell to half its peak by 1,750 and from a fifth to zero in the last 150 steps. The command above does it in one go.
 Training loss, mean of the last {row_steps} steps: {train_nats:.3f} nats per token. Curves: `results/keel-nano/`.
 
 | kind | text | source (GitHub) | licence | documents | MB |
