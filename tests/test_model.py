@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shapes import ARCHITECTURES, CAUSAL, ENCODERS, HIDDEN, LAYERS, SEQ2SEQ, base, make, randomise, tokenizer
 from torch import Tensor, nn
 
@@ -465,3 +465,15 @@ def test_a_padding_token_is_always_there() -> None:
 def test_precision_is_as_asked() -> None:
     assert (uses_bf16("bf16", "cpu"), uses_bf16("fp32", "cpu"), uses_bf16("fp32", "cuda")) == (True, False, False)
     assert uses_bf16("auto", "cpu") == torch.cpu._is_avx512_bf16_supported()
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_language_model_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
+    """transformers would fill it with random numbers and only warn."""
+    folder = tmp_path / "base"
+    shutil.copytree(base(name), folder)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(key for key in sorted(tensors) if key.endswith(("q_proj.weight", "SelfAttention.q.weight")))
+    save_file({k: v for k, v in tensors.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks 1 tensors.*{lost}"):
+        Model(ModelConfig(base=str(folder), precision="fp32"), LoraConfig(rank=2), 1)

@@ -371,7 +371,7 @@ def test_the_state_that_went_in_stays_as_it_was() -> None:
 def test_a_site_that_answers_twice_or_was_not_asked_stops_the_round() -> None:
     """A transport's fault: adding such a reply would count a site twice."""
     twice = Sites(CHANGES, reorder=lambda replies: [*replies, replies[0]])
-    with pytest.raises(FederationError, match="each of .* was asked once"):
+    with pytest.raises(FederationError, match=r"each of .* was asked once"):
         one_round(twice)
-    with pytest.raises(FederationError, match="each of .* was asked once"):
+    with pytest.raises(FederationError, match=r"each of .* was asked once"):
         one_round(Sites(CHANGES, reorder=lambda replies: [*replies[1:], replace(replies[0], site="stranger")]))

@@ -249,7 +249,8 @@ class Formatter:
         return Example(record.id, record.task, tuple(ids), tuple(flags))
 
     def encode_all(self, records: Sequence[Record]) -> list[Example]:
-        """Training examples; a row of which not even the answer fits is left out and counted as `dropped`."""
+        """Training examples; a row whose answer takes over half of max_length is left out and counted as `dropped`, and so
+        is a chat of which no answer fits."""
         examples = []
         for record in records:
             if record.messages and self.kind == "causal":

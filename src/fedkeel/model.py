@@ -231,7 +231,14 @@ class Model:
         options["dtype"] = torch.bfloat16 if self.bf16 and self.device.type == "cuda" else torch.float32
         seed_torch(seed, "fresh head")
         if weights:
-            base = _load(auto, config.base, where, **options)
+            base, info = _load(auto, config.base, where, output_loading_info=True, **options)
+            # An encoder's checkpoint may lack a pooler or head; a language model that lacks a tensor would get a random one.
+            if self.kind != "classifier" and info["missing_keys"]:
+                lacking = ", ".join(sorted(info["missing_keys"])[:3])
+                raise ModelError(
+                    f"model.base = {config.base!r} lacks {len(info['missing_keys'])} tensors of a {self.kind} model "
+                    f"({lacking}); is it a language model, and whole?"
+                )
         else:
             if self.linear_head:
                 base_config.num_labels = len(self.classes)
