@@ -235,3 +235,25 @@ def test_own_standard_library() -> None:
     for row in by_task(rows, "area"):
         inputs[row.input].add(row.split)
     assert all(len(splits) == 1 for splits in inputs.values())
+
+
+def test_kind_is_balanced_within_a_split_and_right(tmp_path: Path) -> None:
+    """Twenty classes and sixty functions: as many functions as classes of each split, each with its own kind."""
+    source = [f'class C{k}:\n    """A container that holds thing number {k} for later."""\n' for k in range(20)]
+    source += [f'def f{k}():\n    """Return the value of thing number {k} at once."""\n' for k in range(60)]
+    (tmp_path / "string.py").write_text("\n".join(source))
+    rows = by_task(pydocs.records(tmp_path), "kind")
+    assert rows
+    for split in ("train", "validation", "test"):
+        kinds = Counter(row.output for row in rows if row.split == split)
+        assert kinds["class"] == kinds["function"]
+    assert all(row.output == ("class" if row.input.startswith("A container") else "function") for row in rows)
+    assert {row.labels for row in rows} == {("class", "function")}
+
+
+def test_only_the_tasks_asked_for_count_towards_the_cap() -> None:
+    rows = pydocs.records(rows_per_site=40, tasks=("kind", "summary"))
+    counts = Counter(row.task for row in rows if row.split == "train" and row.site == "gui")
+    assert counts == {"kind": 20, "summary": 20}
+    with pytest.raises(FedKeelError, match=r"no task 'colour'; its tasks are area, kind, name, gap, summary"):
+        pydocs.records(tasks=("colour",))

@@ -48,6 +48,7 @@ AREA_OF = {module: area for area, modules in AREAS.items() for module in modules
 
 INSTRUCTIONS = {
     "area": "Which area of the Python library does this text describe?",
+    "kind": "Does this text document a class or a function?",
     "name": "Which of these names does the text document?",
     "gap": "Which word is missing?",
     "summary": "Summarise this documentation in one sentence.",
@@ -102,18 +103,24 @@ class Docstring:
         )
 
 
-def records(library: Path | None = None, seed: int = 0, rows_per_site: int = 240) -> list[Record]:
-    """Rows of the tasks `area`, `name`, `gap` and `summary`, sorted by id, with an area of the library as the site.
+def records(
+    library: Path | None = None, seed: int = 0, rows_per_site: int = 240, tasks: Sequence[str] = tuple(INSTRUCTIONS)
+) -> list[Record]:
+    """Rows of `tasks` (of `area`, `kind`, `name`, `gap`, `summary`), sorted by id; an area of the library is a site.
 
     library: a folder laid out like Python's `Lib`; default: that of the running Python. seed: changes the distractors
     and the missing words, never which docstrings are used nor their split. rows_per_site: at most so many train rows a
     site, // 6 validation rows and // 4 test rows (at least one each), balanced over the tasks as far as rows suffice.
     A docstring may serve several tasks, always in one split. Of docstrings with one first sentence the first counts.
-    Labels: all areas present in `area`, the four options as shown in `name` and `gap`, none in `summary`.
-    Raises FedKeelError if the folder holds no docstring of a known module, or rows_per_site < 1.
+    Labels: all areas present in `area`; `class` and `function`, as often one as the other, in `kind`; the four options as
+    shown in `name` and `gap`; none in `summary`.
+    Raises FedKeelError if the folder holds no docstring of a known module, rows_per_site < 1, or a task is unknown.
     """
     if rows_per_site < 1:
         raise FedKeelError(f"rows_per_site is {rows_per_site}; it must be at least 1")
+    unknown = sorted(set(tasks) - set(INSTRUCTIONS))
+    if unknown:
+        raise FedKeelError(f"pydocs has no task {unknown[0]!r}; its tasks are {', '.join(INSTRUCTIONS)}")
     folder = Path(sysconfig.get_paths()["stdlib"]) if library is None else library
     by_area: dict[str, list[Docstring]] = defaultdict(list)
     for docstring in docstrings(folder):
@@ -127,7 +134,8 @@ def records(library: Path | None = None, seed: int = 0, rows_per_site: int = 240
     areas, chosen = sorted(by_area), []
     for area in areas:
         found = by_area[area]
-        rows = [*_area(found, areas), *_name(found, seed), *_gap(found, seed), *_summary(found)]
+        rows = [*_area(found, areas), *_kind(found), *_name(found, seed), *_gap(found, seed), *_summary(found)]
+        rows = [row for row in rows if row.task in tasks]
         for split, limit in limits.items():
             chosen += _balanced([row for row in rows if row.split == split], limit)
     return sorted(chosen, key=lambda row: row.id)
@@ -187,6 +195,16 @@ def _area(found: Iterable[Docstring], areas: Sequence[str]) -> Iterator[Record]:
         text = _shortened(re.sub(own, "", doc.summary).lstrip(" -:,."), 40)
         if len(text.split()) >= 4:
             yield doc.record("area", text, doc.area, areas)
+
+
+def _kind(found: Iterable[Docstring]) -> Iterator[Record]:
+    """Classes, and as many functions of the same split, first by hash: one answer is as frequent as the other."""
+    long_enough = sorted((doc for doc in found if len(doc.summary.split()) >= 4), key=lambda doc: doc.digest)
+    for split in ("train", "validation", "test"):
+        classes, functions = ([d for d in long_enough if (d.kind, d.split) == (k, split)] for k in ("class", "function"))
+        for pair in zip(classes, functions, strict=False):
+            for doc in pair:
+                yield doc.record("kind", _shortened(doc.summary, 40), doc.kind, ("class", "function"))
 
 
 def _name(found: Iterable[Docstring], seed: int) -> Iterator[Record]:

@@ -196,9 +196,10 @@ def load_records(config: Data, seed: int) -> list[Record]:
     Raises DataError on a missing or malformed file, a row without an answer, or a source with no training row.
     """
     if config.source == "pydocs":
-        from fedkeel.pydocs import records
+        from fedkeel import pydocs
 
-        found = records(Path(config.root) if config.root else None, seed, config.rows_per_site or 240)
+        tasks = config.tasks or tuple(pydocs.INSTRUCTIONS)
+        found = pydocs.records(Path(config.root) if config.root else None, seed, config.rows_per_site or 240, tasks)
     else:
         meta = _metadata(config)
         if config.source == "hub":
