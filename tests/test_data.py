@@ -204,10 +204,22 @@ def test_an_input_without_spaces_is_cut_too() -> None:
     assert made.counts["truncated"] == 1
 
 
-def test_an_instruction_that_leaves_no_room_is_an_error_that_names_the_row() -> None:
-    row = dataclasses.replace(ROWS[0], instruction="word " * 100)
-    with pytest.raises(DataError, match=r"row plain \(task qa\).*max_length = 60"):
-        formatter("gpt2", max_length=60).encode(row)
+def test_the_longer_of_instruction_and_input_is_cut() -> None:
+    """A long instruction gives way and the whole input stays in the prompt; the answer is whole, the row is counted."""
+    made = formatter("gpt2", max_length=60)
+    row = dataclasses.replace(ROWS[0], instruction="word " * 100, input="which animal sings")
+    example = made.encode(row)
+    text = made.tokenizer.decode(example.ids)
+    assert "which animal sings" in text
+    assert 1 < text.count("word") < 100
+    assert len(example.ids) <= 60
+    assert made.counts["truncated"] == 1
+
+
+def test_a_row_whose_answer_and_frame_leave_no_room_is_an_error_that_names_the_row() -> None:
+    row = dataclasses.replace(ROWS[0], instruction="", labels=tuple("abcdefgh"), output="word " * 40)
+    with pytest.raises(DataError, match=r"row plain \(task qa\).*max_length = 30"):
+        formatter("gpt2", max_length=30).encode(row)
 
 
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_left_out_and_counted() -> None:

@@ -377,7 +377,7 @@ def test_a_label_never_seen_in_training_is_counted(tiny_overrides: list[str], ti
 def test_over_long_rows_are_counted(tiny_overrides: list[str]) -> None:
     watch = Silent()
     go([*tiny_overrides, "data.max_length=40", "evaluation.baselines=[]", "federation.rounds=1"], watch)
-    assert any("had their input shortened (data.max_length = 40 tokens)" in n for n in watch.notes)
+    assert any("had their text shortened (data.max_length = 40 tokens)" in n for n in watch.notes)
 
 
 def test_partition_serves_every_split(tiny_overrides: list[str]) -> None:

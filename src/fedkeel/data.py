@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -169,9 +169,8 @@ class Formatter:
         return joint[len(head) :] if joint[: len(head)] == head and len(joint) > len(head) else self._ids(text)
 
     def prompt_ids(self, record: Record, room: int) -> tuple[int, ...]:
-        """The tokens of the prompt, with the row's input cut at its end until `room` tokens are left for the answer.
-
-        A chat is cut at its beginning instead. Raises DataError if not even an empty input fits.
+        """The tokens of the prompt; input or instruction, whichever is longer, is cut at its end until `room` tokens are
+        left for the answer. A chat is cut at its beginning instead. Raises DataError if not even an empty row fits.
         """
         budget = self.max_length - (room if self.kind == "causal" else 0)
         if record.messages:
@@ -181,21 +180,22 @@ class Formatter:
                     f"before {room} tokens of an answer; raise data.max_length"
                 )
             return tuple(self._prompt_ids(self._prompt(record, "")[0])[-budget:])
-        text = record.input
-        ids = self._prompt_ids(self._prompt(record, text)[0])
-        shortened = False
+        ids = self._prompt_ids(self._prompt(record, record.input)[0])
+        self.counts["truncated"] += len(ids) > budget
         while len(ids) > budget:
+            # The longer of the two gives way: an input must not vanish behind an instruction, nor the other way round.
+            part = max(("input", "instruction"), key=lambda name: len(getattr(record, name)))
+            text = getattr(record, part)
             if not text:
                 raise DataError(
-                    f"row {record.id} (task {record.task}): instruction and answer alone take {len(ids) + room} tokens, over "
-                    f"data.max_length = {self.max_length}; shorten the instruction or raise data.max_length"
+                    f"row {record.id} (task {record.task}): its answer and the frame of the prompt alone take {len(ids) + room} "
+                    f"tokens, over data.max_length = {self.max_length}; raise data.max_length or set data.list_labels = 0"
                 )
             # Cut by tokens' share of the characters; the loop mends what the estimate misses.
             keep = max(0, int(len(text) * (1 - (len(ids) - budget) / max(1, len(self._ids(text))))) - 1)
-            text = text[:keep].rpartition(" ")[0] or text[: keep // 2]
-            shortened = True
-            ids = self._prompt_ids(self._prompt(record, text)[0])
-        self.counts["truncated"] += shortened
+            shorter = text[:keep].rpartition(" ")[0] or text[: keep // 2]
+            record = replace(record, **{part: shorter})
+            ids = self._prompt_ids(self._prompt(record, record.input)[0])
         return tuple(ids)
 
     def encode(self, record: Record) -> Example:

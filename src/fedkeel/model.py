@@ -149,6 +149,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise ModelError(
             f"model.base = {config.base!r}: its tokenizer has neither a padding, end nor unknown token to pad with"
         )
+    # Lengths are held by `Formatter`; the tokenizer's own warning about them would come for rows that are then cut.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

@@ -383,7 +383,7 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
     for name, encoded in examples.items():
         if not encoded:
             raise ConfigError(f"site {name}: none of its rows fits into data.max_length = {recipe.data.max_length} tokens")
-    for what, text in (("truncated", "had their input shortened"), ("dropped", "were left out, their answer being too long")):
+    for what, text in (("truncated", "had their text shortened"), ("dropped", "were left out, their answer being too long")):
         if formatter.counts[what]:
             watch.note(f"{formatter.counts[what]} training rows {text} (data.max_length = {recipe.data.max_length} tokens)")
     for note in prepared.notes:
