@@ -188,7 +188,7 @@ class Formatter:
             text = getattr(record, part)
             if not text:
                 raise DataError(
-                    f"row {record.id} (task {record.task}): its answer and the frame of the prompt alone take {len(ids) + room} "
+                    f"row {record.id} (task {record.task}): its answer and the prompt's frame alone take {len(ids) + room} "
                     f"tokens, over data.max_length = {self.max_length}; raise data.max_length or set data.list_labels = 0"
                 )
             # Cut by tokens' share of the characters; the loop mends what the estimate misses.
