@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-
 import results_page
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_docs_and_readme_are_generated_from_the_rows() -> None:
@@ -39,8 +37,11 @@ def test_scores_recomputed_from_rows_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", results_page.committed())
-def test_every_result_carries_its_recipe_and_a_clean_commit(name: str) -> None:
+def test_every_result_carries_its_recipe_and_commit(name: str) -> None:
+    """A tree with uncommitted changes says so (`-dirty`), on the page too."""
     folder = ROOT / "results" / "main-job" / name
-    assert re.fullmatch(r"[0-9a-f]{12}", json.loads((folder / "env.json").read_text())["commit"])
+    commit = json.loads((folder / "env.json").read_text())["commit"]
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", commit)
+    assert f"commit `{commit}`" in results_page.page().split(f"## {name}\n")[1].split("\n## ")[0]
     for file in ("recipe.toml", "table.md", "report.md", "curve.svg"):
         assert (folder / file).stat().st_size > 0
