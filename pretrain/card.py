@@ -67,7 +67,8 @@ Training loss, mean of the last {row_steps} steps: {train_nats:.3f} nats per tok
 |---|---|---|---|---|---|
 {data}
 
-Each source keeps its licence and its attribution as listed. The held-out text is of the same six kinds and in none of
+The weights come under FedKeel's Apache-2.0 licence; each source text keeps its licence and its attribution as listed.
+The held-out text is of the same six kinds and in none of
 the training files. Rows that serve as task rows elsewhere in the text pack were left out of `howto`, `narratives` and
 `stories`; those tasks still share their source with this text.
 
