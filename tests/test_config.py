@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from fedkeel.config import (
     Federation,
     LoraConfig,
     Recipe,
-    as_dict,
     known_keys,
     load_recipe,
     to_toml,
@@ -208,7 +207,7 @@ def there_and_back(recipe: Recipe, folder: Path) -> Recipe:
 
 def test_the_default_recipe_survives_toml(tmp_path: Path) -> None:
     assert there_and_back(Recipe(), tmp_path) == Recipe()
-    assert tomllib.loads(to_toml(Recipe())).keys() == as_dict(Recipe()).keys()
+    assert tomllib.loads(to_toml(Recipe())).keys() == asdict(Recipe()).keys()
 
 
 ODD = "quote \" backslash \\ both \\\" tab \t newline \n return \r bell \x07 escape \x1b delete \x7f nul \0 ÄΩ漢🙂 # = [x] '''"

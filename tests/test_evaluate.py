@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_generation_stops_behind_the_end_of_an_answer(name: str) -> None:
     assert (found.prediction, found.metrics) == ("near the river", {"rouge_l": 1.0, "exact_match": 1.0})
 
 
-def test_a_template_without_an_end_marker_does_not_end_answers_at_the_letter_x() -> None:
+def test_a_template_without_an_end_marker_does_not_end_answers_at_the_letter_x(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end is found by asking for the answer "x": where a template ends no turn, that is no end."""
     model = make("qwen3")
     model.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + (
@@ -158,7 +159,12 @@ def test_a_template_without_an_end_marker_does_not_end_answers_at_the_letter_x()
     )
     formatter = Formatter(model.tokenizer, model.kind, 200)
     asked: list[list[int]] = []
-    model.net.generate = lambda **options: (asked.append(options["eos_token_id"]), options["input_ids"])[1]  # type: ignore[method-assign]
+
+    def generate(**options: Any) -> torch.Tensor:
+        asked.append(options["eos_token_id"])
+        return options["input_ids"]
+
+    monkeypatch.setattr(model.net, "generate", generate)
     score(model, formatter, rows(1, labels=()), Evaluation(max_new_tokens=4))
     assert asked == [[model.tokenizer.eos_token_id]]
 

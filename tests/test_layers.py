@@ -22,7 +22,8 @@ LAYERS = (
     ("client", "server", "evaluate"),
     ("local",),
     ("run",),
-    ("display", "report"),
+    ("report",),
+    ("display",),
     ("cli",),
 )
 FREE = ("__init__", "__main__")

@@ -64,7 +64,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def _print_plan(console: Console, prepared: Prepared) -> None:
     from rich.table import Table
 
-    from fedkeel.display import size
+    from fedkeel.report import human_bytes
     from fedkeel.run import describe_model, describe_sites, legs_of, payload_bytes
 
     recipe = prepared.recipe
@@ -82,9 +82,10 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     facts.add_row("base model", f"{recipe.model.base} ({prepared.kind}), {frozen:,} frozen parameters")
     facts.add_row("trainable parameters", f"{trainable:,} ({trainable / max(1, frozen):.2%} of the base)")
     facts.add_row("one message down / up", f"{down:,} / {up:,} bytes")
-    facts.add_row("a round", f"{sites} sites, {size(sites * (down + up))}")
+    facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (down + up))}")
     facts.add_row(
-        "the whole federation", f"{recipe.federation.rounds} rounds, {size(recipe.federation.rounds * sites * (down + up))}"
+        "the whole federation",
+        f"{recipe.federation.rounds} rounds, {human_bytes(recipe.federation.rounds * sites * (down + up))}",
     )
     facts.add_row("legs", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared))))
     console.print(facts)

@@ -309,8 +309,3 @@ def to_toml(recipe: Recipe) -> str:
         else:
             lines.append(f"{f.name} = {_toml_value(value)}")
     return "\n\n".join(["\n".join(lines), *tables]) + "\n"
-
-
-def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """Nested plain values."""
-    return dataclasses.asdict(recipe)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from fedkeel.report import human_bytes
 from fedkeel.server import RoundResult
 
 
@@ -21,15 +22,6 @@ class _TimeLeft(ProgressColumn):
             return Text("left -:--")
         seconds = round(task.elapsed * (task.total - task.completed) / task.completed)
         return Text(f"left {seconds // 60}:{seconds % 60:02d}")
-
-
-def size(count: float) -> str:
-    """Bytes with a decimal unit: 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
 
 
 class Display:
@@ -80,7 +72,7 @@ class Display:
         line = f"{leg} round {done}/{rounds}: {len(result.updates)} sites, training loss {loss:.3f} nats"
         if len(result.updates) > 1 or rounds > 1:
             self._bytes += sum(result.bytes_up.values()) + sum(result.bytes_down.values())
-            line += f", aggregation error {result.error:.1%}, {size(self._bytes)} exchanged so far"
+            line += f", aggregation error {result.error:.1%}, {human_bytes(self._bytes)} exchanged so far"
         self._console.print(
             f"[{time.perf_counter() - self._begin:7.1f} s] {line}, {result.seconds:.1f} s", markup=False, highlight=False
         )

@@ -57,10 +57,6 @@ class Adapter:
         lora = {p: Lora(flat[f"{p}.a"], flat[f"{p}.b"], m.scale) for p, m in self.lora.items()}
         return Adapter(lora, {p: flat[p] for p in self.dense})
 
-    def numel(self) -> int:
-        """The number of scalars."""
-        return sum(t.numel() for t in self.tensors().values())
-
 
 @dataclass(frozen=True)
 class Update:

@@ -166,6 +166,7 @@ __all__ = [
     "Curve",
     "Table",
     "curve_points",
+    "human_bytes",
     "learning_curve",
     "method_table",
     "read_rows",
