@@ -22,12 +22,12 @@ import torch
 from fedkeel.client import learning_rate
 from fedkeel.config import Recipe, load_recipe
 from fedkeel.data import Example, Formatter, batch_indices, collate
-from fedkeel.files import write_atomic
+from fedkeel.folder import RunFolder
 from fedkeel.local import LocalTransport
-from fedkeel.messages import pack
 from fedkeel.model import Model
-from fedkeel.run import Leg, RunFolder, make_sites, round_rows
+from fedkeel.run import Leg, Stage, round_rows
 from fedkeel.server import run_round
+from fedkeel.sites import make_sites
 from fedkeel.sources import load_records
 from fedkeel.types import Global
 
@@ -75,8 +75,9 @@ def main() -> None:
         model = Model(recipe.model, recipe.lora, recipe.seed)
         formatter = Formatter(model.tokenizer, model.kind, recipe.data.max_length)
         examples = {name: formatter.encode_all(held["train"]) for name, held in sites.rows.items()}
-        transport = LocalTransport(model, examples, recipe, recipe.federation.rounds)
-        leg = Leg("federated", "federated", recipe, {name: held["train"] for name, held in sites.rows.items()})
+        transport = LocalTransport(model, {name: [rows] for name, rows in examples.items()}, recipe, recipe.federation.rounds)
+        rows = {name: held["train"] for name, held in sites.rows.items()}
+        leg = Leg("federated", "federated", recipe.federation.rounds, [Stage(recipe, rows)])
         state = Global(0, model.read())
         whole, bare, aggregation = [], [], []
         with tempfile.TemporaryDirectory() as folder:
@@ -86,9 +87,8 @@ def main() -> None:
                 begin = time.perf_counter()
                 result = run_round(state, transport, list(examples), recipe.federation, recipe.seed)
                 state = result.state
-                sealed = pack("checkpoint", state.round, state.adapter, state.adapter.tensors(), "fp32")
-                write_atomic(run.checkpoint("federated", state.round), sealed)
-                run.save(progress, round_rows(leg, result, "bench"))
+                run.write_checkpoint("federated", state)
+                run.save(progress, round_rows(leg, 0, result, "bench"))
                 middle = time.perf_counter()
                 bare_loop(model, examples, recipe, repeat)
                 end = time.perf_counter()

@@ -14,14 +14,16 @@ import torch
 from builders import SHAPES, flat, make_adapter, numbers
 from torch import Tensor
 
+from fedkeel.aggregate import drift, weights
 from fedkeel.codecs import CODECS, EnvelopeError, open_envelope, seal
 from fedkeel.config import Federation
-from fedkeel.messages import SCHEMA, difference, layout, pack, unpack
+from fedkeel.messages import SCHEMA, difference, layout, pack, pack_global, unpack, unpack_global
 from fedkeel.server import FederationError, RoundResult, run_round, sample_sites, screen
 from fedkeel.types import Adapter, Global, Lora, Reply, Request
 
 STATS = {"loss": 1.25}
 SECONDS = "00000001.500"
+TASKS = {"colour": 4, "echo": 6}
 REFERENCE = make_adapter(0)
 
 
@@ -32,7 +34,7 @@ def change_of(seed: int, size: float = 0.1) -> dict[str, Tensor]:
 def message(site: str = "a", round: int = 0, codec: str = "fp32", like: Adapter = REFERENCE, **more: Any) -> bytes:
     """An update that is right in all but what `more` says."""
     change = more.pop("change", None) or change_of(7)
-    header = {"site": site, "positions": 10, "stats": STATS, "seconds": SECONDS} | more
+    header = {"site": site, "positions": 10, "stats": STATS, "seconds": SECONDS, "tasks": TASKS} | more
     return pack("update", round, like, change, codec, **header)
 
 
@@ -60,7 +62,7 @@ class Sites:
             positions = 1 + sorted(self.changes).index(site)
             payload = pack(
                 "update", header["round"], self.like, change, self.codec_up,
-                site=site, positions=positions, stats=STATS, seconds=SECONDS,
+                site=site, positions=positions, stats=STATS, seconds=SECONDS, tasks=TASKS,
             )  # fmt: skip
             replies.append(self.broken.get(site, Reply(site, payload)))
         return self.reorder(replies)
@@ -113,6 +115,7 @@ def test_a_good_reply_is_the_reference_plus_its_change() -> None:
         assert torch.equal(tensor, old[name] + change[name])
     norm = sum(float((t.double() ** 2).sum()) for t in change.values()) ** 0.5
     assert (update.site, update.positions) == ("a", 10)
+    assert update.tasks == TASKS
     assert update.stats == {"loss": 1.25, "seconds": 1.5, "update_norm": pytest.approx(norm, rel=1e-12)}
 
 
@@ -142,6 +145,12 @@ REFUSED = {
     "a stat that is not finite": (Reply("a", message(stats={"loss": "nan"})), "not finite"),
     "no loss": (Reply("a", message(stats={})), "'loss'"),
     "no seconds": (Reply("a", message(seconds=None)), "numbers cannot be read"),
+    "no tasks": (Reply("a", message(tasks=None)), "reports tasks None"),
+    "tasks that are a list": (Reply("a", message(tasks=["colour"])), "reports tasks ['colour']"),
+    "a task with a fraction": (Reply("a", message(tasks={"colour": 1.5})), "task names with whole numbers belong"),
+    "a task with a truth value": (Reply("a", message(tasks={"colour": True})), "task names with whole numbers belong"),
+    "a task below zero": (Reply("a", message(tasks={"colour": -1})), "task names with whole numbers belong"),
+    "a task beyond any float": (Reply("a", message(tasks={"colour": 10**400})), "task names with whole numbers belong"),
     "a value that is not finite": (Reply("a", message(change=WITH_NAN)), "layer.1.q.b holds a value that is not finite"),
     "garbage": (Reply("a", b"\x80\x04garbage"), "not a FedKeel message"),
     "nothing": (Reply("a"), "not a FedKeel message"),
@@ -167,7 +176,7 @@ def test_a_change_is_refused_by_its_length() -> None:
 
 
 JUNK: list[Any] = [None, True, 0, -1, 1.5, "", "x", [], ["fp32"], {}, {"a": 1}, 10**400, "9" * 5000]
-FIELDS = ("schema", "kind", "round", "codec", "layout", "site", "positions", "stats", "seconds")
+FIELDS = ("schema", "kind", "round", "codec", "layout", "site", "positions", "stats", "seconds", "tasks")
 
 
 @pytest.mark.parametrize("key", FIELDS)
@@ -375,3 +384,85 @@ def test_a_site_that_answers_twice_or_was_not_asked_stops_the_round() -> None:
         one_round(twice)
     with pytest.raises(FederationError, match=r"each of .* was asked once"):
         one_round(Sites(CHANGES, reorder=lambda replies: [*replies[1:], replace(replies[0], site="stranger")]))
+
+
+# --------------------------------------------------------------------------------------------------------- the global state
+
+
+def test_a_state_and_its_message_are_the_same() -> None:
+    memory = make_adapter(5)
+    state = Global(7, REFERENCE, memory, {"a": {"colour": 3}}, {"layer.0": 0.25, "layer.1": 1e6})
+    header, back = unpack_global(pack_global("global", state, "fp32", tasks={"colour": 3}), "global", REFERENCE)
+    assert (back.round, back.drift, header["tasks"]) == (7, {"layer.0": 0.25, "layer.1": 1e6}, {"colour": 3})
+    assert flat(back.adapter) == flat(REFERENCE)
+    assert flat(back.memory) == flat(memory)
+    assert back.counts == {}, "what each site holds is not sent to the others"
+    _, bare = unpack_global(pack_global("global", Global(0, REFERENCE), "fp32"), "global", REFERENCE)
+    assert (bare.memory, bare.drift) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"round": -1}, "a message of round -1"),
+        ({"round": True}, "a message of round True"),
+        ({"round": "3"}, "a message of round '3'"),
+        ({"drift": None}, "a drift of None"),
+        ({"drift": {"layer.0": -0.5}}, "a drift of"),
+        ({"drift": {"layer.0": "much"}}, "a drift of"),
+        ({"drift": {"layer.0": True}}, "a drift of"),
+        ({"kind": "update"}, "kind = 'update' where 'global' belongs"),
+    ],
+)
+def test_a_global_message_is_refused_for_what_is_wrong_with_it(changed: dict[str, Any], told: str) -> None:
+    header, tensors = open_envelope(pack_global("global", Global(3, REFERENCE, make_adapter(5)), "fp32"))
+    with pytest.raises(EnvelopeError) as caught:
+        unpack_global(seal(header | changed, tensors), "global", REFERENCE)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["memory/layer.0.q.a", "layer.0.q.a"])
+def test_half_a_memory_is_refused(lost: str) -> None:
+    header, tensors = open_envelope(pack_global("global", Global(3, REFERENCE, make_adapter(5)), "fp32"))
+    left = {name: tensor for name, tensor in tensors.items() if name != lost}
+    with pytest.raises(EnvelopeError, match="names or shapes"):
+        unpack_global(seal(header, left), "global", REFERENCE)
+
+
+def test_a_round_carries_counts_memory_and_drift() -> None:
+    """Down go the totals of all sites by task; a site that was not asked keeps the counts that it last reported."""
+    memory = make_adapter(5)
+    counts = {"a": {"colour": 1, "old": 2}, "z": {"colour": 10, "echo": 20}}
+    sites = Sites(CHANGES)
+    result = run_round(Global(4, REFERENCE, memory, counts), sites, list(CHANGES), Federation(), seed=1)
+    header, sent = unpack_global(sites.requests[0].payload, "global", REFERENCE)
+    assert header["tasks"] == {"colour": 11, "echo": 20, "old": 2}
+    assert flat(sent.memory) == flat(memory)
+    assert result.state.counts == {"a": TASKS, "b": TASKS, "c": TASKS, "z": {"colour": 10, "echo": 20}}
+    assert result.state.memory is memory
+    assert result.state.drift == drift(REFERENCE, result.updates, weights(result.updates, "positions"))
+    assert set(result.state.drift) == {"layer.0", "layer.1"}
+    again = Sites(CHANGES, like=result.state.adapter)
+    run_round(result.state, again, list(CHANGES), Federation(), seed=1)
+    header, sent = unpack_global(again.requests[0].payload, "global", REFERENCE)
+    assert header["tasks"] == {"colour": 22, "echo": 38}
+    assert sent.drift == result.state.drift
+
+
+def test_a_site_that_failed_keeps_its_counts() -> None:
+    sites = broken(b=Reply("b", error="out of memory"))
+    before = {"b": {"colour": 99}}
+    result = run_round(Global(4, REFERENCE, counts=before), sites, list("abc"), Federation(quorum=0.5), seed=1)
+    assert result.state.counts == {"a": TASKS, "b": {"colour": 99}, "c": TASKS}
+
+
+def test_the_memory_goes_through_the_codec_too() -> None:
+    sites = Sites({"a": CHANGES["a"]})
+    plain = one_round(Sites({"a": CHANGES["a"]}))
+    result = run_round(Global(4, REFERENCE, make_adapter(5)), sites, ["a"], Federation(codec_down="bf16"), seed=1)
+    _, sent = unpack_global(sites.requests[0].payload, "global", REFERENCE)
+    rounded = {n: t.bfloat16().float() for n, t in make_adapter(5).tensors().items()}
+    assert flat(sent.memory) == flat(REFERENCE.with_tensors(rounded))
+    assert flat(result.state.memory) == flat(make_adapter(5)), "the server's own copy stays exact"
+    # two adapters at two bytes a number weigh as much as one at four, but for names
+    assert result.bytes_down["a"] == pytest.approx(plain.bytes_down["a"], abs=1200)

@@ -83,10 +83,8 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     facts.add_row("trainable parameters", f"{trainable:,} ({trainable / max(1, frozen):.2%} of the base)")
     facts.add_row("one message down / up", f"{down:,} / {up:,} bytes")
     facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (down + up))}")
-    facts.add_row(
-        "the whole federation",
-        f"{recipe.federation.rounds} rounds, {human_bytes(recipe.federation.rounds * sites * (down + up))}",
-    )
+    rounds = recipe.federation.rounds * len(prepared.stages)
+    facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(rounds * sites * (down + up))}")
     facts.add_row("legs", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared))))
     console.print(facts)
     for note in prepared.notes:
@@ -95,7 +93,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
 
 def _latest_unfinished(out: Path) -> list[str]:
     """The recipe of the unfinished run in `out` that was worked on last."""
-    from fedkeel.run import RunFolder
+    from fedkeel.folder import RunFolder
 
     found = [p.parent for p in out.glob("*/state.json") if not RunFolder(p.parent).state()["finished"]]
     if not found:
@@ -120,17 +118,21 @@ def run(
     console = _console()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("loading libraries and data"):
-        from fedkeel.run import RunFolder, execute, prepare
+        from fedkeel.folder import RunFolder
+        from fedkeel.run import execute, prepare
 
         prepared = prepare(recipe)
     if dry_run:
         _print_plan(console, prepared)
         return
     from fedkeel.display import Display
-    from fedkeel.report import method_table, read_rows, task_table, write_report
+    from fedkeel.report import method_table, read_rows, stage_table, task_table, write_report
 
     folder = RunFolder(Path(recipe.out) / recipe.name)
-    console.print(f"{recipe.name}: {len(prepared.sites.rows)} sites, {recipe.federation.rounds} rounds -> {folder.path}/")
+    stages = f" in each of {len(prepared.stages)} stages" if len(prepared.stages) > 1 else ""
+    console.print(
+        f"{recipe.name}: {len(prepared.sites.rows)} sites, {recipe.federation.rounds} rounds{stages} -> {folder.path}/"
+    )
     try:
         with Display(console, len(prepared.sites.rows)) as display:
             execute(prepared, folder, display, resume=resume, fresh=fresh)
@@ -140,6 +142,8 @@ def run(
     report = write_report(folder.path)
     rows = read_rows(folder.rows_file)
     console.print(method_table(rows).rich())
+    if len(prepared.stages) > 1:
+        console.print(stage_table(rows).rich())
     tasks = task_table(rows)
     if len(tasks.lines) <= 20:
         console.print(tasks.rich())
@@ -156,13 +160,13 @@ def _finished(folder: Path) -> tuple[Recipe, Path]:
 
 def _loaded(prepared: Prepared, folder: Path) -> Model:
     """The model with the run's federated adapter in it."""
+    from fedkeel.folder import RunFolder
     from fedkeel.model import Model
-    from fedkeel.run import RunFolder, load_checkpoint
 
     recipe = prepared.recipe
     model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
-    path = RunFolder(folder).checkpoint("federated", recipe.federation.rounds)
-    model.write(load_checkpoint(path, model.read()))
+    last = recipe.federation.rounds * len(prepared.stages)
+    model.write(RunFolder(folder).read_checkpoint("federated", last, model.read()).adapter)
     return model
 
 
@@ -197,7 +201,7 @@ def evaluate(
         formatter = Formatter(
             model.tokenizer, model.kind, recipe.data.max_length, recipe.data.list_labels, classes=prepared.classes
         )
-        rows = choose(prepared.sites.all(split), split, recipe.evaluation.test_rows)
+        rows = choose(prepared.stages[-1].all(split), split, recipe.evaluation.test_rows)
     if not rows:
         raise FedKeelError(f"the data has no row of split {split!r}")
     ticks = iter(track(range(len(rows)), description=f"scoring {len(rows):,} rows", console=console))

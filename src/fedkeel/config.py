@@ -98,17 +98,74 @@ class Partition:
 
 @dataclass(frozen=True)
 class Train:
-    """One site's round. Exactly one of local_steps and local_epochs is above 0. Learning rate and warm-up span the run."""
+    """One site's round. Exactly one of local_steps and local_epochs is above 0. Learning rate and warm-up span a stage."""
 
     lr: float = _number(3e-3, 0, above=True)
     local_steps: int = _number(10, 0)
     local_epochs: int = _number(0, 0)
     batch_size: int = _number(16, 1)  # rows an optimiser step
     micro_batch_size: int = _number(0, 0)  # rows at once; 0: batch_size
-    warmup: float = _number(0.05, 0, 1)  # share of the run's steps
-    final_lr: float = _number(0.1, 0, 1)  # share of lr at the run's end; linear in between
+    warmup: float = _number(0.05, 0, 1)  # share of the steps
+    final_lr: float = _number(0.1, 0, 1)  # share of lr at the end; linear in between
     weight_decay: float = _number(0.0, 0)
     clip_norm: float = _number(1.0, 0, above=True)
+    proximal: float = _number(0.0, 0)  # FedProx: this times half the squared distance from the global adapter
+    sam: float = _number(0.0, 0)  # FedSAM: radius of the ascent before each step; costs a second pass
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A task stream: each stage is a list of tasks, or of label groups, joined by `+`, and lasts federation.rounds rounds.
+
+    A site keeps no row of an earlier stage. Empty: one stage with everything.
+    """
+
+    stages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Guidance by the global model as it stood when the round began (docs/method.md). weight = 0: none of it runs."""
+
+    weight: float = _number(0.0, 0)
+    temperature: float = _number(1.0, 0, above=True)
+    # what the teacher is trusted for, position by position: on the gold answer, and on the rest of its distribution
+    gold: str = _one_of("sigmoid", "sigmoid", "hard", "constant", "off")
+    kappa: float = _number(1.0, 0, above=True)  # nats; how soft the gate `sigmoid` is
+    rest: str = _one_of("kl", "kl", "entropy", "constant", "off")
+    beta: float = _number(1.0, 0)  # of `entropy` and `constant`
+    task_trust: bool = True  # others' evidence on a task against mine
+    site_trust: bool = True  # the more skewed the site, the more it listens
+    trust_by: str = _one_of("task", "task", "label")  # what evidence and skew are counted by; labels then travel as counts
+    # hidden states: linear CKA or mean cosine at a quarter, half, three quarters and the top of the blocks
+    align: str = _one_of("off", "off", "cka", "cosine")
+    align_weight: float = _number(0.1, 0)
+    layer_trust: bool = True  # less where the sites disagreed in the last round
+    memory: float = _number(0.0, 0, 1)  # share of the teacher that is the model at the end of the previous stage
+    ramp: float = _number(0.1, 0, 1)  # share of the run over which the weight rises from 0
+    cache: int = _number(64, 0)  # entries kept of a cached teacher output where a round meets rows again; 0: no cache
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Modules injected while training (docs/method.md): drop probabilities, or standard deviations; 0: not injected."""
+
+    mode: str = _one_of("implicit", "implicit", "self", "rdrop", "anchored")
+    weight: float = _number(1.0, 0)  # of the consistency term of `self` and `rdrop`
+    every: int = _number(4, 1)  # `self`: every n-th step
+    heads: float = _number(0.0, 0, 0.9)
+    channels: float = _number(0.0, 0, 0.9)
+    branch: float = _number(0.0, 0, 0.9)
+    layers: float = _number(0.0, 0, 0.9)
+    lodrop: float = _number(0.0, 0, 0.9)
+    rank: float = _number(0.0, 0)
+    weights: float = _number(0.0, 0)
+    adversary: float = _number(0.0, 0)  # norm of the adversary's change of the weights
+    ramp: float = _number(0.2, 0, 1)  # share of the run over which strength rises from 0
+    anneal: float = _number(0.1, 0, 1)  # share of the run at its end over which it falls to 0
+
+
+STRUCTURES = ("heads", "channels", "branch", "layers", "lodrop", "rank", "weights", "adversary")
 
 
 @dataclass(frozen=True)
@@ -150,7 +207,10 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
+    stream: Stream = field(default_factory=Stream)
     train: Train = field(default_factory=Train)
+    distill: Distill = field(default_factory=Distill)
+    structure: Structure = field(default_factory=Structure)
     federation: Federation = field(default_factory=Federation)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
@@ -250,6 +310,17 @@ def _cross_check(recipe: Recipe) -> None:
         )
     if train.micro_batch_size > train.batch_size:
         raise ConfigError(f"train.micro_batch_size = {train.micro_batch_size} is over train.batch_size = {train.batch_size}")
+    distill, structure = recipe.distill, recipe.structure
+    if structure.mode == "anchored" and not distill.weight:
+        raise ConfigError(
+            "structure.mode = 'anchored' takes its consistency from the distillation term: set distill.weight above 0, or "
+            "structure.mode = 'implicit'"
+        )
+    if distill.weight and distill.align == "cka" and 0 < train.micro_batch_size < train.batch_size:
+        raise ConfigError(
+            "distill.align = 'cka' compares the positions of a whole batch, so train.micro_batch_size would change what is "
+            "minimised: set it to 0, or distill.align = 'cosine'"
+        )
     for baseline in recipe.evaluation.baselines:
         if baseline not in BASELINES:
             raise ConfigError(f"evaluation.baselines: {baseline!r} is not one of {', '.join(BASELINES)}")

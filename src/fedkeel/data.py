@@ -33,7 +33,8 @@ class Example:
 
     ids: the tokens that the model (an encoder-decoder: its encoder) reads. supervised: one flag a token of `ids`, whether
     it is to be predicted; all False for the two other kinds. decoder: target tokens of an encoder-decoder, its end token
-    included. target, allowed: class index and candidate class indices of a classifier row.
+    included. target, allowed: class index and candidate class indices of a classifier row. label: the answer of a
+    classification row, of whatever kind the model is; empty for free text.
     """
 
     record: str
@@ -43,6 +44,7 @@ class Example:
     decoder: tuple[int, ...] = ()
     target: int = -1
     allowed: tuple[int, ...] = ()
+    label: str = ""
 
     @property
     def positions(self) -> int:
@@ -208,17 +210,19 @@ class Formatter:
             ids = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
             self.counts["truncated"] += len(full) > len(ids)
             allowed = tuple(self._class_index[v] for v in record.labels)
-            return Example(record.id, record.task, tuple(ids), target=self._class_index[record.output], allowed=allowed)
+            target = self._class_index[record.output]
+            return Example(record.id, record.task, tuple(ids), target=target, allowed=allowed, label=record.output)
         if record.messages and self.kind == "causal":
             example = self._encode_chat(record)
         else:
+            label = record.output if record.labels else ""
             answer = self.answer_ids(record, record.output)
             prompt = self.prompt_ids(record, len(answer))
             if self.kind == "seq2seq":
                 self.counts["truncated"] += len(answer) > self.max_length
-                return Example(record.id, record.task, prompt, decoder=answer[: self.max_length])
+                return Example(record.id, record.task, prompt, decoder=answer[: self.max_length], label=label)
             flags = (False,) * len(prompt) + (True,) * len(answer)
-            example = Example(record.id, record.task, (*prompt, *answer), flags)
+            example = Example(record.id, record.task, (*prompt, *answer), flags, label=label)
         if not example.positions:
             raise DataError(f"row {record.id} (task {record.task}) has no supervised position within {self.max_length} tokens")
         return example

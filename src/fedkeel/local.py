@@ -16,14 +16,15 @@ from fedkeel.types import FedKeelError, Reply, Request
 class LocalTransport:
     """All sites in this process, one after the other, in the order of the requests.
 
-    Memory does not grow with sites or rounds: a site is its encoded rows; the model is shared and overwritten in place.
+    Memory does not grow with sites or rounds: a site is its encoded rows, stage by stage; the model is shared and
+    overwritten in place.
     watch: called with (site, reply) after each site, for progress.
     """
 
     def __init__(
         self,
         model: Model,
-        sites: Mapping[str, Sequence[Example]],
+        sites: Mapping[str, Sequence[Sequence[Example]]],
         recipe: Recipe,
         rounds: int,
         watch: Callable[[Reply], None] = lambda reply: None,
@@ -36,8 +37,8 @@ class LocalTransport:
         for request in requests:
             begin = time.perf_counter()
             try:
-                examples = self._sites[request.site]
-                payload = answer(request.payload, self._model, examples, request.site, self._rounds, self._recipe)
+                stages = self._sites[request.site]
+                payload = answer(request.payload, self._model, stages, request.site, self._rounds, self._recipe)
                 seconds = time.perf_counter() - begin
                 if seconds > deadline:
                     reply = Reply(request.site, error=f"answered after {seconds:.1f} s; federation.deadline is {deadline:g} s")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from fedkeel.codecs import CODECS, EnvelopeError, open_envelope, seal
-from fedkeel.types import Adapter
+from fedkeel.types import Adapter, Global
 
-SCHEMA = 1
+SCHEMA = 2
+MEMORY = "memory/"  # before the names of the adapter that ended the previous stage
 
 
 def layout(adapter: Adapter) -> str:
@@ -39,6 +41,12 @@ def unpack(payload: bytes, kind: str, round: int | None, like: Adapter) -> tuple
 
     round: what the message must be of; None takes any. Raises EnvelopeError if it is anything else than promised.
     """
+    header, tensors = _open(payload, kind, round, like)
+    _check_shapes(tensors, like)
+    return header, tensors
+
+
+def _open(payload: bytes, kind: str, round: int | None, like: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header, sent = open_envelope(payload)
     promised = {"schema": SCHEMA, "kind": kind, "layout": layout(like)} | ({} if round is None else {"round": round})
     for key, value in promised.items():
@@ -47,10 +55,46 @@ def unpack(payload: bytes, kind: str, round: int | None, like: Adapter) -> tuple
     codec = header.get("codec")
     if not isinstance(codec, str) or codec not in CODECS:
         raise EnvelopeError(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
-    shapes = {name: tuple(t.shape) for name, t in like.tensors().items()}
-    if {name: tuple(t.shape) for name, t in sent.items()} != shapes:
-        raise EnvelopeError("names or shapes of the tensors are not those of the adapter")
     try:
         return header, CODECS[codec].decode(sent)
     except ValueError as error:
         raise EnvelopeError(str(error)) from error
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], like: Adapter) -> None:
+    shapes = {name: tuple(t.shape) for name, t in like.tensors().items()}
+    if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
+        raise EnvelopeError("names or shapes of the tensors are not those of the adapter")
+
+
+def read_counts(value: Any) -> dict[str, int]:
+    """Task -> supervised positions from a header, or EnvelopeError."""
+    # True is an int too, and JSON integers have no bound; a float must hold this one
+    if not isinstance(value, dict) or not all(type(n) is int and 0 <= n <= 2**53 for n in value.values()):
+        raise EnvelopeError(f"the message reports tasks {value!r} where task names with whole numbers belong")
+    return value
+
+
+def pack_global(kind: str, state: Global, codec: str, **more: Any) -> bytes:
+    """The state of a federation as a message of `kind` (`global` or `checkpoint`), without the sites' counts."""
+    tensors = state.adapter.tensors()
+    if state.memory is not None:
+        tensors |= {MEMORY + name: tensor for name, tensor in state.memory.tensors().items()}
+    return pack(kind, state.round, state.adapter, tensors, codec, drift=dict(state.drift), **more)
+
+
+def unpack_global(payload: bytes, kind: str, like: Adapter) -> tuple[dict[str, Any], Global]:
+    """Header and state of a message made by `pack_global`. Raises EnvelopeError if it is anything else than promised."""
+    header, tensors = _open(payload, kind, None, like)
+    current = {name: t for name, t in tensors.items() if not name.startswith(MEMORY)}
+    before = {name.removeprefix(MEMORY): t for name, t in tensors.items() if name.startswith(MEMORY)}
+    _check_shapes(current, like)
+    if before:
+        _check_shapes(before, like)
+    round, drift = header.get("round"), header.get("drift")
+    if type(round) is not int or round < 0:
+        raise EnvelopeError(f"a message of round {round!r}")
+    if not isinstance(drift, dict) or not all(type(v) is float and 0 <= v < math.inf for v in drift.values()):
+        raise EnvelopeError(f"the message reports a drift of {drift!r}")
+    memory = like.with_tensors(before) if before else None
+    return header, Global(round, like.with_tensors(current), memory, drift=drift)

@@ -11,7 +11,8 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fedkeel.config import LoraConfig
 from fedkeel.config import Model as ModelConfig
 from fedkeel.data import Batch
 from fedkeel.rng import seed_torch
+from fedkeel.structure.places import Places, find_places
 from fedkeel.types import Adapter, FedKeelError, Forward, Lora
 
 EMBEDDED = {"keel-nano": Path(__file__).parent / "keel_nano"}
@@ -279,7 +281,9 @@ class Model:
             for name, parameter in self.net.named_parameters()
             if parameter.requires_grad and "lora_" not in name
         }
+        self._slots = [parameter for _, parameter in sorted(self._tensors().items())]
         self._gather: tuple[Tensor, Tensor] | None = None
+        self._states: dict[int, Tensor] | None = None
         if self.kind != "classifier":
             projection = self.net.get_output_embeddings()
             if projection is None:
@@ -293,6 +297,60 @@ class Model:
         if self._gather is None:
             return None
         return (inputs[0][self._gather].unsqueeze(0), *inputs[1:])
+
+    def _tensors(self) -> dict[str, nn.Parameter]:
+        """Every trained tensor under its name in `Adapter.tensors`."""
+        named = dict(self._dense)
+        for path, module in self._lora.items():
+            named[f"{path}.a"], named[f"{path}.b"] = module.lora_A["default"].weight, module.lora_B["default"].weight
+        return named
+
+    @cached_property
+    def places(self) -> Places:
+        """Where structures can be injected, and the blocks that hidden states are tapped at."""
+        branches = {path: (m, m.get_base_layer(), m.lora_A["default"], m.lora_B["default"]) for path, m in self._lora.items()}
+        base = self.net.get_base_model()
+        return find_places(base, base.config, branches)
+
+    @cached_property
+    def taps(self) -> tuple[str, ...]:
+        """Paths of the tapped blocks, at L/4, L/2, 3L/4 and L of the stack that predicts; asking for them places the taps.
+
+        Raises ModelError where the blocks of the architecture are not known.
+        """
+        stack = self.places.stack
+        if not stack:
+            raise ModelError(
+                f"{self.config.base!r} ({self.net.config.model_type}): its blocks are not known, so hidden states cannot be "
+                f"aligned; set distill.align = 'off'"
+            )
+        depths = sorted({max(1, round(len(stack) * share / 4)) for share in (1, 2, 3, 4)})
+        for index, depth in enumerate(depths):
+            stack[depth - 1][1].register_forward_hook(partial(self._tap, index))
+        return tuple(stack[depth - 1][0] for depth in depths)
+
+    def _tap(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._states is not None:
+            self._states[index] = output[0] if isinstance(output, tuple) else output
+
+    def park(self, adapter: Adapter) -> list[Tensor]:
+        """The tensors of `adapter` on this model's device, in the order in which `swapped` takes them."""
+        return [tensor.to(self.device, copy=True) for _, tensor in sorted(adapter.tensors().items())]
+
+    @contextmanager
+    def swapped(self, parked: Sequence[Tensor]) -> Iterator[None]:
+        """While it lasts, the model holds the tensors of `park`; pointers move, nothing is copied, no second base exists.
+
+        Only for forward passes without gradient, and not inside an autocast that outlives it (its casts are cached).
+        """
+        mine = [p.data for p in self._slots]
+        for parameter, tensor in zip(self._slots, parked, strict=True):
+            parameter.data = tensor
+        try:
+            yield
+        finally:
+            for parameter, tensor in zip(self._slots, mine, strict=True):
+                parameter.data = tensor
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast where this model uses it."""
@@ -309,8 +367,27 @@ class Model:
                 rows.append(_pool(hidden, inputs["attention_mask"])[0].float())
         return _LabelText(nn.functional.normalize(torch.stack(rows), dim=-1))
 
-    def forward(self, batch: Batch) -> Forward:
-        """Logits at the supervised positions of `batch`, on this model's device; see `types.Forward`."""
+    def forward(self, batch: Batch, states: bool = False) -> Forward:
+        """Logits at the supervised positions of `batch`, on this model's device; see `types.Forward`.
+
+        states: also the hidden states there at each of `taps`; a classifier's are those that its scores are pooled from.
+        """
+        if not states:
+            return self._forward(batch)
+        count = len(self.taps)
+        self._states = {}
+        try:
+            forward = self._forward(batch)
+            found = [self._states[index] for index in range(count)]
+        finally:
+            self._states = None
+        if self.kind == "classifier":
+            mask = batch.inputs["attention_mask"].to(self.device)
+            return replace(forward, states=[_pool(hidden, mask) for hidden in found])
+        where = forward.rows, batch.columns.to(self.device)
+        return replace(forward, states=[hidden[where] for hidden in found])
+
+    def _forward(self, batch: Batch) -> Forward:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
         rows, columns, targets = (t.to(self.device) for t in (batch.rows, batch.columns, batch.targets))
         if self.kind == "classifier":
@@ -388,11 +465,7 @@ class Model:
 
     def read_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor that `read` gives, by the names of `Adapter.tensors`."""
-        shapes = {}
-        for path, module in self._lora.items():
-            shapes[f"{path}.a"] = tuple(module.lora_A["default"].weight.shape)
-            shapes[f"{path}.b"] = tuple(module.lora_B["default"].weight.shape)
-        return shapes | {path: tuple(p.shape) for path, p in self._dense.items()}
+        return {name: tuple(parameter.shape) for name, parameter in self._tensors().items()}
 
     def base_parameters(self) -> int:
         """The number of frozen scalars."""

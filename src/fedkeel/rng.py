@@ -7,10 +7,12 @@ before, so a resumed run, another engine or another order of sites draws the sam
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 
 def derive(seed: int, *key: str | int) -> int:
@@ -31,3 +33,27 @@ def seed_torch(seed: int, *key: str | int) -> None:
     import torch
 
     torch.manual_seed(derive(seed, *key))
+
+
+def counter_uniform(key: int, counters: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), float32, each a pure function of `key` and its own counter: no state, no order of drawing.
+
+    key: from `derive`. counters: int64, any shape, any device; the result has that shape and device, and the same bits on
+    every device. Equal counters under equal keys give equal numbers.
+    Source: the finaliser of SplitMix64 (Steele, Lea & Flood 2014, OOPSLA) over a Weyl sequence; its top 23 bits are used.
+    """
+
+    def shifted(x: Tensor, by: int) -> Tensor:  # a logical shift: int64 in torch shifts the sign in
+        return (x >> by) & ((1 << (64 - by)) - 1)
+
+    x = counters * -0x61C8864680B583EB + key  # 0x9E37… as a signed number; products wrap
+    x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    x = x ^ shifted(x, 31)
+    return (shifted(x, 41).float() + 0.5) / 2.0**23  # 23 bits and the half are exact in float32
+
+
+def counter_normal(key: int, counters: Tensor) -> Tensor:
+    """Standard normal numbers, float32, keyed as `counter_uniform` is (Box & Muller 1958): counter c uses 2c and 2c + 1."""
+    radius = (-2.0 * counter_uniform(key, 2 * counters).log()).sqrt()
+    return radius * (2.0 * math.pi * counter_uniform(key, 2 * counters + 1)).cos()

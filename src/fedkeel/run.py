@@ -8,41 +8,31 @@ round, and after each leg's test, the folder is in a state to resume from.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import platform
 import shutil
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from fedkeel import partition
 from fedkeel.client import steps_a_round
-from fedkeel.config import ConfigError, Recipe, to_toml
+from fedkeel.config import ConfigError, Recipe
 from fedkeel.data import Example, Formatter
 from fedkeel.evaluate import Scored, choose, score, task_table
-from fedkeel.files import append_lines, write_atomic
+from fedkeel.folder import RunFolder
 from fedkeel.local import LocalTransport
-from fedkeel.messages import pack, unpack
+from fedkeel.messages import pack, pack_global
 from fedkeel.metrics import macro
 from fedkeel.model import Model, kind_of, load_config
-from fedkeel.rng import derive, numpy_generator
 from fedkeel.server import RoundResult, run_round
+from fedkeel.sites import Sites, arrivals, make_sites, stages_of
 from fedkeel.sources import load_records
-from fedkeel.types import Adapter, FedKeelError, Global, Lora, Record, Reply, Row
+from fedkeel.types import Adapter, Global, Lora, Record, Reply, Row
 
 TRAIN_COST = 3.0  # a training row against a scored row, in forward passes: forward, and backward about twice that
-
-
-class RunError(FedKeelError):
-    """A run folder that cannot be used as asked."""
 
 
 class Watch(Protocol):
@@ -65,68 +55,14 @@ class Watch(Protocol):
 
 
 @dataclass(frozen=True)
-class Sites:
-    """The rows of every site, by split: sites[name][split] -> records sorted by id."""
-
-    rows: Mapping[str, Mapping[str, Sequence[Record]]]
-
-    def all(self, split: str) -> list[Record]:
-        """The rows of all sites together, sorted by id, so that no file order or site name matters."""
-        return sorted((r for held in self.rows.values() for r in held[split]), key=lambda r: r.id)
-
-
-def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
-    """Deal the records to sites as the recipe's partition says.
-
-    Raises ConfigError if a site would have no training row, naming it, or if a natural split has no key to go by.
-    """
-    spec = recipe.partition
-    strata = [r.split for r in records]
-    rng = numpy_generator(recipe.seed, "partition")
-    if spec.scheme == "natural":
-        if not all(r.site for r in records):
-            raise ConfigError(
-                "partition.scheme = 'natural' needs a site for every row: set data.site_column to the column that names it, or "
-                "choose partition.scheme = 'dirichlet', 'iid', 'by-task' or 'quantity'"
-            )
-        held = partition.natural([r.site for r in records])
-    else:
-        if spec.scheme == "iid":
-            dealt = partition.iid(strata, spec.sites, rng)
-        elif spec.scheme == "quantity":
-            dealt = partition.quantity_skew(strata, spec.sites, spec.alpha, rng)
-        elif spec.scheme == "by-task":
-            try:
-                dealt = partition.by_task([r.task for r in records], spec.sites, rng)
-            except ValueError as error:
-                raise ConfigError(f"partition.scheme = 'by-task': {error}") from error
-        else:
-            keys = [(r.task, r.output if spec.over == "labels" and r.labels else "") for r in records]
-            dealt = partition.dirichlet(keys, strata, spec.sites, spec.alpha, rng)
-        width = len(str(spec.sites - 1))
-        held = {f"site-{k:0{width}d}": indices for k, indices in enumerate(dealt)}
-    sites: dict[str, dict[str, list[Record]]] = {}
-    for name, indices in held.items():
-        sites[name] = {s: [records[i] for i in indices if records[i].split == s] for s in ("train", "validation", "test")}
-        cap = recipe.data.rows_per_site
-        if cap and recipe.data.source != "pydocs":  # pydocs caps by itself, balanced over its tasks
-            hashed = sorted(sites[name]["train"], key=lambda r: derive(recipe.seed, "cap", r.id))[:cap]
-            sites[name]["train"] = sorted(hashed, key=lambda r: r.id)
-    empty = [name for name, held_rows in sites.items() if not held_rows["train"]]
-    if empty:
-        raise ConfigError(
-            f"site {', '.join(empty)} would have no training row under partition.scheme = {spec.scheme!r} "
-            f"(sites = {len(sites)}, alpha = {spec.alpha:g}, {len(records)} rows); use fewer sites, a larger alpha or more rows"
-        )
-    return Sites(sites)
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs but the weights. notes: what was done to the data that the user should know."""
+    """Everything a run needs but the weights. sites: all stages together; stages: see `sites.stages_of`. arrival:
+    record id -> stage. notes: what was done to the data that the user should know."""
 
     recipe: Recipe
     sites: Sites
+    stages: Sequence[Sites]
+    arrival: Mapping[str, int]
     kind: str
     classes: tuple[str, ...]
     notes: tuple[str, ...]
@@ -149,6 +85,10 @@ def prepare(recipe: Recipe) -> Prepared:
                 f"model.base = {recipe.model.base!r} is a classifier, and no row of the data has labels; use a causal base"
             )
         classes = tuple(sorted({label for r in records for label in r.labels}))
+    arrival = {r.id: at for r, at in zip(records, arrivals(records, recipe), strict=True) if at >= 0}
+    if len(arrival) < len(records):
+        notes.append(f"{len(records) - len(arrival)} rows left out: no stage of the stream names their task or label group")
+        records = [r for r in records if r.id in arrival]
     sites = make_sites(records, recipe)
     label_sets: dict[str, set[tuple[str, ...]]] = {}
     for record in records:
@@ -163,13 +103,14 @@ def prepare(recipe: Recipe) -> Prepared:
             notes.append(
                 f"{len(unseen)} {split} rows carry a label never seen in training ({names}); they are scored all the same"
             )
-    return Prepared(recipe, sites, kind, classes, tuple(notes))
+    return Prepared(recipe, sites, stages_of(sites, arrival, recipe), arrival, kind, classes, tuple(notes))
 
 
 def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tuple[int, int]:
     """(down, up): bytes of one message each way for an adapter of these shapes, by sealing one of zeros.
 
-    The true update is a few bytes longer or shorter: its header carries the site's name and numbers.
+    True messages are a little longer: their headers carry names and numbers. In a stream with distill.memory the message
+    down holds two adapters from the second stage on, and that is the size given here.
     """
     zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
     paths = sorted(name[:-2] for name in zeros if name.endswith(".a") and f"{name[:-2]}.b" in zeros)
@@ -178,141 +119,98 @@ def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tupl
     adapter = Adapter(lora, {n: t for n, t in zeros.items() if n not in factors})
     stats = {"loss": 0.1234567890123456}
     more = {"site": "site-0", "positions": 10_000, "stats": stats, "seconds": "00000000.000", "tasks": {}}
-    down = pack("global", 0, adapter, adapter.tensors(), recipe.federation.codec_down)
+    remembers = recipe.distill.weight and recipe.distill.memory and len(recipe.stream.stages) > 1
+    down = pack_global("global", Global(0, adapter, adapter if remembers else None), recipe.federation.codec_down, tasks={})
     up = pack("update", 0, adapter, adapter.tensors(), recipe.federation.codec_up, **more)
     return len(down), len(up)
 
 
 @dataclass(frozen=True)
-class Leg:
-    """One method's loop. method: as in Row. sites: who takes part; rows: their training records by site name."""
+class Stage:
+    """What one leg does in one stage. rows: training records by site; sites without any are not asked."""
 
-    name: str
-    method: str
     recipe: Recipe
     rows: Mapping[str, Sequence[Record]]
 
+
+@dataclass(frozen=True)
+class Leg:
+    """One method's loop over the stages. method: as in Row. rounds: of each stage."""
+
+    name: str
+    method: str
+    rounds: int
+    stages: Sequence[Stage]
+
     @property
-    def rounds(self) -> int:
-        return self.recipe.federation.rounds if self.rows else 0
+    def site(self) -> str:
+        """The one site of a local leg; empty for the others."""
+        return next(iter(self.stages[0].rows)) if self.method == "local" else ""
+
+    @property
+    def seed(self) -> int:
+        return self.stages[0].recipe.seed
+
+
+def plain(recipe: Recipe) -> Recipe:
+    """The recipe without distillation, structures, proximal term and ascent: plain LoRA fine-tuning."""
+    return dataclasses.replace(
+        recipe,
+        distill=dataclasses.replace(recipe.distill, weight=0.0),
+        structure=type(recipe.structure)(),
+        train=dataclasses.replace(recipe.train, proximal=0.0, sam=0.0),
+    )
 
 
 def legs_of(prepared: Prepared) -> list[Leg]:
     """The legs in the order they run: base, federated, local ones, centralised.
 
     A baseline has the budget of what it is compared with: a local site takes the steps it takes in the federation, the
-    centralised run as many as all sites together, both in one go, with the same batch, learning rate and schedule.
+    centralised run as many as all sites together, both in one go a stage, with the same batch, learning rate and schedule.
+    Local and centralised legs are `plain`: there is no one to learn from.
     """
     recipe = prepared.recipe
     train, rounds = recipe.train, recipe.federation.rounds
-    rows = {name: held["train"] for name, held in prepared.sites.rows.items()}
+    held = [{name: splits["train"] for name, splits in stage.rows.items()} for stage in prepared.stages]
     single = dataclasses.replace(
-        recipe.federation, rounds=1, sites_per_round=0, quorum=1.0, rule="mean", codec_up="fp32", codec_down="fp32"
+        plain(recipe),
+        federation=dataclasses.replace(
+            recipe.federation, rounds=1, sites_per_round=0, quorum=1.0, rule="mean", codec_up="fp32", codec_down="fp32"
+        ),
     )
 
-    def alone(name: str, method: str, held: Sequence[Record], site: str, steps: int) -> Leg:
-        own = dataclasses.replace(train, local_steps=steps, local_epochs=0)
-        return Leg(name, method, dataclasses.replace(recipe, federation=single, train=own), {site: held})
+    def alone(rows: Mapping[str, Sequence[Record]], steps: int) -> Stage:
+        own = dataclasses.replace(single.train, local_steps=max(1, steps), local_epochs=0)
+        return Stage(dataclasses.replace(single, train=own), rows)
 
+    steps = [{name: rounds * steps_a_round(train, len(rows)) if rows else 0 for name, rows in stage.items()} for stage in held]
     legs = []
     if "base" in recipe.evaluation.baselines:
-        legs.append(Leg("base", "base", recipe, {}))
-    legs.append(Leg("federated", "federated", recipe, rows))
-    steps = {name: rounds * steps_a_round(train, len(held)) for name, held in rows.items()}
+        legs.append(Leg("base", "base", 0, [Stage(recipe, {}) for _ in held]))
+    legs.append(Leg("federated", "federated", rounds, [Stage(recipe, {n: r for n, r in stage.items() if r}) for stage in held]))
     if "local" in recipe.evaluation.baselines:
-        legs += [alone(f"local/{name}", "local", held, name, steps[name]) for name, held in rows.items()]
+        for name in prepared.sites.rows:
+            stages = [alone({name: rows[name]}, taken[name]) for rows, taken in zip(held, steps, strict=True)]
+            legs.append(Leg(f"local/{name}", "local", 1, stages))
     if "centralised" in recipe.evaluation.baselines:
-        asked = recipe.federation.sites_per_round or len(rows)
-        total = round(sum(steps.values()) * min(asked, len(rows)) / len(rows))
-        legs.append(alone("centralised", "centralised", prepared.sites.all("train"), "all", total))
+        stages = []
+        for at, taken in zip(prepared.stages, steps, strict=True):
+            present = sum(1 for count in taken.values() if count)
+            asked = min(recipe.federation.sites_per_round or present, present)
+            stages.append(alone({"all": at.all("train")}, round(sum(taken.values()) * asked / present)))
+        legs.append(Leg("centralised", "centralised", 1, stages))
     return legs
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and, in a checkout of FedKeel, its commit."""
-    packages = ("fedkeel", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
-    versions = {name: metadata.version(name) for name in packages}
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
-    return {
-        "commit": commit,
-        "versions": versions,
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-    }
+def _score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[Scored], prepared: Prepared) -> list[Row]:
+    """Rows of one scoring: per task, over all tasks, in a stream per stage that the rows came with, and per site on its own."""
+    run = prepared.recipe.name
 
+    def row(name: str, value: float, unit: str = "share", task: str = "", at: str = leg.site) -> Row:
+        return Row(run, leg.method, leg.seed, round, name, value, unit, site=at, stage=stage, task=task, split=split)
 
-class RunFolder:
-    """`runs/<name>`: the resolved recipe, rows, checkpoints and the state to resume from."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows_file = path / "rows.jsonl"
-
-    @property
-    def _state_file(self) -> Path:
-        return self.path / "state.json"
-
-    def state(self) -> dict[str, Any]:
-        """{done: names of finished legs, leg, round: the last checkpoint, rows_bytes, finished}."""
-        if not self._state_file.exists():
-            return {"done": [], "leg": "", "round": 0, "rows_bytes": 0, "finished": False}
-        state: dict[str, Any] = json.loads(self._state_file.read_text())
-        return state
-
-    def open(self, recipe: Recipe, resume: bool, fresh: bool) -> dict[str, Any]:
-        """Make the folder for a new run, or go back to the last whole state of an old one. Raises RunError."""
-        written = to_toml(recipe)
-        if self._state_file.exists() and not fresh:
-            if not resume:
-                raise RunError(
-                    f"{self.path} holds a run already; continue it with --resume, replace it with --fresh, or set name=OTHER"
-                )
-            before = (self.path / "recipe.toml").read_text()
-            if before != written:
-                pairs = zip(before.splitlines(), written.splitlines(), strict=False)
-                changed = next((f"{a!r} became {b!r}" for a, b in pairs if a != b), "a key was added or removed")
-                raise RunError(f"{self.path} cannot be resumed with another recipe: {changed}")
-            state = self.state()
-            if self.rows_file.exists():  # rows written after the last checkpoint belong to work that is done again
-                os.truncate(self.rows_file, state["rows_bytes"])
-            return state
-        if resume:
-            raise RunError(f"{self.path} holds no run to resume")
-        if self.path.exists():
-            ours = {"recipe.toml", "state.json"} & {p.name for p in self.path.iterdir()}
-            if any(self.path.iterdir()) and not ours:
-                raise RunError(f"{self.path} exists and is not a run of FedKeel; set out= or name= to another folder")
-            shutil.rmtree(self.path)
-        write_atomic(self.path / "recipe.toml", written)
-        write_atomic(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
-        state = self.state()
-        write_atomic(self._state_file, json.dumps(state))
-        return state
-
-    def save(self, state: dict[str, Any], rows: Sequence[Row]) -> None:
-        """Append rows and move the state on: the one point after which a resumed run continues."""
-        state["rows_bytes"] = append_lines(self.rows_file, [json.dumps(r.as_json(), allow_nan=False) for r in rows])
-        write_atomic(self._state_file, json.dumps(state))
-
-    def checkpoint(self, leg: str, round: int) -> Path:
-        """Where the adapter after `round` rounds of a leg lies."""
-        return self.path / "checkpoints" / leg / f"round-{round:04d}.fkl"
-
-
-def _score_rows(leg: Leg, round: int, split: str, scored: Sequence[Scored], sites: Sites, run: str) -> list[Row]:
-    """Rows of one scoring: per task, over all tasks, and per site on that site's own rows."""
-    site = next(iter(leg.rows)) if leg.method == "local" else ""
-
-    def row(name: str, value: float, unit: str = "share", task: str = "", at: str = site) -> Row:
-        return Row(run, leg.method, leg.recipe.seed, round, name, value, unit, site=at, task=task, split=split)
+    def overall(some: Sequence[Scored]) -> float:
+        return macro({task: metrics["score"] for task, metrics in task_table(some).items()})
 
     table = task_table(scored)
     rows = []
@@ -322,112 +220,48 @@ def _score_rows(leg: Leg, round: int, split: str, scored: Sequence[Scored], site
         per_task = {task: metrics[name] for task, metrics in table.items() if name in metrics}
         if per_task:
             rows.append(row(name, macro(per_task)))
+    if len(leg.stages) > 1:
+        for came in range(stage + 1):
+            of_stage = [s for s in scored if prepared.arrival[s.record.id] == came]
+            if of_stage:
+                rows.append(row(f"score_of_stage_{came + 1}", overall(of_stage)))
     by_id = {s.record.id: s for s in scored}
-    for name, held in sites.rows.items():
+    for name, held in prepared.stages[stage].rows.items():
         own = [by_id[r.id] for r in held[split] if r.id in by_id]
-        if own and (leg.method != "local" or name == site):
-            rows.append(row("own_score", macro({t: m["score"] for t, m in task_table(own).items()}), at=name))
+        if own and (leg.method != "local" or name == leg.site):
+            rows.append(row("own_score", overall(own), at=name))
     return rows
 
 
-def round_rows(leg: Leg, result: RoundResult, run: str) -> list[Row]:
+UNITS = {"loss": "nats", "distill_loss": "nats", "structure_loss": "nats", "update_norm": "norm", "dropped": "share"}
+
+
+def round_rows(leg: Leg, stage: int, result: RoundResult, run: str) -> list[Row]:
+    """Rows of one round: what it took, what was sent, how far the sites disagreed by block, and what each site told.
+
+    A site's numbers keep their names (`loss`, `gate_a_mean`, `strength`, ...), but for its wall clock, `site_seconds`.
+    """
+
     def row(name: str, value: float, unit: str, site: str = "") -> Row:
-        return Row(run, leg.method, leg.recipe.seed, result.state.round, name, value, unit, site=site)
+        return Row(run, leg.method, leg.seed, result.state.round, name, value, unit, site=site, stage=stage)
 
     rows = [
         row("aggregation_error", result.error, "share"),
         row("seconds", result.seconds, "seconds"),
         row("aggregation_seconds", result.aggregation_seconds, "seconds"),
     ]
+    rows += [row(f"drift/{block}", value, "ratio") for block, value in result.state.drift.items()]
     for update in result.updates:
-        rows.append(row("loss", update.stats["loss"], "nats", update.site))
         rows.append(row("positions", update.positions, "positions", update.site))
-        rows.append(row("update_norm", update.stats["update_norm"], "norm", update.site))
-        rows.append(row("site_seconds", update.stats["seconds"], "seconds", update.site))
+        for name, value in sorted(update.stats.items()):
+            if name == "seconds":
+                rows.append(row("site_seconds", value, "seconds", update.site))
+            else:
+                rows.append(row(name, value, UNITS.get(name, "weight"), update.site))
     for name, sizes in (("bytes_down", result.bytes_down), ("bytes_up", result.bytes_up)):
         rows += [row(name, size, "bytes", site) for site, size in sorted(sizes.items())]
     rows += [row("failed", 1, "rounds", site) for site in sorted(result.failures)]
     return rows
-
-
-def load_checkpoint(path: Path, like: Adapter) -> Adapter:
-    try:
-        _, tensors = unpack(path.read_bytes(), "checkpoint", None, like)
-    except (OSError, ValueError) as error:
-        raise RunError(f"checkpoint {path} cannot be used: {error}; start over with --fresh") from error
-    return like.with_tensors(tensors)
-
-
-def _work(leg: Leg, curve: int, test: int) -> tuple[float, float]:
-    """(work of one round without its scoring, work of the leg)."""
-    batch = leg.recipe.train.batch_size
-    one = TRAIN_COST * batch * sum(steps_a_round(leg.recipe.train, len(held)) for held in leg.rows.values())
-    points = leg.rounds // leg.recipe.evaluation.every if leg.method == "federated" else 0
-    return one, leg.rounds * one + points * curve + test
-
-
-def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> Model:
-    """Run every leg, from the folder's last state on. Returns the model with the federated adapter in it.
-
-    Leaves recipe.toml, env.json, rows.jsonl, checkpoints/, and adapter/ in PEFT format in the folder.
-    """
-    recipe = prepared.recipe
-    torch.set_num_threads(recipe.threads)
-    state = folder.open(recipe, resume, fresh)
-    model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
-    initial = model.read()
-    formatter = Formatter(
-        model.tokenizer, model.kind, recipe.data.max_length, recipe.data.list_labels, classes=prepared.classes
-    )
-    examples = {name: formatter.encode_all(held["train"]) for name, held in prepared.sites.rows.items()}
-    for name, encoded in examples.items():
-        if not encoded:
-            raise ConfigError(f"site {name}: none of its rows fits into data.max_length = {recipe.data.max_length} tokens")
-    for what, text in (("truncated", "had their text shortened"), ("dropped", "were left out, their answer being too long")):
-        if formatter.counts[what]:
-            watch.note(f"{formatter.counts[what]} training rows {text} (data.max_length = {recipe.data.max_length} tokens)")
-    for note in prepared.notes:
-        watch.note(note)
-    every = recipe.evaluation
-    curve_rows = choose(prepared.sites.all("validation"), "validation", every.validation_rows)
-    test_rows = choose(prepared.sites.all("test"), "test", every.test_rows)
-    if not test_rows:
-        raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
-    legs = legs_of(prepared)
-    watch.begin(sum(_work(leg, len(curve_rows), len(test_rows))[1] for leg in legs))
-    for leg in legs:
-        one_round, leg_work = _work(leg, len(curve_rows), len(test_rows))
-        if leg.name in state["done"]:
-            watch.advance(leg_work)
-            continue
-        held = examples
-        if leg.method == "local":
-            held = {name: examples[name] for name in leg.rows}
-        elif leg.method == "centralised":
-            together = [e for encoded in examples.values() for e in encoded]
-            held = {"all": sorted(together, key=lambda e: e.record)}
-        current = Global(0, initial)
-        if state["leg"] == leg.name and state["round"]:
-            current = Global(state["round"], load_checkpoint(folder.checkpoint(leg.name, state["round"]), initial))
-            scored_before = current.round // every.every * len(curve_rows) if leg.method == "federated" else 0
-            watch.advance(current.round * one_round + scored_before)
-        current = _rounds(leg, current, model, held, formatter, curve_rows, prepared, folder, state, watch, one_round)
-        watch.leg(leg.name, "scoring held-out rows")
-        model.write(current.adapter)
-        begin = time.perf_counter()
-        scored = score(model, formatter, test_rows, every, watch.advance)
-        seconds = time.perf_counter() - begin
-        rows = _score_rows(leg, current.round, "test", scored, prepared.sites, recipe.name)
-        site = next(iter(leg.rows)) if leg.method == "local" else ""
-        rows.append(Row(recipe.name, leg.method, recipe.seed, current.round, "test_seconds", seconds, "seconds", site=site))
-        if leg.method == "federated":
-            _save_adapter(model, folder.path / "adapter")
-        state.update(done=[*state["done"], leg.name], leg="", round=0)
-        folder.save(state, rows)
-    model.write(load_checkpoint(folder.checkpoint("federated", recipe.federation.rounds), initial))
-    state["finished"] = True
-    folder.save(state, [])
-    return model
 
 
 def _save_adapter(model: Model, target: Path) -> None:
@@ -439,39 +273,163 @@ def _save_adapter(model: Model, target: Path) -> None:
     partial.rename(target)
 
 
-def _rounds(
-    leg: Leg, current: Global, model: Model, examples: Mapping[str, Sequence[Example]], formatter: Formatter,
-    curve_rows: Sequence[Record], prepared: Prepared, folder: RunFolder, state: dict[str, Any], watch: Watch,
-    one_round: float,
-) -> Global:  # fmt: skip
-    """The rounds of one leg from `current` on; each ends in a checkpoint."""
-    recipe = leg.recipe
-    rows_total = sum(map(len, examples.values()))
+class _Run:
+    """A run in progress: what all its legs share."""
 
-    def site_done(reply: Reply) -> None:
-        share = len(examples[reply.site]) / rows_total if recipe.train.local_epochs else 1 / len(examples)
-        watch.advance(one_round * share)
+    def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch, state: dict[str, Any]) -> None:
+        recipe = prepared.recipe
+        self.prepared, self.folder, self.watch, self.state = prepared, folder, watch, state
+        self.model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
+        self.initial = self.model.read()
+        self.formatter = Formatter(
+            self.model.tokenizer, self.model.kind, recipe.data.max_length, recipe.data.list_labels, classes=prepared.classes
+        )
+        self.examples = [
+            {name: self.formatter.encode_all(held["train"]) for name, held in stage.rows.items()} for stage in prepared.stages
+        ]
+        for number, (stage, encoded) in enumerate(zip(prepared.stages, self.examples, strict=True), 1):
+            for name, rows in encoded.items():
+                if stage.rows[name]["train"] and not rows:
+                    where = f" of stage {number}" if len(self.examples) > 1 else ""
+                    raise ConfigError(
+                        f"site {name}: none of its rows{where} fits into data.max_length = {recipe.data.max_length} tokens"
+                    )
+        for what, text in (("truncated", "had their text shortened"), ("dropped", "were left out: their answer is too long")):
+            if self.formatter.counts[what]:
+                count, limit = self.formatter.counts[what], recipe.data.max_length
+                watch.note(f"{count} training rows {text} (data.max_length = {limit} tokens)")
+        for note in prepared.notes:
+            watch.note(note)
+        self.curve_rows = self._held_out("validation", recipe.evaluation.validation_rows)
+        self.test_rows = self._held_out("test", recipe.evaluation.test_rows)
+        if not all(self.test_rows):
+            raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
 
-    transport = LocalTransport(model, examples, recipe, leg.rounds, site_done)
-    while current.round < leg.rounds:
-        watch.leg(leg.name, f"round {current.round + 1} of {leg.rounds}")
-        result = run_round(current, transport, list(examples), recipe.federation, recipe.seed)
-        current = result.state
-        rows = round_rows(leg, result, recipe.name)
-        for site, text in sorted(result.failures.items()):
-            watch.note(f"round {current.round}: site {site} failed and was left out (the quorum holds): {text.strip()}")
-        if leg.method == "federated" and curve_rows and current.round % recipe.evaluation.every == 0:
-            watch.leg(leg.name, f"round {current.round}: scoring validation rows")
-            model.write(current.adapter)
-            scored = score(model, formatter, curve_rows, recipe.evaluation, watch.advance)
-            rows += _score_rows(leg, current.round, "validation", scored, prepared.sites, recipe.name)
-        watch.round(leg.name, current.round, leg.rounds, result)
-        # Checkpoints are exact: float32, whatever the exchange rounds to.
-        sealed = pack("checkpoint", current.round, current.adapter, current.adapter.tensors(), "fp32")
-        write_atomic(folder.checkpoint(leg.name, current.round), sealed)
-        state.update(leg=leg.name, round=current.round)
-        folder.save(state, rows)
-    return current
+    def _held_out(self, split: str, limit: int) -> list[list[Record]]:
+        """The rows to score after each stage: one choice for the whole run, each stage seeing what has arrived by then."""
+        chosen = {r.id for r in choose(self.prepared.sites.all(split), split, limit)}
+        found = [[r for r in stage.all(split) if r.id in chosen] for stage in self.prepared.stages]
+        return [choose(rows, split, 0) for rows in found]
+
+    def _work(self, leg: Leg, stage: int) -> tuple[float, float, float]:
+        """(work of one round without its scoring, of all rounds of a stage with theirs, of scoring its test rows)."""
+        at = leg.stages[stage]
+        batch = at.recipe.train.batch_size
+        one = TRAIN_COST * batch * sum(steps_a_round(at.recipe.train, len(rows)) for rows in at.rows.values())
+        scored = len(self.curve_rows[stage]) if leg.method == "federated" else 0
+        points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
+        return one, leg.rounds * one + points * scored, len(self.test_rows[stage])
+
+    def _curve_point(self, leg: Leg, round: int) -> bool:
+        return leg.method == "federated" and round % self.prepared.recipe.evaluation.every == 0
+
+    def total_work(self, legs: Sequence[Leg]) -> float:
+        """In row-equivalents."""
+        return sum(sum(self._work(leg, stage)[1:]) for leg in legs for stage in range(len(leg.stages)))
+
+    def run(self, leg: Leg) -> None:
+        """A leg from its last state to its end."""
+        state, folder = self.state, self.folder
+        if leg.name in state["done"]:
+            self.watch.advance(self.total_work([leg]))
+            return
+        if state["leg"] != leg.name:
+            state.update(leg=leg.name, round=0, tested=0)
+        current = Global(0, self.initial)
+        if state["round"]:
+            current = folder.read_checkpoint(leg.name, state["round"], self.initial)
+        for stage in range(len(leg.stages)):
+            if stage < state["tested"]:
+                self.watch.advance(sum(self._work(leg, stage)[1:]))
+                continue
+            current = self._stage(leg, stage, current)
+            self._test(leg, stage, current)
+        state.update(done=[*state["done"], leg.name], leg="", round=0, tested=0)
+        folder.save(state, [])
+
+    def _held(self, leg: Leg, stage: int) -> dict[str, Sequence[Example]]:
+        examples = self.examples[stage]
+        if leg.method == "centralised":
+            together = [e for encoded in examples.values() for e in encoded]
+            return {"all": sorted(together, key=lambda e: e.record)}
+        return {name: examples[name] for name in leg.stages[stage].rows if examples[name]}
+
+    def _stage(self, leg: Leg, stage: int, current: Global) -> Global:
+        """The rounds of one stage from `current` on; each ends in a checkpoint."""
+        recipe, end = leg.stages[stage].recipe, (stage + 1) * leg.rounds
+        one_round = self._work(leg, stage)[0]
+        self.watch.advance((current.round - stage * leg.rounds) * one_round if leg.rounds else 0)
+        held = self._held(leg, stage) if leg.rounds else {}
+        if not held:  # nobody learns in this stage; rounds are counted all the same
+            return dataclasses.replace(current, round=end)
+        rows_total = sum(map(len, held.values()))
+
+        def site_done(reply: Reply) -> None:
+            share = len(held[reply.site]) / rows_total if recipe.train.local_epochs else 1 / len(held)
+            self.watch.advance(one_round * share)
+
+        by_stage = {name: [()] * stage + [rows] for name, rows in held.items()}
+        transport = LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done)
+        where = f" of stage {stage + 1}" if len(leg.stages) > 1 else ""
+        while current.round < end:
+            done = current.round - stage * leg.rounds
+            self.watch.leg(leg.name, f"round {done + 1} of {leg.rounds}{where}")
+            if stage and not done and recipe.distill.weight and recipe.distill.memory:
+                current = dataclasses.replace(current, memory=current.adapter)
+            result = run_round(current, transport, list(held), recipe.federation, recipe.seed)
+            current = result.state
+            rows = round_rows(leg, stage, result, self.prepared.recipe.name)
+            for site, text in sorted(result.failures.items()):
+                told = f"site {site} failed and was left out (the quorum holds): {text.strip()}"
+                self.watch.note(f"round {current.round}: {told}")
+            if self.curve_rows[stage] and self._curve_point(leg, current.round):
+                self.watch.leg(leg.name, f"round {done + 1}{where}: scoring validation rows")
+                rows += self._score(leg, stage, current, "validation", self.curve_rows[stage])
+            self.watch.round(leg.name, current.round, leg.rounds * len(leg.stages), result)
+            self.folder.write_checkpoint(leg.name, current)
+            self.state.update(round=current.round)
+            self.folder.save(self.state, rows)
+        return current
+
+    def _score(self, leg: Leg, stage: int, current: Global, split: str, records: Sequence[Record]) -> list[Row]:
+        self.model.write(current.adapter)
+        scored = score(self.model, self.formatter, records, self.prepared.recipe.evaluation, self.watch.advance)
+        return _score_rows(leg, stage, current.round, split, scored, self.prepared)
+
+    def _test(self, leg: Leg, stage: int, current: Global) -> None:
+        """Score the held-out rows of all stages so far."""
+        self.watch.leg(leg.name, "scoring held-out rows")
+        begin = time.perf_counter()
+        rows = self._score(leg, stage, current, "test", self.test_rows[stage])
+        seconds = time.perf_counter() - begin
+        name = self.prepared.recipe.name
+        rows.append(
+            Row(name, leg.method, leg.seed, current.round, "test_seconds", seconds, "seconds", site=leg.site, stage=stage)
+        )
+        if leg.method == "federated" and stage + 1 == len(leg.stages):
+            _save_adapter(self.model, self.folder.path / "adapter")
+        self.folder.write_checkpoint(leg.name, current)  # also of a stage in which nobody learnt
+        self.state.update(round=current.round, tested=stage + 1)
+        self.folder.save(self.state, rows)
+
+
+def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> Model:
+    """Run every leg, from the folder's last state on. Returns the model with the federated adapter in it.
+
+    Leaves recipe.toml, env.json, rows.jsonl, checkpoints/, and adapter/ in PEFT format in the folder.
+    """
+    recipe = prepared.recipe
+    torch.set_num_threads(recipe.threads)
+    run = _Run(prepared, folder, watch, folder.open(recipe, resume, fresh))
+    legs = legs_of(prepared)
+    watch.begin(run.total_work(legs))
+    for leg in legs:
+        run.run(leg)
+    last = recipe.federation.rounds * len(prepared.stages)
+    run.model.write(folder.read_checkpoint("federated", last, run.initial).adapter)
+    run.state["finished"] = True
+    folder.save(run.state, [])
+    return run.model
 
 
 def describe_sites(prepared: Prepared) -> list[tuple[str, int, int, int, int, str]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from fedkeel.aggregate import AGGREGATORS, weights
+from fedkeel.aggregate import AGGREGATORS, drift, weights
 from fedkeel.codecs import CODECS, EnvelopeError
 from fedkeel.config import Federation
-from fedkeel.messages import pack, unpack
+from fedkeel.messages import pack_global, read_counts, unpack
 from fedkeel.rng import numpy_generator
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Transport, Update
 
@@ -57,13 +58,13 @@ def screen(reply: Reply, round: int, reference: Adapter, max_norm: float) -> Upd
     if header.get("site") != reply.site:
         raise EnvelopeError(f"the message says it is from site {header.get('site')!r}, not {reply.site!r}")
     positions, stats = header.get("positions"), header.get("stats")
-    # True is an int too, and JSON integers have no bound; a float must hold this one
     if type(positions) is not int or not 1 <= positions <= 2**53 or not isinstance(stats, dict):
         raise EnvelopeError(f"the message reports {positions!r} supervised positions and stats {stats!r}")
     try:
         stats = {name: float(value) for name, value in (stats | {"loss": stats["loss"], "seconds": header["seconds"]}).items()}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EnvelopeError(f"the message's numbers cannot be read: {error!r}") from error
+    counts = read_counts(header.get("tasks"))
     if not all(map(math.isfinite, stats.values())):
         raise EnvelopeError(f"the message reports stats that are not finite: {stats!r}")
     norm = float(torch.sqrt(sum((t.double().square().sum() for t in change.values()), torch.zeros(()))))
@@ -71,7 +72,7 @@ def screen(reply: Reply, round: int, reference: Adapter, max_norm: float) -> Upd
         raise EnvelopeError(f"the change has norm {norm:.3g}, over federation.max_update_norm = {max_norm:g}")
     old = reference.tensors()
     adapter = reference.with_tensors({name: old[name] + t for name, t in change.items()})
-    return Update(reply.site, adapter, positions, {**stats, "update_norm": norm})
+    return Update(reply.site, adapter, positions, {**stats, "update_norm": norm}, counts)
 
 
 def run_round(
@@ -86,8 +87,11 @@ def run_round(
     begin = clock()
     sampled = sample_sites(sites, federation.sites_per_round, seed, state.round)
     sent = state.adapter.tensors()
+    total: Counter[str] = Counter()
+    for held in state.counts.values():
+        total.update(held)
     try:
-        payload = pack("global", state.round, state.adapter, sent, federation.codec_down)
+        payload = pack_global("global", state, federation.codec_down, tasks=dict(sorted(total.items())))
     except ValueError as error:  # a value over the range of the type that it should travel as
         raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
     # What the sites start from is what the codec left of the global adapter.
@@ -115,10 +119,18 @@ def run_round(
     if not any(u.stats["update_norm"] for u in updates):
         raise FederationError(f"round {state.round + 1} changed nothing: every site sent back the adapter that it was given")
     aggregation = clock()
-    result = AGGREGATORS[federation.rule](reference, updates, weights(updates, federation.weighting))
+    shares = weights(updates, federation.weighting)
+    result = AGGREGATORS[federation.rule](reference, updates, shares)
+    disagreement = drift(reference, updates, shares)
     end = clock()
     return RoundResult(
-        Global(state.round + 1, result.adapter),
+        Global(
+            state.round + 1,
+            result.adapter,
+            state.memory,
+            {**state.counts, **{u.site: u.tasks for u in updates}},
+            disagreement,
+        ),
         result.error,
         updates,
         dict.fromkeys(sampled, len(payload)),

@@ -84,7 +84,8 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
 
     Forms, told apart by their keys: chat (`messages` or ShareGPT `conversations`), classification (`text`, `label`),
     and instruction or Alpaca (`instruction`, `input`, `output`). Underscores of a label become spaces: a label is
-    scored by its words. meta: the `tasks_file`: {"tasks": {name: {"instruction", "labels"}}, "references": {id: [...]}}.
+    scored by its words. meta: the `tasks_file`:
+    {"tasks": {name: {"instruction", "labels", "label_domain": {label: group}}}, "references": {id: [...]}}.
     Raises DataError naming `place` if a row has no answer or no known form.
     """
     task = _text(row.get("task"), place, "task") or "default"
@@ -123,7 +124,11 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
     given = row.get("id")
     identity = hashlib.sha256(content.encode()).hexdigest()[:16] if given in (None, "") else str(given)
     references = tuple(meta.get("references", {}).get(identity, ())) or (output,)
-    return Record(identity, task, SPLITS.get(split, ""), output, instruction, text, site, references, labels, messages)
+    domains = about.get("label_domain") or {}
+    if not isinstance(domains, dict):
+        raise DataError(f"{config.tasks_file}: label_domain of {task!r} is not an object of label: group")
+    group = str(domains.get(str(row.get("label")), domains.get(output, "")))
+    return Record(identity, task, SPLITS.get(split, ""), output, instruction, text, site, references, labels, messages, group)
 
 
 def _metadata(config: Data) -> Mapping[str, Any]:

@@ -63,21 +63,46 @@ class Update:
     """What one site gives back for one round, decoded: its adapter after training.
 
     positions: supervised positions trained on in this round, > 0. stats: further numbers by name (mean loss in nats per
-    position under `loss`, wall-clock seconds under `seconds`).
+    position under `loss`, wall-clock seconds under `seconds`). tasks: supervised positions that the site holds, by task.
     """
 
     site: str
     adapter: Adapter
     positions: int
     stats: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Global:
-    """The state of a federation after `round` rounds (0: before the first)."""
+    """The state of a federation after `round` rounds (0: before the first).
+
+    memory: the adapter at the end of the previous stage of a task stream; None before the second stage. counts: supervised
+    positions that each site holds of each task, as the sites last reported them: site -> task -> positions. drift: how far
+    the sites disagreed in the last round, by block of the model, see `aggregate.drift`; empty before the first.
+    """
 
     round: int
     adapter: Adapter
+    memory: Adapter | None = None
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    drift: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the global model says at the N positions of a `Forward`, and what it is trusted for. No gradient reaches it.
+
+    logits: (N, V); where a class is not allowed, −inf as in the student's. states: (N, d) a tapped layer, as the student's.
+    gold_trust, rest_trust: (N,) ≥ 0, the weight w of the gold part and of the rest (task and site, METHOD §2), about 1 on
+    average. layer_trust: one number a tapped layer, π, ≥ 0 with sum 1; empty where nothing is tapped.
+    """
+
+    logits: Tensor
+    gold_trust: Tensor
+    rest_trust: Tensor
+    states: Sequence[Tensor] = ()
+    layer_trust: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -85,12 +110,15 @@ class Forward:
     """Everything a loss term may look at, at the N supervised positions of a micro-batch.
 
     logits: (N, V) of the student. targets: (N,) int64 in [0, V). rows: (N,) int64, the row of the micro-batch that a
-    position belongs to.
+    position belongs to. states: (N, d) hidden states of each tapped layer, from the lowest to the highest; empty where
+    nothing is tapped. teacher: None where nothing is distilled.
     """
 
     logits: Tensor
     targets: Tensor
     rows: Tensor
+    states: Sequence[Tensor] = ()
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +131,8 @@ class Record:
     references: all accepted answers for scoring (default: only `output`). labels: the candidate answers of a
     classification row, in a fixed order and with `output` among them; empty for free generation.
     messages: (role, text) turns of a chat row, which then replaces instruction, input and output in the prompt; the last
-    turn is the assistant's and equals `output`.
+    turn is the assistant's and equals `output`. group: the group of its answer among the task's labels (CLINC150's
+    domains), empty where the source names none; a stage of a task stream may be made of groups.
     """
 
     id: str
@@ -116,6 +145,7 @@ class Record:
     references: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     messages: tuple[tuple[str, str], ...] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True)

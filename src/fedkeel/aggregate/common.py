@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,3 +65,39 @@ def mean_dense(updates: Sequence[Update], weights: Mapping[str, float], path: st
     """The weighted mean of one dense parameter."""
     ordered = sorted(updates, key=lambda u: u.site)
     return mean_tensors([u.adapter.dense[path] for u in ordered], [weights[u.site] for u in ordered])
+
+
+def block_of(path: str) -> str:
+    """The block that a module path lies in, `model.layers.3` of `model.layers.3.mlp.up_proj`; without a number, itself."""
+    parts = path.split(".")
+    for index, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: index + 1])
+    return path
+
+
+def drift(reference: Adapter, updates: Sequence[Update], weights: Mapping[str, float]) -> dict[str, float]:
+    """D of each block: (Σ_k p_k ‖Δ_k‖² − ‖Δ̄‖²) / ‖Δ̄‖², with Δ_k what site k changed there and Δ̄ = Σ_k p_k Δ_k.
+
+    0 where all sites moved alike; K − 1 where K equally weighted sites moved at right angles by equal lengths; capped at
+    1e6, which also stands for Δ̄ = 0 with sites that did move. Factors are compared as they are, not their products: they
+    start from the same point. Source: METHOD §2 (π); it is Γ − 1 of METHOD §6, block by block.
+    """
+    ordered = sorted(updates, key=lambda u: u.site)
+    spread: dict[str, float] = {}
+    common: dict[str, float] = {}
+    for path, old in reference.lora.items():
+        block = block_of(path)
+        for name in ("a", "b"):
+            before = getattr(old, name).double()
+            mean = torch.zeros_like(before)
+            for update in ordered:
+                change = getattr(update.adapter.lora[path], name).double() - before
+                mean += weights[update.site] * change
+                spread[block] = spread.get(block, 0.0) + weights[update.site] * float(change.square().sum())
+            common[block] = common.get(block, 0.0) + float(mean.square().sum())
+    found = {}
+    for block, total in spread.items():
+        ratio = (total - common[block]) / common[block] if common[block] else (math.inf if total else 0.0)
+        found[block] = min(1e6, max(0.0, ratio))
+    return found

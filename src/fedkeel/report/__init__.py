@@ -17,6 +17,7 @@ from fedkeel.report.tables import (
     Table,
     check_one_run,
     escape,
+    final,
     human_bytes,
     last_by_site,
     lowest,
@@ -29,6 +30,7 @@ from fedkeel.report.tables import (
     rows_scored,
     site_names,
     site_table,
+    stage_table,
     task_names,
     task_table,
     total,
@@ -58,6 +60,9 @@ def write_report(folder: Path) -> Path:
     except json.JSONDecodeError as error:
         raise FedKeelError(f"{folder / 'env.json'} is not JSON: {error}") from error
     tables = [method_table(rows).markdown(), _foldable(task_table(rows))]
+    stages = stage_table(rows)
+    if stages.lines:
+        tables.insert(1, stages.markdown())
     write_atomic(folder / "table.md", "\n".join(tables))
     page = [f"# {escape(rows[0].run)}: report of a FedKeel run\n"]
     missing = missing_parts(rows, settings)
@@ -67,7 +72,7 @@ def write_report(folder: Path) -> Path:
     if curve_points(rows) != Curve((), (), (), ()):
         learning_curve(rows, folder / "curve.svg")
         page.append("![Validation score, training loss and test scores; the numbers are in the tables](curve.svg)\n")
-    page += [tables[1], _foldable(site_table(rows)), "## How it was run\n", _fenced(recipe, "toml")]
+    page += [*tables[1:], _foldable(site_table(rows)), "## How it was run\n", _fenced(recipe, "toml")]
     page.append(_environment_table(environment).markdown())
     report = folder / "report.md"
     write_atomic(report, "\n".join(page))
@@ -80,7 +85,7 @@ def missing_parts(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]
     settings: the resolved recipe as read from TOML.
     """
     missing = []
-    rounds = settings.get("federation", {}).get("rounds", 0)
+    rounds = settings.get("federation", {}).get("rounds", 0) * max(1, len(settings.get("stream", {}).get("stages", [])))
     if rounds_done(rows) < rounds:
         missing.append(f"rounds ({rounds_done(rows)} of {rounds} done)")
     wanted = {"federated", *settings.get("evaluation", {}).get("baselines", [])}
@@ -95,6 +100,7 @@ def missing_parts(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]
 
 def summary(rows: Sequence[Row]) -> str:
     """One paragraph in plain words, computed from the numbers; scores in points of 100."""
+    rows = final(rows)
     took = f"{plural(rounds_done(rows), 'round')} at {plural(len(site_names(rows)), 'site')}"
     score = {m: last_by_site(rows, m, "score", "test") for m in METHODS}
     if not score["federated"]:
@@ -171,6 +177,7 @@ __all__ = [
     "method_table",
     "read_rows",
     "site_table",
+    "stage_table",
     "task_table",
     "write_report",
 ]

@@ -201,9 +201,33 @@ def rows_scored(rows: Sequence[Row], method: str) -> int:
     return int(max(counts.values(), default=0))
 
 
+def final(rows: Sequence[Row]) -> list[Row]:
+    """The rows without the test scores of earlier stages of a stream: what the model is worth in the end."""
+    last = max((r.stage for r in rows if r.split == "test"), default=0)
+    return [r for r in rows if r.split != "test" or r.stage == last]
+
+
+def stage_table(rows: Sequence[Row], method: str = "federated") -> Table:
+    """The stage × stage matrix of a task stream, in points of 100: a line a stage that has ended, a column a stage's rows."""
+    check_one_run(rows)
+    found: dict[int, dict[int, float]] = defaultdict(dict)
+    for r in rows:
+        if r.method == method and r.split == "test" and r.name.startswith("score_of_stage_"):
+            found[r.stage][int(r.name.rpartition("_")[2])] = r.value
+    count = len(found)
+    lines = []
+    for stage, scores in sorted(found.items()):
+        cells = [points(scores[of]) if of in scores else MISSING for of in range(1, count + 1)]
+        lines.append((f"after stage {stage + 1}", *cells, points(mean_and_sd(scores.values())[0])))
+    header = ("", *(f"rows of stage {of}" for of in range(1, count + 1)), "mean")
+    note = "In points from 0 to 100, on test rows. The diagonal is what was just learnt, the last line what is left of it."
+    return Table(f"{METHODS[method]}: score by stage", header, tuple(lines), (note,) if lines else ())
+
+
 def method_table(rows: Sequence[Row]) -> Table:
     """A line a method that has any Row. Scores in points of 100, bytes in decimal units, training in seconds."""
     check_one_run(rows)
+    rows = final(rows)
     present = [m for m in METHODS if any(r.method == m for r in rows)]
     both = {"accuracy", "rouge_l"} <= {r.name for r in rows if r.split == "test" and not r.task}
     scores = {"score": "score, points"} | ({"accuracy": "accuracy", "rouge_l": "ROUGE-L"} if both else {})
@@ -276,6 +300,7 @@ def _notes(rows: Sequence[Row], present: Sequence[str]) -> tuple[str, ...]:
 def task_table(rows: Sequence[Row]) -> Table:
     """A line a task, sorted by name, and a column a method, in points of 100; local-only is the mean over sites."""
     check_one_run(rows)
+    rows = final(rows)
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     counts: dict[str, float] = {}
     kinds: dict[str, set[str]] = defaultdict(set)

@@ -1,0 +1,140 @@
+"""Who holds what, and when: records dealt to sites, and the stages of a task stream."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fedkeel import partition
+from fedkeel.config import ConfigError, Recipe
+from fedkeel.rng import derive, numpy_generator
+from fedkeel.types import Record
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The rows of every site, by split: sites[name][split] -> records sorted by id."""
+
+    rows: Mapping[str, Mapping[str, Sequence[Record]]]
+
+    def all(self, split: str) -> list[Record]:
+        """The rows of all sites together, sorted by id, so that no file order or site name matters."""
+        return sorted((r for held in self.rows.values() for r in held[split]), key=lambda r: r.id)
+
+
+def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
+    """Deal the records to sites as the recipe's partition says.
+
+    Raises ConfigError if a site would have no training row, naming it, or if a natural split has no key to go by.
+    """
+    spec = recipe.partition
+    strata = [r.split for r in records]
+    rng = numpy_generator(recipe.seed, "partition")
+    if spec.scheme == "natural":
+        if not all(r.site for r in records):
+            raise ConfigError(
+                "partition.scheme = 'natural' needs a site for every row: set data.site_column to the column that names it, or "
+                "choose partition.scheme = 'dirichlet', 'iid', 'by-task' or 'quantity'"
+            )
+        held = partition.natural([r.site for r in records])
+    else:
+        if spec.scheme == "iid":
+            dealt = partition.iid(strata, spec.sites, rng)
+        elif spec.scheme == "quantity":
+            dealt = partition.quantity_skew(strata, spec.sites, spec.alpha, rng)
+        elif spec.scheme == "by-task":
+            try:
+                dealt = partition.by_task([r.task for r in records], spec.sites, rng)
+            except ValueError as error:
+                raise ConfigError(f"partition.scheme = 'by-task': {error}") from error
+        else:
+            keys = [(r.task, r.output if spec.over == "labels" and r.labels else "") for r in records]
+            dealt = partition.dirichlet(keys, strata, spec.sites, spec.alpha, rng)
+        width = len(str(spec.sites - 1))
+        held = {f"site-{k:0{width}d}": indices for k, indices in enumerate(dealt)}
+    sites: dict[str, dict[str, list[Record]]] = {}
+    for name, indices in held.items():
+        sites[name] = {s: [records[i] for i in indices if records[i].split == s] for s in ("train", "validation", "test")}
+        cap = recipe.data.rows_per_site
+        if cap and recipe.data.source != "pydocs":  # pydocs caps by itself, balanced over its tasks
+            hashed = sorted(sites[name]["train"], key=lambda r: derive(recipe.seed, "cap", r.id))[:cap]
+            sites[name]["train"] = sorted(hashed, key=lambda r: r.id)
+    empty = [name for name, held_rows in sites.items() if not held_rows["train"]]
+    if empty:
+        raise ConfigError(
+            f"site {', '.join(empty)} would have no training row under partition.scheme = {spec.scheme!r} "
+            f"(sites = {len(sites)}, alpha = {spec.alpha:g}, {len(records)} rows); use fewer sites, a larger alpha or more rows"
+        )
+    return Sites(sites)
+
+
+def stage_names(recipe: Recipe) -> list[list[str]]:
+    """The task and group names of each stage, as the recipe lists them; empty without a stream."""
+    return [[name.strip() for name in stage.split("+")] for stage in recipe.stream.stages]
+
+
+def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
+    """The stage in which each record arrives, from 0; −1 for a record that no stage names.
+
+    Raises ConfigError on a stage without training rows, a name that no record carries, or one that stands twice.
+    """
+    stages = stage_names(recipe)
+    if not stages:
+        return [0] * len(records)
+    known = {r.task for r in records} | {r.group for r in records if r.group}
+    where: dict[str, int] = {}
+    for stage, names in enumerate(stages):
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)[:20])}"
+                raise ConfigError(f"stream.stages: no row is of a task or label group {name!r}; {hint}")
+            if name in where:
+                raise ConfigError(f"stream.stages: {name!r} stands twice; a task arrives once")
+            where[name] = stage
+    found = [where.get(r.group or r.task, where.get(r.task, -1)) for r in records]
+    for stage, names in enumerate(stages):
+        if not any(at == stage and r.split == "train" for at, r in zip(found, records, strict=True)):
+            raise ConfigError(f"stream.stages: stage {stage + 1} ({' + '.join(names)}) has no training row")
+    return found
+
+
+def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[Sites]:
+    """The sites as they are in each stage of the stream; without one, a single stage with everything.
+
+    In stage s a site trains on the rows that arrive then and keeps none from before; validation and test rows are those of
+    all stages up to s. Candidate labels of a task are those seen up to s (class-incremental where a stage names label
+    groups, task-incremental where it names tasks). A site may hold no training row in a stage and is then not asked.
+    arrival: record id -> stage, as `arrivals` finds it, for every record of the sites.
+    """
+    everything = [r for split in ("train", "validation", "test") for r in sites.all(split)]
+    born: dict[tuple[str, str], int] = {}  # when a label's first row arrives
+    for record in everything:
+        if record.labels:
+            label = record.task, record.output
+            born[label] = min(arrival[record.id], born.get(label, arrival[record.id]))
+    named = {name for names in stage_names(recipe) for name in names}
+    by_group = {r.task for r in everything if r.group and named and r.task not in named}
+
+    def at_stage(record: Record, stage: int) -> Record:
+        if record.task not in by_group:
+            return record
+        seen = tuple(v for v in record.labels if born.get((record.task, v), stage + 1) <= stage)
+        return replace(record, labels=seen)
+
+    found = []
+    for stage in range(max(1, len(recipe.stream.stages))):
+        rows = {
+            name: {
+                split: [
+                    at_stage(r, stage)
+                    for r in records
+                    if (arrival[r.id] == stage if split == "train" else arrival[r.id] <= stage)
+                ]
+                for split, records in held.items()
+            }
+            for name, held in sites.rows.items()
+        }
+        found.append(Sites(rows))
+    return found
