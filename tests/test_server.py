@@ -56,7 +56,8 @@ class Sites:
         replies = []
         for request in requests:
             site = request.site
-            header, self.received[site] = unpack(request.payload, "global", None, self.like)
+            header, state = unpack_global(request.payload, "global", self.like)
+            self.received[site] = state.adapter.tensors()
             after = self.like.with_tensors({n: t + self.changes[site][n] for n, t in self.received[site].items()})
             change = difference(after, self.like.with_tensors(self.received[site]))
             positions = 1 + sorted(self.changes).index(site)

@@ -316,6 +316,11 @@ def _cross_check(recipe: Recipe) -> None:
             "structure.mode = 'anchored' takes its consistency from the distillation term: set distill.weight above 0, or "
             "structure.mode = 'implicit'"
         )
+    if train.sam and structure.adversary:
+        raise ConfigError(
+            "train.sam and structure.adversary both ascend before a step, and the adversary would mix the gradients of two "
+            "points: set one of them to 0"
+        )
     if distill.weight and distill.align == "cka" and 0 < train.micro_batch_size < train.batch_size:
         raise ConfigError(
             "distill.align = 'cka' compares the positions of a whole batch, so train.micro_batch_size would change what is "

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkeel.metrics import exact_match, macro, mean, normalise, rouge_l
+from fedkeel.metrics import (
+    average_final,
+    average_learnt,
+    backward_transfer,
+    consistency,
+    exact_match,
+    forgetting,
+    macro,
+    mean,
+    normalise,
+    retention_ratio,
+    rouge_l,
+    stability_index,
+)
 
 
 @pytest.mark.parametrize(
@@ -86,3 +104,110 @@ def test_nothing_has_no_mean() -> None:
         mean([])
     with pytest.raises(ValueError, match="no values"):
         macro({})
+
+
+# stage 0 was best in the middle, stage 1 came back in the end
+TABLE = [[0.8], [0.9, 0.5], [0.6, 0.4, 0.7], [0.45, 0.5, 0.35, 1.0]]
+MEASURES = [average_final, average_learnt, backward_transfer, forgetting, retention_ratio]
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        (average_final, (0.45 + 0.5 + 0.35 + 1.0) / 4),
+        (average_learnt, (0.8 + 0.5 + 0.7 + 1.0) / 4),
+        (backward_transfer, (-0.35 + 0.0 - 0.35) / 3),
+        (forgetting, (0.45 + 0.0 + 0.35) / 3),
+        (retention_ratio, (0.5 + 1.0 + 0.5) / 3),
+    ],
+)
+def test_a_score_table_by_hand(measure: Any, expected: float) -> None:
+    assert measure(TABLE) == pytest.approx(expected, rel=1e-12)
+    assert measure({s: dict(enumerate(row)) for s, row in enumerate(TABLE)}) == measure(TABLE)
+
+
+def test_nothing_forgotten_and_a_stage_that_gained_at_the_last() -> None:
+    kept = [[0.5], [0.5, 0.25], [0.5, 0.25, 1.0]]
+    assert (backward_transfer(kept), forgetting(kept), retention_ratio(kept)) == (0.0, 0.0, 1.0)
+    gained = [[0.25], [0.5, 1.0]]
+    assert (backward_transfer(gained), forgetting(gained), retention_ratio(gained)) == (0.25, -0.25, 1.0)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ([], "no values|stages"),
+        ([[0.5, 0.5], [0.5, 0.5]], "s \\+ 1"),  # the scores of stages still to come have no place here
+        ([[0.5], [0.5]], "s \\+ 1"),
+        ({1: {0: 0.5}}, "stage 0"),
+        ({0: {1: 0.5}}, "stage 0"),
+        ([[0.5], [0.5, math.nan]], "finite"),
+        ([[0.5], [None, 0.5]], "stage 1"),
+    ],
+)
+def test_what_is_no_score_table_is_refused(measure: Any, table: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        measure(table)
+
+
+def test_retention_needs_two_stages_and_something_to_keep() -> None:
+    assert average_final([[0.5]]) == average_learnt([[0.5]]) == 0.5
+    for measure in (backward_transfer, forgetting, retention_ratio):
+        with pytest.raises(ValueError, match="2 are needed"):
+            measure([[0.5]])
+    with pytest.raises(ValueError, match="stage 1, from 0, never"):
+        retention_ratio([[0.5], [0.5, 0.0], [0.5, 0.0, 1.0]])
+
+
+def test_stability_index_by_hand() -> None:
+    # Trapezoids under (0, 0.8), (0.1, 0.6), (0.5, 0.2): 0.1 · 0.7 + 0.4 · 0.4 = 0.23, of 0.5 · 0.8.
+    assert stability_index([0.1, 0.5], [0.6, 0.2], 0.8) == pytest.approx(0.23 / 0.4, rel=1e-12)
+    assert stability_index([1, 2, 4], [0.5, 0.5, 0.5], 0.5) == 1.0
+    assert stability_index([1.0], [0.6], 0.4) == pytest.approx(1.25, rel=1e-12)  # damage helped
+    assert stability_index([0.1, 0.5], [0.0, 0.0], 0.8) == pytest.approx(0.1 / (2 * 0.5), rel=1e-12)  # the least there is
+    # only the ratios of strengths and of scores count
+    assert stability_index([1, 5], [0.3, 0.1], 0.4) == pytest.approx(0.23 / 0.4, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "scores", "clean"),
+    [
+        ([], [], 0.5),
+        ([0.1, 0.2], [0.5], 0.5),
+        ([0.0, 0.2], [0.5, 0.5], 0.5),
+        ([0.2, 0.1], [0.5, 0.5], 0.5),
+        ([0.1, 0.1], [0.5, 0.5], 0.5),
+        ([math.inf], [0.5], 0.5),
+        ([0.1], [0.5], 0.0),
+        ([0.1], [-0.5], 0.5),
+        ([0.1], [math.nan], 0.5),
+        ([math.nan], [0.5], 0.5),
+    ],
+)
+def test_stability_index_refuses_what_is_no_curve(strengths: list[float], scores: list[float], clean: float) -> None:
+    with pytest.raises(ValueError, match=r"rise from|scores are|one score a strength"):
+        stability_index(strengths, scores, clean)
+
+
+def test_consistency_by_hand() -> None:
+    p, q = [[1.0, 0.0], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]]
+    # Row 1: the middle is (3/4, 1/4); JS = (ln 4/3 + (ln 2/3 + ln 2) / 2) / 2.
+    divergence = (math.log(4 / 3) + (math.log(2 / 3) + math.log(2)) / 2) / 2
+    expected = (1 - divergence / math.log(2) + 1) / 2
+    assert consistency(p, q) == pytest.approx(expected, rel=1e-12)
+    assert consistency(q, p) == pytest.approx(expected, rel=1e-12)
+    assert consistency(torch.tensor(p), np.array(q)) == pytest.approx(expected, rel=1e-12)
+    assert consistency([[0.0, 1.0]], [[1.0, 0.0]]) == 0.0
+    assert consistency(p, p) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("p", "q"),
+    [([], []), ([0.5, 0.5], [0.5, 0.5]), ([[1.0]], [[0.5, 0.5]]), ([[1.5, -0.5]], [[0.5, 0.5]]), ([[0.5, 0.4]], [[0.5, 0.5]])],
+)
+def test_consistency_refuses_what_is_no_distribution(p: list[Any], q: list[Any]) -> None:
+    with pytest.raises(ValueError, match="distribution"):
+        consistency(p, q)
+    with pytest.raises(ValueError, match="distribution"):
+        consistency(q, p)

@@ -377,6 +377,28 @@ def test_weight_noise_has_the_marginal_of_a_dense_change_of_the_weights(toy: Toy
     assert abs(float((pairs[:, 0] * pairs[:, 1]).mean())) < 4.0 * float(noise.var()) / math.sqrt(samples // 4 * WIDTH)
 
 
+@torch.no_grad()
+def test_weight_noise_is_n_times_length_times_row_norm(toy: Toy) -> None:
+    module = toy.out[1]
+    with switched_on(Injection(places_of(toy), {"weights": 0.3}), row=2):
+        got = module(X)
+    counters = [[[((2 + r) << 40) + (t << 20) + o for o in range(WIDTH)] for t in range(5)] for r in range(8)]
+    n = counter_normal(derive(7, "weights", "out.1"), torch.tensor(counters))
+    noise = 0.3 * X.norm(dim=-1, keepdim=True) / math.sqrt(WIDTH) * module.base.weight.norm(dim=1) * n
+    torch.testing.assert_close(got, module(X) + noise, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_the_strength_takes_effect_from_one_pass_to_the_next(toy: Toy, name: str) -> None:
+    with switched_on(Injection(places_of(toy), {name: AMOUNT})) as injection:
+        full = toy(X)
+        injection.draw.strength = 0.5
+        half = toy(X)
+    assert not torch.equal(full, half)
+    with switched_on(Injection(places_of(toy), {name: AMOUNT}), strength=0.5):
+        assert torch.equal(toy(X), half)
+
+
 def test_gradient_flows_through_the_length_of_the_input(toy: Toy) -> None:
     with switched_on(Injection(places_of(toy), {"weights": AMOUNT})):
         x = numbers(9, 2, 3, WIDTH).double().requires_grad_()

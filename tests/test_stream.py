@@ -1,0 +1,487 @@
+"""A task stream: what arrives when, who is asked, what is scored, and what a stage begins anew."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_run import Silent, adapter_of, go, rows_of, same, without_time
+from training import same_bits
+
+import fedkeel.client
+import fedkeel.local
+from fedkeel.client import learning_rate
+from fedkeel.config import ConfigError, Recipe, load_recipe
+from fedkeel.data import Example, Formatter, batch_indices
+from fedkeel.evaluate import score
+from fedkeel.messages import unpack_global
+from fedkeel.metrics import mean
+from fedkeel.model import Model
+from fedkeel.run import Prepared, describe_model, legs_of, payload_bytes, prepare
+from fedkeel.server import RoundResult
+from fedkeel.sites import arrivals
+from fedkeel.types import Record
+
+DOMAINS = {
+    "account balance": "bank",
+    "pay bill": "bank",
+    "book flight": "travel",
+    "lost luggage": "travel",
+    "set alarm": "home",
+}
+LABELS = list(DOMAINS)
+GROUPS = ["stream.stages=bank,travel+home"]
+TASKS = ["stream.stages=intent,echo"]
+METHOD = [
+    "distill.weight=1", "distill.ramp=0.3", "distill.align=cosine", "distill.memory=0.4", "structure.mode=anchored",
+    "structure.heads=0.2", "structure.rank=0.2", "structure.adversary=0.05", "structure.ramp=0.3",
+]  # fmt: skip
+
+
+def stream_rows() -> list[dict[str, str]]:
+    """Sites north and south hold every label; east has no row of the domain `bank`. Each has twelve rows to repeat a word."""
+    rows = []
+    for site, count in (("north", 10), ("south", 5), ("east", 5)):
+        for number in range(4 * count):
+            label = LABELS[number % 5]
+            split = ("train", "train", "validation", "test")[number // 5 % 4]
+            if site == "east" and DOMAINS[label] == "bank":
+                continue
+            rows.append({"task": "intent", "ward": site, "split": split, "text": f"{label} {site} {number}", "label": label})
+        for number in range(12):
+            split = ("train", "train", "validation", "test")[number % 4]
+            row = {"task": "echo", "ward": site, "split": split, "instruction": "Repeat.", "input": f"red {number} {site}"}
+            rows.append({**row, "output": "red"})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def stream_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stream_data")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stream_rows()))
+    about = {"intent": {"instruction": "What is wanted?", "labels": LABELS, "label_domain": DOMAINS}}
+    (folder / "tasks.json").write_text(json.dumps({"tasks": about}))
+    return folder
+
+
+@pytest.fixture
+def stream(tiny_overrides: list[str], stream_data: Path) -> list[str]:
+    """key=value of a run of two rounds of two steps a stage, at three sites; no baselines."""
+    return [
+        *tiny_overrides, f"data.root={stream_data}", "data.site_column=ward", "federation.rounds=2", "train.local_steps=2",
+        "evaluation.baselines=[]", "evaluation.validation_rows=2", "evaluation.max_new_tokens=2",
+    ]  # fmt: skip
+
+
+def prepared_of(overrides: list[str]) -> Prepared:
+    return prepare(load_recipe(None, overrides))
+
+
+def value(rows: list[dict[str, Any]], name: str, **where: Any) -> float:
+    found = [r for r in rows if r["name"] == name and all(r[k] == v for k, v in where.items())]
+    assert len(found) == 1, (name, where, found)
+    return found[0]["value"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ arrival
+
+
+def record(task: str, group: str = "", split: str = "train", id: str = "") -> Record:
+    return Record(id or f"{task}-{group}-{split}", task, split, "x", input="x", group=group)
+
+
+def at(*stages: str) -> Recipe:
+    return load_recipe(None, ["stream.stages=" + json.dumps(list(stages))])
+
+
+def test_records_arrive_by_task_or_by_group() -> None:
+    records = [record("a"), record("b"), record("c", "c1"), record("c", "c2"), record("d", "d1")]
+    assert arrivals(records, at("a+c2", "b", "c1")) == [0, 1, 2, 0, -1]
+    assert arrivals(records, at("c", "d + a", "b")) == [1, 2, 0, 0, 1]
+    assert arrivals(records, load_recipe(None, [])) == [0] * 5
+
+
+def test_a_group_goes_before_its_task() -> None:
+    records = [record("c", "c1"), record("c", "c2")]
+    assert arrivals(records, at("c1", "c")) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        (["echo", "intnt"], "no row is of a task or label group 'intnt'; did you mean 'intent'?"),
+        (["bank", "zebra"], "'zebra'; known: bank, echo, home, intent, travel"),
+        (["bank+echo", "travel+bank"], "'bank' stands twice"),
+        (["bank+bank"], "'bank' stands twice"),
+        (["echo", ""], "no row is of a task or label group ''"),
+    ],
+)
+def test_stages_that_cannot_be(stream: list[str], stages: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepared_of([*stream, "stream.stages=" + json.dumps(stages)])
+    assert told in str(caught.value)
+
+
+def test_a_stage_without_training_rows_is_named() -> None:
+    records = [record("a"), record("b", split="test"), record("c", "c1", "validation"), record("c", "c2")]
+    assert arrivals(records, at("a", "c2+b")) == [0, 1, -1, 1]
+    with pytest.raises(ConfigError, match=r"stage 2 \(b \+ c1\) has no training row"):
+        arrivals(records, at("a+c2", "b+c1"))
+
+
+def test_rows_of_no_stage_are_left_out_and_counted(stream: list[str]) -> None:
+    prepared = prepared_of([*stream, "stream.stages=bank,echo"])
+    gone = [r for r in stream_rows() if r.get("label") and DOMAINS[r["label"]] != "bank"]
+    assert f"{len(gone)} rows left out: no stage of the stream names their task or label group" in prepared.notes
+    left = [r for split in ("train", "validation", "test") for r in prepared.sites.all(split)]
+    assert len(left) == len(stream_rows()) - len(gone)
+    assert {r.group for r in left} == {"", "bank"}
+    assert {r.id for r in left} == set(prepared.arrival)
+
+
+def test_without_a_stream_there_is_one_stage_with_everything(stream: list[str]) -> None:
+    prepared = prepared_of(stream)
+    assert len(prepared.stages) == 1
+    assert prepared.stages[0] == prepared.sites
+    assert set(prepared.arrival.values()) == {0}
+
+
+# ----------------------------------------------------------------------------------------------------- what a stage consists of
+
+
+def test_training_rows_are_of_the_stage_and_held_out_rows_of_all_so_far(stream: list[str]) -> None:
+    prepared = prepared_of([*stream, "stream.stages=bank,home+echo,travel"])
+    come = {"bank": 0, "home": 1, "": 1, "travel": 2}
+    for name, held in prepared.sites.rows.items():
+        for stage in range(3):
+            for split, records in held.items():
+                got = {r.id for r in prepared.stages[stage].rows[name][split]}
+                if split == "train":
+                    assert got == {r.id for r in records if come[r.group] == stage}
+                else:
+                    assert got == {r.id for r in records if come[r.group] <= stage}
+    assert not prepared.stages[0].rows["east"]["train"]
+    assert len(prepared.stages[0].rows["north"]["train"]) == 8
+
+
+def test_candidates_are_the_labels_seen_so_far(stream: list[str]) -> None:
+    """Class-incremental where stages name label groups, in the order of the tasks file; training, test and validation alike."""
+    prepared = prepared_of([*stream, *GROUPS])
+    for stage, seen in ((0, ("account balance", "pay bill")), (1, tuple(LABELS))):
+        for split in ("train", "validation", "test"):
+            labels = {r.labels for r in prepared.stages[stage].all(split)}
+            assert labels == {seen}, (stage, split)
+    turned = prepared_of([*stream, "stream.stages=home,bank,travel"])
+    assert {r.labels for r in turned.stages[0].all("test")} == {("set alarm",)}
+    assert {r.labels for r in turned.stages[1].all("test")} == {("account balance", "pay bill", "set alarm")}
+
+
+def test_candidates_are_all_labels_where_stages_name_tasks(stream: list[str]) -> None:
+    prepared = prepared_of([*stream, *TASKS])
+    assert {r.labels for r in prepared.stages[0].all("train")} == {tuple(LABELS)}
+    assert {(r.task, r.labels) for r in prepared.stages[1].all("test")} == {("intent", tuple(LABELS)), ("echo", ())}
+    assert {r.task for r in prepared.stages[1].all("train")} == {"echo"}
+
+
+def test_no_prompt_names_a_label_that_is_yet_to_come(stream: list[str]) -> None:
+    prepared = prepared_of([*stream, *GROUPS])
+    model = Model(prepared.recipe.model, prepared.recipe.lora, 1)
+    formatter = Formatter(model.tokenizer, "causal", 128)
+    texts = [model.tokenizer.decode(e.ids) for e in formatter.encode_all(prepared.stages[0].all("train"))]
+    assert all("Options: account balance, pay bill" in t for t in texts)
+    assert not any("flight" in t or "alarm" in t for t in texts)
+
+
+# ------------------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, bool, dict[str, int]]]:
+    """(round, site, whether a memory came, counts that came) of every request of a run."""
+    found: list[tuple[int, str, bool, dict[str, int]]] = []
+    real = fedkeel.local.answer
+
+    def answer(payload: bytes, model: Model, stages: Any, site: str, rounds: int, recipe: Recipe) -> bytes:
+        header, state = unpack_global(payload, "global", model.read())
+        found.append((state.round, site, state.memory is not None, header["tasks"]))
+        return real(payload, model, stages, site, rounds, recipe)
+
+    monkeypatch.setattr(fedkeel.local, "answer", answer)
+    return found
+
+
+def test_a_site_without_rows_of_a_stage_is_not_asked_in_it(stream: list[str], heard: list[Any]) -> None:
+    watch = Silent()
+    _, folder, _ = go([*stream, *GROUPS], watch)
+    asked = defaultdict(list)
+    for round, site, _, _ in heard:
+        asked[round].append(site)
+    assert asked == {0: ["north", "south"], 1: ["north", "south"], 2: ["east", "north", "south"], 3: ["east", "north", "south"]}
+    assert [len(result.updates) for _, result in watch.results] == [2, 2, 3, 3]
+    rows = rows_of(folder)
+    assert {(r["round"], r["stage"]) for r in rows if r["name"] == "loss"} == {(1, 0), (2, 0), (3, 1), (4, 1)}
+    assert {(r["round"], r["stage"]) for r in rows if r["split"] == "test"} == {(2, 0), (4, 1)}
+    assert {(r["round"], r["stage"]) for r in rows if r["split"] == "validation"} == {(1, 0), (2, 0), (3, 1), (4, 1)}
+    assert watch.work == pytest.approx(watch.total)
+
+
+def test_counts_come_down_from_the_second_round_on(stream: list[str], heard: list[Any]) -> None:
+    """What the sites reported in the round before, by task: the first messages know nothing."""
+    watch = Silent()
+    go([*stream, *TASKS, "distill.weight=1"], watch)
+    by_round = {round: counts for round, _, _, counts in heard}
+    assert by_round[0] == {}
+    assert set(by_round[1]) == set(by_round[2]) == {"intent"}
+    assert "echo" in by_round[3]
+    told = [dict(u.tasks) for u in watch.results[0][1].updates]
+    assert by_round[1] == {"intent": sum(t["intent"] for t in told)}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_the_memory_is_the_end_of_the_stage_before_and_travels_only_where_it_is_used(
+    stream: list[str], heard: list[Any], share: float
+) -> None:
+    watch = Silent()
+    stages = ["stream.stages=bank,travel,home+echo", "distill.weight=1", f"distill.memory={share}"]
+    recipe, folder, model = go([*stream, *stages], watch)
+    came = {(round, memory) for round, _, memory, _ in heard}
+    assert came == {(r, bool(share) and r >= 2) for r in range(6)}
+    results = [result for _, result in watch.results]
+    for done, result in enumerate(results):
+        if not share or done < 2:
+            assert result.state.memory is None
+        else:
+            assert same_bits(result.state.memory.tensors(), results[2 * (done // 2) - 1].state.adapter.tensors())
+    stored = folder.read_checkpoint("federated", 5, model.read())
+    assert (stored.memory is not None) == bool(share)
+    assert stored.counts == results[4].state.counts
+    assert stored.drift == results[4].state.drift
+    down = {round: result.bytes_down["north"] for round, result in enumerate(results)}
+    _, _, shapes = describe_model(prepare(recipe))
+    numbers = sum(torch.Size(s).numel() for s in shapes.values())
+    assert down[2] - down[1] == pytest.approx(4 * numbers if share else 0, abs=4000)
+    assert payload_bytes(shapes, recipe)[0] == pytest.approx(down[3], abs=400)
+
+
+def test_without_a_weight_no_memory_travels(stream: list[str], heard: list[Any]) -> None:
+    go([*stream, *GROUPS, "distill.memory=0.5"])
+    assert not any(memory for _, _, memory, _ in heard)
+
+
+def test_score_rows_of_each_stage_equal_an_independent_scoring(stream: list[str]) -> None:
+    """From the checkpoint at the end of each stage: every test row so far by itself, then means by task, then over tasks."""
+    recipe, folder, model = go([*stream, "stream.stages=bank+echo,travel+home"])
+    prepared = prepare(recipe)
+    formatter = Formatter(model.tokenizer, "causal", recipe.data.max_length)
+    rows = rows_of(folder)
+    groups = [{"bank", ""}, {"travel", "home"}]
+    for stage in (0, 1):
+        model.write(folder.read_checkpoint("federated", 2 * stage + 2, model.read()).adapter)
+        tests = prepared.stages[stage].all("test")
+        single = {r.id: score(model, formatter, [r], replace(recipe.evaluation, batch_size=1))[0] for r in tests}
+
+        def by_task(chosen: list[Record], single: dict[str, Any] = single) -> float:
+            tasks = defaultdict(list)
+            for r in chosen:
+                metrics = single[r.id].metrics
+                tasks[r.task].append(metrics.get("accuracy", metrics.get("rouge_l")))
+            return mean([mean(v) for v in tasks.values()])
+
+        assert value(rows, "score", split="test", stage=stage, task="") == pytest.approx(by_task(tests))
+        for came in range(stage + 1):
+            of_stage = [r for r in tests if r.group in groups[came]]
+            got = value(rows, f"score_of_stage_{came + 1}", split="test", stage=stage)
+            assert got == pytest.approx(by_task(of_stage))
+        counted = sum(r["value"] for r in rows if r["name"] == "rows" and r["split"] == "test" and r["stage"] == stage)
+        assert counted == len(tests)
+        for site, held in prepared.stages[stage].rows.items():
+            if held["test"]:
+                got = value(rows, "own_score", split="test", stage=stage, site=site)
+                assert got == pytest.approx(by_task(held["test"]))
+    assert not any(r["name"] == "score_of_stage_2" and r["stage"] == 0 for r in rows)
+
+
+def test_without_a_stream_no_row_speaks_of_stages(stream: list[str]) -> None:
+    _, folder, _ = go([*stream, "federation.rounds=1"])
+    assert not any(r["name"].startswith("score_of_stage") for r in rows_of(folder))
+    assert {r["stage"] for r in rows_of(folder)} == {0}
+
+
+def test_every_method_is_scored_on_the_same_rows_of_each_stage(stream: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baselines in a stream: base, local and centralised legs, one of them at a site that has nothing to learn at first."""
+    scored: dict[tuple[str, int], list[tuple[str, tuple[str, ...]]]] = {}
+    real = fedkeel.run._score_rows
+
+    def watched(leg: Any, stage: int, round: int, split: str, found: Any, prepared: Any) -> Any:
+        if split == "test":
+            scored[leg.name, stage] = [(s.record.id, s.record.labels) for s in found]
+        return real(leg, stage, round, split, found, prepared)
+
+    monkeypatch.setattr(fedkeel.run, "_score_rows", watched)
+    limits = ["evaluation.test_rows=6", 'evaluation.baselines=["base","local","centralised"]']
+    recipe, folder, _ = go([*stream, *GROUPS, *limits])
+    legs = ["base", "federated", "local/north", "local/south", "local/east", "centralised"]
+    assert {leg for leg, _ in scored} == set(legs)
+    prepared = prepare(recipe)
+    for stage in (0, 1):
+        assert len({tuple(scored[leg, stage]) for leg in legs}) == 1
+        allowed = {r.id for r in prepared.stages[stage].all("test")}
+        assert {id for id, _ in scored["base", stage]} <= allowed
+    assert {id for id, _ in scored["base", 0]} < {id for id, _ in scored["base", 1]}
+    assert len(scored["base", 1]) == 6
+    rows = rows_of(folder)
+    # the base learns nothing; east learns nothing in stage 0: the same scores there
+    for name in ("score", "score_of_stage_1"):
+        east = value(rows, name, method="local", site="east", stage=0, split="test", task="")
+        assert east == value(rows, name, method="base", stage=0, split="test", task="")
+    assert {
+        (r["round"], r["stage"]) for r in rows if r["method"] == "local" and r["site"] == "east" and r["name"] == "loss"
+    } == {(2, 1)}
+    assert {(r["round"], r["stage"]) for r in rows if r["method"] == "centralised" and r["name"] == "loss"} == {(1, 0), (2, 1)}
+    assert not any(r["name"].startswith(("gate", "strength")) for r in rows)
+
+
+def test_budgets_of_the_legs_by_stage(stream: list[str]) -> None:
+    """Two rounds of two steps: two sites take part in the first stage, three in the second."""
+    every = ['evaluation.baselines=["base","local","centralised"]', *METHOD, "train.proximal=1", "train.sam=0.1"]
+    prepared = prepared_of([*stream, *GROUPS, *every])
+    legs = {leg.name: leg for leg in legs_of(prepared)}
+    assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [8, 12]
+    assert [s.recipe.train.local_steps for s in legs["local/north"].stages] == [4, 4]
+    assert [set(s.rows) for s in legs["federated"].stages] == [{"north", "south"}, {"north", "south", "east"}]
+    assert [len(s.rows["east"]) for s in legs["local/east"].stages] == [0, 6]
+    for leg in ("centralised", "local/north"):
+        for stage in legs[leg].stages:
+            assert not stage.recipe.distill.weight
+            assert not (stage.recipe.structure.heads or stage.recipe.train.proximal or stage.recipe.train.sam)
+            assert stage.recipe.stream == prepared.recipe.stream
+    epochs = prepared_of([*stream, *GROUPS, *every, "train.local_steps=0", "train.local_epochs=1"])
+    legs = {leg.name: leg for leg in legs_of(epochs)}
+    # rows north 8 | 12, south 4 | 6, east 0 | 6, in batches of 4, two rounds
+    assert [s.recipe.train.local_steps for s in legs["local/north"].stages] == [4, 6]
+    assert [s.recipe.train.local_steps for s in legs["local/south"].stages] == [2, 4]
+    assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [6, 14]
+    half = prepared_of([*stream, *GROUPS, *every, "federation.sites_per_round=1"])
+    legs = {leg.name: leg for leg in legs_of(half)}
+    assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [4, 4]
+
+
+# --------------------------------------------------------------------------------------------------------------- schedules
+
+
+def test_learning_rate_and_batches_restart_and_ramps_do_not(stream: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stages of two rounds of two steps: rate and batches of four steps each; λ_d and strength over eight."""
+    rates: list[float] = []
+    weights: list[float] = []
+    strengths: list[float] = []
+    batches: list[list[str]] = []
+    real = {name: getattr(fedkeel.client, name) for name in ("learning_rate", "guidance_weight", "strength", "collate")}
+
+    def watched(name: str, kept: list[Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            found = real[name](*arguments)
+            kept.append(found)
+            return found
+
+        return call
+
+    def collated(examples: list[Example], *more: Any) -> Any:
+        batches.append([e.record for e in examples])
+        return real["collate"](examples, *more)
+
+    monkeypatch.setattr(fedkeel.client, "learning_rate", watched("learning_rate", rates))
+    monkeypatch.setattr(fedkeel.client, "guidance_weight", watched("guidance_weight", weights))
+    monkeypatch.setattr(fedkeel.client, "strength", watched("strength", strengths))
+    monkeypatch.setattr(fedkeel.client, "collate", collated)
+    method = ["distill.weight=2", "distill.ramp=0.5", "structure.rank=0.1", "structure.ramp=0.25", "structure.anneal=0.25"]
+    one = ["partition.scheme=iid", "partition.sites=1", "train.warmup=0.5", "train.final_lr=0"]
+    recipe, _, model = go([*stream, *TASKS, *method, *one])
+    stage = [learning_rate(recipe.train, step, 4) for step in range(4)]
+    assert stage == pytest.approx([0.005, 0.01, 0.01, 0.005])
+    assert rates == stage * 2
+    assert weights == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0])
+    assert strengths == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5])
+    prepared = prepare(recipe)
+    expected = []
+    for number, key in enumerate(("site-0", "site-0/1")):
+        records = prepared.stages[number].rows["site-0"]["train"]
+        examples = Formatter(model.tokenizer, "causal", recipe.data.max_length).encode_all(records)
+        found = batch_indices([e.length for e in examples], 4, recipe.seed, key, range(4))
+        expected += [[examples[i].record for i in batch] for batch in found]
+    assert batches == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------- resuming
+
+
+class Interrupted(Silent):
+    """Stops after `done` rounds of the federation, or when its `scoring`-th scoring of test rows begins."""
+
+    def __init__(self, done: int = 0, scoring: int = 0) -> None:
+        super().__init__()
+        self.done, self.scoring = done, scoring
+
+    def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
+        if leg == "federated" and done == self.done:
+            raise KeyboardInterrupt
+
+    def leg(self, name: str, detail: str) -> None:
+        if detail == "scoring held-out rows":
+            self.scoring -= 1
+            if self.scoring == 0:
+                raise KeyboardInterrupt
+
+
+ALL_ON = [*GROUPS, *METHOD, "lora.dropout=0.1", "train.proximal=0.1", "federation.codec_down=bf16", "federation.codec_up=bf16"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"folder": tmp_path_factory.mktemp("whole")}
+
+
+@pytest.mark.parametrize("stop", [{"done": 1}, {"done": 2}, {"scoring": 1}, {"done": 3}, {"done": 4}, {"scoring": 2}], ids=str)
+def test_a_stream_resumes_to_the_same_bits(stream: list[str], uninterrupted: dict[str, Any], stop: dict[str, int]) -> None:
+    """Memory, counts, drift and every random number are those of the whole run, wherever it was cut: within a stage, and at
+    its border before the scoring (scoring=1: of stage 1) or after it (done=3 begins anew from the end of stage 1)."""
+    if "rows" not in uninterrupted:
+        _, whole, model = go([*stream, *ALL_ON, f"out={uninterrupted['folder']}"])
+        state = whole.read_checkpoint("federated", 4, model.read())
+        uninterrupted.update(rows=without_time(rows_of(whole)), adapter=adapter_of(whole.path), state=state)
+    with pytest.raises(KeyboardInterrupt):
+        go([*stream, *ALL_ON], Interrupted(**stop))
+    _, resumed, model = go([*stream, *ALL_ON], resume=True)
+    assert same(adapter_of(resumed.path), uninterrupted["adapter"])
+    assert without_time(rows_of(resumed)) == uninterrupted["rows"]
+    state, expected = resumed.read_checkpoint("federated", 4, model.read()), uninterrupted["state"]
+    assert same_bits(state.adapter.tensors(), expected.adapter.tensors())
+    assert same_bits(state.memory.tensors(), expected.memory.tensors())
+    assert (state.counts, state.drift) == (expected.counts, expected.drift)
+    names = {r["name"] for r in uninterrupted["rows"]}
+    assert {"distill_loss", "gate_w_gold_q3", "strength", "drift/model.layers.1", "score_of_stage_2"} <= names
+
+
+@pytest.mark.parametrize("leg", ["local/east", "centralised"])
+def test_a_baseline_resumes_at_the_border_of_its_stages(stream: list[str], leg: str) -> None:
+    base = [*stream, *GROUPS, "federation.rounds=1", 'evaluation.baselines=["base","local","centralised"]']
+
+    class Stop(Silent):
+        scored = 0
+
+        def leg(self, name: str, detail: str) -> None:
+            self.scored += name == leg and detail == "scoring held-out rows"
+            if self.scored == 2:
+                raise KeyboardInterrupt
+
+    _, whole, _ = go([*base, "name=whole"])
+    with pytest.raises(KeyboardInterrupt):
+        go(base, Stop())
+    _, resumed, _ = go(base, resume=True)
+    assert [{**r, "run": "whole"} for r in without_time(rows_of(resumed))] == without_time(rows_of(whole))
+    assert same(adapter_of(whole.path), adapter_of(resumed.path))
