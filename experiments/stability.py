@@ -28,13 +28,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from fedkeel.cli import _finished, _loaded
+from fedkeel.cli import finished
 from fedkeel.config import Recipe
 from fedkeel.damage import FAMILIES, STRENGTHS, family_index, stability
 from fedkeel.data import Formatter
 from fedkeel.evaluate import choose
 from fedkeel.files import append_lines
-from fedkeel.run import prepare
+from fedkeel.run import prepare, trained_model
 from fedkeel.types import FedKeelError
 
 # family of damage -> structures that disturb the same thing while training
@@ -43,7 +43,7 @@ TRAINED_BY = {
     "channels": ("channels",),
     "skip": ("layers",),
     "modules": ("branch", "lodrop"),
-    "scale": (),
+    "scale": ("rank",),
     "noise": ("weights",),
     "bits": (),
 }
@@ -58,16 +58,16 @@ def trained(recipe: Recipe, family: str) -> dict[str, float]:
 
 def identity(folder: Path, args: argparse.Namespace) -> Line:
     """What makes a line of the file stand for this run, as it is now, and these settings."""
-    recipe, adapter = _finished(folder)
+    recipe, adapter = finished(folder)
     digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
     return {"run": recipe.name, "adapter": digest, "seed": args.seed, "rows_a_task": args.rows, "draws_asked": args.draws}
 
 
 def scored(folder: Path, families: Sequence[str], args: argparse.Namespace) -> list[Line]:
     """One line a family and strength."""
-    recipe, _ = _finished(folder)
+    recipe, _ = finished(folder)
     prepared = prepare(recipe)
-    model = _loaded(prepared, folder)
+    model = trained_model(prepared, folder)
     formatter = Formatter(
         model.tokenizer, model.kind, recipe.data.max_length, recipe.data.list_labels, classes=prepared.classes
     )

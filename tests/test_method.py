@@ -559,6 +559,7 @@ def test_the_share_of_dropped_heads_counts_every_row_and_place() -> None:
     [
         (["structure.mode=anchored"], "set distill.weight above 0"),
         (["distill.weight=1", "distill.align=cka", "train.batch_size=8", "train.micro_batch_size=2"], "train.micro_batch_size"),
+        (["train.sam=0.1", "structure.adversary=0.1"], "train.sam and structure.adversary both ascend"),
         (["structure.heads=1.0"], "structure.heads = 1.0"),
         (["distill.memory=1.5"], "distill.memory = 1.5"),
         (["distill.gold=soft"], "sigmoid, hard, constant, off"),

@@ -19,7 +19,6 @@ from fedkeel.types import FedKeelError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedkeel.model import Model
     from fedkeel.run import Prepared
 
 app = typer.Typer(
@@ -150,24 +149,12 @@ def run(
     console.print(f"report: {report}\nadapter (PEFT): {folder.path / 'adapter'}", markup=False, highlight=False)
 
 
-def _finished(folder: Path) -> tuple[Recipe, Path]:
-    """A run folder's recipe and adapter, or an error that says what is missing."""
+def finished(folder: Path) -> tuple[Recipe, Path]:
+    """The recipe and the PEFT folder of a run whose federation has ended, or an error that says what is missing."""
     for needed in (folder / "recipe.toml", folder / "adapter" / "adapter_model.safetensors"):
         if not needed.is_file():
             raise FedKeelError(f"{needed} is missing: {folder} is not a run whose federation has ended")
     return load_recipe(folder / "recipe.toml"), folder / "adapter"
-
-
-def _loaded(prepared: Prepared, folder: Path) -> Model:
-    """The model with the run's federated adapter in it."""
-    from fedkeel.folder import RunFolder
-    from fedkeel.model import Model
-
-    recipe = prepared.recipe
-    model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
-    last = recipe.federation.rounds * len(prepared.stages)
-    model.write(RunFolder(folder).read_checkpoint("federated", last, model.read()).adapter)
-    return model
 
 
 @app.command()
@@ -180,7 +167,7 @@ def evaluate(
     """Score a run's federated adapter, on more rows or other data than the run did."""
     if split not in ("train", "validation", "test"):
         raise FedKeelError(f"--split {split}: one of train, validation, test belongs here")
-    _finished(run_folder)
+    finished(run_folder)
     recipe = load_recipe(run_folder / "recipe.toml", overrides or [])
     console = _console()
     with console.status("loading libraries, data and model"):
@@ -193,11 +180,11 @@ def evaluate(
         from fedkeel.data import Formatter
         from fedkeel.evaluate import choose, score, task_table
         from fedkeel.files import write_atomic
-        from fedkeel.run import prepare
+        from fedkeel.run import prepare, trained_model
 
         torch.set_num_threads(recipe.threads)
         prepared = prepare(recipe)
-        model = _loaded(prepared, run_folder)
+        model = trained_model(prepared, run_folder)
         formatter = Formatter(
             model.tokenizer, model.kind, recipe.data.max_length, recipe.data.list_labels, classes=prepared.classes
         )
@@ -238,16 +225,16 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="Base and adapter in one, instead of the adapter.")] = False,
 ) -> None:
     """Write a run's federated adapter in PEFT format, or merged into its base in Hugging Face layout."""
-    recipe, adapter = _finished(run_folder)
+    recipe, adapter = finished(run_folder)
     if target.exists():
         raise FedKeelError(f"{target} exists; name a folder that does not")
     if not merged:
         shutil.copytree(adapter, target)
     else:
-        from fedkeel.run import prepare
+        from fedkeel.run import prepare, trained_model
 
         partial = target.with_name(target.name + ".partial")
-        _loaded(prepare(recipe), run_folder).save_merged(partial)
+        trained_model(prepare(recipe), run_folder).save_merged(partial)
         partial.rename(target)
     typer.echo(f"{'merged model' if merged else 'adapter'}: {target}")
 

@@ -166,7 +166,7 @@ def _noise(model: Model, sigma: float, seed: int, undo: ExitStack) -> None:
 
     def noisy(branch: Branch, w: Tensor) -> Tensor:
         n = counter_normal(derive(seed, branch.path), torch.arange(w.numel(), device=w.device)).view(w.shape)
-        return w + sigma / math.sqrt(w.shape[0]) * w.norm(dim=1, keepdim=True) * n
+        return w + sigma / math.sqrt(w.shape[1]) * w.norm(dim=1, keepdim=True) * n
 
     _rewrite(model, noisy, undo)
 

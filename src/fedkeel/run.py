@@ -432,6 +432,15 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
     return run.model
 
 
+def trained_model(prepared: Prepared, folder: Path) -> Model:
+    """The model of a run with its federated adapter in it."""
+    recipe = prepared.recipe
+    model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
+    last = recipe.federation.rounds * len(prepared.stages)
+    model.write(RunFolder(folder).read_checkpoint("federated", last, model.read()).adapter)
+    return model
+
+
 def describe_sites(prepared: Prepared) -> list[tuple[str, int, int, int, int, str]]:
     """Per site: name, training, validation and test rows, tasks, and its commonest answer with its share."""
     lines = []
