@@ -66,7 +66,9 @@ def test_a_run_with_all_weights_at_0_is_the_plain_run_to_the_bit(tiny_overrides:
     base = [*tiny_overrides, "evaluation.baselines=[]", f"lora.dropout={dropout}", "federation.rounds=2"]
     _, plain, _ = go(base)
     zeros = [f"structure.{name}=0" for name in STRUCTURES]
-    _, off, _ = go([*base, "name=off", *OFF, *zeros])
+    # R-Drop runs on adapter dropout alone; there it is its weight that switches it off
+    silent = ["structure.weight=0"] if dropout else []
+    _, off, _ = go([*base, "name=off", *OFF, *zeros, *silent])
     assert same(adapter_of(plain.path), adapter_of(off.path))
     assert without_time(rows_of(plain)) == [{**r, "run": "tiny"} for r in without_time(rows_of(off))]
     assert not any(r["name"].startswith(("gate", "distill", "structure", "strength")) for r in rows_of(off))

@@ -107,9 +107,10 @@ def test_records_arrive_by_task_or_by_group() -> None:
     assert arrivals(records, load_recipe(None, [])) == [0] * 5
 
 
-def test_a_group_goes_before_its_task() -> None:
+def test_a_task_and_one_of_its_groups_are_not_named_together() -> None:
     records = [record("c", "c1"), record("c", "c2")]
-    assert arrivals(records, at("c1", "c")) == [0, 1]
+    with pytest.raises(ConfigError, match="names 'c1' of 'c' and the whole task too"):
+        arrivals(records, at("c1", "c"))
 
 
 @pytest.mark.parametrize(

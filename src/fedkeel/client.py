@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -52,19 +54,21 @@ class _Log:
     """What a round tells about itself: sums over positions, and the gates of every position."""
 
     nats: dict[str, float] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
     gates: dict[str, list[Tensor]] = field(default_factory=dict)
     strength: list[float] = field(default_factory=list)
 
     def add(self, name: str, mean: Tensor, positions: int) -> None:
         self.nats[name] = self.nats.get(name, 0.0) + float(mean.detach()) * positions
+        self.positions[name] = self.positions.get(name, 0) + positions
 
     def gate(self, name: str, values: Tensor) -> None:
         self.gates.setdefault(name, []).append(values.detach().float().cpu())
 
-    def stats(self, positions: int, injection: Injection | None) -> dict[str, float]:
-        """Mean nats a position of each term; mean and quartiles of each gate, so that a collapsed one is seen; mean strength
-        and the share of units dropped."""
-        stats = {name: value / positions for name, value in self.nats.items()}
+    def stats(self, injection: Injection | None) -> dict[str, float]:
+        """Mean nats a position of each term, over the positions it was taken at; mean and quartiles of each gate, so that a
+        collapsed one is seen; mean strength, and the share of units dropped."""
+        stats = {name: value / self.positions[name] for name, value in self.nats.items()}
         for name, parts in self.gates.items():
             values = torch.cat(parts)
             stats[f"gate_{name}_mean"] = float(values.mean())
@@ -77,7 +81,7 @@ class _Log:
         return stats
 
 
-def _inject(model: Model, recipe: Recipe) -> Injection | None:
+def injection_of(model: Model, recipe: Recipe) -> Injection | None:
     """The recipe's structures, not yet attached; None if it asks for none."""
     amounts = {name: getattr(recipe.structure, name) for name in STRUCTURES}
     amounts = {name: amount for name, amount in amounts.items() if amount}
@@ -95,13 +99,16 @@ def train_round(
     says. The optimiser starts afresh each round, so a site keeps no state between rounds. Raises SiteError on a loss that
     is not finite.
     """
-    injection = _inject(model, recipe)
-    if injection is None:
-        return _train_round(model, examples, site, rounds, recipe, state, total, None)
-    with injection:
-        if injection.adversary is not None:
-            injection.adversary.reset(derive(recipe.seed, "adversary", site, state.round))
-        return _train_round(model, examples, site, rounds, recipe, state, total, injection)
+    injection = injection_of(model, recipe)
+    try:
+        with injection or nullcontext():
+            if injection is not None and injection.adversary is not None:
+                injection.adversary.reset(derive(recipe.seed, "adversary", site, state.round))
+            return _train_round(model, examples, site, rounds, recipe, state, total, injection)
+    finally:  # whatever went wrong here, the next site finds the model without gradients and at rest
+        for parameter in model.parameters():
+            parameter.grad = None
+        model.train(False)
 
 
 def _train_round(
@@ -134,6 +141,7 @@ def _train_round(
     log = _Log()
 
     draw = injection.draw if injection is not None else Draw()
+    dropout = injection is None and recipe.lora.dropout > 0  # R-Drop as published, on dropout alone
 
     def perturbed(step: int, pass_: int) -> None:
         """Structures on, with the draws of this step and pass; all its micro-batches share the key."""
@@ -161,7 +169,7 @@ def _train_round(
             log.add("loss", task, n_micro)
             step_nats += float(task.detach()) * n_micro
             loss = task
-            if draw.strength and structure.weight and structure.mode == "rdrop":
+            if structure.mode == "rdrop" and structure.weight and (draw.strength or dropout):
                 perturbed(step, 1)
                 with model.autocast():
                     second = model.forward(batch)
@@ -215,8 +223,7 @@ def _train_round(
         if injection is not None and injection.adversary is not None:
             injection.adversary.ascend(structure.adversary)
         positions += sum(examples[i].positions for i in indices)
-    model.train(False)
-    return positions, log.stats(positions, injection)
+    return positions, log.stats(injection)
 
 
 def backward_at_worst(parameters: Sequence[Tensor], radius: float, backward: Callable[[], object]) -> None:
@@ -259,11 +266,15 @@ def answer(
     header, state = unpack_global(payload, "global", like)
     examples = stages[state.round // rounds]
     model.write(state.adapter)
-    positions, stats = train_round(model, examples, site, rounds, recipe, state, read_counts(header.get("tasks")))
+    total, counted = read_counts(header.get("tasks")), header.get("counted")
+    held = held_positions(examples, recipe.distill.trust_by)
+    if not isinstance(counted, list) or site not in counted:  # I have not reported yet, so the total is of the others
+        total = dict(Counter(total) + Counter(held))
+    positions, stats = train_round(model, examples, site, rounds, recipe, state, total)
     change = difference(model.read(), state.adapter)
     # Of fixed width, so that the bytes of a message do not depend on how fast the machine was.
     seconds = f"{clock() - begin:012.3f}"
     return pack(
         "update", state.round, like, change, recipe.federation.codec_up,
-        site=site, positions=positions, stats=stats, seconds=seconds, tasks=held_positions(examples, recipe.distill.trust_by),
+        site=site, positions=positions, stats=stats, seconds=seconds, tasks=held,
     )  # fmt: skip

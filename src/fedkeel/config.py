@@ -262,9 +262,11 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if name not in fields:
             key = prefix + name
-            near = difflib.get_close_matches(key, known_keys(), 1, cutoff=0.4)
+            # a slip within this table comes first
+            here = difflib.get_close_matches(name, fields, 1, cutoff=0.75) if prefix else []
             same = [k for k in known_keys() if k.rpartition(".")[2] == name]
-            best = same[0] if same else (near[0] if near else None)
+            near = difflib.get_close_matches(key, known_keys(), 1, cutoff=0.4)
+            best = prefix + here[0] if here else next(iter([*same, *near]), None)
             raise ConfigError(f"unknown key {key!r}" + (f"; did you mean {best!r}?" if best else ""))
         f, hint = fields[name]
         if dataclasses.is_dataclass(hint):

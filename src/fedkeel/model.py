@@ -283,7 +283,6 @@ class Model:
         }
         self._slots = [parameter for _, parameter in sorted(self._tensors().items())]
         self._gather: tuple[Tensor, Tensor] | None = None
-        self._states: dict[int, Tensor] | None = None
         if self.kind != "classifier":
             projection = self.net.get_output_embeddings()
             if projection is None:
@@ -314,24 +313,26 @@ class Model:
 
     @cached_property
     def taps(self) -> tuple[str, ...]:
-        """Paths of the tapped blocks, at L/4, L/2, 3L/4 and L of the stack that predicts; asking for them places the taps.
+        """Paths of the tapped blocks, at L/4, L/2, 3L/4 and L of the stack that predicts; empty if its blocks are not known."""
+        stack = [path for path, _ in self.places.stack]
+        depths = {max(1, round(len(stack) * share / 4)) for share in (1, 2, 3, 4)} if stack else set()
+        return tuple(stack[depth - 1] for depth in sorted(depths))
 
-        Raises ModelError where the blocks of the architecture are not known.
-        """
-        stack = self.places.stack
-        if not stack:
-            raise ModelError(
-                f"{self.config.base!r} ({self.net.config.model_type}): its blocks are not known, so hidden states cannot be "
-                f"aligned; set distill.align = 'off'"
-            )
-        depths = sorted({max(1, round(len(stack) * share / 4)) for share in (1, 2, 3, 4)})
-        for index, depth in enumerate(depths):
-            stack[depth - 1][1].register_forward_hook(partial(self._tap, index))
-        return tuple(stack[depth - 1][0] for depth in depths)
+    @contextmanager
+    def _tapped(self) -> Iterator[dict[str, Tensor]]:
+        """While it lasts, the outputs of the tapped blocks, by path, as the forward pass reaches them."""
+        found: dict[str, Tensor] = {}
 
-    def _tap(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._states is not None:
-            self._states[index] = output[0] if isinstance(output, tuple) else output
+        def keep(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            found[path] = output[0] if isinstance(output, tuple) else output
+
+        blocks = dict(self.places.stack)
+        handles = [blocks[path].register_forward_hook(partial(keep, path)) for path in self.taps]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def park(self, adapter: Adapter) -> list[Tensor]:
         """The tensors of `adapter` on this model's device, in the order in which `swapped` takes them."""
@@ -343,10 +344,12 @@ class Model:
 
         Only for forward passes without gradient, and not inside an autocast that outlives it (its casts are cached).
         """
+        if [t.shape for t in parked] != [p.shape for p in self._slots]:
+            raise ModelError("the parked tensors are not those of an adapter of this model")
         mine = [p.data for p in self._slots]
-        for parameter, tensor in zip(self._slots, parked, strict=True):
-            parameter.data = tensor
         try:
+            for parameter, tensor in zip(self._slots, parked, strict=True):
+                parameter.data = tensor
             yield
         finally:
             for parameter, tensor in zip(self._slots, mine, strict=True):
@@ -374,18 +377,14 @@ class Model:
         """
         if not states:
             return self._forward(batch)
-        count = len(self.taps)
-        self._states = {}
-        try:
+        with self._tapped() as found:
             forward = self._forward(batch)
-            found = [self._states[index] for index in range(count)]
-        finally:
-            self._states = None
+        hidden = [found[path] for path in self.taps]
         if self.kind == "classifier":
             mask = batch.inputs["attention_mask"].to(self.device)
-            return replace(forward, states=[_pool(hidden, mask) for hidden in found])
+            return replace(forward, states=[_pool(h, mask) for h in hidden])
         where = forward.rows, batch.columns.to(self.device)
-        return replace(forward, states=[hidden[where] for hidden in found])
+        return replace(forward, states=[h[where] for h in hidden])
 
     def _forward(self, batch: Batch) -> Forward:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}

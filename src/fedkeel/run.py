@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fedkeel.client import steps_a_round
+from fedkeel.client import injection_of, steps_a_round
 from fedkeel.config import ConfigError, Recipe
 from fedkeel.data import Example, Formatter
 from fedkeel.evaluate import Scored, choose, score, task_table
@@ -300,6 +300,15 @@ class _Run:
                 watch.note(f"{count} training rows {text} (data.max_length = {limit} tokens)")
         for note in prepared.notes:
             watch.note(note)
+        injection = injection_of(self.model, recipe)
+        if injection is not None:  # a structure without a place is an error now, not at a site's first step
+            with injection:
+                pass
+        if recipe.distill.weight and recipe.distill.align != "off" and not self.model.taps:
+            raise ConfigError(
+                f"distill.align = {recipe.distill.align!r}: the blocks of {recipe.model.base!r} are not known, so no hidden "
+                f"state can be tapped; set distill.align = 'off'"
+            )
         self.curve_rows = self._held_out("validation", recipe.evaluation.validation_rows)
         self.test_rows = self._held_out("test", recipe.evaluation.test_rows)
         if not all(self.test_rows):
@@ -315,7 +324,7 @@ class _Run:
         """(work of one round without its scoring, of all rounds of a stage with theirs, of scoring its test rows)."""
         at = leg.stages[stage]
         batch = at.recipe.train.batch_size
-        one = TRAIN_COST * batch * sum(steps_a_round(at.recipe.train, len(rows)) for rows in at.rows.values())
+        one = TRAIN_COST * batch * sum(steps_a_round(at.recipe.train, len(rows)) for rows in at.rows.values() if rows)
         scored = len(self.curve_rows[stage]) if leg.method == "federated" else 0
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
         return one, leg.rounds * one + points * scored, len(self.test_rows[stage])
@@ -358,7 +367,8 @@ class _Run:
         """The rounds of one stage from `current` on; each ends in a checkpoint."""
         recipe, end = leg.stages[stage].recipe, (stage + 1) * leg.rounds
         one_round = self._work(leg, stage)[0]
-        self.watch.advance((current.round - stage * leg.rounds) * one_round if leg.rounds else 0)
+        for round in range(stage * leg.rounds + 1, current.round + 1):  # done before this process began
+            self.watch.advance(one_round + self._curve_point(leg, round) * len(self.curve_rows[stage]))
         held = self._held(leg, stage) if leg.rounds else {}
         if not held:  # nobody learns in this stage; rounds are counted all the same
             return dataclasses.replace(current, round=end)

@@ -93,6 +93,9 @@ def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
             if name in where:
                 raise ConfigError(f"stream.stages: {name!r} stands twice; a task arrives once")
             where[name] = stage
+    both = sorted({f"{r.group!r} of {r.task!r}" for r in records if r.group in where and r.task in where})
+    if both:
+        raise ConfigError(f"stream.stages names {both[0]} and the whole task too; name one of them")
     found = [where.get(r.group or r.task, where.get(r.task, -1)) for r in records]
     for stage, names in enumerate(stages):
         if not any(at == stage and r.split == "train" for at, r in zip(found, records, strict=True)):
@@ -136,5 +139,10 @@ def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[
             }
             for name, held in sites.rows.items()
         }
+        if not any(held["train"] for held in rows.values()):
+            raise ConfigError(
+                f"stream.stages: no site keeps a training row of stage {stage + 1}; raise data.rows_per_site "
+                f"(now {recipe.data.rows_per_site}) or put more tasks into the stage"
+            )
         found.append(Sites(rows))
     return found

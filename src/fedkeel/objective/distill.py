@@ -124,8 +124,8 @@ class _Divergences(torch.autograd.Function):
         student, teacher, difference, gold = ctx.saved_tensors
         for_among = for_among / ctx.temperature
         pull = for_two_way * difference / ctx.temperature
-        gradient = student * (for_among - pull)[:, None]
-        gradient.addcmul_(teacher, for_among[:, None], value=-1)
+        gradient = (student - teacher) * for_among[:, None]  # the difference first: exactly 0 where the two agree
+        gradient.addcmul_(student, pull[:, None], value=-1)
         gradient.scatter_(1, gold[:, None], pull[:, None])
         return gradient.to(ctx.dtype), None, None, None, None
 
