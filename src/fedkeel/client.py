@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,8 +72,8 @@ class _Log:
         for name, parts in self.gates.items():
             values = torch.cat(parts)
             stats[f"gate_{name}_mean"] = float(values.mean())
-            for quarter in (1, 2, 3):
-                stats[f"gate_{name}_q{quarter}"] = float(values.quantile(quarter / 4))
+            for quarter, value in enumerate(np.quantile(values.numpy(), (0.25, 0.5, 0.75)), 1):  # torch's ends at 2^24 values
+                stats[f"gate_{name}_q{quarter}"] = float(value)
         if injection is not None:
             stats["strength"] = sum(self.strength) / len(self.strength)
             draw = injection.draw
@@ -90,7 +90,7 @@ def injection_of(model: Model, recipe: Recipe) -> Injection | None:
 
 def train_round(
     model: Model, examples: Sequence[Example], site: str, rounds: int, recipe: Recipe, state: Global,
-    total: Mapping[str, int],
+    total: Mapping[str, int], 
 ) -> tuple[int, dict[str, float]]:  # fmt: skip
     """Train the model's adapter, which is `state.adapter` when this begins, in place for round `state.round` (from 0).
 
@@ -120,7 +120,7 @@ def _train_round(
     micro = train.micro_batch_size or train.batch_size
     pad = model.tokenizer.pad_token_id
     parameters = model.parameters()
-    anchors = [p.detach().clone() for p in parameters] if train.proximal else []
+    begin = [p.detach().clone() for p in parameters] if train.proximal else []
     guide = None
     if distilling.weight:
         repeats = steps > batches_per_epoch(len(examples), train.batch_size)
@@ -195,7 +195,7 @@ def _train_round(
                 log.gate("w_rest", teacher.rest_trust)
             (loss * (n_micro / n_step)).backward()
         if train.proximal:  # once a step: it is a function of the parameters, not of rows
-            (train.proximal * proximal(parameters, anchors)).backward()
+            (train.proximal * proximal(parameters, begin)).backward()
         return step_nats
 
     positions = 0
@@ -259,22 +259,23 @@ def answer(
     """A site's whole part in a round: the global message in, the update message out.
 
     stages: the site's rows of each stage of the stream; a stage lasts `rounds` rounds. Up go the change of the adapter,
-    supervised positions, positions held by task, and means over positions; never text, never logits.
+    supervised positions, positions held by task where trust in the teacher is weighed by them, and means over positions;
+    never text, never logits.
     """
     begin = clock()
     like = model.read()
     header, state = unpack_global(payload, "global", like)
     examples = stages[state.round // rounds]
     model.write(state.adapter)
-    total, counted = read_counts(header.get("tasks")), header.get("counted")
-    held = held_positions(examples, recipe.distill.trust_by)
-    if not isinstance(counted, list) or site not in counted:  # I have not reported yet, so the total is of the others
-        total = dict(Counter(total) + Counter(held))
+    total = read_counts(header.get("tasks"))
     positions, stats = train_round(model, examples, site, rounds, recipe, state, total)
     change = difference(model.read(), state.adapter)
+    distilling = recipe.distill
+    asked = distilling.weight and (distilling.task_trust or distilling.site_trust)
+    told = held_positions(examples, distilling.trust_by) if asked else {}
     # Of fixed width, so that the bytes of a message do not depend on how fast the machine was.
     seconds = f"{clock() - begin:012.3f}"
     return pack(
         "update", state.round, like, change, recipe.federation.codec_up,
-        site=site, positions=positions, stats=stats, seconds=seconds, tasks=held,
+        site=site, positions=positions, stats=stats, seconds=seconds, tasks=told,
     )  # fmt: skip

@@ -121,6 +121,8 @@ class Stream:
     """
 
     stages: tuple[str, ...] = ()
+    # what is served after a stage: this share of what was served after the stage before, the rest as the stage left it
+    average: float = _number(0.0, 0, 0.99)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Distill:
 
 @dataclass(frozen=True)
 class Structure:
-    """Modules injected while training (docs/method.md): drop probabilities, or standard deviations; 0: not injected."""
+    """Modules injected while training (docs/method.md): drop probabilities, standard deviations, or a norm; 0: not injected."""
 
     mode: str = _one_of("implicit", "implicit", "self", "rdrop", "anchored")
     weight: float = _number(1.0, 0)  # of the consistency term of `self` and `rdrop`
@@ -317,6 +319,10 @@ def _cross_check(recipe: Recipe) -> None:
         raise ConfigError(
             "structure.mode = 'anchored' takes its consistency from the distillation term: set distill.weight above 0, or "
             "structure.mode = 'implicit'"
+        )
+    if structure.mode == "self" and not any(getattr(structure, name) for name in STRUCTURES):
+        raise ConfigError(
+            "structure.mode = 'self' compares a disturbed pass with a clean one, and no structure is asked for: set one above 0"
         )
     if train.sam and structure.adversary:
         raise ConfigError(

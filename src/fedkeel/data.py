@@ -292,7 +292,7 @@ def batches_per_epoch(rows: int, batch_size: int) -> int:
 
 
 def batch_indices(lengths: Sequence[int], batch_size: int, seed: int, site: str, steps: range) -> list[list[int]]:
-    """The batches of a site's optimiser steps `steps`, counted from the start of the run.
+    """The batches of a site's optimiser steps `steps`, counted from the start of the stage.
 
     A pure function of its arguments: a resumed or moved run meets the same rows in the same order.
     """

@@ -79,7 +79,7 @@ def pack_global(kind: str, state: Global, codec: str, **more: Any) -> bytes:
     """The state of a federation as a message of `kind` (`global` or `checkpoint`), without the sites' counts."""
     tensors = state.adapter.tensors()
     if state.memory is not None:
-        # copies: in the first round of a stage both are the same tensors, which the format refuses
+        # copies: tensors that share memory are refused by the format
         tensors |= {MEMORY + name: tensor.clone() for name, tensor in state.memory.tensors().items()}
     return pack(kind, state.round, state.adapter, tensors, codec, drift=dict(state.drift), **more)
 

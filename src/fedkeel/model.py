@@ -373,7 +373,7 @@ class Model:
     def forward(self, batch: Batch, states: bool = False) -> Forward:
         """Logits at the supervised positions of `batch`, on this model's device; see `types.Forward`.
 
-        states: also the hidden states there at each of `taps`; a classifier's are those that its scores are pooled from.
+        states: also the hidden states there at each of `taps`; of a classifier, their mean over a row's real tokens.
         """
         if not states:
             return self._forward(batch)

@@ -11,13 +11,15 @@ import dataclasses
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from fedkeel.aggregate import blend
 from fedkeel.client import injection_of, steps_a_round
 from fedkeel.config import ConfigError, Recipe
 from fedkeel.data import Example, Formatter
@@ -153,9 +155,10 @@ class Leg:
 
 
 def plain(recipe: Recipe) -> Recipe:
-    """The recipe without distillation, structures, proximal term and ascent: plain LoRA fine-tuning."""
+    """The recipe without averaging over stages, distillation, structures, proximal term and ascent: plain LoRA."""
     return dataclasses.replace(
         recipe,
+        stream=dataclasses.replace(recipe.stream, average=0.0),
         distill=dataclasses.replace(recipe.distill, weight=0.0),
         structure=type(recipe.structure)(),
         train=dataclasses.replace(recipe.train, proximal=0.0, sam=0.0),
@@ -273,6 +276,11 @@ def _save_adapter(model: Model, target: Path) -> None:
     partial.rename(target)
 
 
+def served(ends: Iterable[Adapter], share: float) -> Adapter:
+    """What a stream serves after the last of `ends`, the adapters at the ends of its stages: see `config.Stream.average`."""
+    return reduce(lambda before, end: blend(before, end, share) if share else end, ends)
+
+
 class _Run:
     """A run in progress: what all its legs share."""
 
@@ -384,10 +392,14 @@ class _Run:
         while current.round < end:
             done = current.round - stage * leg.rounds
             self.watch.leg(leg.name, f"round {done + 1} of {leg.rounds}{where}")
-            if stage and not done and recipe.distill.weight and recipe.distill.memory:
-                current = dataclasses.replace(current, memory=current.adapter)
-            result = run_round(current, transport, list(held), recipe.federation, recipe.seed)
+            before = current
+            if not done:  # a new stage: what the sites reported of the last one says nothing about this one, and the model
+                # that they are sent is the best memory of it there is
+                before = dataclasses.replace(before, counts={}, memory=None)
+            result = run_round(before, transport, list(held), recipe.federation, recipe.seed)
             current = result.state
+            if stage and not done and recipe.distill.weight and recipe.distill.memory:
+                current = dataclasses.replace(current, memory=self._served(leg, stage - 1))
             rows = round_rows(leg, stage, result, self.prepared.recipe.name)
             for site, text in sorted(result.failures.items()):
                 told = f"site {site} failed and was left out (the quorum holds): {text.strip()}"
@@ -401,8 +413,15 @@ class _Run:
             self.folder.save(self.state, rows)
         return current
 
+    def _served(self, leg: Leg, stage: int) -> Adapter:
+        """What is served after `stage`, from the checkpoints of the stages' ends."""
+        ends = (self.folder.read_checkpoint(leg.name, leg.rounds * (s + 1), self.initial) for s in range(stage + 1))
+        return served([end.adapter for end in ends], leg.stages[stage].recipe.stream.average)
+
     def _score(self, leg: Leg, stage: int, current: Global, split: str, records: Sequence[Record]) -> list[Row]:
-        self.model.write(current.adapter)
+        """Scores of what would be served if the stage ended now."""
+        share = leg.stages[stage].recipe.stream.average if stage and leg.rounds else 0.0
+        self.model.write(blend(self._served(leg, stage - 1), current.adapter, share) if share else current.adapter)
         scored = score(self.model, self.formatter, records, self.prepared.recipe.evaluation, self.watch.advance)
         return _score_rows(leg, stage, current.round, split, scored, self.prepared)
 
@@ -423,6 +442,12 @@ class _Run:
         self.folder.save(self.state, rows)
 
 
+def served_by(folder: RunFolder, recipe: Recipe, like: Adapter) -> Adapter:
+    """The adapter that a finished federation serves."""
+    ends = [recipe.federation.rounds * (stage + 1) for stage in range(max(1, len(recipe.stream.stages)))]
+    return served([folder.read_checkpoint("federated", end, like).adapter for end in ends], recipe.stream.average)
+
+
 def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> Model:
     """Run every leg, from the folder's last state on. Returns the model with the federated adapter in it.
 
@@ -435,8 +460,7 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
     watch.begin(run.total_work(legs))
     for leg in legs:
         run.run(leg)
-    last = recipe.federation.rounds * len(prepared.stages)
-    run.model.write(folder.read_checkpoint("federated", last, run.initial).adapter)
+    run.model.write(served_by(folder, recipe, run.initial))
     run.state["finished"] = True
     folder.save(run.state, [])
     return run.model
@@ -446,8 +470,7 @@ def trained_model(prepared: Prepared, folder: Path) -> Model:
     """The model of a run with its federated adapter in it."""
     recipe = prepared.recipe
     model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
-    last = recipe.federation.rounds * len(prepared.stages)
-    model.write(RunFolder(folder).read_checkpoint("federated", last, model.read()).adapter)
+    model.write(served_by(RunFolder(folder), recipe, model.read()))
     return model
 
 

@@ -91,9 +91,7 @@ def run_round(
     for held in state.counts.values():
         total.update(held)
     try:
-        payload = pack_global(
-            "global", state, federation.codec_down, tasks=dict(sorted(total.items())), counted=sorted(state.counts)
-        )
+        payload = pack_global("global", state, federation.codec_down, tasks=dict(sorted(total.items())))
     except ValueError as error:  # a value over the range of the type that it should travel as
         raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
     # What the sites start from is what the codec left of the global adapter.

@@ -76,9 +76,8 @@ class Guide:
             if self._keep:
                 self._remember(batch, examples, logits, states)
         device = logits.device
-        weights = torch.tensor([self._trust[counted_as(e, self._config.trust_by)] for e in examples], device=device)[
-            batch.rows.to(device)
-        ]
+        trust = [self._trust[counted_as(e, self._config.trust_by)] for e in examples]
+        weights = torch.tensor(trust, device=device)[batch.rows.to(device)]
         return Teacher(logits, weights[:, 0], weights[:, 1], states, self._layers)
 
     @torch.no_grad()

@@ -77,7 +77,7 @@ class Update:
 class Global:
     """The state of a federation after `round` rounds (0: before the first).
 
-    memory: the adapter at the end of the previous stage of a task stream; None before the second stage. counts: supervised
+    memory: what was served after the previous stage of a task stream; None before the second stage. counts: supervised
     positions that each site holds of each task, as the sites last reported them: site -> task -> positions. drift: how far
     the sites disagreed in the last round, by block of the model, see `aggregate.drift`; empty before the first.
     """
@@ -94,8 +94,8 @@ class Teacher:
     """What the global model says at the N positions of a `Forward`, and what it is trusted for. No gradient reaches it.
 
     logits: (N, V); where a class is not allowed, −inf as in the student's. states: (N, d) a tapped layer, as the student's.
-    gold_trust, rest_trust: (N,) ≥ 0, the weight w of the gold part and of the rest (task and site, METHOD §2), about 1 on
-    average. layer_trust: one number a tapped layer, π, ≥ 0 with sum 1; empty where nothing is tapped.
+    gold_trust, rest_trust: (N,) ≥ 0, the weight w of the gold part and of the rest (task and site, METHOD §2): over a site's
+    rows about u on average, in [¼, 1]. layer_trust: one number a tapped layer, π, ≥ 0 with sum 1; empty where none is.
     """
 
     logits: Tensor

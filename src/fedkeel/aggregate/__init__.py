@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from fedkeel.aggregate.common import Aggregate, drift
+from fedkeel.aggregate.common import Aggregate, blend, drift
 from fedkeel.aggregate.mean import mean
 from fedkeel.aggregate.svd import svd
 from fedkeel.types import Adapter, Update
@@ -31,4 +31,4 @@ def weights(updates: Sequence[Update], weighting: str) -> dict[str, float]:
     return {site: value / total for site, value in raw.items()}
 
 
-__all__ = ["AGGREGATORS", "WEIGHTINGS", "Aggregate", "Rule", "drift", "weights"]
+__all__ = ["AGGREGATORS", "WEIGHTINGS", "Aggregate", "Rule", "blend", "drift", "weights"]

@@ -67,6 +67,17 @@ def mean_dense(updates: Sequence[Update], weights: Mapping[str, float], path: st
     return mean_tensors([u.adapter.dense[path] for u in ordered], [weights[u.site] for u in ordered])
 
 
+def blend(older: Adapter, newer: Adapter, share: float) -> Adapter:
+    """share · older + (1 − share) · newer, factor by factor in float64; both of one layout. share: in [0, 1].
+
+    Weight averaging along one training trajectory: the served model of a task stream, which forgets less than its last
+    stage. Source: Wortsman et al. 2022 (WiSE-FT), arXiv:2109.01903, along stages instead of between two models. Of products
+    B A it is not the exact mean; it was chosen because it was better on a stream (LAB.md).
+    """
+    before, after = older.tensors(), newer.tensors()
+    return newer.with_tensors({name: mean_tensors([before[name], t], [share, 1.0 - share]) for name, t in after.items()})
+
+
 def block_of(path: str) -> str:
     """The block that a module path lies in, `model.layers.3` of `model.layers.3.mlp.up_proj`; without a number, itself."""
     parts = path.split(".")

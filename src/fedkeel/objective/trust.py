@@ -20,10 +20,11 @@ def task_trust(own: int, others: int) -> float:
 def site_trust(own: Mapping[str, int], total: Mapping[str, int]) -> float:
     """u in [FLOOR, 1]: the Jensen–Shannon divergence of my task histogram from everyone's, over its maximum, ln 2.
 
-    own, total: supervised positions by task; at least one > 0 in `own`. Without any total there is nothing to compare: 1.
+    own, total: supervised positions by task; at least one > 0 in `own`. Where nothing can be told apart, without any total
+    or with a single task in all, the histograms say nothing about skew: 1. Source: ours; the divergence is Lin 1991.
     """
     mine, all_ = sum(own.values()), sum(total.values())
-    if not all_:
+    if not all_ or len({*own, *total}) == 1:
         return 1.0
     divergence = 0.0
     for task in sorted({*own, *total}):
@@ -38,8 +39,8 @@ def trusts(own: Mapping[str, int], total: Mapping[str, int], by_task: bool, by_s
 
     v, normalised so that its mean over the site's own positions is 1 and the strength of the whole term keeps its meaning,
     times u, which is one number a site and scales the term. On the rest part v is at least FLOOR. Where no task of a site
-    has evidence from others, the gold part weighs 0. total: positions held by all sites, mine included once I have
-    reported. by_task, by_site: v ≡ 1, u ≡ 1 where False.
+    has evidence from others, the gold part weighs 0. total: positions held by all sites, mine included; in the one round
+    before I am counted too, others' are underestimated by mine. by_task, by_site: v ≡ 1, u ≡ 1 where False.
     """
     v = {task: task_trust(n, max(0, total.get(task, 0) - n)) if by_task else 1.0 for task, n in own.items()}
     u = site_trust(own, total) if by_site else 1.0
