@@ -90,7 +90,7 @@ def injection_of(model: Model, recipe: Recipe) -> Injection | None:
 
 def train_round(
     model: Model, examples: Sequence[Example], site: str, rounds: int, recipe: Recipe, state: Global,
-    total: Mapping[str, int], 
+    total: Mapping[str, int],
 ) -> tuple[int, dict[str, float]]:  # fmt: skip
     """Train the model's adapter, which is `state.adapter` when this begins, in place for round `state.round` (from 0).
 

@@ -389,16 +389,18 @@ class _Run:
         by_stage = {name: [()] * stage + [rows] for name, rows in held.items()}
         transport = LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done)
         where = f" of stage {stage + 1}" if len(leg.stages) > 1 else ""
+        remembers = bool(stage and recipe.distill.weight and recipe.distill.memory)
         while current.round < end:
             done = current.round - stage * leg.rounds
             self.watch.leg(leg.name, f"round {done + 1} of {leg.rounds}{where}")
             before = current
-            if not done:  # a new stage: what the sites reported of the last one says nothing about this one, and the model
-                # that they are sent is the best memory of it there is
-                before = dataclasses.replace(before, counts={}, memory=None)
+            if not done:  # a new stage: what the sites reported of the last one says nothing about this one
+                # and if the memory is the global adapter itself, it need not travel twice
+                apart = remembers and recipe.stream.average
+                before = dataclasses.replace(before, counts={}, memory=self._served(leg, stage - 1) if apart else None)
             result = run_round(before, transport, list(held), recipe.federation, recipe.seed)
             current = result.state
-            if stage and not done and recipe.distill.weight and recipe.distill.memory:
+            if remembers and not done:
                 current = dataclasses.replace(current, memory=self._served(leg, stage - 1))
             rows = round_rows(leg, stage, result, self.prepared.recipe.name)
             for site, text in sorted(result.failures.items()):

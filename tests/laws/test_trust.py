@@ -82,7 +82,13 @@ def test_over_the_sites_own_positions_the_mean_is_one(own: dict[str, int], total
 def test_before_anyone_has_reported_the_gold_part_is_off_and_the_rest_is_whole() -> None:
     assert trusts({"a": 5, "b": 9}, {}, True, True) == {"a": (0.0, 1.0), "b": (0.0, 1.0)}
     # alone in the federation: the same histogram, so u is at its floor
-    assert trusts({"a": 5}, {"a": 5}, True, True) == {"a": (0.0, 0.25)}
+    assert trusts({"a": 5, "b": 9}, {"a": 5, "b": 9}, True, True) == {"a": (0.0, 0.25), "b": (0.0, 0.25)}
+
+
+def test_a_single_task_in_all_says_nothing_about_skew() -> None:
+    assert site_trust({"a": 5}, {"a": 500}) == 1.0
+    assert site_trust({"a": 5}, {"a": 5, "b": 1}) < 1.0
+    assert trusts({"a": 5}, {"a": 20}, True, True) == {"a": (1.0, 1.0)}
 
 
 # -------------------------------------------------------------------------------------------------------------- the layers
