@@ -273,10 +273,10 @@ def test_the_memory_is_the_end_of_the_stage_before_and_travels_only_where_it_is_
 
 @pytest.mark.parametrize("memory", [0.0, 0.5])
 def test_what_is_served_is_averaged_along_the_stages(stream: list[str], heard: list[Any], memory: float) -> None:
-    """By hand from the stages' ends: served_1 = end_1, served_2 = 0.4 served_1 + 0.6 end_2, and so on; training goes on from the
-    ends, and the memory of a stage is what was served before it."""
+    """By hand from the stages' ends: served_1 = end_1, served_2 = 0.4 served_1 + 0.6 end_2, and so on; training goes on from
+    the ends, and the memory of a stage is what was served before it."""
     stages = ["stream.stages=bank,travel,home+echo", "stream.average=0.4", "distill.weight=1", f"distill.memory={memory}"]
-    recipe, folder, model = go([*stream, *stages])
+    _, folder, model = go([*stream, *stages])
     ends = [folder.read_checkpoint("federated", 2 * s, model.read()).adapter.tensors() for s in (1, 2, 3)]
     second = {name: 0.4 * ends[0][name].double() + 0.6 * t.double() for name, t in ends[1].items()}
     third = {name: 0.4 * second[name] + 0.6 * t.double() for name, t in ends[2].items()}
@@ -293,7 +293,8 @@ def test_what_is_served_is_averaged_along_the_stages(stream: list[str], heard: l
     if not memory:
         _, other, again = go([*stream, *stages, "stream.average=0", "name=last"])
         last = other.read_checkpoint("federated", 6, again.read()).adapter
-        assert same_bits(ends[2], last.tensors()) and same_bits(ends[2], again.read().tensors())
+        assert same_bits(ends[2], last.tensors())
+        assert same_bits(ends[2], again.read().tensors())
 
 
 def test_without_a_weight_no_memory_travels(stream: list[str], heard: list[Any]) -> None:
