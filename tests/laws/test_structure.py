@@ -13,7 +13,7 @@ from builders import numbers
 from torch import Tensor, nn
 
 from fedkeel.rng import counter_normal, counter_uniform, derive
-from fedkeel.structure import STRUCTURES, Branch, Draw, Injection, Place, Places, StructureError, held_branches, strength
+from fedkeel.structure import STRUCTURES, Branch, Draw, Injection, Place, Places, StructureError, strength
 from fedkeel.structure.draw import SHARED
 from fedkeel.structure.layers import depth_chance
 from fedkeel.structure.weights import row_norms
@@ -435,43 +435,7 @@ def test_an_impossible_schedule_is_an_error(schedule: tuple[float, float, float]
         strength(*schedule)
 
 
-def test_held_branches_come_from_the_key_with_probability_p() -> None:
-    paths = [f"layers.{i}.q" for i in range(2000)]
-    held = held_branches(paths, 0.3, 5)
-    assert held == held_branches(reversed(paths), 0.3, 5)
-    assert held == held_branches(paths[:1000], 0.3, 5) | held_branches(paths[1000:], 0.3, 5)
-    assert held != held_branches(paths, 0.3, 6)
-    assert abs(len(held) - 600) < 4 * math.sqrt(2000 * 0.3 * 0.7)
-    assert held_branches(paths, 0.0, 5) == frozenset()
-
-
 @torch.no_grad()
-def test_held_branches_are_left_out_all_round_and_the_others_are_as_they_are(toy: Toy) -> None:
-    places = places_of(toy)
-    injection = switched_on(Injection(places, {"branch": AMOUNT}, hold_branch=True), strength=0.5)
-    held = injection.held(11)
-    assert held == held_branches([b.path for b in places.branches], 0.2, 11) == injection.draw.held
-    assert 0 < len(held) < len(places.branches)
-    with injection:
-        for key in range(3):
-            injection.draw.key = key
-            for branch in places.branches:
-                x = numbers(5, 2, 2, branch.shape[2])
-                change = SCALE * branch.b(x @ branch.a.weight.T)
-                torch.testing.assert_close(branch.whole(x), branch.base(x) + (0.0 if branch.path in held else change))
-    assert Injection(places, {"branch": AMOUNT}).held(11) == frozenset()
-
-
-def test_a_held_branch_gets_no_gradient(toy: Toy) -> None:
-    injection = switched_on(Injection(places_of(toy), {"branch": 0.5}, hold_branch=True))
-    held = injection.held(2)
-    with injection:
-        toy(X).square().sum().backward()
-    for branch in places_of(toy).branches:
-        gradients = [p.grad for p in (*branch.a.parameters(), *branch.b.parameters())]
-        assert all(g is not None and bool(g.any()) == (branch.path not in held) for g in gradients)
-
-
 def adversary_of(injection: Injection) -> Any:
     assert injection.adversary is not None
     return injection.adversary
@@ -604,5 +568,5 @@ def test_hooks_are_gone_after_an_error(toy: Toy) -> None:
 
 def test_a_draw_begins_switched_off() -> None:
     draw = Draw()
-    assert (draw.on, draw.strength, draw.active, draw.held) == (False, 0.0, False, None)
+    assert (draw.on, draw.strength, draw.active) == (False, 0.0, False)
     assert SHARED > 10**6

@@ -12,7 +12,7 @@ from types import TracebackType
 from torch.utils.hooks import RemovableHandle
 
 from fedkeel.structure.adversary import Adversary
-from fedkeel.structure.branch import branch, held_branches
+from fedkeel.structure.branch import branch
 from fedkeel.structure.draw import Draw
 from fedkeel.structure.drop import channels, heads
 from fedkeel.structure.layers import layers
@@ -23,7 +23,7 @@ from fedkeel.structure.weights import weights
 
 __all__ = [
     "ADVERSARY", "STRUCTURES", "Adversary", "Branch", "Draw", "Injection", "Place", "Places", "StructureError", "find_places",
-    "held_branches", "strength",
+    "strength",
 ]  # fmt: skip
 
 STRUCTURES: dict[str, Callable[[Places, float, Draw], Sequence[RemovableHandle]]] = {
@@ -62,10 +62,9 @@ class Injection:
     adversary: where its amount is not 0, else None; the training loop calls its `reset` and `ascend`.
     """
 
-    def __init__(self, places: Places, amounts: Mapping[str, float], hold_branch: bool = False) -> None:
+    def __init__(self, places: Places, amounts: Mapping[str, float]) -> None:
         """amounts: structure -> probability in [0, 1), σ ≥ 0 (rank, weights) or ρ ≥ 0 (adversary); 0 leaves it out.
 
-        hold_branch: branches are dropped for a round, see `held`, instead of for a step.
         Raises StructureError for an unknown name, an amount out of range, or an adversary without a place.
         """
         for name, amount in amounts.items():
@@ -74,12 +73,11 @@ class Injection:
             if not (0.0 <= amount < (1.0 if name in _CHANCES else float("inf"))):
                 kind = "a probability in [0, 1)" if name in _CHANCES else "a finite number ≥ 0"
                 raise StructureError(f"structure {name!r}: its amount is {kind}, not {amount}")
-        self.draw = Draw(held=frozenset() if hold_branch else None)
+        self.draw = Draw()
         self._places = places
         self._amounts = {name: amount for name, amount in amounts.items() if amount and name in STRUCTURES}
         rho = amounts.get(ADVERSARY, 0.0)
         self.adversary = Adversary(places, rho, self.draw) if rho else None
-        self._branch, self._hold = amounts.get("branch", 0.0), hold_branch
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -106,14 +104,3 @@ class Injection:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
-
-    def held(self, key: int) -> frozenset[str]:
-        """Begin a round under `hold_branch`: draws from `key` which branches are held out, sets and returns `draw.held`.
-
-        Each with probability amount · draw.strength, which is to be the round's. Without `hold_branch` it is empty.
-        """
-        if not self._hold:
-            return frozenset()
-        paths = [b.path for b in self._places.branches]
-        self.draw.held = held_branches(paths, self._branch * self.draw.strength, key)
-        return self.draw.held

@@ -19,7 +19,8 @@ class Adversary:
     """One pair (B2, A2) a LoRA branch, of the branch's rank: y += strength · B2 A2 x. It looks for the nearest worse weights.
 
     It is no random draw, so unlike the other structures it is not unbiased: it is the identity while B2 = 0, which is how
-    every round begins, and at strength 0. Its parameters are no part of the model: they are never listed, saved or sent.
+    every round begins, and at strength 0. It ascends the whole objective of the site; B2 A2 carries no α/r. Its parameters
+    are no part of the model: they are never listed, saved or sent.
     Source: Bi-LoRA, arXiv:2508.19564.
     """
 

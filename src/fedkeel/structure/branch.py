@@ -1,8 +1,7 @@
-"""LoRA branches left out as a whole, for a step or for a round."""
+"""LoRA branches left out as a whole, for a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -19,18 +18,10 @@ def _chosen(key: int, path: str, p: float) -> bool:
     return derive(key, "branch", path) < p * 2.0**63
 
 
-def held_branches(paths: Iterable[str], p: float, key: int) -> frozenset[str]:
-    """The branches to hold out for one round: each of `paths` with probability p by itself, from `key` alone."""
-    return frozenset(path for path in paths if _chosen(key, path, p))
-
-
 def branch(places: Places, amount: float, draw: Draw) -> list[RemovableHandle]:
     """Leave out the LoRA branch of a module: one draw a module and step, for all rows, at the output of `a`, (…, r).
 
     amount: the probability p, in [0, 1). A branch that is kept is scaled by 1/(1 − p), so the mean is the branch.
-    With `draw.held` those named there are left out and no others, and what is kept is not scaled: a module that is held out
-    is neither trained nor sent, so its siblings learn next to a gap that is there all round, and training them at another
-    scale than they are merged at would only make their update too small. So under `held` the mean is not the branch.
     Raises StructureError if there is no branch.
     Source: stochastic depth (arXiv:1603.09382) on adapter branches; METHOD §3.
     """
@@ -42,9 +33,7 @@ def _drop(draw: Draw, amount: float, path: str, module: nn.Module, inputs: Any, 
     if not draw.active:
         return None
     p = amount * draw.strength
-    lost = _chosen(draw.key, path, p) if draw.held is None else path in draw.held
+    lost = _chosen(draw.key, path, p)
     draw.units += 1
     draw.dropped += lost
-    if draw.held is not None and not lost:
-        return None
     return output * (0.0 if lost else 1.0 / (1.0 - p))

@@ -18,11 +18,10 @@ SHARED = (1 << 20) - 1
 class Draw:
     """What the hooks read while they run; the training loop sets its fields before every forward pass.
 
-    key: of (run, round, site, step, pass), from `rng.derive`; micro-batches of a step share it. strength: the schedule, in
+    key: of (seed, site, round, step, pass), from `rng.derive`; micro-batches of a step share it. strength: the schedule, in
     [0, 1], multiplies every amount. row: index, in the optimiser step, of the micro-batch's first row. rows: of the
     micro-batch; some models flatten (rows, time) on the way, and only with it such a row is still known (0: every leading
-    index counts as a row). on: off, every structure is the identity. held: the branches held out for this round, None where
-    a branch is dropped by the step.
+    index counts as a row). on: off, every structure is the identity.
     dropped, units: running counts for the log, of units dropped and drawn; the caller puts them back to 0.
     """
 
@@ -31,7 +30,6 @@ class Draw:
     row: int = 0
     rows: int = 0
     on: bool = False
-    held: frozenset[str] | None = None
     dropped: Tensor | float = 0.0  # a tensor while it counts, so that no step waits for the device
     units: float = 0.0
 

@@ -18,7 +18,7 @@ def lodrop(places: Places, amount: float, draw: Draw) -> list[RemovableHandle]:
     amount: the probability p, in [0, 1), of a column and of a row. What is kept is scaled by 1/(1 − p) in each mask; the two
     are independent, so the mean is B A. Masks are on the branch's input (…, d_in) and output (…, d_out).
     Raises StructureError if there is no branch.
-    Source: FedLoDrop, arXiv:2510.12078.
+    Source: FedLoDrop, arXiv:2510.12078, which draws by the round and sends less by it; here a step draws, and all is sent.
     """
     places.need(places.branches, "lodrop")
     count = len(places.branches)
