@@ -1,8 +1,9 @@
-"""Write docs/results.md, and the README's table, from the committed rows of the main job.
+"""Write docs/results.md, and the README's tables, from committed results.
 
     python experiments/results_page.py
 
-Every number comes from results/main-job/*/rows.jsonl; `tests/test_results.py` fails where page and rows disagree.
+Every number comes from results/: rows of the main job and of the streams, lines of the damage scores and the step-cost
+benchmark; `tests/test_results.py` fails where page and results disagree.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 from fedkeel.files import write_atomic
 from fedkeel.report import Table, method_table, read_rows, task_table
+from stream_table import table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
@@ -73,6 +77,95 @@ def page() -> str:
     return "\n".join(parts)
 
 
+STREAMS = {"minilm": "MINILM_TEXT", "keel": "KEEL_TEXT"}
+TUNING = {
+    "tune-minilm": "TUNE_MINILM_TEXT",
+    "ideas-minilm": "IDEAS_MINILM_TEXT",
+    "tune-keel": "TUNE_KEEL_TEXT",
+    "ideas-keel": "IDEAS_KEEL_TEXT",
+}
+
+
+def _commits(folder: Path) -> str:
+    found = sorted({json.loads(env.read_text())["commit"] for env in folder.glob("*/env.json")})
+    return ", ".join(f"`{commit}`" for commit in found)
+
+
+def stream_section(kind: str, plan: str, split: str, text: str) -> str:
+    """One plan: its words, its table, and where recipes and rows lie. kind: the folder under results/."""
+    folder = ROOT / "results" / kind / plan
+    return (
+        f"## {plan}\n\n{text}\n\nPlan: [experiments/streams/{plan}.toml](../experiments/streams/{plan}.toml); commit "
+        f"{_commits(folder)}: [recipes and rows](../results/{kind}/{plan}).\n\n{_below(table_of(folder, split))}\n"
+    )
+
+
+def damage_lines() -> list[dict[str, Any]]:
+    """The committed lines of experiments/stability.py."""
+    return [json.loads(line) for line in (ROOT / "results" / "stability" / "minilm.jsonl").read_text().splitlines()]
+
+
+def damage_table() -> Table:
+    """By method: score without damage, under each family at its strongest, and the mean fall over all held-out damage."""
+    lines = damage_lines()
+    families = list(dict.fromkeys(line["family"] for line in lines))
+    strengths = {f: {line["strength"] for line in lines if line["family"] == f} for f in families}
+    # fewer bits are the greater damage
+    strongest = {f: min(found) if f == "bits" else max(found) for f, found in strengths.items()}
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_method.setdefault(line["run"].removeprefix("minilm-").rpartition("-s")[0], []).append(line)
+    rows = []
+    for method, own in by_method.items():
+        clean = {line["run"]: line["clean"] for line in own}
+        falls = [mean(line["clean"] - line["score"] for line in own if line["run"] == run) for run in clean]
+        cells = [_spread(list(clean.values()))]
+        for family in families:
+            cells.append(_spread([x["score"] for x in own if (x["family"], x["strength"]) == (family, strongest[family])]))
+        agreement = [mean(line["agreement"] for line in own if line["run"] == run) for run in clean]
+        rows.append((method, str(len(clean)), *cells, _spread(falls), _spread(agreement)))
+    header = ("method", "seeds", "undamaged", *(f"{f} {strongest[f]:g}" for f in families), "mean fall", "mean agreement")
+    note = (
+        "Points of 100 on test rows, mean ± standard deviation over seeds. Fall and agreement (with the undamaged model's "
+        "own answers) are means over all families and strengths, 20 draws each where the damage is random."
+    )
+    return Table("Under damage that no method trained on", header, tuple(rows), (note,))
+
+
+def _spread(shares: list[float]) -> str:
+    return f"{100 * mean(shares):.1f}" + (f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else "")
+
+
+def step_cost() -> dict[str, Any]:
+    """The last line of the committed output of benchmarks/step_cost.py."""
+    found: dict[str, Any] = json.loads((ROOT / "results" / "step-cost" / "cpu.txt").read_text().splitlines()[-1])
+    return found
+
+
+def step_cost_table() -> Table:
+    """Seconds, ratio to plain, and peak memory by variant."""
+    lines = [
+        (r["base"], r["variant"], f"{r['seconds']:.2f}", f"{r['ratio']:.2f}", f"{r['peak_mb']:.0f}", f"{r['peak_ratio']:.2f}")
+        for r in step_cost()["results"]
+    ]
+    header = ("base", "variant", "s a round", "against plain", "peak MB", "against plain, peak")
+    return Table("What a step costs", header, tuple(lines))
+
+
+def streams() -> str:
+    """The part of docs/results.md on the method."""
+    parts = ["# Results of the method, on task streams\n\nSTREAMS_TEXT\n"]
+    parts += [stream_section("streams", plan, "test", text) for plan, text in STREAMS.items()]
+    parts.append(f"## Held-out damage\n\nDAMAGE_TEXT\n\n{_below(damage_table())}\n")
+    parts.append(
+        f"## Step cost\n\nCOST_TEXT\n\n`benchmarks/step_cost.py`, {step_cost()['rows']} rows of {step_cost()['length']} tokens, "
+        f"one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
+    )
+    parts.append("# Tuning\n\nTUNING_TEXT\n")
+    parts += [stream_section("tuning", plan, "validation", text) for plan, text in TUNING.items()]
+    return "\n".join(parts)
+
+
 def readme_table() -> str:
     """The table of the README: score by method of the encoder on CLINC150."""
     table = method_table(read_rows(ROOT / "results" / "main-job" / "clinc150-minilm" / "rows.jsonl"))
@@ -94,5 +187,5 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
-    write_atomic(ROOT / "docs" / "results.md", page())
+    write_atomic(ROOT / "docs" / "results.md", page() + "\n" + streams())
     write_atomic(ROOT / "README.md", readme())

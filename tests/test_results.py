@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_docs_and_readme_are_generated_from_the_rows() -> None:
-    assert (ROOT / "docs" / "results.md").read_text() == results_page.page()
+    assert (ROOT / "docs" / "results.md").read_text() == results_page.page() + "\n" + results_page.streams()
     assert (ROOT / "README.md").read_text() == results_page.readme()
 
 
@@ -45,3 +46,41 @@ def test_every_result_carries_its_recipe_and_commit(name: str) -> None:
     assert f"commit `{commit}`" in results_page.page().split(f"## {name}\n")[1].split("\n## ")[0]
     for file in ("recipe.toml", "table.md", "report.md", "curve.svg"):
         assert (folder / file).stat().st_size > 0
+
+
+@pytest.mark.parametrize("plan", results_page.STREAMS)
+def test_stream_scores_recomputed_from_rows_by_hand(plan: str) -> None:
+    """Final score and forgetting of each method from the raw lines, apart from the code that wrote the page."""
+    section = results_page.streams().split(f"## {plan}\n")[1].split("\n## ")[0]
+    methods: dict[str, list[tuple[float, float]]] = {}
+    for folder in sorted((ROOT / "results" / "streams" / plan).iterdir()):
+        found: dict[tuple[int, int], float] = {}
+        for line in gzip.decompress((folder / "rows.jsonl.gz").read_bytes()).decode().splitlines():
+            row = json.loads(line)
+            if row["method"] == "federated" and row["split"] == "test" and row["name"].startswith("score_of_stage_"):
+                found[row["stage"], int(row["name"].split("_")[-1]) - 1] = row["value"]
+        last = max(stage for stage, _ in found)
+        final = mean(found[last, i] for i in range(last + 1))
+        forgot = mean(max(found[s, i] for s in range(i, last)) - found[last, i] for i in range(last))
+        name = folder.name.removeprefix(f"{plan}-").rpartition("-s")[0]
+        methods.setdefault(name, []).append((final, forgot))
+    assert len(methods) >= 5
+    for name, values in methods.items():
+        cells = next(line for line in section.splitlines() if line.startswith(f"| {name} |")).split("|")
+        assert cells[3].split("±")[0].strip() == f"{100 * mean(f for f, _ in values):.1f}"
+        assert float(cells[6].split("±")[0].strip().replace("−", "-")) == pytest.approx(
+            100 * mean(f for _, f in values), abs=0.0501
+        )
+
+
+def test_damage_and_cost_tables_hold_every_line() -> None:
+    lines = results_page.damage_lines()
+    table = results_page.damage_table()
+    for cells in table.lines:
+        own = [line for line in lines if line["run"].startswith(f"minilm-{cells[0]}-s")]
+        clean = {line["run"]: line["clean"] for line in own}
+        assert cells[2].split(" ")[0] == f"{100 * mean(clean.values()):.1f}"
+        assert not any(line["trained"] for line in own)  # families that a run trained on would not be held out
+    text = results_page.streams()
+    for row in results_page.step_cost()["results"]:
+        assert f"| {row['base']} | {row['variant']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" in text
