@@ -158,8 +158,8 @@ def streams() -> str:
     parts += [stream_section("streams", plan, "test", text) for plan, text in STREAMS.items()]
     parts.append(f"## Held-out damage\n\nDAMAGE_TEXT\n\n{_below(damage_table())}\n")
     parts.append(
-        f"## Step cost\n\nCOST_TEXT\n\n`benchmarks/step_cost.py`, {step_cost()['rows']} rows of {step_cost()['length']} tokens, "
-        f"one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
+        f"## Step cost\n\nCOST_TEXT\n\n`benchmarks/step_cost.py`, {step_cost()['rows']} rows of {step_cost()['length']} "
+        f"tokens, one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
     )
     parts.append("# Tuning\n\nTUNING_TEXT\n")
     parts += [stream_section("tuning", plan, "validation", text) for plan, text in TUNING.items()]

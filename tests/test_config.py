@@ -83,6 +83,9 @@ def read(recipe: Recipe, key: str) -> Any:
         ("data.source=hub", "data.dataset is not set"),
         ("name=../up", "name = '../up': a plain folder name belongs here"),
         ("name=", "name = '': a plain folder name belongs here"),
+        ("structure.mode=self", "structure.mode = 'self' compares a disturbed pass with a clean one, and no structure"),
+        ("structure.head=0.1", "unknown key 'structure.head'; did you mean 'structure.heads'?"),
+        ("stream.average=1", "stream.average = 1.0: must be at least 0 and at most 0.99"),
         ("name=.", "name = '.': a plain folder name belongs here"),
         # not an override at all
         ("recipe", "'recipe' is neither a recipe file nor key=value"),
@@ -246,3 +249,8 @@ def test_an_override_is_one_key() -> None:
     """TOML's line break inside an override starts no second key; the whole text is the value, and refused as such."""
     with pytest.raises(ConfigError, match="seed = '3"):
         load_recipe(None, ["seed=3\nname=4"])
+
+
+def test_two_ascents_before_a_step_are_refused() -> None:
+    with pytest.raises(ConfigError, match="the gradients of two points"):
+        load_recipe(None, ["train.sam=0.1", "structure.adversary=0.1"])

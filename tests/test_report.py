@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -11,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from fedkeel.report import Table, curve_points, learning_curve, method_table, read_rows, site_table, task_table, write_report
+from fedkeel.report import (
+    Table,
+    curve_points,
+    learning_curve,
+    method_table,
+    read_rows,
+    site_table,
+    stage_table,
+    task_table,
+    write_report,
+)
 from fedkeel.report.tables import human_bytes
 from fedkeel.types import FedKeelError, Row
 
@@ -111,6 +122,41 @@ def test_task_table_by_hand() -> None:
         ("area|gap", "accuracy", "30", "20.0", "40.0", "60.0", "70.0"),
         ("gist", "ROUGE-L", "10", "10.0", "40.0", "40.0", "50.0"),
     )
+
+
+def stream_rows() -> list[Row]:
+    """A run in two stages: in the first only `area|gap` has arrived, in the second both tasks."""
+
+    def in_stage(stage: int, found: list[Row]) -> list[Row]:
+        return [dataclasses.replace(r, stage=stage) for r in found]
+
+    first = [
+        row("federated", name, value, unit, 1, task=task, split="test")
+        for name, value, unit, task in (
+            ("score", 0.8, "share", "area|gap"), ("accuracy", 0.8, "share", "area|gap"), ("rows", 30, "rows", "area|gap"),
+            ("score", 0.8, "share", ""), ("accuracy", 0.8, "share", ""), ("score_of_stage_1", 0.8, "share", ""),
+        )
+    ]  # fmt: skip
+    second = scored("federated", 2, 0.5, 0.3, {"a": 0.5})
+    second += [row("federated", f"score_of_stage_{n}", v, round=2, split="test") for n, v in ((1, 0.5), (2, 0.3))]
+    return [*in_stage(0, first), *in_stage(1, second)]
+
+
+def test_a_stream_is_told_by_its_last_stage() -> None:
+    (line,) = method_table(stream_rows()).lines
+    assert line[:2] == ("federated", "40.0")
+    assert line[-1] == "40"  # rows of the last scoring, not of both
+    assert task_table(stream_rows()).lines == (
+        ("area|gap", "accuracy", "30", "50.0"),
+        ("gist", "ROUGE-L", "10", "30.0"),
+    )
+
+
+def test_stage_table_by_hand() -> None:
+    table = stage_table(stream_rows())
+    assert table.header == ("", "rows of stage 1", "rows of stage 2", "mean")
+    assert table.lines == (("after stage 1", "80.0", "–", "80.0"), ("after stage 2", "50.0", "30.0", "40.0"))
+    assert stage_table(run_rows()).lines == ()
 
 
 def test_site_table_by_hand() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedkeel.aggregate import AGGREGATORS, WEIGHTINGS, weights
+from fedkeel.aggregate import AGGREGATORS, WEIGHTINGS, blend, weights
 from fedkeel.aggregate.common import exact_factors, mean_tensors, measured_error, product_norm
 from fedkeel.aggregate.svd import ROW_NORM, svd
 from fedkeel.messages import layout
@@ -250,3 +250,14 @@ def test_product_norm_is_the_norm_of_the_dense_product(pair: tuple[np.ndarray, n
     expected = np.linalg.norm(left @ right)
     size = np.linalg.norm(left) * np.linalg.norm(right)
     assert product_norm(torch.from_numpy(left), torch.from_numpy(right)) == pytest.approx(expected, rel=1e-9, abs=1e-14 * size)
+
+
+def test_blend_is_the_weighted_mean_of_every_tensor() -> None:
+    older, newer = make_adapter(1), make_adapter(2)
+    got = blend(older, newer, 0.25)
+    for name, tensor in got.tensors().items():
+        want = 0.25 * older.tensors()[name].double() + 0.75 * newer.tensors()[name].double()
+        torch.testing.assert_close(tensor.double(), want, rtol=0, atol=1e-7)
+    assert layout(got) == layout(newer)
+    assert flat(blend(older, newer, 0.0)) == flat(newer)
+    assert flat(blend(older, newer, 1.0)) == flat(older)
