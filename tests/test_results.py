@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import tomllib
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
 import results_page
+import sweep
+from fedkeel.config import load_recipe, to_toml
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,3 +87,22 @@ def test_damage_and_cost_tables_hold_every_line() -> None:
     text = results_page.streams()
     for row in results_page.step_cost()["results"]:
         assert f"| {row['base']} | {row['variant']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" in text
+
+
+@pytest.mark.skipif(not (ROOT / "../shared/data").is_dir(), reason="the plans name ../shared/data, which is not here")
+@pytest.mark.parametrize(
+    "folder", sorted(p for kind in ("streams", "tuning") for p in (ROOT / "results" / kind).iterdir()), ids=lambda p: p.name
+)
+def test_the_plan_still_means_what_was_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipe and plan of today resolve to the committed recipe of every run, key by key, but for keys that came later."""
+    monkeypatch.chdir(ROOT)
+    name = folder.name
+    plan = tomllib.loads((ROOT / "experiments" / "streams" / f"{name}.toml").read_text())
+    runs = {run.name: command for run, command in sweep.runs_of(plan, name, Path("build/streams"))}
+    for run in sorted(folder.iterdir()):
+        resolved = tomllib.loads(to_toml(load_recipe(Path(runs[run.name][2]), runs[run.name][3:])))
+        committed = tomllib.loads((run / "recipe.toml").read_text())
+        del resolved["out"], committed["out"]
+        for key, value in committed.items():
+            same = {k: resolved[key][k] for k in value} if isinstance(value, dict) else resolved[key]
+            assert same == value, (run.name, key)
