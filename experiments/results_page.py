@@ -77,26 +77,11 @@ def page() -> str:
     return "\n".join(parts)
 
 
-STREAMS = {
-    "minilm": "all-MiniLM-L6-v2, classes scored by their label's own text, four stages of 30 intents. *full* is guidance (λ 1, trust by label, "
-    "half of the teacher what was served before), structures (heads and channels 0.02, rank 0.05, anchored) and averaging along "
-    "the stages (γ 0.5); *guidance-average* and *structure-average* leave one of the first two out, *fedit-average* both. The full "
-    "method ends above FedIT, FedProx, FedNTD and FedGKD and forgets a fraction of what they forget. **Nearly all of that is the "
-    "averaging**: FedIT with it ends a little higher still. Guidance buys less forgetting at the price of as much learning; "
-    "structures at this strength change nothing that the noise does not. *When learnt* is the score of what is served, so "
-    "averaging lowers it.",
-    "keel": "The embedded 3 M-parameter model, three stages of 15 intents. It has to move far to learn a stage at all, and every stage wipes "
-    "out the one before. Here **the full method loses**: averaging and the teacher keep the model from learning, what it does not "
-    "learn it does not forget, and the final score is not above FedIT's. *full-last* is the full method without averaging. Two or "
-    "three seeds, as listed.",
-}
-TUNING = {
-    "tune-minilm": "Learning rates 1e-3 to 8e-3 for FedIT (a to d); for the others a pair of coefficients at 2e-3 to 8e-3, as far as the time went. "
-    "*full* is an early form, whose trusts divided λ by four (LAB.md). Chosen: FedIT d, FedProx e, FedNTD e, FedGKD c.",
-    "ideas-minilm": "What could help the full method, at 8e-3; *avg-* with γ 0.5. These are seven trials more than any baseline had; what they "
-    "chose is the trust by label, the memory and γ.",
-    "tune-keel": "FedIT chose the rate, 1e-2; then two coefficients for each of the others at that rate.",
-    "ideas-keel": "The same ideas with keel-nano.",
+STREAMS = ("minilm", "keel")
+TUNING = ("tune-minilm", "ideas-minilm", "tune-keel", "ideas-keel")
+TEXT = {
+    name: " ".join(text.split())
+    for name, text in tomllib.loads((ROOT / "experiments" / "results_text.toml").read_text()).items()
 }
 
 
@@ -105,11 +90,11 @@ def _commits(folder: Path) -> str:
     return ", ".join(f"`{commit}`" for commit in found)
 
 
-def stream_section(kind: str, plan: str, split: str, text: str) -> str:
+def stream_section(kind: str, plan: str, split: str) -> str:
     """One plan: its words, its table, and where recipes and rows lie. kind: the folder under results/."""
     folder = ROOT / "results" / kind / plan
     return (
-        f"## {plan}\n\n{text}\n\nPlan: [experiments/streams/{plan}.toml](../experiments/streams/{plan}.toml); commit "
+        f"## {plan}\n\n{TEXT[plan]}\n\nPlan: [experiments/streams/{plan}.toml](../experiments/streams/{plan}.toml); commit "
         f"{_commits(folder)}: [recipes and rows](../results/{kind}/{plan}).\n\n{_below(table_of(folder, split))}\n"
     )
 
@@ -168,27 +153,16 @@ def step_cost_table() -> Table:
 
 def streams() -> str:
     """The part of docs/results.md on the method."""
-    parts = [
-        "# Results of the method, on task streams\n\nCLINC150 by domain, eight sites, Dirichlet(0.3) over intents, every seen intent a candidate, no row of an earlier stage kept; three "
-        "seeds that tuning did not use, the same rows and rounds for all. Only this one data set; cl15 and superni streams are still to "
-        "come. Methods differ by the overrides in the plan and by nothing else.\n"
-    ]
-    parts += [stream_section("streams", plan, "test", text) for plan, text in STREAMS.items()]
+    cost = step_cost()
+    parts = [f"# Results of the method, on task streams\n\n{TEXT['task streams']}\n"]
+    parts += [stream_section("streams", plan, "test") for plan in STREAMS]
+    parts.append(f"## Held-out damage\n\n{TEXT['held-out damage']}\n\n{_below(damage_table())}\n")
     parts.append(
-        f"## Held-out damage\n\nWhat is left of the MiniLM models of each seed when a block is skipped, adapter modules are dropped, or the frozen maps are "
-        "quantised; no method trained on these. 150 test rows, so read differences of a point as none.\n\n{_below(damage_table())}\n"
+        f"## Step cost\n\n{TEXT['step cost']}\n\n`benchmarks/step_cost.py`, {cost['rows']} rows of {cost['length']} tokens, "
+        f"one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
     )
-    parts.append(
-        f"## Step cost\n\nRatios within one run; goals were 1.4 for the joint step, 1.1 for structures alone, 1.2 with a cached teacher over three "
-        "epochs, 1.25 for memory. The joint step of the 20 M Llama misses its goal: a forward of the teacher is a third of a LoRA "
-        "step there, which computes no weight gradients of the base.\n\n`benchmarks/step_cost.py`, {step_cost()['rows']} rows of {step_cost()['length']} "
-        f"tokens, one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
-    )
-    parts.append(
-        "# Tuning\n\nOn one seed that the comparison does not use, judged by validation rows. The methods did not get the same number of trials: "
-        "read what follows as what was tried, not as a finished sweep.\n"
-    )
-    parts += [stream_section("tuning", plan, "validation", text) for plan, text in TUNING.items()]
+    parts.append(f"# Tuning\n\n{TEXT['tuning']}\n")
+    parts += [stream_section("tuning", plan, "validation") for plan in TUNING]
     return "\n".join(parts)
 
 
