@@ -84,7 +84,7 @@ def table_of(folder: Path, split: str) -> Table:
         lines.append((final, (method, str(len(seeds)), *cells, *moved)))
     ordered = tuple(cells for _, cells in sorted(lines, key=lambda line: -line[0]))
     note = f"Points of 100 on {split} rows, mean ± standard deviation (n − 1) over seeds."
-    return Table(folder.name, HEADER, ordered, (note,))
+    return Table(f"{folder.name}: scores on {split} rows", HEADER, ordered, (note,))
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ def test_every_result_carries_its_recipe_and_commit(name: str) -> None:
 @pytest.mark.parametrize("plan", results_page.STREAMS)
 def test_stream_scores_recomputed_from_rows_by_hand(plan: str) -> None:
     """Final score and forgetting of each method from the raw lines, apart from the code that wrote the page."""
-    section = results_page.streams().split(f"## {plan}\n")[1].split("\n## ")[0]
+    section = results_page.streams().split(f"## {plan}\n", 1)[1].split("\n## ")[0]
     methods: dict[str, list[tuple[float, float]]] = {}
     for folder in sorted((ROOT / "results" / "streams" / plan).iterdir()):
         found: dict[tuple[int, int], float] = {}
