@@ -143,7 +143,7 @@ class Distill:
     align: str = _one_of("off", "off", "cka", "cosine")
     align_weight: float = _number(0.1, 0)
     layer_trust: bool = True  # less where the sites disagreed in the last round
-    memory: float = _number(0.0, 0, 1)  # share of the teacher that is the model at the end of the previous stage
+    memory: float = _number(0.0, 0, 1)  # share of the teacher that is what was served after the stage before
     ramp: float = _number(0.1, 0, 1)  # share of the run over which the weight rises from 0
     cache: int = _number(64, 0)  # entries kept of a cached teacher output where a round meets rows again; 0: no cache
 

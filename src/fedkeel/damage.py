@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedkeel.config import Evaluation
 from fedkeel.data import Formatter
-from fedkeel.evaluate import Scored, score, task_table
-from fedkeel.metrics import macro, mean, stability_index
+from fedkeel.evaluate import Scored, overall, score
+from fedkeel.metrics import mean, stability_index
 from fedkeel.model import Model
 from fedkeel.rng import counter_normal, derive, numpy_generator
 from fedkeel.structure.drop import BLOCK
@@ -261,9 +261,8 @@ def stability(
     clean = score(model, formatter, records, config)
 
     def outcome(family: str, strength: float, draw: int, scored: Sequence[Scored]) -> Outcome:
-        total = macro({task: metrics["score"] for task, metrics in task_table(scored).items()})
         same = [float(a.prediction == b.prediction) for a, b in zip(scored, clean, strict=True)]
-        return Outcome(family, strength, draw, total, mean(same))
+        return Outcome(family, strength, draw, overall(scored), mean(same))
 
     found = [outcome("", 0.0, 0, clean)]
     for family, strengths in families.items():

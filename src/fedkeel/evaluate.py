@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkeel.config import Evaluation
 from fedkeel.data import Formatter, collate
-from fedkeel.metrics import exact_match, mean, rouge_l
+from fedkeel.metrics import exact_match, macro, mean, rouge_l
 from fedkeel.model import Model, quiet
 from fedkeel.rng import derive
 from fedkeel.types import Record
@@ -214,6 +214,11 @@ def _generate(
             metrics = {"rouge_l": rouge_l(text, references), "exact_match": exact_match(text, references)}
             found[record.id] = Scored(record, text, metrics)
         advance(len(chunk))
+
+
+def overall(scored: Sequence[Scored]) -> float:
+    """The mean over tasks of their `score`, each task counting the same."""
+    return macro({task: metrics["score"] for task, metrics in task_table(scored).items()})
 
 
 def task_table(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -23,7 +23,7 @@ from fedkeel.aggregate import blend
 from fedkeel.client import injection_of, steps_a_round
 from fedkeel.config import ConfigError, Recipe
 from fedkeel.data import Example, Formatter
-from fedkeel.evaluate import Scored, choose, score, task_table
+from fedkeel.evaluate import Scored, choose, overall, score, task_table
 from fedkeel.folder import RunFolder
 from fedkeel.local import LocalTransport
 from fedkeel.messages import pack, pack_global
@@ -212,9 +212,6 @@ def _score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[S
     def row(name: str, value: float, unit: str = "share", task: str = "", at: str = leg.site) -> Row:
         return Row(run, leg.method, leg.seed, round, name, value, unit, site=at, stage=stage, task=task, split=split)
 
-    def overall(some: Sequence[Scored]) -> float:
-        return macro({task: metrics["score"] for task, metrics in task_table(some).items()})
-
     table = task_table(scored)
     rows = []
     for task, metrics in table.items():
@@ -276,9 +273,14 @@ def _save_adapter(model: Model, target: Path) -> None:
     partial.rename(target)
 
 
-def served(ends: Iterable[Adapter], share: float) -> Adapter:
-    """What a stream serves after the last of `ends`, the adapters at the ends of its stages: see `config.Stream.average`."""
-    return reduce(lambda before, end: blend(before, end, share) if share else end, ends)
+def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, like: Adapter) -> Adapter:
+    """What a leg serves after `stage` (from 0), from the checkpoints of the stages' ends: see `config.Stream.average`.
+
+    rounds: of one stage. share: 0 takes the stage as it ended.
+    """
+    first = 0 if share else stage
+    ends = (folder.read_checkpoint(leg, rounds * (s + 1), like).adapter for s in range(first, stage + 1))
+    return reduce(lambda before, end: blend(before, end, share), ends)
 
 
 class _Run:
@@ -417,8 +419,7 @@ class _Run:
 
     def _served(self, leg: Leg, stage: int) -> Adapter:
         """What is served after `stage`, from the checkpoints of the stages' ends."""
-        ends = (self.folder.read_checkpoint(leg.name, leg.rounds * (s + 1), self.initial) for s in range(stage + 1))
-        return served([end.adapter for end in ends], leg.stages[stage].recipe.stream.average)
+        return served(self.folder, leg.name, leg.rounds, stage, leg.stages[stage].recipe.stream.average, self.initial)
 
     def _score(self, leg: Leg, stage: int, current: Global, split: str, records: Sequence[Record]) -> list[Row]:
         """Scores of what would be served if the stage ended now."""
@@ -444,10 +445,11 @@ class _Run:
         self.folder.save(self.state, rows)
 
 
-def served_by(folder: RunFolder, recipe: Recipe, like: Adapter) -> Adapter:
+def served_last(folder: RunFolder, prepared: Prepared, like: Adapter) -> Adapter:
     """The adapter that a finished federation serves."""
-    ends = [recipe.federation.rounds * (stage + 1) for stage in range(max(1, len(recipe.stream.stages)))]
-    return served([folder.read_checkpoint("federated", end, like).adapter for end in ends], recipe.stream.average)
+    recipe = prepared.recipe
+    last = len(prepared.stages) - 1
+    return served(folder, "federated", recipe.federation.rounds, last, recipe.stream.average, like)
 
 
 def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> Model:
@@ -462,7 +464,7 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
     watch.begin(run.total_work(legs))
     for leg in legs:
         run.run(leg)
-    run.model.write(served_by(folder, recipe, run.initial))
+    run.model.write(served_last(folder, prepared, run.initial))
     run.state["finished"] = True
     folder.save(run.state, [])
     return run.model
@@ -472,7 +474,7 @@ def trained_model(prepared: Prepared, folder: Path) -> Model:
     """The model of a run with its federated adapter in it."""
     recipe = prepared.recipe
     model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
-    model.write(served_by(RunFolder(folder), recipe, model.read()))
+    model.write(served_last(RunFolder(folder), prepared, model.read()))
     return model
 
 

@@ -72,7 +72,7 @@ def blend(older: Adapter, newer: Adapter, share: float) -> Adapter:
 
     Weight averaging along one training trajectory: the served model of a task stream, which forgets less than its last
     stage. Source: Wortsman et al. 2022 (WiSE-FT), arXiv:2109.01903, along stages instead of between two models. Of products
-    B A it is not the exact mean; it was chosen because it was better on a stream (LAB.md).
+    B A it is not the exact mean; that one has not been compared with it.
     """
     before, after = older.tensors(), newer.tensors()
     return newer.with_tensors({name: mean_tensors([before[name], t], [share, 1.0 - share]) for name, t in after.items()})
