@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from training import (
     agree,
     apart,
+    assert_loads_in_peft,
     batches_of,
     other,
     plain_descent,
@@ -433,13 +434,7 @@ def test_what_is_exported_after_every_structure(tiny_overrides: list[str], tiny_
     recipe, folder, model = go([*tiny_overrides, *more, *EVERY_STRUCTURE])
     fresh = Model(recipe.model, recipe.lora, recipe.seed)
     assert hooks_of(model) == hooks_of(fresh) == 1  # what gathers the supervised positions
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    ids = torch.arange(5, 25)[None]
-    bare = base(input_ids=ids).logits
-    loaded = peft.PeftModel.from_pretrained(base, folder.path / "adapter").eval()
-    ours = model.net(input_ids=ids).logits
-    assert (loaded(input_ids=ids).logits - ours).abs().max().item() < 1e-5
-    assert (bare - ours).abs().max().item() > 1e-2
+    assert_loads_in_peft(folder.path / "adapter", model, tiny_base)
     with safe_open(folder.path / "adapter" / "adapter_model.safetensors", "pt") as file:
         exported = {k: tuple(file.get_tensor(k).shape) for k in file.keys()}  # noqa: SIM118
     expected = {k: tuple(v.shape) for k, v in peft.get_peft_model_state_dict(fresh.net).items()}

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from training import assert_loads_in_peft
 
 from fedkeel.client import learning_rate, steps_a_round, train_round
 from fedkeel.config import ConfigError, Recipe, Train, load_recipe
@@ -225,13 +226,7 @@ def test_folder_rules(tiny_overrides: list[str], tmp_path: Path) -> None:
 
 def test_the_adapter_loads_in_peft(tiny_overrides: list[str], tiny_base: Path) -> None:
     _, folder, model = go([*tiny_overrides, "evaluation.baselines=[]"])
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    ids = torch.arange(5, 25)[None]
-    bare = base(input_ids=ids).logits
-    loaded = peft.PeftModel.from_pretrained(base, folder.path / "adapter").eval()
-    ours = model.net(input_ids=ids).logits
-    assert (loaded(input_ids=ids).logits - ours).abs().max().item() < 1e-5
-    assert (bare - ours).abs().max().item() > 1e-2
+    assert_loads_in_peft(folder.path / "adapter", model, tiny_base)
 
 
 def test_rows_of_a_run(tiny_overrides: list[str]) -> None:

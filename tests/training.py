@@ -10,9 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import shapes
 import torch
+import transformers
 from torch import Tensor
 
 import fedkeel.client
@@ -118,3 +120,14 @@ def plain_descent() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fedkeel.client.torch.optim, "AdamW", descent)
         yield
+
+
+def assert_loads_in_peft(adapter: Path, model: Model, base: Path) -> None:
+    """Plain PEFT on a fresh base gives the logits of the trained `model`, which are not those of the base alone."""
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    bare = fresh(input_ids=ids).logits
+    loaded = peft.PeftModel.from_pretrained(fresh, adapter).eval()
+    ours = model.net(input_ids=ids).logits
+    assert (loaded(input_ids=ids).logits - ours).abs().max().item() < 1e-5
+    assert (bare - ours).abs().max().item() > 1e-2
