@@ -123,7 +123,8 @@ def test_guidance_weight_by_hand() -> None:
 @KINDS
 @pytest.mark.parametrize("align", ["off", "cosine", "cka"])
 def test_where_the_student_is_the_teacher_there_is_nothing_to_learn_from_it(name: str, align: str) -> None:
-    """At the first step of a round: a loss of exactly 0 and gates of ½; from the second on it is felt."""
+    """At the first step of a round: a loss of 0 and gates of ½, but for the rounding of a teacher whose branches are folded;
+    from the second step on it is felt. That the term is exactly 0 where the logits agree, tests of `distill` show."""
     more = ["distill.weight=3", f"distill.align={align}", "distill.align_weight=1"]
     ends = []
     for overrides in ([], more):
@@ -131,8 +132,8 @@ def test_where_the_student_is_the_teacher_there_is_nothing_to_learn_from_it(name
         with plain_descent():
             ends.append(train(model, examples, recipe_of("train.local_steps=1", *overrides)))
     (plain, _), (guided, stats) = ends
-    assert stats["distill_loss"] == 0.0
-    assert [stats[f"gate_a_{what}"] for what in ("mean", "q1", "q2", "q3")] == [0.5] * 4
+    assert abs(stats["distill_loss"]) < 1e-6
+    assert [stats[f"gate_a_{what}"] for what in ("mean", "q1", "q2", "q3")] == pytest.approx([0.5] * 4, abs=1e-5)
     assert agree(plain, guided, setting(name)[0].read().tensors())
     model, examples = setting(name)
     plain, _ = train(model, examples, recipe_of())

@@ -25,7 +25,7 @@ from fedkeel.model import Model
 from fedkeel.run import Prepared, describe_model, execute, legs_of, payload_bytes, prepare
 from fedkeel.server import FederationError, RoundResult
 from fedkeel.sites import make_sites
-from fedkeel.types import Adapter, Global
+from fedkeel.types import Adapter, FedKeelError, Global
 
 
 class Silent:
@@ -365,6 +365,19 @@ def test_an_empty_site_is_named(tiny_overrides: list[str]) -> None:
         prepare(load_recipe(None, [*tiny_overrides, "partition.scheme=iid", "partition.sites=60"]))
     with pytest.raises(ConfigError, match=r"data\.site_column"):
         prepare(load_recipe(None, [*tiny_overrides, "data.site_column="]))
+
+
+def test_a_recipe_that_cannot_run_leaves_no_folder_and_replaces_none(tiny_overrides: list[str]) -> None:
+    broken = [*tiny_overrides, "data.max_length=8"]
+    with pytest.raises(FedKeelError, match=r"raise data\.max_length"):
+        go(broken)
+    recipe = load_recipe(None, broken)
+    assert not (Path(recipe.out) / recipe.name).exists()
+    _, folder, _ = go(tiny_overrides)
+    before = rows_of(folder)
+    with pytest.raises(FedKeelError, match=r"raise data\.max_length"):
+        go(broken, fresh=True)
+    assert rows_of(folder) == before
 
 
 def test_a_label_never_seen_in_training_is_counted(tiny_overrides: list[str], tiny_data: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fedkeel.structure import Injection
 from fedkeel.teacher import Guide, held_positions
 from fedkeel.types import Adapter, Global, Teacher
 
-NAMES = ["llama", "distilbert", "t5"]  # one of each kind
+NAMES = ["llama", "distilbert", "t5", "gpt2"]  # one of each kind, and one that holds its maps transposed
 KINDS = pytest.mark.parametrize("name", NAMES)
 EVERYTHING = {"heads": 0.5, "channels": 0.5, "branch": 0.4, "layers": 0.5, "lodrop": 0.3, "rank": 0.5, "weights": 0.5}
 
@@ -36,6 +36,14 @@ def said_by(model: Model, batch: Batch, states: bool = False) -> tuple[Tensor, S
     model.train(False)
     forward = model.forward(batch, states)
     return forward.logits, forward.states
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    """Equal but for rounding, which these nets of large random weights amplify: a branch that is folded into its map is added
+    up in another order."""
+    finite = expected.isfinite()
+    assert torch.equal(got.isfinite(), finite), "what is not allowed stays so"
+    assert float((got - expected)[finite].norm()) <= 1e-4 * float(expected[finite].norm())
 
 
 def guide_of(model: Model, state: Global, examples: Sequence[Example], keep: bool = False, **options: object) -> Guide:
@@ -65,9 +73,10 @@ def test_a_teacher_is_another_model_with_the_global_adapter(name: str) -> None:
     batch = whole_batch(model, examples)
     teacher = guide_of(model, Global(3, given), examples, align="cosine")(batch, examples)
     logits, states = said_by(apart_model(name, given), batch, True)
-    assert torch.equal(teacher.logits, logits)
+    assert_same(teacher.logits, logits)
     assert len(states) == len(teacher.states) == len(teacher.layer_trust) == 2
-    assert all(torch.equal(x, y) for x, y in zip(teacher.states, states, strict=True))
+    for got, expected in zip(teacher.states, states, strict=True):
+        assert_same(got, expected)
     assert not teacher.logits.requires_grad
     student, _ = said_by(model, batch)
     finite = student.isfinite()
@@ -96,7 +105,7 @@ def test_in_training_the_teacher_is_clean_while_the_student_is_disturbed(name: s
     assert len(heard) == 6
     twin = apart_model(name, given)
     for batch, teacher in heard:
-        assert torch.equal(teacher.logits, said_by(twin, batch)[0])
+        assert_same(teacher.logits, said_by(twin, batch)[0])
     assert stats["dropped"] > 0.1
     assert apart(after, given.tensors()) > 1e-3
 
@@ -111,7 +120,7 @@ def test_injected_structures_reach_a_forward_but_not_a_teacher_that_is_asked_bet
         draw.key, draw.strength, draw.rows, draw.on = 5, 1.0, len(examples), True
         assert (said_by(model, batch)[0] - clean).abs().max() > 0.1
         draw.on = False
-        assert torch.equal(guide(batch, examples).logits, clean)
+        assert_same(guide(batch, examples).logits, clean)
 
 
 @KINDS
@@ -168,10 +177,10 @@ def test_with_a_memory_the_teacher_is_a_mixture_of_two_models(name: str, share: 
     one, states_one = said_by(apart_model(name, now), batch, True)
     two, states_two = said_by(apart_model(name, before), batch, True)
     expected = (1 - share) * one.double().softmax(-1) + share * two.double().softmax(-1)
-    torch.testing.assert_close(teacher.logits.double().softmax(-1), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(teacher.logits.double().softmax(-1), expected, rtol=0, atol=1e-4)
     assert torch.equal(teacher.logits.isinf(), one.isinf()), "what is not allowed stays so"
     for got, x, y in zip(teacher.states, states_one, states_two, strict=True):
-        torch.testing.assert_close(got, (1 - share) * x + share * y, rtol=0, atol=1e-5)
+        assert_same(got, (1 - share) * x + share * y)
 
 
 def test_without_a_memory_or_at_share_0_the_teacher_is_the_global_model() -> None:
@@ -179,8 +188,8 @@ def test_without_a_memory_or_at_share_0_the_teacher_is_the_global_model() -> Non
     now, before = model.read(), other(model.read())
     batch = whole_batch(model, examples)
     expected, _ = said_by(model, batch)
-    assert torch.equal(guide_of(model, Global(3, now), examples, memory=0.9)(batch, examples).logits, expected)
-    assert torch.equal(guide_of(model, Global(3, now, before), examples, memory=0.0)(batch, examples).logits, expected)
+    assert_same(guide_of(model, Global(3, now), examples, memory=0.9)(batch, examples).logits, expected)
+    assert_same(guide_of(model, Global(3, now, before), examples, memory=0.0)(batch, examples).logits, expected)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

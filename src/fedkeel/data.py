@@ -129,7 +129,8 @@ class Formatter:
         if self.tokenizer.chat_template is None:
             return content + PLAIN_ANCHOR, PLAIN_ANCHOR
         prompt = self._render([("user", content)], True)
-        return prompt, prompt.rpartition(content)[2] or prompt[-32:]
+        after = prompt.rpartition(content)[2] if content else ""  # nothing may be left of a text that was shortened
+        return prompt, after or prompt[-32:]
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if self.kind == "causal":

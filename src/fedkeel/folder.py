@@ -65,31 +65,36 @@ class RunFolder:
         state: dict[str, Any] = json.loads(self._state_file.read_text())
         return state
 
-    def open(self, recipe: Recipe, resume: bool, fresh: bool) -> dict[str, Any]:
-        """Make the folder for a new run, or go back to the last whole state of an old one. Raises RunError."""
-        written = to_toml(recipe)
+    def check(self, recipe: Recipe, resume: bool, fresh: bool) -> None:
+        """Raise RunError if `open` would; touches nothing."""
         if self._state_file.exists() and not fresh:
             if not resume:
                 raise RunError(
                     f"{self.path} holds a run already; continue it with --resume, replace it with --fresh, or set name=OTHER"
                 )
-            before = (self.path / "recipe.toml").read_text()
+            before, written = (self.path / "recipe.toml").read_text(), to_toml(recipe)
             if before != written:
                 pairs = zip(before.splitlines(), written.splitlines(), strict=False)
                 changed = next((f"{a!r} became {b!r}" for a, b in pairs if a != b), "a key was added or removed")
                 raise RunError(f"{self.path} cannot be resumed with another recipe: {changed}")
+        elif resume:
+            raise RunError(f"{self.path} holds no run to resume")
+        elif self.path.exists():
+            found = {p.name for p in self.path.iterdir()}
+            if found and not found & {"recipe.toml", "state.json"}:
+                raise RunError(f"{self.path} exists and is not a run of FedKeel; set out= or name= to another folder")
+
+    def open(self, recipe: Recipe, resume: bool, fresh: bool) -> dict[str, Any]:
+        """Make the folder for a new run, or go back to the last whole state of an old one. Raises RunError."""
+        self.check(recipe, resume, fresh)
+        if self._state_file.exists() and not fresh:
             state = self.state()
             if self.rows_file.exists():  # rows written after the last checkpoint belong to work that is done again
                 os.truncate(self.rows_file, state["rows_bytes"])
             return state
-        if resume:
-            raise RunError(f"{self.path} holds no run to resume")
         if self.path.exists():
-            ours = {"recipe.toml", "state.json"} & {p.name for p in self.path.iterdir()}
-            if any(self.path.iterdir()) and not ours:
-                raise RunError(f"{self.path} exists and is not a run of FedKeel; set out= or name= to another folder")
             shutil.rmtree(self.path)
-        write_atomic(self.path / "recipe.toml", written)
+        write_atomic(self.path / "recipe.toml", to_toml(recipe))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
         state = self.state()
         write_atomic(self._state_file, json.dumps(state))

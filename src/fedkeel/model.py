@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedkeel.config import LoraConfig
 from fedkeel.config import Model as ModelConfig
@@ -197,6 +198,19 @@ def uses_bf16(precision: str, device: str) -> bool:
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def _folded(module: Any, x: Tensor) -> Tensor:
+    """(W0 + scale · B A) x + bias: the map of a LoRA layer with its branch folded in for this call alone.
+
+    The sum costs r multiplications a weight, whatever the number of tokens, and one matrix of the map's size at a time; the
+    branch costs four passes over activations.
+    """
+    base = module.get_base_layer()
+    a, b, scale = module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"]
+    if isinstance(base, Conv1D):  # holds its weight as (d_in, d_out)
+        return nn.functional.linear(x, torch.addmm(base.weight, a.T, b.T, alpha=scale).T, base.bias)
+    return nn.functional.linear(x, torch.addmm(base.weight, b, a, alpha=scale), base.bias)
+
+
 class Model:
     """A base model with one adapter in it, on one device.
 
@@ -282,6 +296,8 @@ class Model:
             if parameter.requires_grad and "lora_" not in name
         }
         self._slots = [parameter for _, parameter in sorted(self._tensors().items())]
+        # others (a quantised base, an embedding) keep their branch
+        self._foldable = [m for m in self._lora.values() if type(m.get_base_layer()) in (nn.Linear, Conv1D)]
         self._gather: tuple[Tensor, Tensor] | None = None
         if self.kind != "classifier":
             projection = self.net.get_output_embeddings()
@@ -342,7 +358,9 @@ class Model:
     def swapped(self, parked: Sequence[Tensor]) -> Iterator[None]:
         """While it lasts, the model holds the tensors of `park`; pointers move, nothing is copied, no second base exists.
 
-        Only for forward passes without gradient, and not inside an autocast that outlives it (its casts are cached).
+        Each low-rank map is folded into its base map as the forward pass reaches it, see `_folded`: what this says differs
+        from a pass through the branches in rounding only, and costs a sixth less. Only for forward passes without gradient
+        and without adapter dropout, and not inside an autocast that outlives it (its casts are cached).
         """
         if [t.shape for t in parked] != [p.shape for p in self._slots]:
             raise ModelError("the parked tensors are not those of an adapter of this model")
@@ -350,8 +368,12 @@ class Model:
         try:
             for parameter, tensor in zip(self._slots, parked, strict=True):
                 parameter.data = tensor
+            for module in self._foldable:
+                module.forward = partial(_folded, module)
             yield
         finally:
+            for module in self._foldable:
+                module.__dict__.pop("forward", None)
             for parameter, tensor in zip(self._slots, mine, strict=True):
                 parameter.data = tensor
 

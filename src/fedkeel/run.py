@@ -286,9 +286,10 @@ def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, l
 class _Run:
     """A run in progress: what all its legs share."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch, state: dict[str, Any]) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch) -> None:
         recipe = prepared.recipe
-        self.prepared, self.folder, self.watch, self.state = prepared, folder, watch, state
+        self.prepared, self.folder, self.watch = prepared, folder, watch
+        self.state: dict[str, Any] = {}  # see RunFolder.state; set once the folder is open
         self.model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
         self.initial = self.model.read()
         self.formatter = Formatter(
@@ -459,7 +460,9 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
     """
     recipe = prepared.recipe
     torch.set_num_threads(recipe.threads)
-    run = _Run(prepared, folder, watch, folder.open(recipe, resume, fresh))
+    folder.check(recipe, resume, fresh)
+    run = _Run(prepared, folder, watch)
+    run.state = folder.open(recipe, resume, fresh)  # only now: a recipe that cannot run leaves no folder, and replaces none
     legs = legs_of(prepared)
     watch.begin(run.total_work(legs))
     for leg in legs:

@@ -12,8 +12,9 @@ import torch
 from builders import numbers
 from torch import Tensor, nn
 
+from fedkeel.config import STRUCTURES as SETTINGS
 from fedkeel.rng import counter_normal, counter_uniform, derive
-from fedkeel.structure import STRUCTURES, Branch, Draw, Injection, Place, Places, StructureError, strength
+from fedkeel.structure import ADVERSARY, STRUCTURES, Branch, Draw, Injection, Place, Places, StructureError, strength
 from fedkeel.structure.draw import SHARED
 from fedkeel.structure.layers import depth_chance
 from fedkeel.structure.weights import row_norms
@@ -87,6 +88,10 @@ def switched_on(injection: Injection, key: int = 7, **fields: Any) -> Injection:
 
 
 X = numbers(1, 8, 5, WIDTH)
+
+
+def test_a_recipe_can_set_every_structure() -> None:
+    assert set(SETTINGS) == {*STRUCTURES, ADVERSARY}
 
 
 @pytest.mark.parametrize("amounts", [*({n: AMOUNT} for n in STRUCTURES), {"adversary": 0.5}, ALL], ids=lambda a: "+".join(a))

@@ -86,9 +86,11 @@ class Split:
 
 def split(logits: Tensor, gold: Tensor, temperature: float = 1.0) -> Split:
     """Split softmax(logits / temperature). logits: (N, V), −inf where an entry is not allowed; gold: (N,) int64, allowed."""
-    among, at = wide(logits.detach()) / temperature, gold[:, None]
+    # a copy, in place from here on: moving memory is what this costs at a large V
+    among, at = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True), gold[:, None]
+    if temperature != 1:
+        among /= temperature
     of_gold = among.gather(1, at)
-    # `among` is a copy; in place from here on, as moving memory is what this costs at a large V
     among.scatter_(1, at, HIDDEN).clamp_min_(HIDDEN)
     top = among.amax(-1, keepdim=True).clamp_min(HIDDEN / 2)  # so that hidden entries stay hidden where all are
     among -= top

@@ -19,10 +19,13 @@ _COLUMNS = 256  # of an identity matrix pushed through a map at a time
 
 @torch.no_grad()
 def row_norms(branch: Branch) -> Tensor:
-    """‖W_i‖ of every output of the frozen map, (d_out,), float32: from its answers to unit vectors, less its bias.
+    """‖W_i‖ of every output of the frozen map, (d_out,), float32.
 
-    So it does not matter how the map holds W: transposed (GPT-2), or quantised.
+    Of a map that does not hold W as it is (transposed as in GPT-2, or quantised): from its answers to unit vectors, less its
+    bias, which costs as much as d_in rows of a forward pass.
     """
+    if type(branch.base) is nn.Linear:
+        return torch.linalg.vector_norm(branch.base.weight.float(), dim=1)
     linear, d_in, device = branch.base, branch.shape[2], next(branch.a.parameters()).device
     dtype = next((p.dtype for p in linear.parameters() if p.is_floating_point()), torch.float32)
     bias = linear(torch.zeros(1, d_in, dtype=dtype, device=device)).float()
