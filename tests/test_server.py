@@ -15,11 +15,11 @@ from builders import SHAPES, flat, make_adapter, numbers
 from torch import Tensor
 
 from fedkeel.aggregate import drift, weights
-from fedkeel.codecs import CODECS, EnvelopeError, open_envelope, seal
+from fedkeel.codecs import EnvelopeError, make_codec, open_envelope, seal
 from fedkeel.config import Federation
 from fedkeel.messages import SCHEMA, difference, layout, pack, pack_global, unpack, unpack_global
 from fedkeel.server import FederationError, RoundResult, run_round, sample_sites, screen
-from fedkeel.types import Adapter, Global, Lora, Reply, Request
+from fedkeel.types import Adapter, Global, Lora, Reply, Request, Update
 
 STATS = {"loss": 1.25}
 SECONDS = "00000001.500"
@@ -35,7 +35,8 @@ def message(site: str = "a", round: int = 0, codec: str = "fp32", like: Adapter 
     """An update that is right in all but what `more` says."""
     change = more.pop("change", None) or change_of(7)
     header = {"site": site, "positions": 10, "stats": STATS, "seconds": SECONDS, "tasks": TASKS} | more
-    return pack("update", round, like, change, codec, **header)
+    encoded = change if codec == "fp32" else make_codec(codec).encode(change, 0)  # as it is, what no codec would send too
+    return pack("update", round, like, encoded, codec, **header)
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Sites:
             change = difference(after, self.like.with_tensors(self.received[site]))
             positions = 1 + sorted(self.changes).index(site)
             payload = pack(
-                "update", header["round"], self.like, change, self.codec_up,
+                "update", header["round"], self.like, make_codec(self.codec_up).encode(change, 0), self.codec_up,
                 site=site, positions=positions, stats=STATS, seconds=SECONDS, tasks=TASKS,
             )  # fmt: skip
             replies.append(self.broken.get(site, Reply(site, payload)))
@@ -129,8 +130,11 @@ REFUSED = {
     "another kind": (Reply("a", pack("global", 0, REFERENCE, change_of(7), "fp32")), "kind = 'global' where 'update' belongs"),
     "another rank": (Reply("a", message(like=OTHER_RANK, change=OTHER_RANK.tensors())), "a message with layout ="),
     "another scale": (Reply("a", message(like=OTHER_SCALE)), "a message with layout ="),
-    "shapes that are not the layout's": (Reply("a", message(change=OTHER_RANK.tensors())), "names or shapes"),
-    "a tensor left out": (Reply("a", message(change=dict(list(change_of(7).items())[1:]))), "names or shapes"),
+    "shapes that are not the layout's": (
+        Reply("a", message(change=OTHER_RANK.tensors())),
+        "where the codec sends float32 (3, 14)",
+    ),
+    "a tensor left out": (Reply("a", message(change=dict(list(change_of(7).items())[1:]))), "layer.0.q.a: missing"),
     "another codec than its header says": (
         Reply("a", seal(json.loads(json.dumps(open_envelope(message())[0])) | {"codec": "fp16"}, change_of(7))),
         "where the codec sends float16",
@@ -262,7 +266,7 @@ def test_every_site_is_sent_the_same_bytes_and_all_bytes_are_counted() -> None:
     assert result.bytes_up == sent_up
     numel = sum(t.numel() for t in REFERENCE.tensors().values())
     assert 4 * numel < result.bytes_down["a"] < 4 * numel + 1500
-    narrow = one_round(Sites(CHANGES, codec_up="fp16"), codec_down="bf16")
+    narrow = one_round(Sites(CHANGES, codec_up="fp16"), codec_down="bf16", codec_up="fp16")
     assert result.bytes_down["a"] - narrow.bytes_down["a"] == pytest.approx(2 * numel, abs=16)
     assert result.bytes_up["a"] - narrow.bytes_up["a"] == pytest.approx(2 * numel, abs=16)
 
@@ -275,11 +279,11 @@ def test_only_the_sampled_sites_are_asked() -> None:
     assert list(result.bytes_down) == list(result.bytes_up) == expected
 
 
-@pytest.mark.parametrize("codec", ["bf16", "fp16"])
-def test_an_update_is_applied_to_what_the_site_received(codec: str) -> None:
+@pytest.mark.parametrize(("codec", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_an_update_is_applied_to_what_the_site_received(codec: str, dtype: torch.dtype) -> None:
     sites = Sites({"a": CHANGES["a"]})
     result = one_round(sites, codec_down=codec)
-    rounded = {n: t.to(getattr(torch, CODECS[codec].dtype)).float() for n, t in REFERENCE.tensors().items()}
+    rounded = {n: t.to(dtype).float() for n, t in REFERENCE.tensors().items()}
     for name, tensor in result.state.adapter.tensors().items():
         received = sites.received["a"][name]
         assert torch.equal(received, rounded[name])
@@ -426,7 +430,7 @@ def test_a_global_message_is_refused_for_what_is_wrong_with_it(changed: dict[str
 def test_half_a_memory_is_refused(lost: str) -> None:
     header, tensors = open_envelope(pack_global("global", Global(3, REFERENCE, make_adapter(5)), "fp32"))
     left = {name: tensor for name, tensor in tensors.items() if name != lost}
-    with pytest.raises(EnvelopeError, match="names or shapes"):
+    with pytest.raises(EnvelopeError, match=f"{lost}: missing"):
         unpack_global(seal(header, left), "global", REFERENCE)
 
 
@@ -441,7 +445,9 @@ def test_a_round_carries_counts_memory_and_drift() -> None:
     assert flat(sent.memory) == flat(memory)
     assert result.state.counts == {"a": TASKS, "b": TASKS, "c": TASKS, "z": {"colour": 10, "echo": 20}}
     assert result.state.memory is memory
-    assert result.state.drift == drift(REFERENCE, result.updates, weights(result.updates, "positions"))
+    moved = {site: {n: REFERENCE.tensors()[n] + t for n, t in change.items()} for site, change in CHANGES.items()}
+    updates = [Update(site, REFERENCE.with_tensors(tensors), n) for n, (site, tensors) in enumerate(moved.items(), 1)]
+    assert result.state.drift == drift(REFERENCE, updates, weights(result.updates, "positions"))
     assert set(result.state.drift) == {"layer.0", "layer.1"}
     again = Sites(CHANGES, like=result.state.adapter)
     run_round(result.state, again, list(CHANGES), Federation(), seed=1)

@@ -208,10 +208,10 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, bool, dict[st
     found: list[tuple[int, str, bool, dict[str, int]]] = []
     real = fedkeel.local.answer
 
-    def answer(payload: bytes, model: Model, stages: Any, site: str, rounds: int, recipe: Recipe) -> bytes:
+    def answer(payload: bytes, model: Model, stages: Any, site: str, *more: Any) -> bytes:
         header, state = unpack_global(payload, "global", model.read())
         found.append((state.round, site, state.memory is not None, header["tasks"]))
-        return real(payload, model, stages, site, rounds, recipe)
+        return real(payload, model, stages, site, *more)
 
     monkeypatch.setattr(fedkeel.local, "answer", answer)
     return found

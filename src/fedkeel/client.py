@@ -12,16 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkeel.aggregate import AGGREGATORS, first_rows
+from fedkeel.codecs import make_codec, with_residual
 from fedkeel.config import STRUCTURES, Recipe, Train
 from fedkeel.data import Example, batch_indices, batches_per_epoch, collate
-from fedkeel.messages import difference, pack, read_counts, unpack_global
+from fedkeel.messages import difference, factors_down, fingerprint, names_of, pack, read_counts, unpack_global
 from fedkeel.model import Model
 from fedkeel.objective.consistency import self_consistency, symmetric_kl
 from fedkeel.objective.distill import Guidance, distill
 from fedkeel.objective.proximal import proximal
 from fedkeel.objective.task import task_loss
 from fedkeel.rng import derive, seed_torch
-from fedkeel.structure import Draw, Injection, strength
+from fedkeel.structure import Draw, Injection, hold, left_out, strength
 from fedkeel.teacher import Guide, held_positions
 from fedkeel.types import FedKeelError, Global
 
@@ -83,8 +85,9 @@ class _Log:
 
 def injection_of(model: Model, recipe: Recipe) -> Injection | None:
     """The recipe's structures, not yet attached; None if it asks for none."""
+    held = {"branch"} if recipe.structure.hold else set()  # drawn once a round, see `answer`
     amounts = {name: getattr(recipe.structure, name) for name in STRUCTURES}
-    amounts = {name: amount for name, amount in amounts.items() if amount}
+    amounts = {name: amount for name, amount in amounts.items() if amount and name not in held}
     return Injection(model.places, amounts) if amounts else None
 
 
@@ -247,6 +250,19 @@ def backward_at_worst(parameters: Sequence[Tensor], radius: float, backward: Cal
             p.copy_(old)
 
 
+@dataclass
+class Kept:
+    """What one site keeps between the rounds of a federation; tensors in float32 by flat names, which never travel as they are.
+
+    rank: of its adapter; 0: the recipe's. residual: what a lossy codec has left out so far. personal: the factors that stay
+    here under `share_a` and `share_b`.
+    """
+
+    rank: int = 0
+    residual: Mapping[str, Tensor] = field(default_factory=dict)
+    personal: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def answer(
     payload: bytes,
     model: Model,
@@ -254,28 +270,61 @@ def answer(
     site: str,
     rounds: int,
     recipe: Recipe,
+    kept: Kept,
     clock: Callable[[], float] = time.perf_counter,
 ) -> bytes:
     """A site's whole part in a round: the global message in, the update message out.
 
-    stages: the site's rows of each stage of the stream; a stage lasts `rounds` rounds. Up go the change of the adapter,
-    supervised positions, positions held by task where trust in the teacher is weighed by them, and means over positions;
-    never text, never logits.
+    stages: the site's rows of each stage of the stream; a stage lasts `rounds` rounds. kept: is brought up to date. Up go
+    the change of what is trained and shared in this round, supervised positions, positions held by task where trust in
+    the teacher is weighed by them, and means over positions; never text, never logits.
     """
     begin = clock()
-    like = model.read()
-    header, state = unpack_global(payload, "global", like)
-    examples = stages[state.round // rounds]
-    model.write(state.adapter)
+    federation, structure = recipe.federation, recipe.structure
+    rule = AGGREGATORS[federation.rule]
+    assert model.initial is not None
+    like = model.initial if not kept.rank else first_rows(model.initial, kept.rank, recipe.lora.scale(kept.rank))
+    header, state = unpack_global(payload, "global", like, names_of(like, factors_down(rule)), federation.codec_down)
+    unsent = {name: t for name, t in like.tensors().items() if name not in names_of(like, factors_down(rule))}
+    if header.get("unsent", fingerprint({})) != fingerprint({} if rule.personal else unsent):
+        raise SiteError(
+            f"site {site}: a factor that does not travel under federation.rule = {federation.rule!r} is not the one that the "
+            f"server holds; seed, base and fedkeel must be the same at both ends"
+        )
+    model.replay(state.shifts, header["shifts"]["first"])
+    start = state.adapter.with_tensors(state.adapter.tensors() | dict(kept.personal))
+    model.write(start)
+    out = left_out(like.lora, structure.branch, recipe.seed, site, state.round) if structure.hold else frozenset()
+    trained = names_of(like, rule.trained(state.round), out)
+    sent = trained & names_of(like, rule.shared)
     total = read_counts(header.get("tasks"))
-    positions, stats = train_round(model, examples, site, rounds, recipe, state, total)
-    change = difference(model.read(), state.adapter)
+    examples = stages[state.round // rounds]
+    handles = hold(model.places, structure.branch, out) if structure.hold else []
+    try:
+        with model.training_only(trained):
+            positions, stats = train_round(model, examples, site, rounds, recipe, replace(state, adapter=start), total)
+    finally:
+        for handle in handles:
+            handle.remove()
+    change = difference(model.read(), start)
+    if rule.personal:
+        now = model.read().tensors()
+        kept.personal = {name: now[name] for name in names_of(like, rule.personal) - set(like.dense)}
     distilling = recipe.distill
     asked = distilling.weight and (distilling.task_trust or distilling.site_trust)
     told = held_positions(examples, distilling.trust_by) if asked else {}
     # Of fixed width, so that the bytes of a message do not depend on how fast the machine was.
     seconds = f"{clock() - begin:012.3f}"
+    change = {name: change[name] for name in sorted(sent)}
+    key = derive(recipe.seed, "up", site, state.round)
+    codec = make_codec(federation.codec_up)
+    if federation.error_feedback and federation.codec_up != "fp32":
+        lost = {name: kept.residual.get(name, torch.zeros_like(t)) for name, t in change.items()}
+        encoded, left = with_residual(codec, change, lost, key)
+        kept.residual = {**kept.residual, **left}
+    else:
+        encoded = codec.encode(change, key)
     return pack(
-        "update", state.round, like, change, recipe.federation.codec_up,
-        site=site, positions=positions, stats=stats, seconds=seconds, tasks=told,
+        "update", state.round, like, encoded, federation.codec_up,
+        site=site, positions=positions, stats=stats, seconds=seconds, tasks=told, held=model.shifts,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,12 @@ class LoraConfig:
     rslora: bool = False
     dropout: float = _number(0.0, 0, 0.99)
     targets: tuple[str, ...] = ()
+    # ranks of the sites, gone through in the order of their names, none over `rank`; empty: `rank` everywhere
+    site_ranks: tuple[int, ...] = ()
+
+    def scale(self, rank: int) -> float:
+        """What the product of the factors of an adapter of `rank` is multiplied by: α/r, or α/√r under rsLoRA."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,7 @@ class Structure:
     heads: float = _number(0.0, 0, 0.9)
     channels: float = _number(0.0, 0, 0.9)
     branch: float = _number(0.0, 0, 0.9)
+    hold: bool = False  # `branch` draws once a round: what is left out is neither trained nor sent
     layers: float = _number(0.0, 0, 0.9)
     lodrop: float = _number(0.0, 0, 0.9)
     rank: float = _number(0.0, 0)
@@ -170,16 +178,32 @@ class Structure:
 STRUCTURES = ("heads", "channels", "branch", "layers", "lodrop", "rank", "weights", "adversary")
 
 
+RULES = (
+    "mean", "freeze_a", "alternate", "svd", "stack", "residual", "share_a", "share_b", "median", "trimmed", "krum",
+)  # fmt: skip
+SHIFTING = ("stack", "residual")  # they move the frozen maps
+PERSONAL = ("share_a", "share_b")  # one factor stays at the site
+MIXED = ("svd", "stack", "median", "trimmed", "krum")  # sites may differ in rank and scale
+STEADY = ("mean", "freeze_a", "residual", "share_a", "share_b", "krum")  # a server optimiser can wrap them
+CASTS = ("fp32", "bf16", "fp16")
+QUANTIZERS = ("int8", "int4")
+
+
 @dataclass(frozen=True)
 class Federation:
     """The round loop. quorum: share of the sampled sites that must answer well, else the run stops with their errors."""
 
     rounds: int = _number(10, 1)
     sites_per_round: int = _number(0, 0)  # 0: all
-    rule: str = _one_of("mean", "mean", "svd")
+    rule: str = _one_of("mean", *RULES)  # of aggregation, see docs/exchange.md
+    hostile: int = _number(0, 0)  # sites that may lie: what `trimmed` and `krum` are to withstand
     weighting: str = _one_of("positions", "positions", "sqrt_positions", "uniform")
-    codec_up: str = _one_of("fp32", "fp32", "bf16", "fp16")
-    codec_down: str = _one_of("fp32", "fp32", "bf16", "fp16")
+    optimiser: str = _one_of("average", "average", "momentum", "adam")  # of the server, around the rule
+    server_lr: float = _number(1.0, 0, above=True)
+    # fp32, bf16, fp16, int8, int4, topk=SHARE, or topk=SHARE+one of the others
+    codec_up: str = field(default="fp32", metadata={"codec": True})
+    codec_down: str = field(default="fp32", metadata={"codec": True})
+    error_feedback: bool = True  # a site keeps what a lossy codec_up left out and adds it to its next update
     quorum: float = _number(1.0, 0, 1, above=True)
     deadline: float = _number(3600.0, 0, above=True)  # seconds a round
     max_update_norm: float = _number(float("inf"), 0, above=True)  # of a site's change; beyond: refused
@@ -235,6 +259,12 @@ def known_keys(cls: Any = Recipe, prefix: str = "") -> dict[str, Any]:
 
 def _check(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     """`value` as the type of its field, or a ConfigError."""
+    if hint == tuple[int, ...]:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = [value]
+        if not isinstance(value, list | tuple) or not all(type(v) is int and v >= 1 for v in value):
+            raise ConfigError(f"{key} = {value!r}: a list of whole numbers from 1 belongs here")
+        return tuple(value)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str):
             value = [v for v in value.split(",") if v]
@@ -250,12 +280,28 @@ def _check(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint_text = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{key} = {value!r}: one of {', '.join(choices)} belongs here{hint_text}")
+    if metadata.get("codec"):
+        _check_codec(key, value)
     if "low" in metadata:
         low, high, above = metadata["low"], metadata["high"], metadata["above"]
         if not (low < value if above else low <= value) or value > high:
             bound = f"above {low}" if above else f"at least {low}"
             raise ConfigError(f"{key} = {value!r}: must be {bound}" + (f" and at most {high}" if high < float("inf") else ""))
     return value
+
+
+def _check_codec(key: str, spec: str) -> None:
+    """Raise ConfigError unless `codecs.make_codec` would take `spec`; here too, as that one needs torch."""
+    first, plus, second = spec.partition("+")
+    fine = not plus and first in (*CASTS, *QUANTIZERS)
+    if first.startswith("topk=") and (not plus or second in (*CASTS, *QUANTIZERS)):
+        try:
+            fine = 0.0 < float(first.removeprefix("topk=")) < 1.0
+        except ValueError:
+            fine = False
+    if not fine:
+        known = ", ".join((*CASTS, *QUANTIZERS))
+        raise ConfigError(f"{key} = {spec!r}: one of {known}, or topk=SHARE with 0 < SHARE < 1, as in topk=0.1+int8")
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -334,6 +380,7 @@ def _cross_check(recipe: Recipe) -> None:
             "distill.align = 'cka' compares the positions of a whole batch, so train.micro_batch_size would change what is "
             "minimised: set it to 0, or distill.align = 'cosine'"
         )
+    _check_exchange(recipe)
     for baseline in recipe.evaluation.baselines:
         if baseline not in BASELINES:
             raise ConfigError(f"evaluation.baselines: {baseline!r} is not one of {', '.join(BASELINES)}")
@@ -349,6 +396,44 @@ def _cross_check(recipe: Recipe) -> None:
         raise ConfigError("data.dataset is not set: name a Hugging Face data set id or a local folder")
     if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
         raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
+
+
+def _check_exchange(recipe: Recipe) -> None:
+    """What a rule cannot do is an error before the first round, not in the seventh."""
+    federation, stream, lora = recipe.federation, recipe.stream, recipe.lora
+    rule = federation.rule
+    if rule in SHIFTING and (stream.average or (recipe.distill.weight and recipe.distill.memory)):
+        raise ConfigError(
+            f"federation.rule = {rule!r} moves the base itself, so what was served before is no adapter of today's base: set "
+            f"stream.average = 0 and distill.memory = 0, or a rule such as 'svd'"
+        )
+    if (federation.optimiser != "average" or federation.server_lr != 1.0) and rule not in STEADY:
+        raise ConfigError(
+            f"federation.optimiser = {federation.optimiser!r} with server_lr = {federation.server_lr:g}: rule {rule!r} finds its "
+            f"factors anew each round, so their difference is no step to carry on; set 'average' and 1, or one of the rules "
+            f"{', '.join(STEADY)}"
+        )
+    if rule in PERSONAL and (stream.stages or recipe.distill.weight):
+        raise ConfigError(
+            f"federation.rule = {rule!r} leaves a factor at each site, so there is no one global model to learn from or to "
+            f"follow over stages: set distill.weight = 0 and no stream, or another rule"
+        )
+    if lora.site_ranks:
+        if max(lora.site_ranks) > lora.rank:
+            raise ConfigError(f"lora.site_ranks = {list(lora.site_ranks)}: none may be over lora.rank = {lora.rank}")
+        if rule not in MIXED and set(lora.site_ranks) != {lora.rank}:
+            raise ConfigError(
+                f"lora.site_ranks = {list(lora.site_ranks)}: federation.rule = {rule!r} averages factors, which must be of one "
+                f"rank and scale; rules that take several: {', '.join(MIXED)}"
+            )
+    if federation.hostile and rule not in ("trimmed", "krum"):
+        raise ConfigError(
+            f"federation.hostile = {federation.hostile} says nothing to rule {rule!r}; only to 'trimmed' and 'krum'"
+        )
+    if recipe.structure.hold and not recipe.structure.branch:
+        raise ConfigError("structure.hold = true holds what structure.branch draws: set structure.branch above 0")
+    if recipe.structure.hold and rule in (*PERSONAL, *SHIFTING):
+        raise ConfigError(f"structure.hold = true leaves modules out of a round; federation.rule = {rule!r} needs them all")
 
 
 def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:

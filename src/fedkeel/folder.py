@@ -7,17 +7,19 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fedkeel.codecs import open_envelope
 from fedkeel.config import Recipe, to_toml
 from fedkeel.files import append_lines, write_atomic
-from fedkeel.messages import pack_global, read_counts, unpack_global
+from fedkeel.messages import OPTIMISER, pack_global, pack_shift, pack_tensors, read_counts, unpack_global, unpack_shift
 from fedkeel.types import Adapter, FedKeelError, Global, Row
 
 
@@ -109,17 +111,60 @@ class RunFolder:
         """Where the adapter after `round` rounds of a leg lies."""
         return self.path / "checkpoints" / leg / f"round-{round:04d}.fkl"
 
-    def write_checkpoint(self, leg: str, state: Global) -> None:
-        """Exact: float32, whatever the exchange rounds to."""
-        counts = {site: dict(held) for site, held in state.counts.items()}
-        write_atomic(self.checkpoint(leg, state.round), pack_global("checkpoint", state, "fp32", counts=counts))
+    def _beside(self, leg: str, what: str, round: int) -> Path:
+        return self.path / "checkpoints" / leg / f"{what}-{round:04d}.fkl"
+
+    def write_checkpoint(self, leg: str, state: Global, kept: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        """Exact: float32, whatever the exchange rounds to. An entry of the log of base shifts is written once.
+
+        kept: what sites keep, by site and name.
+        """
+        for number, entry in enumerate(state.shifts, 1):
+            if not self._beside(leg, "shift", number).exists():
+                write_atomic(self._beside(leg, "shift", number), pack_shift(entry))
+        more: dict[str, Any] = {
+            "counts": {site: dict(told) for site, told in state.counts.items()},
+            "held": dict(state.held),
+            "log": len(state.shifts),
+            "kept": bool(kept or state.optimiser),
+        }
+        if more["kept"]:
+            sites = sorted(kept or {})
+            tensors = {f"{n}/{name}": t for n, site in enumerate(sites) for name, t in (kept or {})[site].items()}
+            tensors |= {OPTIMISER + name: t for name, t in state.optimiser.items()}
+            write_atomic(self._beside(leg, "kept", state.round), pack_tensors(tensors, kind="kept", sites=sites))
+            # as large as the adapters of all sites together, and needed to go on from the last rounds only
+            self._beside(leg, "kept", state.round - 2).unlink(missing_ok=True)
+        write_atomic(self.checkpoint(leg, state.round), pack_global("checkpoint", state, "fp32", **more))
 
     def read_checkpoint(self, leg: str, round: int, like: Adapter) -> Global:
-        """What `write_checkpoint` wrote. Raises RunError."""
+        """What `write_checkpoint` wrote, without what its last rounds alone keep. Raises RunError."""
         path = self.checkpoint(leg, round)
         try:
             header, state = unpack_global(path.read_bytes(), "checkpoint", like)
             counts = {site: read_counts(held) for site, held in header["counts"].items()}
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            shifts = [unpack_shift(self._beside(leg, "shift", n + 1).read_bytes()) for n in range(int(header["log"]))]
+            held = read_counts(header["held"])
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise RunError(f"checkpoint {path} cannot be used: {error}; start over with --fresh") from error
-        return replace(state, counts=counts)
+        return replace(state, counts=counts, shifts=shifts, held=held)
+
+    def read_kept(self, leg: str, round: int, like: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """(what sites keep, what the server's optimiser keeps) after `round`, one of the last two that were written; both
+        empty where nobody keeps anything. Raises RunError."""
+        path = self._beside(leg, "kept", round)
+        if not unpack_global(self.checkpoint(leg, round).read_bytes(), "checkpoint", like)[0].get("kept"):
+            return {}, {}
+        try:
+            header, tensors = open_envelope(path.read_bytes())
+            kept: dict[str, dict[str, Tensor]] = {site: {} for site in header["sites"]}
+            optimiser = {}
+            for name, tensor in tensors.items():
+                if name.startswith(OPTIMISER):
+                    optimiser[name.removeprefix(OPTIMISER)] = tensor.clone()
+                else:
+                    number, _, rest = name.partition("/")
+                    kept[header["sites"][int(number)]][rest] = tensor.clone()
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise RunError(f"{path} cannot be used: {error}; start over with --fresh") from error
+        return kept, optimiser

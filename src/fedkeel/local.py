@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from fedkeel.client import answer
+from fedkeel.client import Kept, answer
 from fedkeel.config import Recipe
 from fedkeel.data import Example
 from fedkeel.model import Model
@@ -16,9 +17,9 @@ from fedkeel.types import FedKeelError, Reply, Request
 class LocalTransport:
     """All sites in this process, one after the other, in the order of the requests.
 
-    Memory does not grow with sites or rounds: a site is its encoded rows, stage by stage; the model is shared and
-    overwritten in place.
-    watch: called with (site, reply) after each site, for progress.
+    Memory does not grow with sites or rounds, but for what the recipe has sites keep: a site is its encoded rows, stage by
+    stage; the model is shared and overwritten in place.
+    kept: what each site keeps, brought up to date as they answer. watch: called after each site, for progress.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class LocalTransport:
         recipe: Recipe,
         rounds: int,
         watch: Callable[[Reply], None] = lambda reply: None,
+        kept: dict[str, Kept] | None = None,
     ) -> None:
         self._model, self._sites, self._recipe, self._rounds, self._watch = model, sites, recipe, rounds, watch
+        self._kept = {} if kept is None else kept
 
     def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
         """See `types.Transport`. A site that raises becomes a reply with its error; Ctrl-C goes through."""
@@ -38,12 +41,16 @@ class LocalTransport:
             begin = time.perf_counter()
             try:
                 stages = self._sites[request.site]
-                payload = answer(request.payload, self._model, stages, request.site, self._rounds, self._recipe)
+                # A copy takes the place of what was kept only once the site has answered: a round that failed half-way
+                # leaves no trace, and the next one finds the residual of what was truly sent.
+                kept = replace(self._kept.get(request.site, Kept()))
+                payload = answer(request.payload, self._model, stages, request.site, self._rounds, self._recipe, kept)
                 seconds = time.perf_counter() - begin
                 if seconds > deadline:
                     reply = Reply(request.site, error=f"answered after {seconds:.1f} s; federation.deadline is {deadline:g} s")
                 else:
                     reply = Reply(request.site, payload)
+                    self._kept[request.site] = kept
             except FedKeelError as error:
                 reply = Reply(request.site, error=str(error))
             except Exception:

@@ -6,10 +6,11 @@ those positions, so a (batch, time, V) tensor never exists, whatever the archite
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,7 +31,7 @@ from fedkeel.config import Model as ModelConfig
 from fedkeel.data import Batch
 from fedkeel.rng import seed_torch
 from fedkeel.structure.places import Places, find_places
-from fedkeel.types import Adapter, FedKeelError, Forward, Lora
+from fedkeel.types import Adapter, FedKeelError, Forward, Lora, Shift
 
 EMBEDDED = {"keel-nano": Path(__file__).parent / "keel_nano"}
 
@@ -248,8 +249,9 @@ class Model:
         # A frozen base is best held in the type it computes in; on a CPU float32 weights are the faster source.
         options["dtype"] = torch.bfloat16 if self.bf16 and self.device.type == "cuda" else torch.float32
         seed_torch(seed, "fresh head")
+        self._load_base = partial(_load, auto, config.base, where, **options)
         if weights:
-            base, info = _load(auto, config.base, where, output_loading_info=True, **options)
+            base, info = self._load_base(output_loading_info=True)
             # An encoder's checkpoint may lack a pooler or head; a language model that lacks a tensor would get a random one.
             if self.kind != "classifier" and info["missing_keys"]:
                 lacking = ", ".join(sorted(info["missing_keys"])[:3])
@@ -304,6 +306,9 @@ class Model:
             if projection is None:
                 raise ModelError(f"{config.base!r} ({base_config.model_type}) has no output projection to read logits from")
             projection.register_forward_pre_hook(self._gather_positions)
+        self._ranks: dict[str, int] = {}  # of what was last written, where it is lower than there is room for
+        self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
+        self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
         similar = weights and self.kind == "classifier" and not self.linear_head
         self._label_text = self._embed_labels() if similar else None
 
@@ -351,8 +356,13 @@ class Model:
                 handle.remove()
 
     def park(self, adapter: Adapter) -> list[Tensor]:
-        """The tensors of `adapter` on this model's device, in the order in which `swapped` takes them."""
-        return [tensor.to(self.device, copy=True) for _, tensor in sorted(adapter.tensors().items())]
+        """The tensors of `adapter` on this model's device, in the order in which `swapped` takes them; a lower rank padded."""
+        room, parked = self.read_shapes(), []
+        for name, tensor in sorted(adapter.tensors().items()):
+            whole = torch.zeros(room[name], device=self.device)
+            whole[tuple(slice(0, size) for size in tensor.shape)] = tensor.to(self.device)
+            parked.append(whole)
+        return parked
 
     @contextmanager
     def swapped(self, parked: Sequence[Tensor]) -> Iterator[None]:
@@ -451,35 +461,88 @@ class Model:
         """What is trained."""
         return [p for p in self.net.parameters() if p.requires_grad]
 
+    @contextmanager
+    def training_only(self, names: Container[str]) -> Iterator[None]:
+        """While it lasts, of the adapter's tensors only those of `names` (see `Adapter.tensors`) are trained."""
+        frozen = [p for name, p in self._tensors().items() if name not in names]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def replay(self, entries: Sequence[Shift], first: int) -> None:
+        """Add entries `first`, `first` + 1, … of a federation's log of base shifts to the frozen maps; those that they hold
+        already are passed over. In a bf16 base each sum is rounded to bf16.
+
+        Raises ModelError if entries are missing in between, or a map is not one that can be shifted (a quantised one).
+        """
+        if first > self.shifts:
+            raise ModelError(
+                f"the base holds {self.shifts} base shifts and the message begins with number {first + 1}: ask for the log "
+                f"from its beginning"
+            )
+        for entry in entries[self.shifts - first :]:
+            for path, (left, right) in entry.items():
+                base = self._lora[path].get_base_layer()
+                if self._lora[path] not in self._foldable:
+                    raise ModelError(f"{path} is a {type(base).__name__}: a base shift needs a plain linear map")
+                change = left.to(self.device) @ right.to(self.device)
+                base.weight.copy_(base.weight.float() + (change.T if isinstance(base, Conv1D) else change))
+            self.shifts += 1
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Take every base shift out: the maps are read again, as taking sums off would leave rounding behind."""
+        if self.shifts:
+            fresh = self._load_base()
+            for path, module in self._lora.items():
+                module.get_base_layer().weight.copy_(fresh.get_submodule(path).weight)
+            self.shifts = 0
+
     def train(self, mode: bool = True) -> None:
         """Training mode (dropout on), or evaluation mode."""
         self.net.train(mode)
 
     def read(self) -> Adapter:
-        """A copy of the adapter, float32, on the CPU."""
+        """A copy of the adapter, float32, on the CPU; of the rank of what was last written."""
 
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.detach().to("cpu", torch.float32, copy=True)
+        def taken(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
-        lora = {
-            path: Lora(copy(m.lora_A["default"].weight), copy(m.lora_B["default"].weight), float(m.scaling["default"]))
-            for path, m in self._lora.items()
-        }
-        return Adapter(lora, {path: copy(p) for path, p in self._dense.items()})
+        lora = {}
+        for path, m in self._lora.items():
+            rank = self._ranks.get(path)
+            a, b = m.lora_A["default"].weight[:rank], m.lora_B["default"].weight[:, :rank]
+            lora[path] = Lora(taken(a), taken(b), float(m.scaling["default"]))
+        return Adapter(lora, {path: taken(p) for path, p in self._dense.items()})
 
     @torch.no_grad()
     def write(self, adapter: Adapter) -> None:
         """Put `adapter` in place of the present one, in place: no new modules, no second base.
 
-        Raises ModelError if its modules or shapes are not this model's.
+        An adapter of a lower rank fills the first rows; the others are 0 in both factors, where no gradient reaches them, so
+        that training is that of the lower rank. Raises ModelError if its modules or shapes do not fit.
         """
-        mine, given = self.read_shapes(), {name: tuple(t.shape) for name, t in adapter.tensors().items()}
-        if mine != given:
-            odd = sorted(set(mine.items()) ^ set(given.items()))[0][0]
-            raise ModelError(f"the adapter does not fit {self.config.base!r}: {odd} has {given.get(odd)}, not {mine.get(odd)}")
+        room, given = self.read_shapes(), {name: tuple(t.shape) for name, t in adapter.tensors().items()}
+        ranks = {path: factors.a.shape[0] for path, factors in adapter.lora.items()}
+        need = dict(given)
+        for path, rank in ranks.items():
+            if f"{path}.a" in room and rank <= (most := room[f"{path}.a"][0]):
+                need[f"{path}.a"], need[f"{path}.b"] = (most, given[f"{path}.a"][1]), (given[f"{path}.b"][0], most)
+        if room != need:
+            odd = sorted(set(room.items()) ^ set(need.items()))[0][0]
+            raise ModelError(f"the adapter does not fit {self.config.base!r}: {odd} has {given.get(odd)}, not {room.get(odd)}")
+        self._ranks = ranks
         for path, module in self._lora.items():
-            module.lora_A["default"].weight.copy_(adapter.lora[path].a)
-            module.lora_B["default"].weight.copy_(adapter.lora[path].b)
+            a, b, rank = module.lora_A["default"].weight, module.lora_B["default"].weight, ranks[path]
+            a[:rank].copy_(adapter.lora[path].a)
+            b[:, :rank].copy_(adapter.lora[path].b)
+            a[rank:].zero_()
+            b[:, rank:].zero_()
             module.scaling["default"] = adapter.lora[path].scale
         for path, parameter in self._dense.items():
             parameter.copy_(adapter.dense[path])
@@ -492,14 +555,34 @@ class Model:
         """The number of frozen scalars."""
         return sum(p.numel() for p in self.net.parameters() if not p.requires_grad)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, adapter: Adapter | None = None) -> None:
         """The adapter in PEFT format; `PeftModel.from_pretrained(base, folder)` loads it.
 
+        adapter: what to write instead of the model's own, for the same maps but of whatever ranks.
         An encoder's classes are written beside it, and with the `label-text` head their frozen embeddings, without which
         the adapter's hidden states could not be turned into class scores.
         """
-        self.net.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
+        mine = self.read()
+        if adapter is None and any(m.a.shape[0] < self.net.peft_config["default"].r for m in mine.lora.values()):
+            adapter = mine  # a site of a lower rank: its padding stays here
+        if adapter is None:
+            self.net.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            config = copy.deepcopy(self.net.peft_config["default"])
+            # one rank and scale for all maps, as servers of adapters expect: rows of 0 fill up, scales go into B
+            config.r = max(m.a.shape[0] for m in adapter.lora.values())
+            config.use_rslora, config.lora_alpha, config.inference_mode = False, config.r, True
+            config.save_pretrained(folder)
+            tensors = peft.get_peft_model_state_dict(self.net)
+            for path, factors in adapter.lora.items():
+                more, where = config.r - factors.a.shape[0], f"{self._prefix}{path}.lora"
+                tensors[f"{where}_A.weight"] = nn.functional.pad(factors.a, (0, 0, 0, more))
+                tensors[f"{where}_B.weight"] = nn.functional.pad(factors.scale * factors.b, (0, more))
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors"
+            )
         self._save_classes(folder)
 
     def _save_classes(self, folder: Path) -> None:

@@ -18,20 +18,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from fedkeel.aggregate import blend
-from fedkeel.client import injection_of, steps_a_round
+from fedkeel.aggregate import AGGREGATORS, blend, first_rows, folded
+from fedkeel.client import Kept, injection_of, steps_a_round
+from fedkeel.codecs import make_codec
 from fedkeel.config import ConfigError, Recipe
 from fedkeel.data import Example, Formatter
 from fedkeel.evaluate import Scored, choose, overall, score, task_table
-from fedkeel.folder import RunFolder
+from fedkeel.folder import RunError, RunFolder
 from fedkeel.local import LocalTransport
-from fedkeel.messages import pack, pack_global
+from fedkeel.messages import factors_down, names_of, pack, pack_global
 from fedkeel.metrics import macro
 from fedkeel.model import Model, kind_of, load_config
 from fedkeel.server import RoundResult, run_round
 from fedkeel.sites import Sites, arrivals, make_sites, stages_of
 from fedkeel.sources import load_records
+from fedkeel.structure import left_out
 from fedkeel.types import Adapter, Global, Lora, Record, Reply, Row
 
 TRAIN_COST = 3.0  # a training row against a scored row, in forward passes: forward, and backward about twice that
@@ -112,7 +115,8 @@ def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tupl
     """(down, up): bytes of one message each way for an adapter of these shapes, by sealing one of zeros.
 
     True messages are a little longer: their headers carry names and numbers. In a stream with distill.memory the message
-    down holds two adapters from the second stage on, and that is the size given here.
+    down holds two adapters from the second stage on, and that is the size given here. Base shifts come on top: of rank up
+    to that of all sites' adapters together, for every round that a site has not seen.
     """
     zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
     paths = sorted(name[:-2] for name in zeros if name.endswith(".a") and f"{name[:-2]}.b" in zeros)
@@ -122,8 +126,13 @@ def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tupl
     stats = {"loss": 0.1234567890123456}
     more = {"site": "site-0", "positions": 10_000, "stats": stats, "seconds": "00000000.000", "tasks": {}}
     remembers = recipe.distill.weight and recipe.distill.memory and len(recipe.stream.stages) > 1
-    down = pack_global("global", Global(0, adapter, adapter if remembers else None), recipe.federation.codec_down, tasks={})
-    up = pack("update", 0, adapter, adapter.tensors(), recipe.federation.codec_up, **more)
+    federation, state = recipe.federation, Global(0, adapter, adapter if remembers else None)
+    rule = AGGREGATORS[federation.rule]
+    down = pack_global("global", state, federation.codec_down, names_of(adapter, factors_down(rule)), tasks={}, unsent="0" * 16)
+    sent = names_of(adapter, rule.trained(0) & rule.shared)
+    changes = {name: t for name, t in adapter.tensors().items() if name in sent}
+    encoded = make_codec(federation.codec_up).encode(changes, 0)
+    up = pack("update", 0, adapter, encoded, federation.codec_up, held=0, **more)
     return len(down), len(up)
 
 
@@ -178,8 +187,18 @@ def legs_of(prepared: Prepared) -> list[Leg]:
     single = dataclasses.replace(
         plain(recipe),
         federation=dataclasses.replace(
-            recipe.federation, rounds=1, sites_per_round=0, quorum=1.0, rule="mean", codec_up="fp32", codec_down="fp32"
+            recipe.federation,
+            rounds=1,
+            sites_per_round=0,
+            quorum=1.0,
+            rule="mean",
+            codec_up="fp32",
+            codec_down="fp32",
+            hostile=0,
+            optimiser="average",
+            server_lr=1.0,
         ),
+        lora=dataclasses.replace(recipe.lora, site_ranks=()),
     )
 
     def alone(rows: Mapping[str, Sequence[Record]], steps: int) -> Stage:
@@ -264,13 +283,12 @@ def round_rows(leg: Leg, stage: int, result: RoundResult, run: str) -> list[Row]
     return rows
 
 
-def _save_adapter(model: Model, target: Path) -> None:
-    """The PEFT folder, whole or not at all."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+RESIDUAL, PERSONAL = "residual/", "personal/"  # before the names of what a site keeps
+
+
+def personal(shared: Adapter, kept: Kept) -> Adapter:
+    """The adapter of one site: what is shared, with the factors that stay there."""
+    return shared.with_tensors(shared.tensors() | dict(kept.personal))
 
 
 def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, like: Adapter) -> Adapter:
@@ -289,6 +307,7 @@ class _Run:
     def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch) -> None:
         recipe = prepared.recipe
         self.prepared, self.folder, self.watch = prepared, folder, watch
+        self.kept: dict[str, Kept] = {}  # of the present leg
         self.state: dict[str, Any] = {}  # see RunFolder.state; set once the folder is open
         self.model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
         self.initial = self.model.read()
@@ -355,9 +374,19 @@ class _Run:
             return
         if state["leg"] != leg.name:
             state.update(leg=leg.name, round=0, tested=0)
+        self.model.rewind()
+        ranks = self.prepared.recipe.lora.site_ranks if leg.method == "federated" else ()
+        self.kept = {name: Kept(rank=ranks[n % len(ranks)]) for n, name in enumerate(sorted(self.prepared.sites.rows)) if ranks}
         current = Global(0, self.initial)
         if state["round"]:
             current = folder.read_checkpoint(leg.name, state["round"], self.initial)
+            self.model.replay(current.shifts, 0)  # the one base of all sites here
+            kept, optimiser = folder.read_kept(leg.name, state["round"], self.initial)
+            current = dataclasses.replace(current, optimiser=optimiser)
+            for name, tensors in kept.items():
+                residual = {n.removeprefix(RESIDUAL): t for n, t in tensors.items() if n.startswith(RESIDUAL)}
+                personal = {n.removeprefix(PERSONAL): t for n, t in tensors.items() if n.startswith(PERSONAL)}
+                self.kept[name] = Kept(self.kept.get(name, Kept()).rank, residual, personal)
         for stage in range(len(leg.stages)):
             if stage < state["tested"]:
                 self.watch.advance(sum(self._work(leg, stage)[1:]))
@@ -390,7 +419,16 @@ class _Run:
             self.watch.advance(one_round * share)
 
         by_stage = {name: [()] * stage + [rows] for name, rows in held.items()}
-        transport = LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done)
+        transport = LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done, self.kept)
+        layouts = {
+            name: first_rows(self.initial, kept.rank, recipe.lora.scale(kept.rank))
+            for name, kept in self.kept.items() if kept.rank and set(recipe.lora.site_ranks) != {recipe.lora.rank}
+        }  # fmt: skip
+        amount, paths = recipe.structure.branch, list(self.initial.lora)
+
+        def out(site: str, round: int) -> frozenset[str]:
+            return left_out(paths, amount, recipe.seed, site, round) if recipe.structure.hold else frozenset()
+
         where = f" of stage {stage + 1}" if len(leg.stages) > 1 else ""
         remembers = bool(stage and recipe.distill.weight and recipe.distill.memory)
         while current.round < end:
@@ -401,7 +439,7 @@ class _Run:
                 # and if the memory is the global adapter itself, it need not travel twice
                 apart = remembers and recipe.stream.average
                 before = dataclasses.replace(before, counts={}, memory=self._served(leg, stage - 1) if apart else None)
-            result = run_round(before, transport, list(held), recipe.federation, recipe.seed)
+            result = run_round(before, transport, list(held), recipe.federation, recipe.seed, layouts=layouts, hold=out)
             current = result.state
             if remembers and not done:
                 current = dataclasses.replace(current, memory=self._served(leg, stage - 1))
@@ -413,7 +451,7 @@ class _Run:
                 self.watch.leg(leg.name, f"round {done + 1}{where}: scoring validation rows")
                 rows += self._score(leg, stage, current, "validation", self.curve_rows[stage])
             self.watch.round(leg.name, current.round, leg.rounds * len(leg.stages), result)
-            self.folder.write_checkpoint(leg.name, current)
+            self.folder.write_checkpoint(leg.name, current, self._kept_tensors())
             self.state.update(round=current.round)
             self.folder.save(self.state, rows)
         return current
@@ -422,11 +460,49 @@ class _Run:
         """What is served after `stage`, from the checkpoints of the stages' ends."""
         return served(self.folder, leg.name, leg.rounds, stage, leg.stages[stage].recipe.stream.average, self.initial)
 
+    def _save_adapter(self, leg: Leg, current: Global) -> None:
+        """The PEFT folder of what the model holds, whole or not at all; one a site where factors stay at the sites."""
+        target = self.folder.path / "adapter"
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        if AGGREGATORS[leg.stages[-1].recipe.federation.rule].personal:
+            for name in sorted(self.kept):
+                self.model.write(personal(current.adapter, self.kept[name]))
+                self.model.save(partial / name)
+        elif current.shifts:
+            self.model.save(partial, folded(self.model.read(), current.shifts))
+        else:
+            self.model.save(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+
+    def _kept_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What the sites keep, for the checkpoint."""
+        found = {}
+        for site, kept in self.kept.items():
+            tensors = {RESIDUAL + name: t for name, t in kept.residual.items()}
+            tensors |= {PERSONAL + name: t for name, t in kept.personal.items()}
+            if tensors:
+                found[site] = tensors
+        return found
+
     def _score(self, leg: Leg, stage: int, current: Global, split: str, records: Sequence[Record]) -> list[Row]:
-        """Scores of what would be served if the stage ended now."""
-        share = leg.stages[stage].recipe.stream.average if stage and leg.rounds else 0.0
-        self.model.write(blend(self._served(leg, stage - 1), current.adapter, share) if share else current.adapter)
-        scored = score(self.model, self.formatter, records, self.prepared.recipe.evaluation, self.watch.advance)
+        """Scores of what would be served if the stage ended now; where factors stay at the sites, of each row by the model
+        of the site that holds it."""
+        recipe = leg.stages[stage].recipe
+        share = recipe.stream.average if stage and leg.rounds else 0.0
+        served = blend(self._served(leg, stage - 1), current.adapter, share) if share else current.adapter
+        self.model.replay(current.shifts, 0)
+        if leg.rounds and AGGREGATORS[recipe.federation.rule].personal:
+            chosen, scored = {r.id for r in records}, []
+            for name, held in self.prepared.stages[stage].rows.items():
+                self.model.write(personal(served, self.kept.get(name, Kept())))
+                own = [r for r in held[split] if r.id in chosen]
+                scored += score(self.model, self.formatter, own, self.prepared.recipe.evaluation, self.watch.advance)
+            scored.sort(key=lambda s: s.record.id)
+        else:
+            self.model.write(served)
+            scored = score(self.model, self.formatter, records, self.prepared.recipe.evaluation, self.watch.advance)
         return _score_rows(leg, stage, current.round, split, scored, self.prepared)
 
     def _test(self, leg: Leg, stage: int, current: Global) -> None:
@@ -440,17 +516,28 @@ class _Run:
             Row(name, leg.method, leg.seed, current.round, "test_seconds", seconds, "seconds", site=leg.site, stage=stage)
         )
         if leg.method == "federated" and stage + 1 == len(leg.stages):
-            _save_adapter(self.model, self.folder.path / "adapter")
-        self.folder.write_checkpoint(leg.name, current)  # also of a stage in which nobody learnt
+            self._save_adapter(leg, current)
+        self.folder.write_checkpoint(leg.name, current, self._kept_tensors())  # also of a stage in which nobody learnt
         self.state.update(round=current.round, tested=stage + 1)
         self.folder.save(self.state, rows)
 
 
-def served_last(folder: RunFolder, prepared: Prepared, like: Adapter) -> Adapter:
-    """The adapter that a finished federation serves."""
+def serve(model: Model, folder: RunFolder, prepared: Prepared) -> None:
+    """Put into the model what a finished federation serves: its adapter, and the base shifts below it.
+
+    Raises RunError where there is no such one model, as factors stayed at the sites.
+    """
+    assert model.initial is not None
     recipe = prepared.recipe
-    last = len(prepared.stages) - 1
-    return served(folder, "federated", recipe.federation.rounds, last, recipe.stream.average, like)
+    if AGGREGATORS[recipe.federation.rule].personal:
+        raise RunError(
+            f"federation.rule = {recipe.federation.rule!r} leaves one adapter a site, in {folder.path / 'adapter'}/SITE; there "
+            f"is no one model to load"
+        )
+    rounds, last = recipe.federation.rounds, len(prepared.stages) - 1
+    model.rewind()
+    model.replay(folder.read_checkpoint("federated", rounds * (last + 1), model.initial).shifts, 0)
+    model.write(served(folder, "federated", rounds, last, recipe.stream.average, model.initial))
 
 
 def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> Model:
@@ -467,7 +554,8 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
     watch.begin(run.total_work(legs))
     for leg in legs:
         run.run(leg)
-    run.model.write(served_last(folder, prepared, run.initial))
+    if not AGGREGATORS[recipe.federation.rule].personal:
+        serve(run.model, folder, prepared)
     run.state["finished"] = True
     folder.save(run.state, [])
     return run.model
@@ -477,7 +565,7 @@ def trained_model(prepared: Prepared, folder: Path) -> Model:
     """The model of a run with its federated adapter in it."""
     recipe = prepared.recipe
     model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
-    model.write(served_last(RunFolder(folder), prepared, model.read()))
+    serve(model, RunFolder(folder), prepared)
     return model
 
 

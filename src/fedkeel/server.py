@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from fedkeel.aggregate import AGGREGATORS, drift, weights
-from fedkeel.codecs import CODECS, EnvelopeError
+from fedkeel.aggregate import AGGREGATORS, Aggregate, Options, Rates, Rule, drift, gauge, step, truncated, weights
+from fedkeel.aggregate.common import exact_factors, product_norm
+from fedkeel.codecs import EnvelopeError
 from fedkeel.config import Federation
-from fedkeel.messages import pack_global, read_counts, unpack
-from fedkeel.rng import numpy_generator
+from fedkeel.messages import factors_down, fingerprint, layout, names_of, pack_global, read_counts, unpack, unpack_global
+from fedkeel.rng import derive, numpy_generator
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Transport, Update
 
 
@@ -26,7 +27,8 @@ class FederationError(FedKeelError):
 class RoundResult:
     """One finished round.
 
-    bytes_down, bytes_up: site -> len(payload) as sent. updates: the replies that were used. failures: site -> what went
+    bytes_down, bytes_up: site -> len(payload) as sent. updates: what the sites whose replies were used told, without their
+    adapters. failures: site -> what went
     wrong there. error: what the rule lost, see `aggregate.Aggregate`. seconds: wall clock of the whole round.
     """
 
@@ -49,17 +51,25 @@ def sample_sites(sites: Sequence[str], count: int, seed: int, round: int) -> lis
     return [ordered[i] for i in sorted(chosen)]
 
 
-def screen(reply: Reply, round: int, reference: Adapter, max_norm: float) -> Update:
+def screen(
+    reply: Reply, round: int, reference: Adapter, max_norm: float, names: Collection[str] | None = None, codec: str = ""
+) -> Update:
     """A reply as an Update, or EnvelopeError saying why it is refused: malformed, another round or layout, not finite,
-    no positions, or a change longer than `max_norm` (Euclidean, all tensors together)."""
+    no positions, or a change longer than `max_norm` (Euclidean, all tensors together).
+
+    names, codec: what it must carry and through what, see `messages.unpack`; what it does not carry is the reference's.
+    """
     if reply.error:
         raise EnvelopeError(reply.error)
-    header, change = unpack(reply.payload, "update", round, reference)
+    header, change = unpack(reply.payload, "update", round, reference, names, codec)
     if header.get("site") != reply.site:
         raise EnvelopeError(f"the message says it is from site {header.get('site')!r}, not {reply.site!r}")
     positions, stats = header.get("positions"), header.get("stats")
     if type(positions) is not int or not 1 <= positions <= 2**53 or not isinstance(stats, dict):
         raise EnvelopeError(f"the message reports {positions!r} supervised positions and stats {stats!r}")
+    held = header.get("held", 0)
+    if type(held) is not int or held < 0:
+        raise EnvelopeError(f"the message reports {held!r} base shifts held")
     try:
         stats = {name: float(value) for name, value in (stats | {"loss": stats["loss"], "seconds": header["seconds"]}).items()}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -71,69 +81,173 @@ def screen(reply: Reply, round: int, reference: Adapter, max_norm: float) -> Upd
     if norm > max_norm:
         raise EnvelopeError(f"the change has norm {norm:.3g}, over federation.max_update_norm = {max_norm:g}")
     old = reference.tensors()
-    adapter = reference.with_tensors({name: old[name] + t for name, t in change.items()})
-    return Update(reply.site, adapter, positions, {**stats, "update_norm": norm}, counts)
+    adapter = reference.with_tensors(old | {name: old[name] + t for name, t in change.items()})
+    return Update(reply.site, adapter, positions, {**stats, "update_norm": norm}, counts, held)
+
+
+class _Answers:
+    """The good replies as Updates in the order of their sites, decoded anew each time they are gone through: one is held at
+    a time, unless all together are small."""
+
+    def __init__(self, good: Sequence[Reply], decode: Callable[[Reply], Update], small: int = 2**28) -> None:
+        self._good, self._decode = sorted(good, key=lambda r: r.site), decode
+        together = sum(len(r.payload) for r in good)
+        self._all = [decode(r) for r in self._good] if together <= small else None
+
+    def __iter__(self) -> Iterator[Update]:
+        return iter(self._all) if self._all is not None else map(self._decode, self._good)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What went down to some sites. payload: as sent. reference: what they then start from, after the codec."""
+
+    payload: bytes
+    reference: Adapter
+
+
+def _send(
+    state: Global, federation: Federation, rule: Rule, seed: int, tasks: Mapping[str, int], like: Adapter | None, held: int
+) -> Sent:
+    """The message for sites with an adapter laid out as `like` (None: as the global one) that hold `held` base shifts."""
+    adapter = state.adapter if like is None else truncated(state.adapter, like)
+    sent = names_of(adapter, factors_down(rule))
+    key = derive(seed, "down", state.round)
+    whole = adapter.tensors()
+    unsent = {} if rule.personal else {name: t for name, t in whole.items() if name not in sent}
+    memory = state.memory if like is None or state.memory is None else truncated(state.memory, like)
+    state = replace(state, adapter=adapter, memory=memory)
+    payload = pack_global(
+        "global", state, federation.codec_down, sent, key, held, tasks=dict(tasks), unsent=fingerprint(unsent)
+    )  # fmt: skip
+    # The bytes are read back, not the tensors kept: what a site starts from is what the codec left of the global adapter.
+    _, back = unpack_global(payload, "global", adapter, sent, federation.codec_down)
+    return Sent(payload, back.adapter)
+
+
+def _combine(
+    rule: Rule, reference: Adapter, updates: Iterable[Update], shares: Mapping[str, float], options: Options,
+    left_out: Mapping[str, frozenset[str]],
+) -> Aggregate:  # fmt: skip
+    """The rule over all modules; where sites left modules out, over those that trained a module, with their shares anew.
+
+    left_out: site -> modules. A module that nobody trained stays as it is.
+    """
+    if not any(left_out.values()):
+        return rule(reference, updates, shares, options)
+    groups: dict[frozenset[str], list[str]] = {}
+    for path in reference.lora:
+        groups.setdefault(frozenset(site for site in shares if path not in left_out[site]), []).append(path)
+    lora = dict(reference.lora)
+    lost = total = 0.0
+    for sites, paths in sorted(groups.items(), key=lambda item: item[1]):
+        if not sites:
+            continue
+        part = [replace(u, adapter=Adapter({p: u.adapter.lora[p] for p in paths})) for u in updates if u.site in sites]
+        whole = sum(shares[site] for site in sites)
+        own = {site: shares[site] / whole for site in sorted(sites)}
+        found = rule(Adapter({p: reference.lora[p] for p in paths}), part, own, options)
+        lora |= found.adapter.lora
+        norm = sum(product_norm(*exact_factors(part, own, path)) ** 2 for path in paths)
+        lost, total = lost + found.error**2 * norm, total + norm
+    dense = rule(Adapter({}, reference.dense), [replace(u, adapter=Adapter({}, u.adapter.dense)) for u in updates],
+                         shares, options).adapter.dense if reference.dense else {}  # fmt: skip
+    return Aggregate(Adapter(lora, dense), (lost / total) ** 0.5 if total else 0.0)
 
 
 def run_round(
     state: Global, transport: Transport, sites: Sequence[str], federation: Federation, seed: int,
     clock: Callable[[], float] = time.perf_counter,
+    layouts: Mapping[str, Adapter] | None = None,
+    hold: Callable[[str, int], frozenset[str]] = lambda site, round: frozenset(),
 ) -> RoundResult:  # fmt: skip
     """One round from `state` to the next.
 
+    layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the
+    modules that the site leaves out of this round.
     Raises FederationError, with every failed site's own words, if fewer than quorum · sampled sites answered well, if no
     update differs from what was sent, or if codec_down cannot hold the adapter.
     """
     begin = clock()
+    rule, layouts = AGGREGATORS[federation.rule], layouts or {}
     sampled = sample_sites(sites, federation.sites_per_round, seed, state.round)
-    sent = state.adapter.tensors()
+    if rule.trained(0) != rule.trained(1):  # by turns: the factor that rests is made orthogonal
+        state = replace(state, adapter=gauge(state.adapter, "".join(rule.trained(state.round))))
     total: Counter[str] = Counter()
-    for held in state.counts.values():
-        total.update(held)
-    try:
-        payload = pack_global("global", state, federation.codec_down, tasks=dict(sorted(total.items())))
-    except ValueError as error:  # a value over the range of the type that it should travel as
-        raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
-    # What the sites start from is what the codec left of the global adapter.
-    codec = CODECS[federation.codec_down]
-    reference = state.adapter.with_tensors(codec.decode(codec.encode(sent)))
-    replies = transport.exchange([Request(site, payload) for site in sampled], federation.deadline)
-    updates, failures = [], {}
-    for reply in sorted(replies, key=lambda r: r.site):
+    for counted in state.counts.values():
+        total.update(counted)
+    sent: dict[tuple[str, int], Sent] = {}
+    to: dict[str, Sent] = {}
+    for site in sampled:
+        like, held = layouts.get(site), state.held.get(site, 0)
+        which = (layout(like) if like else "", held)
         try:
-            updates.append(screen(reply, state.round, reference, federation.max_update_norm))
-        except EnvelopeError as error:
-            failures[reply.site] = str(error)
+            if which not in sent:
+                sent[which] = _send(state, federation, rule, seed, dict(sorted(total.items())), like, held)
+        except ValueError as error:  # a value over the range of the type that it should travel as
+            raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
+        to[site] = sent[which]
+    replies = transport.exchange([Request(site, to[site].payload) for site in sampled], federation.deadline)
+    left_out = {site: hold(site, state.round) for site in sampled}
+    shared = rule.trained(state.round) & rule.shared
+
+    def decode(reply: Reply) -> Update:
+        reference = to[reply.site].reference
+        names = names_of(reference, shared, left_out[reply.site])
+        return screen(reply, state.round, reference, federation.max_update_norm, names, federation.codec_up)
+
     answered = [r.site for r in replies]
     if len(set(answered)) < len(answered) or not set(answered) <= set(sampled):
         raise FederationError(f"round {state.round + 1}: replies from {sorted(answered)}, but each of {sampled} was asked once")
+    heads, good, failures = [], [], {}
+    for reply in sorted(replies, key=lambda r: r.site):
+        try:
+            # of what was screened only the numbers are kept, so that memory does not grow with the number of sites
+            heads.append(replace(decode(reply), adapter=Adapter({})))
+            good.append(reply)
+        except EnvelopeError as error:
+            failures[reply.site] = str(error)
     for site in set(sampled) - set(answered):
         failures[site] = "no reply"
     # a share, not a product: 0.55 · 20 is 11.000000000000002, and 11 of 20 are enough
-    if not updates or len(updates) / len(sampled) < federation.quorum:
+    if not heads or len(heads) / len(sampled) < federation.quorum:
         told = "\n".join(f"--- {site}: {text.strip()}" for site, text in sorted(failures.items()))
         raise FederationError(
-            f"round {state.round + 1} stopped: {len(updates)} of {len(sampled)} sites answered well, and federation.quorum = "
+            f"round {state.round + 1} stopped: {len(heads)} of {len(sampled)} sites answered well, and federation.quorum = "
             f"{federation.quorum:g} asks for at least {federation.quorum * len(sampled):g}. What failed:\n{told}"
         )
-    if not any(u.stats["update_norm"] for u in updates):
+    if not any(u.stats["update_norm"] for u in heads):
         raise FederationError(f"round {state.round + 1} changed nothing: every site sent back the adapter that it was given")
     aggregation = clock()
-    shares = weights(updates, federation.weighting)
-    result = AGGREGATORS[federation.rule](reference, updates, shares)
-    disagreement = drift(reference, updates, shares)
+    shares = weights(heads, federation.weighting)
+    updates = _Answers(good, decode)
+    # Sites may start from other truncations of the global adapter; rules that allow it look at what came back alone.
+    reference = state.adapter if layouts else to[heads[0].site].reference
+    options = Options(federation.hostile, state.round)
+    try:
+        result = _combine(rule, reference, updates, shares, options, left_out)
+    except ValueError as error:
+        raise FederationError(f"round {state.round + 1}, federation.rule = {federation.rule!r}: {error}") from error
+    adapter, kept = step(federation.optimiser, reference, result.adapter, state.optimiser, Rates(federation.server_lr))
+    disagreement = drift(reference, updates, shares) if not layouts else {}
     end = clock()
+    shifts = [*state.shifts, result.shift] if result.shift else state.shifts
+    answers = {u.site: u.held for u in heads}
     return RoundResult(
         Global(
             state.round + 1,
-            result.adapter,
+            adapter,
             state.memory,
-            {**state.counts, **{u.site: u.tasks for u in updates}},
+            {**state.counts, **{u.site: u.tasks for u in heads}},
             disagreement,
+            shifts,
+            # a site that failed may have lost its base: it is sent the whole log again, and passes over what it holds
+            {**state.held, **dict.fromkeys(failures, 0), **answers},
+            kept,
         ),
         result.error,
-        updates,
-        dict.fromkeys(sampled, len(payload)),
+        heads,
+        {site: len(to[site].payload) for site in sampled},
         {r.site: len(r.payload) for r in replies},
         end - begin,
         end - aggregation,

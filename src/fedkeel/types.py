@@ -58,12 +58,17 @@ class Adapter:
         return Adapter(lora, {p: flat[p] for p in self.dense})
 
 
+# What one round adds to frozen maps: module path -> (left (d_out, R), right (R, d_in)); left @ right is added.
+Shift = Mapping[str, "tuple[Tensor, Tensor]"]
+
+
 @dataclass(frozen=True)
 class Update:
     """What one site gives back for one round, decoded: its adapter after training.
 
     positions: supervised positions trained on in this round, > 0. stats: further numbers by name (mean loss in nats per
     position under `loss`, wall-clock seconds under `seconds`). tasks: supervised positions that the site holds, by task.
+    held: entries of the log of base shifts that its base holds.
     """
 
     site: str
@@ -71,6 +76,7 @@ class Update:
     positions: int
     stats: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, int] = field(default_factory=dict)
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ class Global:
 
     memory: what was served after the previous stage of a task stream; None before the second stage. counts: supervised
     positions that each site holds of each task, as the sites last reported them: site -> task -> positions. drift: how far
-    the sites disagreed in the last round, by block of the model, see `aggregate.drift`; empty before the first.
+    the sites disagreed in the last round, by block of the model, see `aggregate.drift`; empty before the first. shifts: the
+    log of base shifts, one entry a round under the rules that make them. held: entries of it that each site held when it
+    last answered. optimiser: what the server's optimiser keeps, by name.
     """
 
     round: int
@@ -87,6 +95,9 @@ class Global:
     memory: Adapter | None = None
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     drift: Mapping[str, float] = field(default_factory=dict)
+    shifts: Sequence[Shift] = ()
+    held: Mapping[str, int] = field(default_factory=dict)
+    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Request:
-    """What goes down to one site: a sealed message, the same bytes for every site of a round."""
+    """What goes down to one site: a sealed message."""
 
     site: str
     payload: bytes

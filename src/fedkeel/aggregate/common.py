@@ -1,15 +1,17 @@
-"""What aggregation rules share: the exact sum in low-rank form, and norms of low-rank matrices."""
+"""What aggregation rules share: their result, algebra of products of small inner dimension, means, blocks.
+
+Of a product left @ right no (d_out, d_in) matrix is formed here.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedkeel.types import Adapter, Lora, Update
+from fedkeel.types import Adapter, Lora, Shift, Update
 
 
 @dataclass(frozen=True)
@@ -17,40 +19,57 @@ class Aggregate:
     """The next global adapter and what the rule lost.
 
     error: ‖W_rule − W_exact‖ / ‖W_exact‖, Frobenius over all low-rank modules together, with
-    W_exact = Σ_k p_k scale_k B_k A_k; 0 where W_exact is 0. Dense parameters are averaged exactly and not part of it.
+    W_exact = Σ_k p_k scale_k B_k A_k and W_rule = adapter + shift; 0 where W_exact is 0. Dense parameters are not part of it.
+    shift: what is to be added to the frozen maps, for good: module path -> (left (d_out, R), right (R, d_in)), float32, the
+    addition being left @ right. A module that is not named is not shifted; most rules shift none.
     """
 
     adapter: Adapter
     error: float
+    shift: Shift = field(default_factory=dict)
+
+
+def stacked(parts: Iterable[tuple[float, Lora]]) -> tuple[Tensor, Tensor]:
+    """Σ weight · B A as (left, right) with left @ right equal to it: (d_out, Σ r), (Σ r, d_in), float64."""
+    pairs = [(weight * f.b.double(), f.a.double()) for weight, f in parts]
+    return torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs], dim=0)
 
 
 def exact_factors(updates: Sequence[Update], weights: Mapping[str, float], path: str) -> tuple[Tensor, Tensor]:
-    """Σ_k p_k scale_k B_k A_k of one module as (left, right) with left @ right equal to it.
-
-    left: (d_out, Σ r_k). right: (Σ r_k, d_in). float64, sites in the order of their names.
-    """
-    ordered = sorted(updates, key=lambda u: u.site)
-    factors = [(weights[u.site], u.adapter.lora[path]) for u in ordered]
-    left = torch.cat([p * f.scale * f.b.double() for p, f in factors], dim=1)
-    right = torch.cat([f.a.double() for _, f in factors], dim=0)
-    return left, right
+    """Σ_k p_k scale_k B_k A_k of one module as `stacked` gives it, sites in the order of their names."""
+    ordered = [(weights[u.site], u.adapter.lora[path]) for u in sorted(updates, key=lambda u: u.site)]
+    return stacked((weight * f.scale, f) for weight, f in ordered)
 
 
 def product_norm(left: Tensor, right: Tensor) -> float:
-    """‖left @ right‖ (Frobenius) without forming the product: the norm of the small core between two QRs."""
+    """‖left @ right‖ (Frobenius): the norm of the small core between two QRs."""
     core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
     return float(torch.linalg.matrix_norm(core))
 
 
-def measured_error(adapter: Mapping[str, Lora], updates: Sequence[Update], weights: Mapping[str, float]) -> float:
-    """The `error` of Aggregate for the low-rank part of `adapter`."""
-    lost = total = 0.0
-    for path, got in adapter.items():
-        left, right = exact_factors(updates, weights, path)
-        total += product_norm(left, right) ** 2
-        difference = torch.cat([left, -got.scale * got.b.double()], 1), torch.cat([right, got.a.double()], 0)
-        lost += product_norm(*difference) ** 2
-    return (lost / total) ** 0.5 if total else 0.0
+def singular(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u (d_out, k), s (k,) falling, vt (k, d_in) with u · diag(s) · vt = left @ right, of left (d_out, R), right (R, d_in).
+
+    k = min(d_out, R, d_in). u has orthonormal columns, vt orthonormal rows. Through QR of both and an SVD of the core.
+    """
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return q_left @ u, s, vt @ q_right.T
+
+
+def compress(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with the fewest columns: float32 (d_out, R'), (R', d_in), R' its numerical rank, at most both sides.
+
+    left, right: float64. Singular values are dropped where they are rounding of float64 (n ε Σ_j ‖left_j‖ ‖right_j‖, which
+    does not change if a pair of column and row is scaled against each other), so that nothing is lost beyond the rounding
+    to float32. They are split evenly, √s to each side: both then need the same range in a narrow type.
+    """
+    u, s, vt = singular(left, right)
+    size = float((left.norm(dim=0) * right.norm(dim=1)).sum())
+    kept = int((s > size * max(len(left), right.shape[1]) * torch.finfo(s.dtype).eps).sum())
+    root = s[:kept].sqrt()
+    return (u[:, :kept] * root).float().contiguous(), (root[:, None] * vt[:kept]).float().contiguous()
 
 
 def mean_tensors(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -59,12 +78,6 @@ def mean_tensors(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for tensor, weight in zip(tensors, weights, strict=True):
         total += weight * tensor.double()
     return total.to(tensors[0].dtype)
-
-
-def mean_dense(updates: Sequence[Update], weights: Mapping[str, float], path: str) -> Tensor:
-    """The weighted mean of one dense parameter."""
-    ordered = sorted(updates, key=lambda u: u.site)
-    return mean_tensors([u.adapter.dense[path] for u in ordered], [weights[u.site] for u in ordered])
 
 
 def blend(older: Adapter, newer: Adapter, share: float) -> Adapter:
@@ -85,30 +98,3 @@ def block_of(path: str) -> str:
         if part.isdecimal():
             return ".".join(parts[: index + 1])
     return path
-
-
-def drift(reference: Adapter, updates: Sequence[Update], weights: Mapping[str, float]) -> dict[str, float]:
-    """D of each block: (Σ_k p_k ‖Δ_k‖² − ‖Δ̄‖²) / ‖Δ̄‖², with Δ_k what site k changed there and Δ̄ = Σ_k p_k Δ_k.
-
-    0 where all sites moved alike; K − 1 where K equally weighted sites moved at right angles by equal lengths; capped at
-    1e6, which also stands for Δ̄ = 0 with sites that did move. Factors are compared as they are, not their products: they
-    start from the same point. Source: METHOD §2 (π); it is Γ − 1 of METHOD §6, block by block.
-    """
-    ordered = sorted(updates, key=lambda u: u.site)
-    spread: dict[str, float] = {}
-    common: dict[str, float] = {}
-    for path, old in reference.lora.items():
-        block = block_of(path)
-        for name in ("a", "b"):
-            before = getattr(old, name).double()
-            mean = torch.zeros_like(before)
-            for update in ordered:
-                change = getattr(update.adapter.lora[path], name).double() - before
-                mean += weights[update.site] * change
-                spread[block] = spread.get(block, 0.0) + weights[update.site] * float(change.square().sum())
-            common[block] = common.get(block, 0.0) + float(mean.square().sum())
-    found = {}
-    for block, total in spread.items():
-        ratio = (total - common[block]) / common[block] if common[block] else (math.inf if total else 0.0)
-        found[block] = min(1e6, max(0.0, ratio))
-    return found

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-from fedkeel.aggregate.common import Aggregate, mean_dense, mean_tensors, measured_error
-from fedkeel.types import Adapter, Lora, Update
+from fedkeel.aggregate.common import Aggregate
+from fedkeel.aggregate.exact import measure, measured_error
+from fedkeel.aggregate.rule import Options
+from fedkeel.aggregate.updates import gather
+from fedkeel.types import Adapter, Update
 
 
-def mean(reference: Adapter, updates: Sequence[Update], weights: Mapping[str, float]) -> Aggregate:
-    """A = Σ p_k A_k and B = Σ p_k B_k. The mean of products is not the product of means, so this errs; see `error`.
+def mean(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, float], options: Options) -> Aggregate:
+    """A = Σ p_k A_k and B = Σ p_k B_k, of equal ranks and scales.
 
-    Raises ValueError if the sites differ in rank or scale, where averaging the factors has no meaning.
+    The mean of products is not the product of means, so this errs; see `error`, which is measured exactly while Σ r_k ≤ 512,
+    and beyond that estimated from 64 random probes, with a relative standard deviation of at most 0.125 (`exact.Sketch`).
     """
-    ordered = sorted(updates, key=lambda u: u.site)
-    shares = [weights[u.site] for u in ordered]
-    lora = {}
-    for path, old in reference.lora.items():
-        factors = [u.adapter.lora[path] for u in ordered]
-        for update, f in zip(ordered, factors, strict=True):
-            if f.a.shape != old.a.shape or f.b.shape != old.b.shape or f.scale != old.scale:
-                raise ValueError(f"site {update.site}: rank or scale of {path} differs; rule `mean` needs them equal")
-        a, b = mean_tensors([f.a for f in factors], shares), mean_tensors([f.b for f in factors], shares)
-        lora[path] = Lora(a, b, old.scale)
-    dense = {path: mean_dense(updates, weights, path) for path in reference.dense}
-    return Aggregate(Adapter(lora, dense), measured_error(lora, updates, weights))
+    return average(reference, updates, weights, "ab")
+
+
+def average(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, float], factors: str) -> Aggregate:
+    """The mean of the `factors` (of "ab") and of the dense parameters; a factor that is not named is the reference's.
+
+    One pass, with one update held at a time.
+    """
+    exact = measure(reference, weights)
+    names = [f"{path}.{factor}" for path in reference.lora for factor in factors]
+    means = gather(reference, updates, weights, [*names, *reference.dense], exact)
+    adapter = reference.with_tensors(reference.tensors() | means)
+    return Aggregate(adapter, measured_error(exact, adapter, {}))

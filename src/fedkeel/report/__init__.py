@@ -34,6 +34,7 @@ from fedkeel.report.tables import (
     task_names,
     task_table,
     total,
+    traffic_table,
 )
 from fedkeel.types import FedKeelError, Row
 
@@ -72,6 +73,9 @@ def write_report(folder: Path) -> Path:
     if curve_points(rows) != Curve((), (), (), ()):
         learning_curve(rows, folder / "curve.svg")
         page.append("![Validation score, training loss and test scores; the numbers are in the tables](curve.svg)\n")
+    traffic = traffic_table(rows)
+    if traffic.lines:
+        tables.append(traffic.markdown())
     page += [*tables[1:], _foldable(site_table(rows)), "## How it was run\n", _fenced(recipe, "toml")]
     page.append(_environment_table(environment).markdown())
     report = folder / "report.md"
@@ -179,5 +183,6 @@ __all__ = [
     "site_table",
     "stage_table",
     "task_table",
+    "traffic_table",
     "write_report",
 ]

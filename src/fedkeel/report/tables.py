@@ -224,6 +224,35 @@ def stage_table(rows: Sequence[Row], method: str = "federated") -> Table:
     return Table(f"{METHODS[method]}: score by stage", header, tuple(lines), (note,) if lines else ())
 
 
+SHARES = (0.5, 0.8, 0.9, 0.95, 1.0)  # of the best validation score
+
+
+def traffic_table(rows: Sequence[Row]) -> Table:
+    """Bytes to a target score: when the federation's validation score first reached shares of its best, and what all sites
+    had sent and received by then. Empty where there is no curve, and in a stream, whose rows change with its stages."""
+    check_one_run(rows)
+    scores = {
+        r.round: r.value
+        for r in rows
+        if (r.method, r.name, r.split, r.site, r.task) == ("federated", "score", "validation", "", "")
+    }
+    header = ("share of the best score", "score, points", "round", "bytes up", "bytes down")
+    title = "Traffic to a target score"
+    if not scores or any(r.stage for r in rows) or max(scores.values()) <= 0:
+        return Table(title, header, ())
+    lines = []
+    for share in SHARES:
+        target = share * max(scores.values())
+        reached = min(round for round, score in scores.items() if score >= target)
+        up, down = (
+            sum(r.value for r in rows if r.method == "federated" and r.name == name and r.round <= reached)
+            for name in ("bytes_up", "bytes_down")
+        )
+        lines.append((f"{share:.0%}", points(scores[reached]), str(reached), human_bytes(up), human_bytes(down)))
+    note = "Of the federation, on validation rows; bytes of all sites since the start, as serialised, headers included."
+    return Table(title, header, tuple(lines), (note,))
+
+
 def method_table(rows: Sequence[Row]) -> Table:
     """A line a method that has any Row. Scores in points of 100, bytes in decimal units, training in seconds."""
     check_one_run(rows)

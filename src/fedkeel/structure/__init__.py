@@ -12,7 +12,7 @@ from types import TracebackType
 from torch.utils.hooks import RemovableHandle
 
 from fedkeel.structure.adversary import Adversary
-from fedkeel.structure.branch import branch
+from fedkeel.structure.branch import branch, hold, left_out
 from fedkeel.structure.draw import Draw
 from fedkeel.structure.drop import channels, heads
 from fedkeel.structure.layers import layers
@@ -23,7 +23,7 @@ from fedkeel.structure.weights import weights
 
 __all__ = [
     "ADVERSARY", "STRUCTURES", "Adversary", "Branch", "Draw", "Injection", "Place", "Places", "StructureError", "find_places",
-    "strength",
+    "hold", "left_out", "strength",
 ]  # fmt: skip
 
 STRUCTURES: dict[str, Callable[[Places, float, Draw], Sequence[RemovableHandle]]] = {

@@ -1,7 +1,8 @@
-"""LoRA branches left out as a whole, for a step."""
+"""LoRA branches left out as a whole, for a step or for a round."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -37,3 +38,24 @@ def _drop(draw: Draw, amount: float, path: str, module: nn.Module, inputs: Any, 
     draw.units += 1
     draw.dropped += lost
     return output * (0.0 if lost else 1.0 / (1.0 - p))
+
+
+def left_out(paths: Iterable[str], amount: float, seed: int, site: str, round: int) -> frozenset[str]:
+    """The modules that a site leaves out for the whole of a round, each with probability `amount`.
+
+    Both ends work it out from the run's seed, so nobody has to say which tensors a message lacks. At least one module
+    stays in.
+    """
+    key, ordered = derive(seed, "held", site, round), sorted(paths)
+    out = frozenset(path for path in ordered if _chosen(key, path, amount))
+    return out if len(out) < len(ordered) else out - {ordered[0]}
+
+
+def hold(places: Places, amount: float, out: Collection[str]) -> list[RemovableHandle]:
+    """Leave out the branches at `out` until the hooks are removed; the others are scaled by 1/(1 − amount), as by `branch`."""
+    places.need(places.branches, "branch")
+    return [b.a.register_forward_hook(partial(_hold, 0.0 if b.path in out else 1.0 / (1.0 - amount))) for b in places.branches]
+
+
+def _hold(gate: float, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output * gate
