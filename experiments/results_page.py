@@ -16,7 +16,7 @@ from typing import Any
 
 from fedkeel.files import write_atomic
 from fedkeel.report import Table, method_table, read_rows, task_table
-from stream_table import table_of
+from stream_table import flat_table_of, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
@@ -78,7 +78,13 @@ def page() -> str:
 
 
 STREAMS = ("minilm", "keel")
-TUNING = ("tune-minilm", "ideas-minilm", "tune-keel", "ideas-keel")
+TUNING = ("tune-minilm", "ideas-minilm", "tune-cl15", "tune-superni", "tune-keel", "ideas-keel")
+# plans without stages -> the folder under results/, the rows that are shown, the method that the others are set against
+FLAT = {
+    "exchange-clinc150": ("exchange", "test", "fp32"),
+    "single-quickstart": ("tuning", "validation", "fedit"),
+    "single-clinc150": ("tuning", "validation", "fedit"),
+}
 TEXT = {
     name: " ".join(text.split())
     for name, text in tomllib.loads((ROOT / "experiments" / "results_text.toml").read_text()).items()
@@ -96,6 +102,16 @@ def stream_section(kind: str, plan: str, split: str) -> str:
     return (
         f"## {plan}\n\n{TEXT[plan]}\n\nPlan: [experiments/streams/{plan}.toml](../experiments/streams/{plan}.toml); commit "
         f"{_commits(folder)}: [recipes and rows](../results/{kind}/{plan}).\n\n{_below(table_of(folder, split))}\n"
+    )
+
+
+def flat_section(plan: str) -> str:
+    """The same for a plan without stages."""
+    kind, split, first = FLAT[plan]
+    folder = ROOT / "results" / kind / plan
+    return (
+        f"## {plan}\n\n{TEXT[plan]}\n\nPlan: [experiments/streams/{plan}.toml](../experiments/streams/{plan}.toml); commit "
+        f"{_commits(folder)}: [recipes and rows](../results/{kind}/{plan}).\n\n{_below(flat_table_of(folder, split, first))}\n"
     )
 
 
@@ -161,8 +177,10 @@ def streams() -> str:
         f"## Step cost\n\n{TEXT['step cost']}\n\n`benchmarks/step_cost.py`, {cost['rows']} rows of {cost['length']} tokens, "
         f"one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
     )
+    parts += [f"# Results of the exchange\n\n{TEXT['exchange']}\n", flat_section("exchange-clinc150")]
     parts.append(f"# Tuning\n\n{TEXT['tuning']}\n")
     parts += [stream_section("tuning", plan, "validation") for plan in TUNING]
+    parts += [flat_section("single-quickstart"), flat_section("single-clinc150")]
     return "\n".join(parts)
 
 

@@ -12,6 +12,7 @@ import gzip
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from fedkeel.metrics import average_final, average_learnt, backward_transfer, forgetting
@@ -55,14 +56,16 @@ def measures(folder: Path, split: str) -> dict[str, float]:
     }
 
 
-def collect(folder: Path, split: str) -> dict[str, dict[int, dict[str, float]]]:
+def collect(
+    folder: Path, split: str, measure: Callable[[Path, str], dict[str, float]] = measures
+) -> dict[str, dict[int, dict[str, float]]]:
     """method -> seed -> measures, for every finished run in `folder`."""
     found: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
     for run in sorted(folder.iterdir()):
         name = re.fullmatch(rf"{re.escape(folder.name)}-(.+)-s(\d+)", run.name)
         state = run / "state.json"
         if name and run.is_dir() and (not state.exists() or json.loads(state.read_text())["finished"]):
-            found[name[1]][int(name[2])] = measures(run, split)
+            found[name[1]][int(name[2])] = measure(run, split)
     return found
 
 
@@ -87,13 +90,48 @@ def table_of(folder: Path, split: str) -> Table:
     return Table(f"{folder.name}: scores on {split} rows", HEADER, ordered, (note,))
 
 
+FLAT = ("method", "seeds", "score", "against the first", "MB up", "times fewer up", "MB down", "training s")
+
+
+def flat_measures(folder: Path, split: str) -> dict[str, float]:
+    """The last score of a run without stages, a share of 1; bytes in MB, seconds of training as summed over sites."""
+    rows = [r for r in rows_in(folder) if r["method"] == "federated"]
+    scores = {
+        int(str(r["round"])): float(str(r["value"]))
+        for r in rows
+        if (r["name"], r["split"], r["task"], r["site"]) == ("score", split, "", "")
+    }
+    names = ("bytes_up", "bytes_down", "site_seconds")
+    up, down, seconds = (sum(float(str(r["value"])) for r in rows if r["name"] == name) for name in names)
+    return {"score": scores[max(scores)], "up": up / 1e6, "down": down / 1e6, "seconds": seconds}
+
+
+def flat_table_of(folder: Path, split: str, first: str) -> Table:
+    """The table of a plan without stages: score and bytes of each method, `first` on top, against it seed by seed."""
+    found = collect(folder, split, flat_measures)
+    base = found[first]
+    lines = []
+    for method, seeds in found.items():
+        values = {key: [m[key] for m in seeds.values()] for key in ("score", "up", "down", "seconds")}
+        against = [m["score"] - base[seed]["score"] for seed, m in seeds.items() if seed in base]
+        score = signed(values["score"]).lstrip("+")
+        fewer = mean_and_sd([m["up"] for m in base.values()])[0] / mean_and_sd(values["up"])[0]
+        up, down, seconds = (mean_and_sd(values[key])[0] for key in ("up", "down", "seconds"))
+        shown = "–" if method == first else signed(against)
+        cells = (method, str(len(seeds)), score, shown, f"{up:.1f}", f"{fewer:.1f}", f"{down:.1f}", f"{seconds:.0f}")
+        lines.append((method != first, -mean_and_sd(values["score"])[0], cells))
+    note = f"Points of 100 on {split} rows, mean ± standard deviation (n − 1) over seeds; differences are taken seed by seed."
+    return Table(f"{folder.name}: scores on {split} rows", FLAT, tuple(cells for *_, cells in sorted(lines)), (note,))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", default="test", choices=["test", "validation"])
+    parser.add_argument("--flat", default="", help="a plan without stages; the method that the others are set against")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
-    table = table_of(args.folder, args.split)
+    table = flat_table_of(args.folder, args.split, args.flat) if args.flat else table_of(args.folder, args.split)
     if args.markdown:
         print(table.markdown())
     else:

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkeel.aggregate import AGGREGATORS, WEIGHTINGS
+from fedkeel.aggregate import AGGREGATORS, OPTIMISERS, WEIGHTINGS
 from fedkeel.codecs import CODECS
 from fedkeel.config import (
     BASELINES,
+    CASTS,
+    QUANTIZERS,
     ConfigError,
     Data,
     Evaluation,
@@ -190,7 +192,8 @@ def test_the_choices_are_the_keys_of_the_tables() -> None:
     choices = {f.name: f.metadata.get("choices") for f in fields(Federation)}
     assert choices["rule"] == tuple(AGGREGATORS)
     assert choices["weighting"] == tuple(WEIGHTINGS)
-    assert choices["codec_up"] == choices["codec_down"] == tuple(CODECS)
+    assert choices["optimiser"] == tuple(OPTIMISERS)
+    assert (*CASTS, *QUANTIZERS) == tuple(CODECS)
     assert Evaluation().baselines == BASELINES
 
 

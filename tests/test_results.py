@@ -91,7 +91,9 @@ def test_damage_and_cost_tables_hold_every_line() -> None:
 
 @pytest.mark.skipif(not (ROOT / "../shared/data").is_dir(), reason="the plans name ../shared/data, which is not here")
 @pytest.mark.parametrize(
-    "folder", sorted(p for kind in ("streams", "tuning") for p in (ROOT / "results" / kind).iterdir()), ids=lambda p: p.name
+    "folder",
+    sorted(p for kind in ("streams", "tuning", "exchange") for p in (ROOT / "results" / kind).iterdir()),
+    ids=lambda p: p.name,
 )
 def test_the_plan_still_means_what_was_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipe and plan of today resolve to the committed recipe of every run, key by key, but for keys that came later."""

@@ -409,7 +409,7 @@ def _check_exchange(recipe: Recipe) -> None:
         )
     if (federation.optimiser != "average" or federation.server_lr != 1.0) and rule not in STEADY:
         raise ConfigError(
-            f"federation.optimiser = {federation.optimiser!r} with server_lr = {federation.server_lr:g}: rule {rule!r} finds its "
+            f"federation.optimiser = {federation.optimiser!r}, server_lr = {federation.server_lr:g}: rule {rule!r} finds its "
             f"factors anew each round, so their difference is no step to carry on; set 'average' and 1, or one of the rules "
             f"{', '.join(STEADY)}"
         )

@@ -23,7 +23,7 @@ from torch import Tensor
 MAGIC = b"FKL1"
 LIMIT = 2**31 - 1  # bytes; what the engines of today can carry in one message
 # A log of 50 base shifts over all 7 maps of 80 layers, two factors each, takes 56,000 tensors and 7 MB of JSON.
-HEADER_LIMIT = 2**24  # bytes of JSON
+HEADER_LIMIT = 2**23  # bytes of JSON
 MAX_TENSORS = 2**16
 MAX_NAME = 256  # characters
 MAX_DIMENSIONS = 8
