@@ -318,7 +318,8 @@ def answer(
     change = {name: change[name] for name in sorted(sent)}
     key = derive(recipe.seed, "up", site, state.round)
     codec = make_codec(federation.codec_up)
-    if federation.error_feedback and federation.codec_up != "fp32":
+    # where a rule finds its factors anew each round, what is left of the last ones is in another basis
+    if federation.error_feedback and federation.codec_up != "fp32" and rule.keeps_basis:
         lost = {name: kept.residual.get(name, torch.zeros_like(t)) for name, t in change.items()}
         encoded, left = with_residual(codec, change, lost, key)
         kept.residual = {**kept.residual, **left}

@@ -203,7 +203,8 @@ class Federation:
     # fp32, bf16, fp16, int8, int4, topk=SHARE, or topk=SHARE+one of the others
     codec_up: str = field(default="fp32", metadata={"codec": True})
     codec_down: str = field(default="fp32", metadata={"codec": True})
-    error_feedback: bool = True  # a site keeps what a lossy codec_up left out and adds it to its next update
+    # a site keeps what a lossy codec_up left out and adds it to its next update, where the rule keeps the factors' basis
+    error_feedback: bool = True
     quorum: float = _number(1.0, 0, 1, above=True)
     deadline: float = _number(3600.0, 0, above=True)  # seconds a round
     max_update_norm: float = _number(float("inf"), 0, above=True)  # of a site's change; beyond: refused
