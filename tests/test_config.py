@@ -72,8 +72,15 @@ def read(recipe: Recipe, key: str) -> Any:
         ("partition.alpha=inf", "partition.alpha = inf: must be above 0 and at most 1000000.0"),
         ("seed=-1", "seed = -1: must be at least 0"),
         # choices
-        ("federation.rule=meen", "federation.rule = 'meen': one of mean, svd belongs here; did you mean 'mean'?"),
-        ("federation.codec_up=zip", "federation.codec_up = 'zip': one of fp32, bf16, fp16 belongs here"),
+        (
+            "federation.rule=meen",
+            "federation.rule = 'meen': one of mean, freeze_a, alternate, svd, stack, residual, share_a, share_b, median, "
+            "trimmed, krum belongs here; did you mean 'mean'?",
+        ),
+        (
+            "federation.codec_up=zip",
+            "federation.codec_up = 'zip': one of fp32, bf16, fp16, int8, int4, or topk=SHARE with 0 < SHARE",
+        ),
         ("partition.scheme=by_task", "did you mean 'by-task'?"),
         ("model.kind=casual", "did you mean 'causal'?"),
         ("evaluation.baselines=base,centralized", "evaluation.baselines: 'centralized' is not one of base, local, centralised"),

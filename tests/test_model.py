@@ -268,7 +268,7 @@ def test_an_adapter_that_does_not_fit_is_refused_whole_and_named(fault: str) -> 
     before, odd = model.read(), "model.layers.1.mlp.up_proj"
     lora, dense = {p: Lora(m.a + 1, m.b + 1, m.scale) for p, m in before.lora.items()}, {}
     if fault == "rank":
-        lora[odd] = Lora(lora[odd].a[:2], lora[odd].b[:, :2], 6.0)
+        lora[odd] = Lora(lora[odd].a.repeat(2, 1), lora[odd].b.repeat(1, 2), 6.0)  # a lower one would find room
     elif fault == "missing":
         del lora[odd]
     elif fault == "extra":

@@ -261,6 +261,8 @@ def known_keys(cls: Any = Recipe, prefix: str = "") -> dict[str, Any]:
 def _check(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     """`value` as the type of its field, or a ConfigError."""
     if hint == tuple[int, ...]:
+        if isinstance(value, str):
+            value = [int(v) if v.isdecimal() else v for v in value.split(",") if v]
         if isinstance(value, int) and not isinstance(value, bool):
             value = [value]
         if not isinstance(value, list | tuple) or not all(type(v) is int and v >= 1 for v in value):
