@@ -52,3 +52,25 @@ def test_table_of_a_plan_by_hand(tmp_path: Path) -> None:
         ("plain", "2", "65.0 ± 7.1", "80.0 ± 0.0", "−30.0 ± 14.1", "+30.0 ± 14.1", "2.0", "0"),
     )
     assert stream_table.measures(plan / "plan-plain-s1", "test")["final"] == pytest.approx(0.6)
+
+
+def test_flat_table_of_a_plan_by_hand(tmp_path: Path) -> None:
+    """Differences are taken seed by seed: −10 and +2 points are −4 ± 8.5, though the scores lie 20 apart."""
+    plan = tmp_path / "plan"
+    for name, scores, up in (("whole", (0.5, 0.7), 4e6), ("small", (0.4, 0.72), 5e5)):
+        for seed, score in enumerate(scores, 1):
+            run = plan / f"plan-{name}-s{seed}"
+            run.mkdir(parents=True)
+            kept = {"method": "federated", "split": "test", "round": 3, "name": "score", "task": "", "site": "", "value": score}
+            rows = [
+                {**kept, "round": 2, "value": 0.0}, kept, {**kept, "split": "validation", "value": 0.0},
+                {**kept, "task": "t", "value": 0.0},
+                {**kept, "method": "base", "round": 9, "value": 0.0}, {**kept, "name": "bytes_up", "split": "", "value": up},
+                {**kept, "name": "bytes_down", "split": "", "value": 3e6},
+            ]  # fmt: skip
+            (run / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    table = stream_table.flat_table_of(plan, "test", "whole")
+    assert table.lines == (
+        ("whole", "2", "60.0 ± 14.1", "–", "4.0", "1.0", "3.0", "0"),
+        ("small", "2", "56.0 ± 22.6", "−4.0 ± 8.5", "0.5", "8.0", "3.0", "0"),
+    )

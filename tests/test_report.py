@@ -21,6 +21,7 @@ from fedkeel.report import (
     site_table,
     stage_table,
     task_table,
+    traffic_table,
     write_report,
 )
 from fedkeel.report.tables import human_bytes
@@ -157,6 +158,27 @@ def test_stage_table_by_hand() -> None:
     assert table.header == ("", "rows of stage 1", "rows of stage 2", "mean")
     assert table.lines == (("after stage 1", "80.0", "–", "80.0"), ("after stage 2", "50.0", "30.0", "40.0"))
     assert stage_table(run_rows()).lines == ()
+
+
+def test_traffic_table_by_hand() -> None:
+    """Best score 0.8 in round 3; half of it, 0.4, is reached in round 1, 0.8 · 0.8 = 0.64 in round 2 and not before."""
+    rows = []
+    for round, score in ((1, 0.5), (2, 0.65), (3, 0.8), (4, 0.7)):
+        rows.append(row("federated", "score", score, round=round, split="validation"))
+        rows.append(row("federated", "score", 1.0, round=round, split="validation", task="area"))  # of one task
+        rows += [row("federated", "bytes_up", 1000 * round, "bytes", round, site=s) for s in ("a", "b")]
+        rows.append(row("federated", "bytes_down", 500, "bytes", round, site="a"))
+        rows.append(row("local", "bytes_up", 1e9, "bytes", round, site="a"))
+    table = traffic_table(rows)
+    assert table.lines == (
+        ("50%", "50.0", "1", "2.0 kB", "500 B"),
+        ("80%", "65.0", "2", "6.0 kB", "1.0 kB"),
+        ("90%", "80.0", "3", "12.0 kB", "1.5 kB"),
+        ("95%", "80.0", "3", "12.0 kB", "1.5 kB"),
+        ("100%", "80.0", "3", "12.0 kB", "1.5 kB"),
+    )
+    assert traffic_table(stream_rows()).lines == ()  # its rows change from stage to stage
+    assert traffic_table([r for r in rows if r.name != "score"]).lines == ()
 
 
 def test_site_table_by_hand() -> None:
