@@ -27,7 +27,7 @@ from fedkeel.folder import RunFolder
 from fedkeel.messages import names_of, pack, pack_global, unpack_global
 from fedkeel.model import Model, ModelError
 from fedkeel.run import prepare, trained_model
-from fedkeel.server import FederationError, run_round
+from fedkeel.server import FederationError, run_round, screen
 from fedkeel.structure import left_out
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request
 
@@ -81,6 +81,10 @@ def test_recipe_and_codecs_accept_the_same_specs(spec: str) -> None:
         (["lora.site_ranks=[4,8]"], "of one rank and scale"),
         (["lora.site_ranks=[4,16]", "federation.rule=svd"], "over lora.rank = 8"),
         (["lora.site_ranks=[0]", "federation.rule=svd"], "whole numbers from 1"),
+        (["federation.rule=svd", "stream.average=0.5"], "in another basis"),
+        (["federation.rule=krum", "lora.site_ranks=[4,8]", "federation.optimiser=adam"], "finds its factors anew"),
+        (["structure.hold=true", "structure.branch=0.2", "federation.rule=krum"], "needs them all"),
+        (["structure.hold=true", "structure.branch=0.2", "structure.mode=rdrop"], "compares two draws"),
         (["federation.hostile=1"], "'trimmed' and 'krum'"),
         (["structure.hold=true"], "structure.branch above 0"),
         (["structure.hold=true", "structure.branch=0.2", "federation.rule=stack"], "needs them all"),
@@ -512,8 +516,8 @@ def test_checkpoints_without_what_they_promise_are_refused(tiny_overrides: list[
     assert model.initial is not None
     kept, _ = folder.read_kept("federated", 3, model.initial)
     assert len(kept) == 3
-    assert not (folder.path / "checkpoints/federated/kept-0001.fkl").exists()
-    (folder.path / "checkpoints/federated/kept-0003.fkl").unlink()
+    assert sorted(p.name for p in (folder.path / "checkpoints/federated").glob("kept-*")) == ["kept-0002", "kept-0003"]
+    (folder.path / "checkpoints/federated/kept-0003/1.fkl").unlink()
     with pytest.raises(FedKeelError, match="kept-0003"):
         folder.read_kept("federated", 3, model.initial)
 
@@ -538,3 +542,66 @@ def test_the_ledger_holds_the_length_of_every_message(tiny_overrides: list[str],
     assert sorted(down) == sorted((site, d) for site, d, _ in seen)
     assert sorted(up) == sorted((site, u) for site, _, u in seen)
     assert json.loads(folder._state_file.read_text())["finished"]
+
+
+# ------------------------------------------------------------------------------------------------- what a site cannot break
+
+
+def reply_of(like: Adapter, change: Mapping[str, Tensor], **told: Any) -> Reply:
+    header = {"positions": 1, "stats": {"loss": 1.0}, "seconds": "00000001.000", "tasks": {}, "held": 0} | told
+    return Reply("a", pack("update", 0, like, change, "fp32", site="a", **header))
+
+
+SMALL = {n: 0.1 * t for n, t in make_adapter(0).tensors().items()}
+TOO_MUCH = {
+    "more base shifts than there are": ({"held": 2**60}, "1152921504606846976 base shifts held, of 0"),
+    "too many tasks": ({"tasks": dict.fromkeys(map(str, range(5000)), 1)}, "reports 5000 tasks"),
+    "task names without end": ({"tasks": {"x" * 300_000: 1}}, "300000 letters"),
+    "a stat with the name of a ledger row": ({"stats": {"loss": 1.0, "bytes_up": -1e12}}, "not for sites"),
+    "a stat with an odd name": ({"stats": {"loss": 1.0, "gate a": 1.0}}, "not for sites"),
+    "too many stats": ({"stats": {"loss": 1.0} | {f"s{n}": 1.0 for n in range(100)}}, "reports 101 stats"),
+}
+
+
+@pytest.mark.parametrize(("told", "error"), TOO_MUCH.values(), ids=TOO_MUCH.keys())
+def test_numbers_that_would_break_a_checkpoint_or_the_ledger_are_refused(told: dict[str, Any], error: str) -> None:
+    with pytest.raises(EnvelopeError, match=error):
+        screen(reply_of(make_adapter(0), SMALL, **told), 0, make_adapter(0), float("inf"))
+
+
+def test_a_change_that_overflows_once_it_is_added_is_refused() -> None:
+    like = make_adapter(0)
+    large = like.with_tensors({n: torch.full_like(t, 3e38) for n, t in like.tensors().items()})
+    with pytest.raises(EnvelopeError, match="not finite once the change is added"):
+        screen(reply_of(large, large.tensors()), 0, large, float("inf"))
+
+
+@pytest.mark.parametrize("rule", ["svd", "stack"])
+def test_a_sum_that_overflows_stops_the_round_before_it_becomes_the_state(rule: str) -> None:
+    like = make_adapter(0)
+
+    class Huge:
+        def exchange(self, requests: Sequence[Request], deadline: float) -> Sequence[Reply]:
+            return [reply_of(like, {n: torch.full_like(t, 3e38) for n, t in like.tensors().items()})]
+
+    with pytest.raises(FederationError, match="not finite once the updates are combined"):
+        run_round(Global(0, like), Huge(), ["a"], Federation(rule=rule), 1)
+
+
+def test_a_shift_left_by_a_round_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
+    like, folder = make_adapter(0), RunFolder(tmp_path)
+    path = "layer.0.q"
+    for value in (1.0, 2.0):  # the second time with another outcome
+        folder.write_checkpoint("federated", Global(1, like, shifts=[{path: (torch.full((10, 1), value), torch.ones(1, 14))}]))
+    assert float(folder.read_checkpoint("federated", 1, like).shifts[0][path][0][0, 0]) == 2.0
+
+
+def test_a_site_that_was_never_asked_has_an_adapter_too(tiny_overrides: list[str]) -> None:
+    _, folder, _ = go(quick(tiny_overrides, "share_a", "federation.sites_per_round=1", "federation.rounds=1"))
+    assert len(list((folder.path / "adapter").iterdir())) == 3
+
+
+def test_one_step_of_share_a_changes_only_what_stays(tiny_overrides: list[str]) -> None:
+    """With B = 0 its A has no gradient: nothing that travels changes in round 1, and that is no error."""
+    _, folder, _ = go(quick(tiny_overrides, "share_a", "train.local_steps=1", "federation.rounds=1"))
+    assert len(list((folder.path / "adapter").iterdir())) == 3

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedkeel import __version__
-from fedkeel.config import Recipe, load_recipe, to_toml
+from fedkeel.config import PERSONAL, Recipe, load_recipe, to_toml
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
@@ -151,10 +151,18 @@ def run(
 
 def finished(folder: Path) -> tuple[Recipe, Path]:
     """The recipe and the PEFT folder of a run whose federation has ended, or an error that says what is missing."""
-    for needed in (folder / "recipe.toml", folder / "adapter" / "adapter_model.safetensors"):
-        if not needed.is_file():
-            raise FedKeelError(f"{needed} is missing: {folder} is not a run whose federation has ended")
-    return load_recipe(folder / "recipe.toml"), folder / "adapter"
+    recipe, adapter = folder / "recipe.toml", folder / "adapter" / "adapter_model.safetensors"
+    if not recipe.is_file():
+        raise FedKeelError(f"{recipe} is missing: {folder} is not a run whose federation has ended")
+    loaded = load_recipe(recipe)
+    if loaded.federation.rule in PERSONAL:
+        raise FedKeelError(
+            f"federation.rule = {loaded.federation.rule!r} leaves one adapter a site, in {folder / 'adapter'}/SITE; there is "
+            f"no one model to load"
+        )
+    if not adapter.is_file():
+        raise FedKeelError(f"{adapter} is missing: {folder} is not a run whose federation has ended")
+    return loaded, folder / "adapter"
 
 
 @app.command()

@@ -319,7 +319,8 @@ def answer(
     key = derive(recipe.seed, "up", site, state.round)
     codec = make_codec(federation.codec_up)
     # where a rule finds its factors anew each round, what is left of the last ones is in another basis
-    if federation.error_feedback and federation.codec_up != "fp32" and rule.keeps_basis:
+    steady = rule.keeps_basis and set(recipe.lora.site_ranks) <= {recipe.lora.rank}
+    if federation.error_feedback and federation.codec_up != "fp32" and steady:
         lost = {name: kept.residual.get(name, torch.zeros_like(t)) for name, t in change.items()}
         encoded, left = with_residual(codec, change, lost, key)
         kept.residual = {**kept.residual, **left}

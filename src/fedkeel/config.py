@@ -403,14 +403,19 @@ def _cross_check(recipe: Recipe) -> None:
 
 def _check_exchange(recipe: Recipe) -> None:
     """What a rule cannot do is an error before the first round, not in the seventh."""
-    federation, stream, lora = recipe.federation, recipe.stream, recipe.lora
-    rule = federation.rule
+    federation, stream, lora, structure = recipe.federation, recipe.stream, recipe.lora, recipe.structure
+    rule, one_rank = federation.rule, set(lora.site_ranks) <= {lora.rank}
     if rule in SHIFTING and (stream.average or (recipe.distill.weight and recipe.distill.memory)):
         raise ConfigError(
             f"federation.rule = {rule!r} moves the base itself, so what was served before is no adapter of today's base: set "
-            f"stream.average = 0 and distill.memory = 0, or a rule such as 'svd'"
+            f"stream.average = 0 and distill.memory = 0, or a rule such as 'mean'"
         )
-    if (federation.optimiser != "average" or federation.server_lr != 1.0) and rule not in STEADY:
+    if stream.average and not (rule in STEADY and one_rank):
+        raise ConfigError(
+            f"stream.average = {stream.average:g} averages factors of several rounds, and rule {rule!r} finds them anew each "
+            f"round, in another basis: set it to 0, or use rule 'mean', 'freeze_a' or 'krum' with one rank for all sites"
+        )
+    if (federation.optimiser != "average" or federation.server_lr != 1.0) and not (rule in STEADY and one_rank):
         raise ConfigError(
             f"federation.optimiser = {federation.optimiser!r}, server_lr = {federation.server_lr:g}: rule {rule!r} finds its "
             f"factors anew each round, so their difference is no step to carry on; set 'average' and 1, or one of the rules "
@@ -433,10 +438,16 @@ def _check_exchange(recipe: Recipe) -> None:
         raise ConfigError(
             f"federation.hostile = {federation.hostile} says nothing to rule {rule!r}; only to 'trimmed' and 'krum'"
         )
-    if recipe.structure.hold and not recipe.structure.branch:
+    if structure.hold and not structure.branch:
         raise ConfigError("structure.hold = true holds what structure.branch draws: set structure.branch above 0")
-    if recipe.structure.hold and rule in (*PERSONAL, *SHIFTING):
+    if structure.hold and rule in (*PERSONAL, *SHIFTING, "median", "trimmed", "krum"):
         raise ConfigError(f"structure.hold = true leaves modules out of a round; federation.rule = {rule!r} needs them all")
+    others = any(getattr(structure, name) for name in STRUCTURES if name != "branch")
+    if structure.hold and structure.mode in ("self", "rdrop") and not others:
+        raise ConfigError(
+            f"structure.mode = {structure.mode!r} compares two draws, and what is held for a round is drawn once: set another "
+            f"structure above 0, or structure.mode = 'implicit'"
+        )
 
 
 def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedkeel.codecs import open_envelope
 from fedkeel.config import Recipe, to_toml
 from fedkeel.files import append_lines, write_atomic
-from fedkeel.messages import OPTIMISER, pack_global, pack_shift, pack_tensors, read_counts, unpack_global, unpack_shift
+from fedkeel.messages import pack_global, pack_shift, pack_tensors, read_counts, unpack_global, unpack_shift
 from fedkeel.types import Adapter, FedKeelError, Global, Row
 
 
@@ -120,7 +120,8 @@ class RunFolder:
         kept: what sites keep, by site and name.
         """
         for number, entry in enumerate(state.shifts, 1):
-            if not self._beside(leg, "shift", number).exists():
+            # the last one anew: it may lie there from a round that was cut off, and was done again with another outcome
+            if number == len(state.shifts) or not self._beside(leg, "shift", number).exists():
                 write_atomic(self._beside(leg, "shift", number), pack_shift(entry))
         more: dict[str, Any] = {
             "counts": {site: dict(told) for site, told in state.counts.items()},
@@ -128,14 +129,20 @@ class RunFolder:
             "log": len(state.shifts),
             "kept": bool(kept or state.optimiser),
         }
-        if more["kept"]:
-            sites = sorted(kept or {})
-            tensors = {f"{n}/{name}": t for n, site in enumerate(sites) for name, t in (kept or {})[site].items()}
-            tensors |= {OPTIMISER + name: t for name, t in state.optimiser.items()}
-            write_atomic(self._beside(leg, "kept", state.round), pack_tensors(tensors, kind="kept", sites=sites))
-            # as large as the adapters of all sites together, and needed to go on from the last rounds only
-            self._beside(leg, "kept", state.round - 2).unlink(missing_ok=True)
-        write_atomic(self.checkpoint(leg, state.round), pack_global("checkpoint", state, "fp32", **more))
+        try:
+            if more["kept"]:
+                target = self._beside(leg, "kept", state.round).with_suffix("")
+                for n, (site, tensors) in enumerate(sorted((kept or {}).items())):
+                    write_atomic(target / f"{n}.fkl", pack_tensors(tensors, kind="kept", site=site))
+                optimiser = pack_tensors(state.optimiser, kind="optimiser", sites=len(kept or {}))
+                write_atomic(target / "optimiser.fkl", optimiser)
+                # as large as the adapters of all sites together, and needed to go on from the last rounds only
+                shutil.rmtree(self._beside(leg, "kept", state.round - 2).with_suffix(""), ignore_errors=True)
+            write_atomic(self.checkpoint(leg, state.round), pack_global("checkpoint", state, "fp32", **more))
+        except ValueError as error:
+            raise RunError(
+                f"the checkpoint of round {state.round} cannot be written: {error}; the one before stands"
+            ) from error
 
     def read_checkpoint(self, leg: str, round: int, like: Adapter) -> Global:
         """What `write_checkpoint` wrote, without what its last rounds alone keep. Raises RunError."""
@@ -152,19 +159,15 @@ class RunFolder:
     def read_kept(self, leg: str, round: int, like: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """(what sites keep, what the server's optimiser keeps) after `round`, one of the last two that were written; both
         empty where nobody keeps anything. Raises RunError."""
-        path = self._beside(leg, "kept", round)
+        target = self._beside(leg, "kept", round).with_suffix("")
         if not unpack_global(self.checkpoint(leg, round).read_bytes(), "checkpoint", like)[0].get("kept"):
             return {}, {}
+        kept = {}
         try:
-            header, tensors = open_envelope(path.read_bytes())
-            kept: dict[str, dict[str, Tensor]] = {site: {} for site in header["sites"]}
-            optimiser = {}
-            for name, tensor in tensors.items():
-                if name.startswith(OPTIMISER):
-                    optimiser[name.removeprefix(OPTIMISER)] = tensor.clone()
-                else:
-                    number, _, rest = name.partition("/")
-                    kept[header["sites"][int(number)]][rest] = tensor.clone()
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise RunError(f"{path} cannot be used: {error}; start over with --fresh") from error
+            header, optimiser = open_envelope((target / "optimiser.fkl").read_bytes())
+            for n in range(int(header["sites"])):
+                told, tensors = open_envelope((target / f"{n}.fkl").read_bytes())
+                kept[str(told["site"])] = tensors
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{target} cannot be used: {error}; start over with --fresh") from error
         return kept, optimiser

@@ -20,9 +20,9 @@ from fedkeel.codecs import Codec, EnvelopeError, Wire, make_codec, open_envelope
 from fedkeel.types import Adapter, Global, Shift
 
 SCHEMA = 3
+MOST_TASKS, MOST_LETTERS = 4096, 2**18  # of one site's counts
 MEMORY = "memory/"  # before the names of the adapter that ended the previous stage
 SHIFT = "shift/"  # before the number of an entry of the log of base shifts, and a module path
-OPTIMISER = "optimiser/"  # before what the server's optimiser keeps; in checkpoints only
 
 
 def layout(adapter: Adapter) -> str:
@@ -89,6 +89,10 @@ def read_counts(value: Any) -> dict[str, int]:
     # True is an int too, and JSON integers have no bound; a float must hold this one
     if not isinstance(value, dict) or not all(type(n) is int and 0 <= n <= 2**53 for n in value.values()):
         raise EnvelopeError(f"the message reports tasks {value!r} where task names with whole numbers belong")
+    if len(value) > MOST_TASKS or sum(map(len, value)) > MOST_LETTERS:  # checkpoints hold those of all sites
+        raise EnvelopeError(
+            f"the message reports {len(value)} tasks, {sum(map(len, value))} letters; at most {MOST_TASKS}, {MOST_LETTERS}"
+        )
     return value
 
 

@@ -197,6 +197,9 @@ def legs_of(prepared: Prepared) -> list[Leg]:
             hostile=0,
             optimiser="average",
             server_lr=1.0,
+            # both are meant for one round, and here is the whole budget in one
+            max_update_norm=float("inf"),
+            deadline=float("inf"),
         ),
         lora=dataclasses.replace(recipe.lora, site_ranks=()),
     )
@@ -466,8 +469,8 @@ class _Run:
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         if AGGREGATORS[leg.stages[-1].recipe.federation.rule].personal:
-            for name in sorted(self.kept):
-                self.model.write(personal(current.adapter, self.kept[name]))
+            for name in sorted(self.prepared.sites.rows):  # also of a site that was never asked: it has what is shared
+                self.model.write(personal(current.adapter, self.kept.get(name, Kept())))
                 self.model.save(partial / name)
         elif current.shifts:
             self.model.save(partial, folded(self.model.read(), current.shifts))

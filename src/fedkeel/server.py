@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,11 @@ from fedkeel.config import Federation
 from fedkeel.messages import factors_down, fingerprint, layout, names_of, pack_global, read_counts, unpack, unpack_global
 from fedkeel.rng import derive, numpy_generator
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Transport, Update
+
+STAT = re.compile(r"[a-z][a-z0-9_]{0,63}")
+MOST_STATS = 64
+OWN_ROWS = {"positions", "failed", "score", "own_score", "accuracy", "rouge_l", "exact_match", "rows", "aggregation_error",
+            "aggregation_seconds", "bytes_up", "bytes_down", "site_seconds", "test_seconds"}  # fmt: skip
 
 
 class FederationError(FedKeelError):
@@ -52,12 +58,14 @@ def sample_sites(sites: Sequence[str], count: int, seed: int, round: int) -> lis
 
 
 def screen(
-    reply: Reply, round: int, reference: Adapter, max_norm: float, names: Collection[str] | None = None, codec: str = ""
-) -> Update:
+    reply: Reply, round: int, reference: Adapter, max_norm: float, names: Collection[str] | None = None, codec: str = "",
+    log: int = 0,
+) -> Update:  # fmt: skip
     """A reply as an Update, or EnvelopeError saying why it is refused: malformed, another round or layout, not finite,
     no positions, or a change longer than `max_norm` (Euclidean, all tensors together).
 
     names, codec: what it must carry and through what, see `messages.unpack`; what it does not carry is the reference's.
+    log: base shifts there are.
     """
     if reply.error:
         raise EnvelopeError(reply.error)
@@ -68,8 +76,12 @@ def screen(
     if type(positions) is not int or not 1 <= positions <= 2**53 or not isinstance(stats, dict):
         raise EnvelopeError(f"the message reports {positions!r} supervised positions and stats {stats!r}")
     held = header.get("held", 0)
-    if type(held) is not int or held < 0:
-        raise EnvelopeError(f"the message reports {held!r} base shifts held")
+    if type(held) is not int or not 0 <= held <= log:
+        raise EnvelopeError(f"the message reports {held!r} base shifts held, of {log} that there are")
+    # they become Rows, beside those that the server measures itself
+    odd = [name for name in stats if not STAT.fullmatch(name) or name in OWN_ROWS]
+    if odd or len(stats) > MOST_STATS:
+        raise EnvelopeError(f"the message reports {len(stats)} stats, or one under a name that is not for sites: {odd[:3]}")
     try:
         stats = {name: float(value) for name, value in (stats | {"loss": stats["loss"], "seconds": header["seconds"]}).items()}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -81,7 +93,11 @@ def screen(
     if norm > max_norm:
         raise EnvelopeError(f"the change has norm {norm:.3g}, over federation.max_update_norm = {max_norm:g}")
     old = reference.tensors()
-    adapter = reference.with_tensors(old | {name: old[name] + t for name, t in change.items()})
+    new = {name: old[name] + t for name, t in change.items()}
+    for name, tensor in new.items():
+        if not torch.isfinite(tensor).all():  # two large numbers can add up to infinity
+            raise EnvelopeError(f"{name} is not finite once the change is added")
+    adapter = reference.with_tensors(old | new)
     return Update(reply.site, adapter, positions, {**stats, "update_norm": norm}, counts, held)
 
 
@@ -194,7 +210,8 @@ def run_round(
     def decode(reply: Reply) -> Update:
         reference = to[reply.site].reference
         names = names_of(reference, shared, left_out[reply.site])
-        return screen(reply, state.round, reference, federation.max_update_norm, names, federation.codec_up)
+        log = len(state.shifts)
+        return screen(reply, state.round, reference, federation.max_update_norm, names, federation.codec_up, log)
 
     answered = [r.site for r in replies]
     if len(set(answered)) < len(answered) or not set(answered) <= set(sampled):
@@ -216,7 +233,8 @@ def run_round(
             f"round {state.round + 1} stopped: {len(heads)} of {len(sampled)} sites answered well, and federation.quorum = "
             f"{federation.quorum:g} asks for at least {federation.quorum * len(sampled):g}. What failed:\n{told}"
         )
-    if not any(u.stats["update_norm"] for u in heads):
+    # where factors stay at the sites, all that changed may be there: A has no gradient while B is 0
+    if not rule.personal and not any(u.stats["update_norm"] for u in heads):
         raise FederationError(f"round {state.round + 1} changed nothing: every site sent back the adapter that it was given")
     aggregation = clock()
     shares = weights(heads, federation.weighting)
@@ -229,7 +247,16 @@ def run_round(
     except ValueError as error:
         raise FederationError(f"round {state.round + 1}, federation.rule = {federation.rule!r}: {error}") from error
     adapter, kept = step(federation.optimiser, reference, result.adapter, state.optimiser, Rates(federation.server_lr))
-    disagreement = drift(reference, updates, shares) if not layouts else {}
+    made = [*adapter.tensors().items(), *((path, t) for path, pair in result.shift.items() for t in pair)]
+    for name, tensor in made:
+        if not torch.isfinite(tensor).all():
+            raise FederationError(
+                f"round {state.round + 1}: {name} is not finite once the updates are combined; a smaller "
+                f"federation.max_update_norm keeps out what grew too large. The round before can be resumed"
+            )
+    # factors can be compared where all sites have them, of one rank
+    comparable = not layouts and not any(left_out.values())
+    disagreement = drift(reference, updates, shares) if comparable else {}
     end = clock()
     shifts = [*state.shifts, result.shift] if result.shift else state.shifts
     answers = {u.site: u.held for u in heads}
