@@ -82,6 +82,8 @@ TUNING = ("tune-minilm", "ideas-minilm", "tune-cl15", "tune-superni", "tune-keel
 # plans without stages -> the folder under results/, the rows that are shown, the method that the others are set against
 FLAT = {
     "exchange-clinc150": ("exchange", "test", "fp32"),
+    "exchange-cl15": ("exchange", "test", "fp32"),
+    "exchange-quickstart": ("exchange", "test", "fp32"),
     "single-quickstart": ("tuning", "validation", "fedit"),
     "single-clinc150": ("tuning", "validation", "fedit"),
 }
@@ -177,7 +179,7 @@ def streams() -> str:
         f"## Step cost\n\n{TEXT['step cost']}\n\n`benchmarks/step_cost.py`, {cost['rows']} rows of {cost['length']} tokens, "
         f"one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
     )
-    parts += [f"# Results of the exchange\n\n{TEXT['exchange']}\n", flat_section("exchange-clinc150")]
+    parts += [f"# Results of the exchange\n\n{TEXT['exchange']}\n", *(flat_section(p) for p in FLAT if p.startswith("exchange-"))]
     parts.append(f"# Tuning\n\n{TEXT['tuning']}\n")
     parts += [stream_section("tuning", plan, "validation") for plan in TUNING]
     parts += [flat_section("single-quickstart"), flat_section("single-clinc150")]
@@ -199,7 +201,7 @@ def readme_table() -> str:
 def readme_streams() -> str:
     """The second table of the README: final score and forgetting of the main methods with MiniLM."""
     table = table_of(ROOT / "results" / "streams" / "minilm", "test")
-    methods = ("fedit", "fedprox", "fedntd", "fedgkd", "fedit-average", "full")
+    methods = ("fedit", "fedprox-b", "fedntd", "fedgkd", "fedit-average", "full")
     lines = [(line[0], line[2], line[3], line[5]) for name in methods for line in table.lines if line[0] == name]
     header = ("method", table.header[2], table.header[3], table.header[5])
     rule = ("---", "---:", "---:", "---:")
