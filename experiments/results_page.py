@@ -179,7 +179,10 @@ def streams() -> str:
         f"## Step cost\n\n{TEXT['step cost']}\n\n`benchmarks/step_cost.py`, {cost['rows']} rows of {cost['length']} tokens, "
         f"one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
     )
-    parts += [f"# Results of the exchange\n\n{TEXT['exchange']}\n", *(flat_section(p) for p in FLAT if p.startswith("exchange-"))]
+    parts += [
+        f"# Results of the exchange\n\n{TEXT['exchange']}\n",
+        *(flat_section(p) for p in FLAT if p.startswith("exchange-")),
+    ]
     parts.append(f"# Tuning\n\n{TEXT['tuning']}\n")
     parts += [stream_section("tuning", plan, "validation") for plan in TUNING]
     parts += [flat_section("single-quickstart"), flat_section("single-clinc150")]
