@@ -78,7 +78,7 @@ def page() -> str:
 
 
 STREAMS = ("minilm", "keel")
-TUNING = ("tune-minilm", "ideas-minilm", "tune-cl15", "tune-superni", "tune-keel", "ideas-keel")
+TUNING = ("tune-minilm", "ideas-minilm", "tune-cl15", "tune-superni", "tune-keel", "ideas-keel", "damage-minilm")
 # plans without stages -> the folder under results/, the rows that are shown, the method that the others are set against
 FLAT = {
     "exchange-clinc150": ("exchange", "test", "fp32"),
