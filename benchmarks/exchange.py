@@ -17,9 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from machine import resident
 
 from fedkeel.aggregate import AGGREGATORS, Options
 from fedkeel.codecs import make_codec
@@ -70,14 +70,6 @@ def bandwidth() -> float:
         block.sum()
         taken.append(time.perf_counter() - begin)
     return block.numel() * 4 / min(taken)
-
-
-def resident() -> float:
-    """MB that this process held at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1e3
-    raise SystemExit("no /proc/self/status to read the peak memory from; this needs Linux")
 
 
 def one(rule: str, sites: int, layers: int) -> dict[str, float]:

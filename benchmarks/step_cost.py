@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from machine import resident
 
 from fedkeel.client import train_round
 from fedkeel.config import Recipe, load_recipe
@@ -110,14 +111,6 @@ class Bench:
         if recipe.model.device.startswith("cuda"):
             torch.cuda.synchronize()
         return time.perf_counter() - begin
-
-
-def resident() -> float:
-    """MB that this process held at most. Not getrusage: its maximum begins with that of the process that started this one."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1e3
-    raise SystemExit("no /proc/self/status to read the peak memory from; this needs Linux")
 
 
 def peak(base: str, device: str, variant: str, sizes: list[int]) -> float:

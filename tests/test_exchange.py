@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from builders import SHAPES, dense_of, make_adapter, numbers
+from builders import SHAPES, dense_of, flat, make_adapter, numbers
 from safetensors.torch import load_file
 from test_run import Silent, adapter_of, go, rows_of, same, without_time
 from torch import Tensor
 from training import assert_loads_in_peft
 
+import fedkeel.server
 from fedkeel import config
 from fedkeel.aggregate import AGGREGATORS, first_rows, folded, truncated
+from fedkeel.aggregate.rule import BOTH
 from fedkeel.client import Kept, answer
 from fedkeel.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
 from fedkeel.config import ConfigError, Federation, load_recipe
@@ -29,7 +31,7 @@ from fedkeel.model import Model, ModelError
 from fedkeel.run import prepare, trained_model
 from fedkeel.server import FederationError, run_round, screen
 from fedkeel.structure import left_out
-from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request
+from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Update
 
 ONE_MODEL = [name for name, rule in AGGREGATORS.items() if not rule.personal]
 PERSONAL = [name for name, rule in AGGREGATORS.items() if rule.personal]
@@ -254,6 +256,26 @@ def test_error_feedback_keeps_what_was_not_sent_and_sends_it_later(tiny_override
     assert not nothing.residual
 
 
+@pytest.mark.parametrize("rule", PERSONAL)
+def test_a_site_goes_on_from_the_factor_that_it_kept(tiny_overrides: list[str], rule: str) -> None:
+    """At a rate of nearly 0 a round leaves it where it was: the site's own numbers, and not those of a fresh adapter."""
+    recipe = load_recipe(None, quick(tiny_overrides, rule, "train.lr=1e-9"))
+    prepared = prepare(recipe)
+    model = Model(recipe.model, recipe.lora, recipe.seed)
+    formatter = Formatter(model.tokenizer, model.kind, recipe.data.max_length, recipe.data.list_labels)
+    name, held = next(iter(prepared.sites.rows.items()))
+    assert model.initial is not None
+    own, fresh = AGGREGATORS[rule].personal, model.initial.tensors()
+    mine = {n: 0.1 * numbers(i, *t.shape) for i, (n, t) in enumerate(fresh.items()) if n.endswith(f".{own}")}
+    payload = pack_global("global", Global(0, model.initial), "fp32", names_of(model.initial, BOTH - {own}), tasks={})
+    kept = Kept(personal=mine)
+    answer(payload, model, [formatter.encode_all(held["train"])], name, 3, recipe, kept)
+    assert kept.personal.keys() == mine.keys()
+    for n, tensor in mine.items():
+        torch.testing.assert_close(kept.personal[n], tensor, rtol=0, atol=1e-6)
+        assert not torch.allclose(tensor, fresh[n], atol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------------------- ranks
 
 
@@ -320,6 +342,7 @@ class Pretend:
 
     like: Adapter
     broken: tuple[str, ...] = ()
+    factors: str = "ab"
     requests: dict[str, bytes] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
 
@@ -336,6 +359,7 @@ class Pretend:
             change = {
                 n: 0.1 * numbers(sum(map(ord, site)) + i, *t.shape) for i, (n, t) in enumerate(self.like.tensors().items())
             }
+            change = {n: t for n, t in change.items() if n in names_of(self.like, self.factors)}
             told = {"site": site, "positions": 10, "stats": {"loss": 1.0}, "seconds": "00000001.000", "tasks": {}}
             payload = pack("update", state.round, self.like, change, "fp32", held=self.held[site], **told)
             replies.append(Reply(site, payload))
@@ -474,6 +498,29 @@ def test_a_message_with_a_module_that_was_left_out_is_refused() -> None:
 
     with pytest.raises(FederationError, match=r"layer\.0\.q.* not a tensor"):
         run_round(Global(0, like), All(), ["a"], Federation(), 1, hold=lambda site, round: frozenset({"layer.0.q"}))
+
+
+@pytest.mark.parametrize("rule", ["mean", "svd", "alternate"])
+def test_replies_too_large_to_be_held_together_are_decoded_anew_to_the_same_bits(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like, decoded, held = make_adapter(0), [], {}
+    real = fedkeel.server.screen
+
+    def counting(reply: Reply, *more: Any) -> Update:
+        decoded.append(reply.site)
+        return real(reply, *more)
+
+    monkeypatch.setattr(fedkeel.server, "screen", counting)
+    for small in (2**28, 0):
+        monkeypatch.setattr(fedkeel.server, "SMALL", small)
+        sites = Pretend(like, factors="b" if rule == "alternate" else "ab")
+        held[small] = run_round(Global(0, like), sites, list("abc"), Federation(rule=rule), 1)
+        assert (decoded == list("abc")) == bool(small)
+        decoded.clear()
+    together, anew = held.values()
+    assert flat(together.state.adapter) == flat(anew.state.adapter)
+    assert (together.error, together.state.drift) == (anew.error, anew.state.drift)
 
 
 def test_left_out_modules_are_drawn_with_their_probability_and_never_all() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedkeel import __version__
-from fedkeel.config import PERSONAL, Recipe, load_recipe, to_toml
+from fedkeel.config import Recipe, check_one_model, load_recipe, to_toml
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
@@ -155,11 +155,7 @@ def finished(folder: Path) -> tuple[Recipe, Path]:
     if not recipe.is_file():
         raise FedKeelError(f"{recipe} is missing: {folder} is not a run whose federation has ended")
     loaded = load_recipe(recipe)
-    if loaded.federation.rule in PERSONAL:
-        raise FedKeelError(
-            f"federation.rule = {loaded.federation.rule!r} leaves one adapter a site, in {folder / 'adapter'}/SITE; there is "
-            f"no one model to load"
-        )
+    check_one_model(loaded, folder / "adapter")
     if not adapter.is_file():
         raise FedKeelError(f"{adapter} is missing: {folder} is not a run whose federation has ended")
     return loaded, folder / "adapter"

@@ -16,7 +16,7 @@ from fedkeel.aggregate import AGGREGATORS, first_rows
 from fedkeel.codecs import make_codec, with_residual
 from fedkeel.config import STRUCTURES, Recipe, Train
 from fedkeel.data import Example, batch_indices, batches_per_epoch, collate
-from fedkeel.messages import difference, factors_down, fingerprint, names_of, pack, read_counts, unpack_global
+from fedkeel.messages import NOTHING_UNSENT, difference, factors_down, names_of, pack, read_counts, unpack_global, unsent
 from fedkeel.model import Model
 from fedkeel.objective.consistency import self_consistency, symmetric_kl
 from fedkeel.objective.distill import Guidance, distill
@@ -25,7 +25,7 @@ from fedkeel.objective.task import task_loss
 from fedkeel.rng import derive, seed_torch
 from fedkeel.structure import Draw, Injection, hold, left_out, strength
 from fedkeel.teacher import Guide, held_positions
-from fedkeel.types import FedKeelError, Global
+from fedkeel.types import Adapter, FedKeelError, Global
 
 
 class SiteError(FedKeelError):
@@ -250,6 +250,9 @@ def backward_at_worst(parameters: Sequence[Tensor], radius: float, backward: Cal
             p.copy_(old)
 
 
+RESIDUAL, PERSONAL = "residual/", "personal/"  # before the names of what a site keeps
+
+
 @dataclass
 class Kept:
     """What one site keeps between the rounds of a federation; tensors in float32 by flat names, which never travel as they are.
@@ -261,6 +264,23 @@ class Kept:
     rank: int = 0
     residual: Mapping[str, Tensor] = field(default_factory=dict)
     personal: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def adapter(self, shared: Adapter) -> Adapter:
+        """The adapter of this site: `shared`, with the factors that stay here."""
+        return shared.with_tensors(shared.tensors() | dict(self.personal))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors in one mapping, for a checkpoint; `restored` takes it apart again."""
+        parts = ((RESIDUAL, self.residual), (PERSONAL, self.personal))
+        return {prefix + name: t for prefix, part in parts for name, t in part.items()}
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> Kept:
+        """The same site with what `tensors` gave."""
+        residual, personal = (
+            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            for prefix in (RESIDUAL, PERSONAL)
+        )
+        return replace(self, residual=residual, personal=personal)
 
 
 def answer(
@@ -285,14 +305,13 @@ def answer(
     assert model.initial is not None
     like = model.initial if not kept.rank else first_rows(model.initial, kept.rank, recipe.lora.scale(kept.rank))
     header, state = unpack_global(payload, "global", like, names_of(like, factors_down(rule)), federation.codec_down)
-    unsent = {name: t for name, t in like.tensors().items() if name not in names_of(like, factors_down(rule))}
-    if header.get("unsent", fingerprint({})) != fingerprint({} if rule.personal else unsent):
+    if header.get("unsent", NOTHING_UNSENT) != unsent(like, rule):
         raise SiteError(
             f"site {site}: a factor that does not travel under federation.rule = {federation.rule!r} is not the one that the "
             f"server holds; seed, base and fedkeel must be the same at both ends"
         )
     model.replay(state.shifts, header["shifts"]["first"])
-    start = state.adapter.with_tensors(state.adapter.tensors() | dict(kept.personal))
+    start = kept.adapter(state.adapter)
     model.write(start)
     out = left_out(like.lora, structure.branch, recipe.seed, site, state.round) if structure.hold else frozenset()
     trained = names_of(like, rule.trained(state.round), out)
@@ -306,9 +325,10 @@ def answer(
     finally:
         for handle in handles:
             handle.remove()
-    change = difference(model.read(), start)
+    trained_adapter = model.read()
+    change = difference(trained_adapter, start)
     if rule.personal:
-        now = model.read().tensors()
+        now = trained_adapter.tensors()
         kept.personal = {name: now[name] for name in names_of(like, rule.personal) - set(like.dense)}
     distilling = recipe.distill
     asked = distilling.weight and (distilling.task_trust or distilling.site_trust)
@@ -319,7 +339,7 @@ def answer(
     key = derive(recipe.seed, "up", site, state.round)
     codec = make_codec(federation.codec_up)
     # where a rule finds its factors anew each round, what is left of the last ones is in another basis
-    steady = rule.keeps_basis and set(recipe.lora.site_ranks) <= {recipe.lora.rank}
+    steady = rule.keeps_basis and recipe.lora.one_rank
     if federation.error_feedback and federation.codec_up != "fp32" and steady:
         lost = {name: kept.residual.get(name, torch.zeros_like(t)) for name, t in change.items()}
         encoded, left = with_residual(codec, change, lost, key)

@@ -59,6 +59,11 @@ class LoraConfig:
     # ranks of the sites, gone through in the order of their names, none over `rank`; empty: `rank` everywhere
     site_ranks: tuple[int, ...] = ()
 
+    @property
+    def one_rank(self) -> bool:
+        """Whether the adapters of all sites are of `rank`."""
+        return set(self.site_ranks) <= {self.rank}
+
     def scale(self, rank: int) -> float:
         """What the product of the factors of an adapter of `rank` is multiplied by: α/r, or α/√r under rsLoRA."""
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
@@ -404,18 +409,18 @@ def _cross_check(recipe: Recipe) -> None:
 def _check_exchange(recipe: Recipe) -> None:
     """What a rule cannot do is an error before the first round, not in the seventh."""
     federation, stream, lora, structure = recipe.federation, recipe.stream, recipe.lora, recipe.structure
-    rule, one_rank = federation.rule, set(lora.site_ranks) <= {lora.rank}
+    rule = federation.rule
     if rule in SHIFTING and (stream.average or (recipe.distill.weight and recipe.distill.memory)):
         raise ConfigError(
             f"federation.rule = {rule!r} moves the base itself, so what was served before is no adapter of today's base: set "
             f"stream.average = 0 and distill.memory = 0, or a rule such as 'mean'"
         )
-    if stream.average and not (rule in STEADY and one_rank):
+    if stream.average and not (rule in STEADY and lora.one_rank):
         raise ConfigError(
             f"stream.average = {stream.average:g} averages factors of several rounds, and rule {rule!r} finds them anew each "
             f"round, in another basis: set it to 0, or use rule 'mean', 'freeze_a' or 'krum' with one rank for all sites"
         )
-    if (federation.optimiser != "average" or federation.server_lr != 1.0) and not (rule in STEADY and one_rank):
+    if (federation.optimiser != "average" or federation.server_lr != 1.0) and not (rule in STEADY and lora.one_rank):
         raise ConfigError(
             f"federation.optimiser = {federation.optimiser!r}, server_lr = {federation.server_lr:g}: rule {rule!r} finds its "
             f"factors anew each round, so their difference is no step to carry on; set 'average' and 1, or one of the rules "
@@ -429,7 +434,7 @@ def _check_exchange(recipe: Recipe) -> None:
     if lora.site_ranks:
         if max(lora.site_ranks) > lora.rank:
             raise ConfigError(f"lora.site_ranks = {list(lora.site_ranks)}: none may be over lora.rank = {lora.rank}")
-        if rule not in MIXED and set(lora.site_ranks) != {lora.rank}:
+        if rule not in MIXED and not lora.one_rank:
             raise ConfigError(
                 f"lora.site_ranks = {list(lora.site_ranks)}: federation.rule = {rule!r} averages factors, which must be of one "
                 f"rank and scale; rules that take several: {', '.join(MIXED)}"
@@ -447,6 +452,15 @@ def _check_exchange(recipe: Recipe) -> None:
         raise ConfigError(
             f"structure.mode = {structure.mode!r} compares two draws, and what is held for a round is drawn once: set another "
             f"structure above 0, or structure.mode = 'implicit'"
+        )
+
+
+def check_one_model(recipe: Recipe, adapters: Path) -> None:
+    """Raise ConfigError where a federation ends in no one model that could be loaded. adapters: the folder that they are in."""
+    if recipe.federation.rule in PERSONAL:
+        raise ConfigError(
+            f"federation.rule = {recipe.federation.rule!r} leaves one adapter a site, in {adapters}/SITE; there is no one "
+            f"model to load"
         )
 
 

@@ -111,8 +111,13 @@ class RunFolder:
         """Where the adapter after `round` rounds of a leg lies."""
         return self.path / "checkpoints" / leg / f"round-{round:04d}.fkl"
 
-    def _beside(self, leg: str, what: str, round: int) -> Path:
-        return self.path / "checkpoints" / leg / f"{what}-{round:04d}.fkl"
+    def _shift(self, leg: str, number: int) -> Path:
+        """One entry of the log of base shifts."""
+        return self.checkpoint(leg, number).with_name(f"shift-{number:04d}.fkl")
+
+    def _kept(self, leg: str, round: int) -> Path:
+        """The folder of what sites and server optimiser keep."""
+        return self.checkpoint(leg, round).with_name(f"kept-{round:04d}")
 
     def write_checkpoint(self, leg: str, state: Global, kept: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
         """Exact: float32, whatever the exchange rounds to. An entry of the log of base shifts is written once.
@@ -121,8 +126,8 @@ class RunFolder:
         """
         for number, entry in enumerate(state.shifts, 1):
             # the last one anew: it may lie there from a round that was cut off, and was done again with another outcome
-            if number == len(state.shifts) or not self._beside(leg, "shift", number).exists():
-                write_atomic(self._beside(leg, "shift", number), pack_shift(entry))
+            if number == len(state.shifts) or not self._shift(leg, number).exists():
+                write_atomic(self._shift(leg, number), pack_shift(entry))
         more: dict[str, Any] = {
             "counts": {site: dict(told) for site, told in state.counts.items()},
             "held": dict(state.held),
@@ -131,13 +136,13 @@ class RunFolder:
         }
         try:
             if more["kept"]:
-                target = self._beside(leg, "kept", state.round).with_suffix("")
+                target = self._kept(leg, state.round)
                 for n, (site, tensors) in enumerate(sorted((kept or {}).items())):
                     write_atomic(target / f"{n}.fkl", pack_tensors(tensors, kind="kept", site=site))
                 optimiser = pack_tensors(state.optimiser, kind="optimiser", sites=len(kept or {}))
                 write_atomic(target / "optimiser.fkl", optimiser)
                 # as large as the adapters of all sites together, and needed to go on from the last rounds only
-                shutil.rmtree(self._beside(leg, "kept", state.round - 2).with_suffix(""), ignore_errors=True)
+                shutil.rmtree(self._kept(leg, state.round - 2), ignore_errors=True)
             write_atomic(self.checkpoint(leg, state.round), pack_global("checkpoint", state, "fp32", **more))
         except ValueError as error:
             raise RunError(
@@ -150,7 +155,7 @@ class RunFolder:
         try:
             header, state = unpack_global(path.read_bytes(), "checkpoint", like)
             counts = {site: read_counts(held) for site, held in header["counts"].items()}
-            shifts = [unpack_shift(self._beside(leg, "shift", n + 1).read_bytes()) for n in range(int(header["log"]))]
+            shifts = [unpack_shift(self._shift(leg, n + 1).read_bytes()) for n in range(int(header["log"]))]
             held = read_counts(header["held"])
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise RunError(f"checkpoint {path} cannot be used: {error}; start over with --fresh") from error
@@ -159,7 +164,7 @@ class RunFolder:
     def read_kept(self, leg: str, round: int, like: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """(what sites keep, what the server's optimiser keeps) after `round`, one of the last two that were written; both
         empty where nobody keeps anything. Raises RunError."""
-        target = self._beside(leg, "kept", round).with_suffix("")
+        target = self._kept(leg, round)
         if not unpack_global(self.checkpoint(leg, round).read_bytes(), "checkpoint", like)[0].get("kept"):
             return {}, {}
         kept = {}

@@ -32,14 +32,6 @@ def layout(adapter: Adapter) -> str:
     return hashlib.sha256(json.dumps([shapes, scales], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Of the values: two ends that hold a tensor which never travels check with it that they hold the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + b"\0" + tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def difference(after: Adapter, before: Adapter) -> dict[str, Tensor]:
     """after − before, tensor by tensor, by flat name."""
     old = before.tensors()
@@ -161,6 +153,7 @@ def unpack_global(
     current = like.tensors() | {name: t for name, t in tensors.items() if not name.startswith(MEMORY)}
     memory = like.with_tensors(before) if before else None
     first = header["shifts"]["first"]
+    # copies, for the reason that `Cast.decode` gives
     shifts = [
         {p: (sent[f"{SHIFT}{n}/{p}.left"].clone(), sent[f"{SHIFT}{n}/{p}.right"].clone()) for p in ranks}
         for n, ranks in enumerate(header["shifts"]["ranks"], first)
@@ -209,6 +202,20 @@ def unpack_shift(payload: bytes) -> Shift:
 def factors_down(rule: Rule) -> frozenset[str]:
     """The factors that the server sends: those that are trained in any round and do not stay at the sites."""
     return (rule.trained(0) | rule.trained(1)) & rule.shared
+
+
+def unsent(adapter: Adapter, rule: Rule) -> str:
+    """A fingerprint of the tensors that both ends hold and that never travel under `rule`: with it they check that they hold
+    the same. Factors that stay at the sites differ, and are no part of it."""
+    digest = hashlib.sha256()
+    sent = adapter.tensors() if rule.personal else names_of(adapter, factors_down(rule))
+    for name, tensor in sorted(adapter.tensors().items()):
+        if name not in sent:
+            digest.update(name.encode() + b"\0" + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+NOTHING_UNSENT = hashlib.sha256().hexdigest()[:16]
 
 
 def names_of(adapter: Adapter, factors: Collection[str], without: Collection[str] = ()) -> set[str]:

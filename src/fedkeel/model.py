@@ -306,7 +306,7 @@ class Model:
             if projection is None:
                 raise ModelError(f"{config.base!r} ({base_config.model_type}) has no output projection to read logits from")
             projection.register_forward_pre_hook(self._gather_positions)
-        self._ranks: dict[str, int] = {}  # of what was last written, where it is lower than there is room for
+        self._ranks: dict[str, int] = {}  # of what was last written; empty before that, when all room is taken
         self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
         self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
         similar = weights and self.kind == "classifier" and not self.linear_head
@@ -562,9 +562,8 @@ class Model:
         An encoder's classes are written beside it, and with the `label-text` head their frozen embeddings, without which
         the adapter's hidden states could not be turned into class scores.
         """
-        mine = self.read()
-        if adapter is None and any(m.a.shape[0] < self.net.peft_config["default"].r for m in mine.lora.values()):
-            adapter = mine  # a site of a lower rank: its padding stays here
+        if adapter is None and any(rank < self.net.peft_config["default"].r for rank in self._ranks.values()):
+            adapter = self.read()  # a site of a lower rank: its padding stays here
         if adapter is None:
             self.net.save_pretrained(folder)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template

@@ -23,10 +23,10 @@ from torch import Tensor
 from fedkeel.aggregate import AGGREGATORS, blend, first_rows, folded
 from fedkeel.client import Kept, injection_of, steps_a_round
 from fedkeel.codecs import make_codec
-from fedkeel.config import ConfigError, Recipe
+from fedkeel.config import ConfigError, Recipe, check_one_model
 from fedkeel.data import Example, Formatter
 from fedkeel.evaluate import Scored, choose, overall, score, task_table
-from fedkeel.folder import RunError, RunFolder
+from fedkeel.folder import RunFolder
 from fedkeel.local import LocalTransport
 from fedkeel.messages import factors_down, names_of, pack, pack_global
 from fedkeel.metrics import macro
@@ -286,14 +286,6 @@ def round_rows(leg: Leg, stage: int, result: RoundResult, run: str) -> list[Row]
     return rows
 
 
-RESIDUAL, PERSONAL = "residual/", "personal/"  # before the names of what a site keeps
-
-
-def personal(shared: Adapter, kept: Kept) -> Adapter:
-    """The adapter of one site: what is shared, with the factors that stay there."""
-    return shared.with_tensors(shared.tensors() | dict(kept.personal))
-
-
 def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, like: Adapter) -> Adapter:
     """What a leg serves after `stage` (from 0), from the checkpoints of the stages' ends: see `config.Stream.average`.
 
@@ -313,7 +305,8 @@ class _Run:
         self.kept: dict[str, Kept] = {}  # of the present leg
         self.state: dict[str, Any] = {}  # see RunFolder.state; set once the folder is open
         self.model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
-        self.initial = self.model.read()
+        assert self.model.initial is not None
+        self.initial = self.model.initial
         self.formatter = Formatter(
             self.model.tokenizer, self.model.kind, recipe.data.max_length, recipe.data.list_labels, classes=prepared.classes
         )
@@ -378,7 +371,8 @@ class _Run:
         if state["leg"] != leg.name:
             state.update(leg=leg.name, round=0, tested=0)
         self.model.rewind()
-        ranks = self.prepared.recipe.lora.site_ranks if leg.method == "federated" else ()
+        lora = self.prepared.recipe.lora
+        ranks = lora.site_ranks if leg.method == "federated" and not lora.one_rank else ()
         self.kept = {name: Kept(rank=ranks[n % len(ranks)]) for n, name in enumerate(sorted(self.prepared.sites.rows)) if ranks}
         current = Global(0, self.initial)
         if state["round"]:
@@ -387,9 +381,7 @@ class _Run:
             kept, optimiser = folder.read_kept(leg.name, state["round"], self.initial)
             current = dataclasses.replace(current, optimiser=optimiser)
             for name, tensors in kept.items():
-                residual = {n.removeprefix(RESIDUAL): t for n, t in tensors.items() if n.startswith(RESIDUAL)}
-                personal = {n.removeprefix(PERSONAL): t for n, t in tensors.items() if n.startswith(PERSONAL)}
-                self.kept[name] = Kept(self.kept.get(name, Kept()).rank, residual, personal)
+                self.kept[name] = self.kept.get(name, Kept()).restored(tensors)
         for stage in range(len(leg.stages)):
             if stage < state["tested"]:
                 self.watch.advance(sum(self._work(leg, stage)[1:]))
@@ -423,10 +415,8 @@ class _Run:
 
         by_stage = {name: [()] * stage + [rows] for name, rows in held.items()}
         transport = LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done, self.kept)
-        layouts = {
-            name: first_rows(self.initial, kept.rank, recipe.lora.scale(kept.rank))
-            for name, kept in self.kept.items() if kept.rank and set(recipe.lora.site_ranks) != {recipe.lora.rank}
-        }  # fmt: skip
+        ranks = {name: kept.rank for name, kept in self.kept.items() if kept.rank}
+        layouts = {name: first_rows(self.initial, rank, recipe.lora.scale(rank)) for name, rank in ranks.items()}
         amount, paths = recipe.structure.branch, list(self.initial.lora)
 
         def out(site: str, round: int) -> frozenset[str]:
@@ -470,7 +460,7 @@ class _Run:
         shutil.rmtree(partial, ignore_errors=True)
         if AGGREGATORS[leg.stages[-1].recipe.federation.rule].personal:
             for name in sorted(self.prepared.sites.rows):  # also of a site that was never asked: it has what is shared
-                self.model.write(personal(current.adapter, self.kept.get(name, Kept())))
+                self.model.write(self.kept.get(name, Kept()).adapter(current.adapter))
                 self.model.save(partial / name)
         elif current.shifts:
             self.model.save(partial, folded(self.model.read(), current.shifts))
@@ -481,13 +471,7 @@ class _Run:
 
     def _kept_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What the sites keep, for the checkpoint."""
-        found = {}
-        for site, kept in self.kept.items():
-            tensors = {RESIDUAL + name: t for name, t in kept.residual.items()}
-            tensors |= {PERSONAL + name: t for name, t in kept.personal.items()}
-            if tensors:
-                found[site] = tensors
-        return found
+        return {site: tensors for site, kept in self.kept.items() if (tensors := kept.tensors())}
 
     def _score(self, leg: Leg, stage: int, current: Global, split: str, records: Sequence[Record]) -> list[Row]:
         """Scores of what would be served if the stage ended now; where factors stay at the sites, of each row by the model
@@ -499,7 +483,7 @@ class _Run:
         if leg.rounds and AGGREGATORS[recipe.federation.rule].personal:
             chosen, scored = {r.id for r in records}, []
             for name, held in self.prepared.stages[stage].rows.items():
-                self.model.write(personal(served, self.kept.get(name, Kept())))
+                self.model.write(self.kept.get(name, Kept()).adapter(served))
                 own = [r for r in held[split] if r.id in chosen]
                 scored += score(self.model, self.formatter, own, self.prepared.recipe.evaluation, self.watch.advance)
             scored.sort(key=lambda s: s.record.id)
@@ -528,15 +512,11 @@ class _Run:
 def serve(model: Model, folder: RunFolder, prepared: Prepared) -> None:
     """Put into the model what a finished federation serves: its adapter, and the base shifts below it.
 
-    Raises RunError where there is no such one model, as factors stayed at the sites.
+    Raises ConfigError where there is no such one model, as factors stayed at the sites.
     """
     assert model.initial is not None
     recipe = prepared.recipe
-    if AGGREGATORS[recipe.federation.rule].personal:
-        raise RunError(
-            f"federation.rule = {recipe.federation.rule!r} leaves one adapter a site, in {folder.path / 'adapter'}/SITE; there "
-            f"is no one model to load"
-        )
+    check_one_model(recipe, folder.path / "adapter")
     rounds, last = recipe.federation.rounds, len(prepared.stages) - 1
     model.rewind()
     model.replay(folder.read_checkpoint("federated", rounds * (last + 1), model.initial).shifts, 0)

@@ -15,10 +15,11 @@ from fedkeel.aggregate import AGGREGATORS, Aggregate, Options, Rates, Rule, drif
 from fedkeel.aggregate.common import exact_factors, product_norm
 from fedkeel.codecs import EnvelopeError
 from fedkeel.config import Federation
-from fedkeel.messages import factors_down, fingerprint, layout, names_of, pack_global, read_counts, unpack, unpack_global
+from fedkeel.messages import factors_down, layout, names_of, pack_global, read_counts, unpack, unpack_global, unsent
 from fedkeel.rng import derive, numpy_generator
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Transport, Update
 
+SMALL = 2**28  # bytes of all replies of a round, up to which their decoded updates are held together
 STAT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 MOST_STATS = 64
 OWN_ROWS = {"positions", "failed", "score", "own_score", "accuracy", "rouge_l", "exact_match", "rows", "aggregation_error",
@@ -101,21 +102,19 @@ def screen(
     return Update(reply.site, adapter, positions, {**stats, "update_norm": norm}, counts, held)
 
 
-class _Answers:
-    """The good replies as Updates in the order of their sites, decoded anew each time they are gone through: one is held at
-    a time, unless all together are small."""
+@dataclass(frozen=True)
+class _Anew:
+    """Replies as Updates in the order given, decoded each time they are gone through, so that one is held at a time."""
 
-    def __init__(self, good: Sequence[Reply], decode: Callable[[Reply], Update], small: int = 2**28) -> None:
-        self._good, self._decode = sorted(good, key=lambda r: r.site), decode
-        together = sum(len(r.payload) for r in good)
-        self._all = [decode(r) for r in self._good] if together <= small else None
+    replies: Sequence[Reply]
+    decode: Callable[[Reply], Update]
 
     def __iter__(self) -> Iterator[Update]:
-        return iter(self._all) if self._all is not None else map(self._decode, self._good)
+        return map(self.decode, self.replies)
 
 
 @dataclass(frozen=True)
-class Sent:
+class _Sent:
     """What went down to some sites. payload: as sent. reference: what they then start from, after the codec."""
 
     payload: bytes
@@ -124,21 +123,19 @@ class Sent:
 
 def _send(
     state: Global, federation: Federation, rule: Rule, seed: int, tasks: Mapping[str, int], like: Adapter | None, held: int
-) -> Sent:
+) -> _Sent:
     """The message for sites with an adapter laid out as `like` (None: as the global one) that hold `held` base shifts."""
     adapter = state.adapter if like is None else truncated(state.adapter, like)
     sent = names_of(adapter, factors_down(rule))
     key = derive(seed, "down", state.round)
-    whole = adapter.tensors()
-    unsent = {} if rule.personal else {name: t for name, t in whole.items() if name not in sent}
     memory = state.memory if like is None or state.memory is None else truncated(state.memory, like)
     state = replace(state, adapter=adapter, memory=memory)
     payload = pack_global(
-        "global", state, federation.codec_down, sent, key, held, tasks=dict(tasks), unsent=fingerprint(unsent)
+        "global", state, federation.codec_down, sent, key, held, tasks=dict(tasks), unsent=unsent(adapter, rule)
     )  # fmt: skip
     # The bytes are read back, not the tensors kept: what a site starts from is what the codec left of the global adapter.
     _, back = unpack_global(payload, "global", adapter, sent, federation.codec_down)
-    return Sent(payload, back.adapter)
+    return _Sent(payload, back.adapter)
 
 
 def _combine(
@@ -151,6 +148,7 @@ def _combine(
     """
     if not any(left_out.values()):
         return rule(reference, updates, shares, options)
+    held = list(updates)
     groups: dict[frozenset[str], list[str]] = {}
     for path in reference.lora:
         groups.setdefault(frozenset(site for site in shares if path not in left_out[site]), []).append(path)
@@ -159,15 +157,15 @@ def _combine(
     for sites, paths in sorted(groups.items(), key=lambda item: item[1]):
         if not sites:
             continue
-        part = [replace(u, adapter=Adapter({p: u.adapter.lora[p] for p in paths})) for u in updates if u.site in sites]
+        part = [replace(u, adapter=Adapter({p: u.adapter.lora[p] for p in paths})) for u in held if u.site in sites]
         whole = sum(shares[site] for site in sites)
         own = {site: shares[site] / whole for site in sorted(sites)}
         found = rule(Adapter({p: reference.lora[p] for p in paths}), part, own, options)
         lora |= found.adapter.lora
         norm = sum(product_norm(*exact_factors(part, own, path)) ** 2 for path in paths)
         lost, total = lost + found.error**2 * norm, total + norm
-    dense = rule(Adapter({}, reference.dense), [replace(u, adapter=Adapter({}, u.adapter.dense)) for u in updates],
-                         shares, options).adapter.dense if reference.dense else {}  # fmt: skip
+    whole_tensors = [replace(u, adapter=Adapter({}, u.adapter.dense)) for u in held]
+    dense = rule(Adapter({}, reference.dense), whole_tensors, shares, options).adapter.dense
     return Aggregate(Adapter(lora, dense), (lost / total) ** 0.5 if total else 0.0)
 
 
@@ -192,14 +190,15 @@ def run_round(
     total: Counter[str] = Counter()
     for counted in state.counts.values():
         total.update(counted)
-    sent: dict[tuple[str, int], Sent] = {}
-    to: dict[str, Sent] = {}
+    tasks = dict(sorted(total.items()))
+    sent: dict[tuple[str, int], _Sent] = {}
+    to: dict[str, _Sent] = {}
     for site in sampled:
         like, held = layouts.get(site), state.held.get(site, 0)
         which = (layout(like) if like else "", held)
         try:
             if which not in sent:
-                sent[which] = _send(state, federation, rule, seed, dict(sorted(total.items())), like, held)
+                sent[which] = _send(state, federation, rule, seed, tasks, like, held)
         except ValueError as error:  # a value over the range of the type that it should travel as
             raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
         to[site] = sent[which]
@@ -216,14 +215,20 @@ def run_round(
     answered = [r.site for r in replies]
     if len(set(answered)) < len(answered) or not set(answered) <= set(sampled):
         raise FederationError(f"round {state.round + 1}: replies from {sorted(answered)}, but each of {sampled} was asked once")
+    # Small ones are decoded once and held; of large ones only the numbers, so that memory does not grow with the sites.
+    small = sum(len(r.payload) for r in replies) <= SMALL
     heads, good, failures = [], [], {}
+    whole: list[Update] = []
     for reply in sorted(replies, key=lambda r: r.site):
         try:
-            # of what was screened only the numbers are kept, so that memory does not grow with the number of sites
-            heads.append(replace(decode(reply), adapter=Adapter({})))
-            good.append(reply)
+            update = decode(reply)
         except EnvelopeError as error:
             failures[reply.site] = str(error)
+            continue
+        heads.append(replace(update, adapter=Adapter({})))
+        good.append(reply)
+        if small:
+            whole.append(update)
     for site in set(sampled) - set(answered):
         failures[site] = "no reply"
     # a share, not a product: 0.55 · 20 is 11.000000000000002, and 11 of 20 are enough
@@ -238,7 +243,7 @@ def run_round(
         raise FederationError(f"round {state.round + 1} changed nothing: every site sent back the adapter that it was given")
     aggregation = clock()
     shares = weights(heads, federation.weighting)
-    updates = _Answers(good, decode)
+    updates: Iterable[Update] = whole if small else _Anew(good, decode)
     # Sites may start from other truncations of the global adapter; rules that allow it look at what came back alone.
     reference = state.adapter if layouts else to[heads[0].site].reference
     options = Options(federation.hostile, state.round)

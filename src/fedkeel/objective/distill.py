@@ -87,7 +87,7 @@ class Split:
 def split(logits: Tensor, gold: Tensor, temperature: float = 1.0) -> Split:
     """Split softmax(logits / temperature). logits: (N, V), −inf where an entry is not allowed; gold: (N,) int64, allowed."""
     # a copy, in place from here on: moving memory is what this costs at a large V
-    among, at = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True), gold[:, None]
+    among, at = wide(logits.detach(), copy=True), gold[:, None]
     if temperature != 1:
         among /= temperature
     of_gold = among.gather(1, at)

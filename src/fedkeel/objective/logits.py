@@ -10,9 +10,12 @@ from torch import Tensor
 HIDDEN = -1e30
 
 
-def wide(logits: Tensor) -> Tensor:
-    """The same logits in the precision that sums run in: float64 stays, any other type becomes float32."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def wide(logits: Tensor, copy: bool = False) -> Tensor:
+    """The same logits in the precision that sums run in: float64 stays, any other type becomes float32.
+
+    copy: in memory of their own even where the type is right.
+    """
+    return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=copy)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
