@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from itertools import product
 
@@ -217,6 +218,26 @@ def test_distill_is_its_parts_under_gates_that_carry_no_gradient(gold: str, rest
     assert found.loss.item() == pytest.approx(composed.item(), rel=1e-6, abs=1e-8)
     slopes = [torch.autograd.grad(loss, student)[0] for loss in (found.loss, composed)]
     torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype) -> None:
+    student, teacher, targets = some_logits(3)
+    guidance, u, v = Guidance(temperature=2.0, rest="entropy", beta=0.7), numbers(8, 7).abs(), numbers(9, 7).abs()
+
+    def found() -> list[Tensor]:
+        mine = student.to(dtype).requires_grad_()
+        result = distill(forward_of(mine, teacher.to(dtype), targets, u, v), guidance)
+        (3 * result.loss).backward()
+        assert mine.grad is not None
+        assert mine.grad.dtype is dtype
+        return [result.loss.detach(), result.gold_gate, result.rest_gate, mine.grad]
+
+    whole = found()
+    monkeypatch.setattr(sys.modules["fedkeel.objective.distill"], "BLOCK", (rows * 9, 0))  # a function shadows the module
+    for one, other in zip(whole, found(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
