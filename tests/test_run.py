@@ -180,7 +180,22 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tiny_overrides: list[str], 
     assert same(adapter_of(whole.path), adapter_of(resumed.path))
     renamed = [{**r, "run": "whole"} for r in without_time(rows_of(resumed))]
     assert renamed == without_time(rows_of(whole))
+    assert (resumed.path / "scores.jsonl").read_text() == (whole.path / "scores.jsonl").read_text()
     assert resumed.state()["finished"]
+
+
+def test_every_final_test_row_keeps_its_score(tiny_overrides: list[str]) -> None:
+    """Their mean by task is the score that the Rows tell; one line a row and leg, local legs under their site."""
+    _, folder, _ = go(tiny_overrides)
+    lines = [json.loads(line) for line in (folder.path / "scores.jsonl").read_text().splitlines()]
+    assert len({(line["method"], line["site"], line["id"]) for line in lines}) == len(lines)
+    told = {(r["method"], r["site"], r["task"]): r["value"] for r in rows_of(folder)
+            if (r["name"], r["split"]) == ("score", "test") and r["task"]}  # fmt: skip
+    by: dict[tuple[str, str, str], list[float]] = {}
+    for line in lines:
+        by.setdefault((line["method"], line["site"], line["task"]), []).append(line["score"])
+    assert {m for m, _, _ in by} == {"base", "federated", "local", "centralised"}
+    assert {key: sum(values) / len(values) for key, values in by.items()} == pytest.approx(told)
 
 
 def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], tmp_path: Path) -> None:

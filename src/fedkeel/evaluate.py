@@ -29,6 +29,11 @@ class Scored:
     prediction: str
     metrics: dict[str, float]
 
+    @property
+    def score(self) -> float:
+        """The metric that counts, in [0, 1]: accuracy, or ROUGE-L for generation."""
+        return self.metrics.get("accuracy", self.metrics.get("rouge_l", 0.0))
+
 
 def choose(records: Sequence[Record], split: str, limit: int) -> list[Record]:
     """The rows of `split`, at most `limit` a task (0: all): the first by a hash of their ids, so the same for every method."""
@@ -230,6 +235,5 @@ def task_table(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
     for task, rows in sorted(tasks.items()):
         names = sorted({name for r in rows for name in r.metrics})
         means = {name: mean([r.metrics[name] for r in rows if name in r.metrics]) for name in names}
-        headline = [r.metrics.get("accuracy", r.metrics.get("rouge_l", 0.0)) for r in rows]
-        table[task] = {**means, "score": mean(headline), "rows": float(len(rows))}
+        table[task] = {**means, "score": mean([r.score for r in rows]), "rows": float(len(rows))}
     return table

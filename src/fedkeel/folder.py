@@ -107,6 +107,19 @@ class RunFolder:
         state["rows_bytes"] = append_lines(self.rows_file, [json.dumps(r.as_json(), allow_nan=False) for r in rows])
         write_atomic(self._state_file, json.dumps(state))
 
+    def write_scores(self, method: str, site: str, scores: Mapping[str, tuple[str, float]]) -> None:
+        """Keep the score of every final test row of a leg, in place of those it had: what paired comparisons resample.
+
+        scores: row id -> (task, score in [0, 1]).
+        """
+        path = self.path / "scores.jsonl"
+        held = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [line for line in held if (line["method"], line["site"]) != (method, site)]
+        lines += [
+            {"method": method, "site": site, "task": task, "id": row, "score": score} for row, (task, score) in scores.items()
+        ]
+        write_atomic(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+
     def checkpoint(self, leg: str, round: int) -> Path:
         """Where the adapter after `round` rounds of a leg lies."""
         return self.path / "checkpoints" / leg / f"round-{round:04d}.fkl"

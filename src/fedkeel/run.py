@@ -442,7 +442,8 @@ class _Run:
                 self.watch.note(f"round {current.round}: {told}")
             if self.curve_rows[stage] and self._curve_point(leg, current.round):
                 self.watch.leg(leg.name, f"round {done + 1}{where}: scoring validation rows")
-                rows += self._score(leg, stage, current, "validation", self.curve_rows[stage])
+                scored = self._score(leg, stage, current, "validation", self.curve_rows[stage])
+                rows += _score_rows(leg, stage, current.round, "validation", scored, self.prepared)
             self.watch.round(leg.name, current.round, leg.rounds * len(leg.stages), result)
             self.folder.write_checkpoint(leg.name, current, self._kept_tensors())
             self.state.update(round=current.round)
@@ -473,15 +474,16 @@ class _Run:
         """What the sites keep, for the checkpoint."""
         return {site: tensors for site, kept in self.kept.items() if (tensors := kept.tensors())}
 
-    def _score(self, leg: Leg, stage: int, current: Global, split: str, records: Sequence[Record]) -> list[Row]:
+    def _score(self, leg: Leg, stage: int, current: Global, split: str, records: Sequence[Record]) -> list[Scored]:
         """Scores of what would be served if the stage ended now; where factors stay at the sites, of each row by the model
         of the site that holds it."""
         recipe = leg.stages[stage].recipe
         share = recipe.stream.average if stage and leg.rounds else 0.0
         served = blend(self._served(leg, stage - 1), current.adapter, share) if share else current.adapter
         self.model.replay(current.shifts, 0)
+        scored: list[Scored] = []
         if leg.rounds and AGGREGATORS[recipe.federation.rule].personal:
-            chosen, scored = {r.id for r in records}, []
+            chosen = {r.id for r in records}
             for name, held in self.prepared.stages[stage].rows.items():
                 self.model.write(self.kept.get(name, Kept()).adapter(served))
                 own = [r for r in held[split] if r.id in chosen]
@@ -490,20 +492,23 @@ class _Run:
         else:
             self.model.write(served)
             scored = score(self.model, self.formatter, records, self.prepared.recipe.evaluation, self.watch.advance)
-        return _score_rows(leg, stage, current.round, split, scored, self.prepared)
+        return scored
 
     def _test(self, leg: Leg, stage: int, current: Global) -> None:
         """Score the held-out rows of all stages so far."""
         self.watch.leg(leg.name, "scoring held-out rows")
         begin = time.perf_counter()
-        rows = self._score(leg, stage, current, "test", self.test_rows[stage])
+        scored = self._score(leg, stage, current, "test", self.test_rows[stage])
         seconds = time.perf_counter() - begin
+        rows = _score_rows(leg, stage, current.round, "test", scored, self.prepared)
         name = self.prepared.recipe.name
         rows.append(
             Row(name, leg.method, leg.seed, current.round, "test_seconds", seconds, "seconds", site=leg.site, stage=stage)
         )
         if leg.method == "federated" and stage + 1 == len(leg.stages):
             self._save_adapter(leg, current)
+        if stage + 1 == len(leg.stages):
+            self.folder.write_scores(leg.method, leg.site, {s.record.id: (s.record.task, s.score) for s in scored})
         self.folder.write_checkpoint(leg.name, current, self._kept_tensors())  # also of a stage in which nobody learnt
         self.state.update(round=current.round, tested=stage + 1)
         self.folder.save(self.state, rows)
@@ -526,7 +531,7 @@ def serve(model: Model, folder: RunFolder, prepared: Prepared) -> None:
 def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> Model:
     """Run every leg, from the folder's last state on. Returns the model with the federated adapter in it.
 
-    Leaves recipe.toml, env.json, rows.jsonl, checkpoints/, and adapter/ in PEFT format in the folder.
+    Leaves recipe.toml, env.json, rows.jsonl, scores.jsonl, checkpoints/, and adapter/ in PEFT format in the folder.
     """
     recipe = prepared.recipe
     torch.set_num_threads(recipe.threads)
