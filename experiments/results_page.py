@@ -84,6 +84,9 @@ FLAT = {
     "exchange-clinc150": ("exchange", "test", "fp32"),
     "exchange-cl15": ("exchange", "test", "fp32"),
     "exchange-quickstart": ("exchange", "test", "fp32"),
+    "exchange-cl15-keel": ("exchange", "test", "fp32"),
+    "exchange-clinc150-keel": ("exchange", "test", "fp32"),
+    "tune-exchange": ("tuning", "validation", "mean-b"),
     "single-quickstart": ("tuning", "validation", "fedit"),
     "single-clinc150": ("tuning", "validation", "fedit"),
 }
