@@ -23,6 +23,7 @@ from fedkeel.evaluate import score
 from fedkeel.messages import unpack_global
 from fedkeel.metrics import mean
 from fedkeel.model import Model
+from fedkeel.rng import derive
 from fedkeel.run import Prepared, describe_model, legs_of, payload_bytes, prepare
 from fedkeel.server import RoundResult
 from fedkeel.sites import arrivals
@@ -186,6 +187,62 @@ def test_training_rows_are_of_the_stage_and_held_out_rows_of_all_so_far(stream: 
                     assert got == {r.id for r in records if come[r.group] <= stage}
     assert not prepared.stages[0].rows["east"]["train"]
     assert len(prepared.stages[0].rows["north"]["train"]) == 8
+
+
+def test_replay_keeps_a_few_training_rows_of_each_earlier_stage(stream: list[str]) -> None:
+    """Against taking the row with the least hash again and again, by site and stage; all where there are fewer."""
+    stages = [*stream, "stream.stages=bank,home+echo,travel"]
+    plain, prepared = prepared_of(stages), prepared_of([*stages, "stream.replay=7"])
+    assert "between stages a site keeps up to 7 training rows of each stage, chosen by a hash of their id" in prepared.notes
+    assert "between stages a site keeps no row: what it learnt is in the adapter alone" in plain.notes
+    come = {"bank": 0, "home": 1, "": 1, "travel": 2}
+    kept_counts = set()
+    for name, held in prepared.sites.rows.items():
+        kept: list[str] = []
+        for stage in range(3):
+            new = [r.id for r in held["train"] if come[r.group] == stage]
+            got = prepared.stages[stage].rows[name]["train"]
+            assert [r.id for r in got] == sorted(new + kept)
+            assert {r.labels for r in got if r.labels} <= {prepared.stages[stage].all("test")[-1].labels}
+            for split in ("validation", "test"):
+                assert prepared.stages[stage].rows[name][split] == plain.stages[stage].rows[name][split]
+            left = list(new)
+            for _ in range(min(7, len(new))):
+                kept.append(left.pop(min(range(len(left)), key=lambda n: derive(1, "replay", left[n]))))
+            kept_counts.add(min(7, len(new)))
+    assert {0, 4, 7} <= kept_counts
+
+
+def test_a_site_without_new_rows_takes_part_with_what_it_keeps(stream: list[str]) -> None:
+    """Whole tasks to two sites: without replay one site learns in each stage; with it the first goes on with two rows."""
+    shares = [*stream, *TASKS, "partition.scheme=by-task", "partition.sites=2"]
+    first, second = (name for task in ("intent", "echo") for name, held in prepared_of(shares).sites.rows.items()
+                     if held["train"][0].task == task)  # fmt: skip
+    asked = []
+    for replay in (0, 2):
+        watch = Silent()
+        every = [f"stream.replay={replay}", f"name=replay-{replay}", 'evaluation.baselines=["local"]']
+        _, folder, _ = go([*shares, *every], watch)
+        rows = rows_of(folder)
+        asked.append([[u.site for u in result.updates] for leg, result in watch.results if leg == "federated"])
+        # test rows follow the partition, and a stage scores what has come by then
+        own = {(r["stage"], r["site"]) for r in rows if r["name"] == "own_score" and r["split"] == "test"
+               and r["method"] == "federated"}  # fmt: skip
+        assert own == {(0, first), (1, first), (1, second)}
+        learnt = {(r["site"], r["stage"]) for r in rows if r["name"] == "loss" and r["method"] == "local"}
+        assert learnt == {(first, 0), (second, 1)} | ({(first, 1)} if replay else set())
+    assert asked == [[[first]] * 2 + [[second]] * 2, [[first]] * 2 + [sorted([first, second])] * 2]
+
+
+def test_tasks_dealt_unevenly_leave_some_sites_out_of_a_stage(stream: list[str]) -> None:
+    """Dirichlet over tasks: all of one task is at one site, and a site is asked in the stages of which it has rows."""
+    skew = ["partition.scheme=dirichlet", "partition.over=tasks", "partition.sites=2", "partition.alpha=0.2", "seed=7"]
+    recipe, folder, _ = go([*stream, *TASKS, *skew])
+    prepared = prepare(recipe)
+    holders = [{name for name, held in stage.rows.items() if held["train"]} for stage in prepared.stages]
+    assert list(map(len, holders)) == [2, 1]
+    told = {(r["site"], r["stage"]) for r in rows_of(folder) if r["name"] == "loss"}
+    assert told == {(name, stage) for stage, names in enumerate(holders) for name in names}
 
 
 def test_candidates_are_the_labels_seen_so_far(stream: list[str]) -> None:
@@ -486,7 +543,15 @@ class Interrupted(Silent):
                 raise KeyboardInterrupt
 
 
-ALL_ON = [*GROUPS, *METHOD, "lora.dropout=0.1", "train.proximal=0.1", "federation.codec_down=bf16", "federation.codec_up=bf16"]
+ALL_ON = [
+    *GROUPS,
+    *METHOD,
+    "stream.replay=2",
+    "lora.dropout=0.1",
+    "train.proximal=0.1",
+    "federation.codec_down=bf16",
+    "federation.codec_up=bf16",
+]
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,8 @@ class Stream:
     # an order of tasks that data.tasks_file names under `task_orders` or `streams`; load_recipe writes it out as `stages`
     order: str = ""
     tasks_a_stage: int = _number(1, 1)  # of `order`
+    # training rows of each earlier stage that a site keeps and trains on beside new ones, chosen by hash; 0: it keeps no row
+    replay: int = _number(0, 0)
     # what is served after a stage: this share of what was served after the stage before, the rest as the stage left it
     average: float = _number(0.0, 0, 0.99)
 
@@ -464,12 +466,21 @@ def _cross_check(recipe: Recipe) -> None:
             "distill.align = 'cka' compares the positions of a whole batch, so train.micro_batch_size would change what is "
             "minimised: set it to 0, or distill.align = 'cosine'"
         )
+    _check_stream(recipe)
     _check_exchange(recipe)
     for baseline in recipe.evaluation.baselines:
         if baseline not in BASELINES:
             raise ConfigError(f"evaluation.baselines: {baseline!r} is not one of {', '.join(BASELINES)}")
     if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
         raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
+
+
+def _check_stream(recipe: Recipe) -> None:
+    if recipe.stream.replay and not recipe.stream.stages:
+        raise ConfigError(
+            f"stream.replay = {recipe.stream.replay} keeps rows of earlier stages, and there is one stage: set "
+            f"stream.stages or stream.order, or stream.replay = 0"
+        )
 
 
 def _check_exchange(recipe: Recipe) -> None:

@@ -32,7 +32,7 @@ from fedkeel.messages import factors_down, names_of, pack, pack_global
 from fedkeel.metrics import macro
 from fedkeel.model import Model, kind_of, load_config
 from fedkeel.server import RoundResult, run_round
-from fedkeel.sites import Sites, arrivals, make_sites, stages_of
+from fedkeel.sites import Sites, arrivals, kept_between_stages, make_sites, stages_of
 from fedkeel.sources import load_records
 from fedkeel.structure import left_out
 from fedkeel.types import Adapter, Global, Lora, Record, Reply, Row
@@ -94,6 +94,8 @@ def prepare(recipe: Recipe) -> Prepared:
     if len(arrival) < len(records):
         notes.append(f"{len(records) - len(arrival)} rows left out: no stage of the stream names their task or label group")
         records = [r for r in records if r.id in arrival]
+    if recipe.stream.stages:
+        notes.append(kept_between_stages(recipe))
     sites = make_sites(records, recipe)
     label_sets: dict[str, set[tuple[str, ...]]] = {}
     for record in records:

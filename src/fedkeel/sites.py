@@ -111,12 +111,21 @@ def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
     return found
 
 
+def kept_between_stages(recipe: Recipe) -> str:
+    """What a site keeps of the rows of a stage once it is over, in words."""
+    count = recipe.stream.replay
+    if not count:
+        return "between stages a site keeps no row: what it learnt is in the adapter alone"
+    return f"between stages a site keeps up to {count} training rows of each stage, chosen by a hash of their id"
+
+
 def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[Sites]:
     """The sites as they are in each stage of the stream; without one, a single stage with everything.
 
-    In stage s a site trains on the rows that arrive then and keeps none from before; validation and test rows are those of
-    all stages up to s. Candidate labels of a task are those seen up to s (class-incremental where a stage names label
-    groups, task-incremental where it names tasks). A site may hold no training row in a stage and is then not asked.
+    In stage s a site trains on the rows that arrive then and on those that it keeps of each earlier stage: the first
+    stream.replay of them by a hash of their id, so none by default. Validation and test rows are those of all stages up to s.
+    Candidate labels of a task are those seen up to s (class-incremental where a stage names label groups, task-incremental
+    where it names tasks), for kept rows too. A site may hold no training row in a stage and is then not asked.
     arrival: record id -> stage, as `arrivals` finds it, for every record of the sites.
     """
     everything = [r for split in ("train", "validation", "test") for r in sites.all(split)]
@@ -127,6 +136,15 @@ def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[
             born[label] = min(arrival[record.id], born.get(label, arrival[record.id]))
     named = {name for names in stage_names(recipe) for name in names}
     by_group = {r.task for r in everything if r.group and named and r.task not in named}
+
+    kept: set[str] = set()  # ids of the rows that some site keeps once their stage is over
+    for held in sites.rows.values():
+        for stage in range(len(recipe.stream.stages) - 1):
+            came = [r for r in held["train"] if arrival[r.id] == stage]
+            kept.update(r.id for r in sorted(came, key=lambda r: derive(recipe.seed, "replay", r.id))[: recipe.stream.replay])
+
+    def trains(record: Record, stage: int) -> bool:
+        return arrival[record.id] == stage or (arrival[record.id] < stage and record.id in kept)
 
     def at_stage(record: Record, stage: int) -> Record:
         if record.task not in by_group:
@@ -139,15 +157,13 @@ def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[
         rows = {
             name: {
                 split: [
-                    at_stage(r, stage)
-                    for r in records
-                    if (arrival[r.id] == stage if split == "train" else arrival[r.id] <= stage)
+                    at_stage(r, stage) for r in records if (trains(r, stage) if split == "train" else arrival[r.id] <= stage)
                 ]
                 for split, records in held.items()
             }
             for name, held in sites.rows.items()
         }
-        if not any(held["train"] for held in rows.values()):
+        if not any(arrival[r.id] == stage for held in rows.values() for r in held["train"]):
             raise ConfigError(
                 f"stream.stages: no site keeps a training row of stage {stage + 1}; raise data.rows_per_site "
                 f"(now {recipe.data.rows_per_site}) or put more tasks into the stage"
