@@ -310,7 +310,6 @@ def bench(
     console.print(f"{plan.title} -> {folder}/", markup=False, highlight=False)
     from fedkeel.display import SuiteDisplay
     from fedkeel.files import write_atomic
-    from fedkeel.report import write_suite_report
 
     try:
         with SuiteDisplay(console, jobs) as display:
@@ -322,6 +321,8 @@ def bench(
         write_atomic(folder / "tuned.toml", tuned_text(trial_scores(runs, folder)))
         console.print(f"chosen by validation rows: {folder / 'tuned.toml'}", markup=False, highlight=False)
     else:
+        from fedkeel.report import write_suite_report
+
         with console.status("reading the data, for chance levels"):
             write_atomic(folder / "chance.json", json.dumps(chance(runs), indent=1) + "\n")
         console.print(f"report: {write_suite_report(folder)}", markup=False, highlight=False)
