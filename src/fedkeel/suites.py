@@ -12,16 +12,18 @@ import ctypes
 import difflib
 import json
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
 import tomllib
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -432,28 +434,46 @@ def jobs_for(memory_each: float = 2e9) -> int:
 
 
 def _die_with(parent: int) -> None:
-    """In a child, on Linux: when the suite's process is killed, so is this one, and no run goes on unseen."""
+    """On Linux: when the process that started this one is killed, so is this one, and no run goes on unseen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it died before the line above
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _work(arguments: Sequence[str], log: str) -> None:
+    """A run in a process of its own: `fedkeel run` with these arguments, everything it prints in `log`."""
+    _die_with(os.getppid())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with open(log, "ab", buffering=0) as told:
+        for stream in (1, 2):
+            os.dup2(told.fileno(), stream)
+    sys.argv = ["fedkeel", "run", *arguments]
+    runpy.run_module("fedkeel.cli", run_name="__main__")
+
+
+def _processes() -> BaseContext:
+    """Processes that begin with the libraries loaded, where the system can fork: that is a tenth of a short run."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["fedkeel.run", "fedkeel.display", "fedkeel.report", "peft"])
+    return context
+
+
 @dataclass
 class _Job:
     run: Planned
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     begin: float
 
 
-def _start(run: Planned, out: Path) -> _Job:
-    folder = out / run.name
-    resume = ["--resume"] if (folder / "state.json").exists() else []
-    command = [sys.executable, "-m", "fedkeel.cli", "run", *run.overrides, f"out={out}", *resume]
-    with (out / f"{run.name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=partial(_die_with, os.getpid())
-        )
+def _start(context: BaseContext, run: Planned, out: Path) -> _Job:
+    resume = ["--resume"] if (out / run.name / "state.json").exists() else []
+    arguments = [*run.overrides, f"out={out}", *resume]
+    # not a daemon: those may not have processes of their own, and a federation may
+    process = context.Process(target=_work, args=(arguments, str(out / f"{run.name}.log")))  # type: ignore[attr-defined]
+    process.start()
     return _Job(run, process, time.perf_counter())
 
 
@@ -477,9 +497,10 @@ def _stopped_at_the_end(jobs: Sequence[_Job]) -> Iterator[None]:
         yield
     finally:
         for job in jobs:
-            job.process.send_signal(signal.SIGINT)
+            if job.process.pid is not None and job.process.is_alive():
+                os.kill(job.process.pid, signal.SIGINT)
         for job in jobs:
-            job.process.wait()
+            job.process.join()
 
 
 def other_recipe(run: Planned, folder: Path) -> str:
@@ -513,17 +534,17 @@ def execute(plan: Plan, runs: Sequence[Planned], out: Path, jobs: int, watch: Wa
     waiting = deque(run for run in runs if not finished(out / run.name))
     watch.begin(len(runs), len(runs) - len(waiting))
     running: list[_Job] = []
-    failed = []
+    failed, context = [], _processes()
     with _stopped_at_the_end(running):
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(waiting.popleft(), out))
+                running.append(_start(context, waiting.popleft(), out))
             watch.at([_how_far(job, out) for job in running])
             time.sleep(POLL)
-            for job in [job for job in running if job.process.poll() is not None]:
+            for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
-                reason = out / f"{job.run.name}.failed"
-                failure = _failure(out, job.run, job.process.returncode) if job.process.returncode else ""
+                reason, code = out / f"{job.run.name}.failed", job.process.exitcode
+                failure = _failure(out, job.run, code) if code else ""
                 if failure:
                     failed.append(job.run)
                     write_atomic(reason, failure + "\n")
