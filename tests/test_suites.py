@@ -59,7 +59,8 @@ tuned_as = "near"
 [methods.both]
 
 [knobs]
-"train.batch_size" = [4, 8]
+"train.batch_size" = [4, 16, 8]
+"train.lr" = [0.1]
 """
 
 
@@ -113,6 +114,9 @@ def test_runs_come_seed_by_seed_and_later_overrides_win(plan_file: Path) -> None
     assert left == ["stream 'b' needs b:data.root=...; it is left out"]
     methods = ["plain", "near", "far", "both", "train.batch_size=4", "train.batch_size=8"]
     assert [(r.seed, r.method) for r in runs] == [(s, m) for s in (3, 4) for m in methods]
+    # 16 rows and a rate of 0.1 are what `plain` has on every stream
+    sizes = {"4": "train.batch_size=4", "16": "plain", "8": "train.batch_size=8"}
+    assert load_plan(str(plan_file)).knobs == {"train.batch_size": sizes, "train.lr": {"0.1": "plain"}}
     resolved = {r.method: load_recipe(None, r.overrides) for r in runs if r.seed == 4}
     train = {m: (r.train.lr, r.train.local_steps, r.train.proximal, r.train.batch_size) for m, r in resolved.items()}
     assert train == {
@@ -167,8 +171,9 @@ def test_every_method_is_tried_with_every_setting_of_the_grid(plan_file: Path) -
         (("seeds = [3, 4]", "seeds = [true]"), "whole numbers from 0"),
         (('streams = ["a"]', 'streams = ["aa"]'), "no 'aa'"),
         (('tuned_as = "near"', 'tuned_as = "nearer"'), "no 'nearer'"),
-        (("[4, 8]", "[]"), "must be a list of values"),
+        (("[4, 16, 8]", "[]"), "must be a list of values"),
         (('factors = ["near", "far"]', ""), "square names four methods"),
+        (('"train.batch_size" =', '"train.batch" ='), "unknown key 'train.batch'; did you mean 'train.batch_size'"),
         (("tuned = { near", "tuned = { neer"), "no 'neer'"),
         (("[streams.a]", "[streams.a"), "two.toml"),
     ],

@@ -24,10 +24,11 @@ from itertools import product
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedkeel.config import ConfigError, load_recipe, to_toml
+from fedkeel.config import ConfigError, Recipe, known_keys, load_recipe, to_toml
 from fedkeel.files import write_atomic
 from fedkeel.metrics import mean
 from fedkeel.report import read_rows
@@ -156,6 +157,22 @@ def _as_text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, bool | list) else str(value)
 
 
+def _value_of(key: str, overrides: Sequence[str]) -> str:
+    """What `key` has under these overrides, as an override writes it. Raises ConfigError on an unknown key."""
+    if key not in known_keys():
+        near = difflib.get_close_matches(key, known_keys(), 1)
+        raise ConfigError(f"knobs: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    given = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == key]
+    return given[-1] if given else _as_text(attrgetter(key)(Recipe()))
+
+
+def _same_value(a: str, b: str) -> bool:
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
 def _method(tree: Any, streams: Sequence[str], methods: Sequence[str], where: str) -> Method:
     if not isinstance(tree, dict):
         raise ConfigError(f'{where} must be a table, such as {{text = "...", set = ["train.proximal=0.1"]}}')
@@ -192,7 +209,8 @@ def load_plan(name: str, tuned: Path | None = None) -> Plan:
 
     tuned: a file that `write_tuned` wrote, whose choices replace the plan's own.
 
-    `[knobs]` gives each key its values, and every value is a method: the reference with that one key changed.
+    `[knobs]` gives each key its values, and every value is a method: the reference with that one key changed, or the reference
+    itself where that is its value.
     Raises ConfigError on a file that is missing or malformed, a key or name that is not known, or nothing to compare.
     """
     path = Path(name) if name.endswith(".toml") else PLANS / f"{name}.toml"
@@ -224,6 +242,12 @@ def load_plan(name: str, tuned: Path | None = None) -> Plan:
         knobs[key] = {}
         for value in values:
             text, of = _as_text(value), methods[reference]
+            own = [
+                _value_of(key, [*tree.get("set", []), *stream.get("set", []), *of.get("set", [])]) for stream in streams.values()
+            ]
+            if all(_same_value(text, value) for value in own):  # the reference itself is this point of the curve
+                knobs[key][text] = reference
+                continue
             knobs[key][text] = f"{key}={text}"
             methods[f"{key}={text}"] = {
                 **of, "text": "", "set": [*of.get("set", []), f"{key}={text}"], "tuned_as": of.get("tuned_as") or reference,
