@@ -80,10 +80,18 @@ def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
 
     Raises ConfigError on a stage without training rows, a name that no record carries, or one that stands twice.
     """
-    stages = stage_names(recipe)
+    stages, order = stage_names(recipe), recipe.stream.order
     if not stages:
         return [0] * len(records)
-    known = {r.task for r in records} | {r.group for r in records if r.group}
+    tasks = {r.task for r in records}
+    missing = [name for names in stages for name in names if name not in tasks]
+    if order and missing:
+        raise ConfigError(
+            f"stream.order = {order!r} names {', '.join(missing[:5])}, and no row is of "
+            f"{'that task' if len(missing) == 1 else f'these {len(missing)} tasks'}: add the files to data.files, or list in "
+            f"data.tasks those that you have"
+        )
+    known = tasks | {r.group for r in records if r.group}
     where: dict[str, int] = {}
     for stage, names in enumerate(stages):
         for name in names:
