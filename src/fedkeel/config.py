@@ -162,6 +162,7 @@ class Distill:
     layer_trust: bool = True  # less where the sites disagreed in the last round
     memory: float = _number(0.0, 0, 1)  # share of the teacher that is what was served after the stage before
     ramp: float = _number(0.1, 0, 1)  # share of the run over which the weight rises from 0
+    every: int = _number(1, 1)  # guidance in every n-th step, at n times the weight: the teacher then costs an n-th
     cache: int = _number(64, 0)  # entries kept of a cached teacher output where a round meets rows again; 0: no cache
 
 

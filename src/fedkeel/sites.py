@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from fedkeel import partition
 from fedkeel.config import ConfigError, Recipe
@@ -146,11 +147,12 @@ def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[
     def trains(record: Record, stage: int) -> bool:
         return arrival[record.id] == stage or (arrival[record.id] < stage and record.id in kept)
 
+    @cache  # one answer for the many rows of a task
+    def seen(task: str, labels: tuple[str, ...], stage: int) -> tuple[str, ...]:
+        return tuple(v for v in labels if born.get((task, v), stage + 1) <= stage)
+
     def at_stage(record: Record, stage: int) -> Record:
-        if record.task not in by_group:
-            return record
-        seen = tuple(v for v in record.labels if born.get((record.task, v), stage + 1) <= stage)
-        return replace(record, labels=seen)
+        return replace(record, labels=seen(record.task, record.labels, stage)) if record.task in by_group else record
 
     found = []
     for stage in range(max(1, len(recipe.stream.stages))):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -19,30 +21,36 @@ if TYPE_CHECKING:
 METHODS = {"base": "base", "local": "local-only", "federated": "federated", "centralised": "centralised"}
 MISSING = "–"
 NOT_FINITE = "not finite"
+FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain text. header: one name a column. lines: as many cells each. notes: sentences below it."""
+    """A table of plain text. header: one name a column. lines: as many cells each. notes: sentences below it.
+
+    rules: numbers of lines, from 0, above which a rule sets groups of lines apart where a format can draw one.
+    """
 
     title: str
     header: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    rules: tuple[int, ...] = ()
 
     def numeric(self) -> list[bool]:
         """Per column, whether it belongs to the right: it is not the first, and each cell is a number or stands for one."""
         columns = list(zip(*self.lines, strict=True)) or [()] * len(self.header)
-        return [k > 0 and all(c[:1].isdigit() or c in (MISSING, NOT_FINITE) for c in cells) for k, cells in enumerate(columns)]
+        words = (MISSING, NOT_FINITE, FAILED)
+        return [k > 0 and all(c.lstrip("+−")[:1].isdigit() or c in words for c in cells) for k, cells in enumerate(columns)]
 
-    def markdown(self) -> str:
-        """A heading, a pipe table and a list of notes, in GitHub's Markdown, with every special character escaped."""
+    def markdown(self, level: int = 2) -> str:
+        """A heading of `level`, a pipe table and a list of notes, in GitHub's Markdown, with every special character escaped."""
         rule = ["---:" if right else "---" for right in self.numeric()]
         table = [self.header, *self.lines]
         body = ["| " + " | ".join(map(escape, cells)) + " |" for cells in table]
         body.insert(1, "| " + " | ".join(rule) + " |")
         notes = [f"- {escape(note)}" for note in self.notes]
-        return "\n".join([f"## {escape(self.title)}", "", *body, *([""] if notes else []), *notes]) + "\n"
+        return "\n".join([f"{'#' * level} {escape(self.title)}", "", *body, *([""] if notes else []), *notes]) + "\n"
 
     def rich(self) -> RichTable:
         """The same for a terminal, meant to fit into 80 characters: title, table, and the notes as its caption."""
@@ -69,12 +77,22 @@ def escape(text: str) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The Rows of a rows.jsonl; a value of null becomes NaN. Raises FedKeelError, naming file and line."""
+    """The Rows of a rows.jsonl, or of the rows.jsonl.gz beside where it would be; a value of null becomes NaN.
+
+    Raises FedKeelError, naming file and line.
+    """
+    return [_row(line, f"{path}:{number}") for number, line in enumerate(read_lines(path), 1)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, or of the same with `.gz` after its name. Raises FedKeelError if neither can be read."""
+    packed = path.with_name(path.name + ".gz")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        if not path.exists() and packed.exists():
+            return gzip.decompress(packed.read_bytes()).decode("utf-8").splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise FedKeelError(f"{path} cannot be read: {error}") from error
-    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 def _row(line: str, where: str) -> Row:
@@ -150,8 +168,17 @@ def lowest(values: Iterable[float]) -> float:
 
 
 def number(value: float, digits: int = 1) -> str:
-    """With `digits` decimals; NOT_FINITE for NaN and infinity."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else NOT_FINITE
+    """With `digits` decimals and a true minus; NOT_FINITE for NaN and infinity."""
+    if not math.isfinite(value):
+        return NOT_FINITE
+    shown = f"{value:.{digits}f}"
+    return shown.lstrip("-") if float(shown) == 0.0 else shown.replace("-", "−")
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """As `number`, with a plus above 0."""
+    shown = number(value, digits)
+    return f"+{shown}" if math.isfinite(value) and float(f"{value:.{digits}f}") > 0.0 else shown
 
 
 def points(share: float) -> str:

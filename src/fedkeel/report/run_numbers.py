@@ -1,0 +1,139 @@
+"""What one leg of one run is worth: numbers from its Rows, as shares. Averages may leave tasks out (see chance.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from fedkeel import metrics
+from fedkeel.types import Row
+
+Matrix = dict[int, dict[int, float]]  # R[after stage][stage that the rows came with], both from 0
+
+
+def last_stage(rows: Sequence[Row], leg: str) -> int:
+    """The last stage after which this leg was scored on test rows; 0 outside a stream."""
+    return max((r.stage for r in rows if r.method == leg and r.split == "test"), default=0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def by_task(rows: Sequence[Row], leg: str, stage: int, split: str = "test") -> dict[str, float]:
+    """task -> score after `stage`, over the sites' models if there are several."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for r in rows:
+        if (r.method, r.name, r.split, r.stage) == (leg, "score", split, stage) and r.task:
+            found[r.task].append(r.value)
+    return {task: _mean(values) for task, values in sorted(found.items())}
+
+
+def final_score(rows: Sequence[Row], leg: str, left_out: Collection[str] = ()) -> float | None:
+    """The score after the last stage, the mean over tasks (without those left out) and over the sites' models if there are
+    several; None if it was not scored."""
+    stage = last_stage(rows, leg)
+    if left_out:
+        kept = [score for task, score in by_task(rows, leg, stage).items() if task not in left_out]
+        return _mean(kept) if kept else None
+    key = (leg, "score", "test", stage, "")
+    scores = [r.value for r in rows if (r.method, r.name, r.split, r.stage, r.task) == key]
+    return _mean(scores) if scores else None
+
+
+def tasks_by_stage(rows: Sequence[Row], leg: str) -> list[list[str]] | None:
+    """Of a stream whose stages are made of whole tasks, those that each stage brought; None if a stage brought none, or a
+    task got more test rows in a later stage: then a task's score belongs to no one stage."""
+    counts: dict[str, dict[int, float]] = defaultdict(dict)
+    for r in rows:
+        if (r.method, r.name, r.split) == (leg, "rows", "test") and r.task:
+            counts[r.task][r.stage] = r.value
+    if any(len(set(seen.values())) > 1 for seen in counts.values()):
+        return None
+    stages: list[list[str]] = [[] for _ in range(last_stage(rows, leg) + 1)]
+    for task, seen in sorted(counts.items()):
+        stages[min(seen)].append(task)
+    return stages if all(stages) else None
+
+
+def stage_matrix(rows: Sequence[Row], leg: str = "federated", left_out: Collection[str] = ()) -> Matrix:
+    """R[s][i]: the score on the rows of stage i after stage s, i ≤ s; empty outside a stream.
+
+    Tasks left out are taken out of their stage's mean where stages are made of whole tasks; a stage with no other task is
+    missing as a column, and as a line unless it is the last, which tells what is left of the others. Where they are not, the
+    scores stand as the run wrote them.
+    """
+    found: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in rows:
+        if (r.method, r.split) == (leg, "test") and r.name.startswith("score_of_stage_"):
+            found[r.stage][int(r.name.rpartition("_")[2]) - 1].append(r.value)
+    matrix = {s: {i: _mean(v) for i, v in sorted(line.items())} for s, line in sorted(found.items())}
+    stages = tasks_by_stage(rows, leg) if left_out else None
+    if not matrix or stages is None:
+        return matrix
+    kept = {i: tasks for i, brought in enumerate(stages) if (tasks := [t for t in brought if t not in left_out])}
+    matrix = {}
+    for s in sorted({*kept, len(stages) - 1} if kept else ()):
+        scores = by_task(rows, leg, s)
+        matrix[s] = {i: _mean([scores[t] for t in tasks]) for i, tasks in kept.items() if i <= s}
+    return matrix
+
+
+def stream_numbers(matrix: Matrix) -> dict[str, float]:
+    """learnt, bwt, forgetting and retention of a stream (see metrics.py), those that have a value."""
+    order = sorted(matrix)
+    triangle = [[matrix[s].get(i, math.nan) for i in order if i <= s] for s in order]
+    judged = bool(order) and order[-1] in matrix[order[-1]]
+    learnt = triangle if judged else triangle[:-1]  # a last stage that is left out was not learnt ...
+    if not judged and triangle:
+        triangle[-1] = [*triangle[-1][:-1], 0.0]  # ... and what the others measure reads earlier stages alone
+    measures: dict[str, tuple[Callable[[Any], float], list[list[float]]]] = {
+        "learnt": (metrics.average_learnt, learnt),
+        "bwt": (metrics.backward_transfer, triangle),
+        "forgetting": (metrics.forgetting, triangle),
+        "retention": (metrics.retention_ratio, triangle),
+    }
+    found = {}
+    for name, (measure, table) in measures.items():
+        with contextlib.suppress(ValueError):  # a stage not scored, one stage alone, or nothing above 0 to keep
+            found[name] = measure(table)
+    return found
+
+
+def own_scores(rows: Sequence[Row], leg: str, split: str = "test") -> dict[str, float]:
+    """site -> score on its own test rows, after the last stage."""
+    stage = last_stage(rows, leg)
+    key = (leg, "own_score", split, stage)
+    return {r.site: r.value for r in rows if (r.method, r.name, r.split, r.stage) == key}
+
+
+def bottom_decile(values: Collection[float]) -> float:
+    """The mean of the lowest tenth, at least one: with up to 19 sites, the worst. Raises ValueError on nothing."""
+    return metrics.mean(sorted(values)[: max(1, len(values) // 10)])
+
+
+def measured(rows: Sequence[Row], name: str) -> float | None:
+    """The value over all tasks and sites of a measure of the federated model; None if it was not measured."""
+    found = [r.value for r in rows if (r.method, r.name, r.task, r.site) == ("federated", name, "", "")]
+    return found[-1] if found else None
+
+
+def mean_cka(rows: Sequence[Row], name: str) -> float | None:
+    """The mean of NAME/{tap} over taps, stages and sites; None if it was not measured."""
+    found = [r.value for r in rows if r.name.startswith(f"{name}/")]
+    return _mean(found) if found else None
+
+
+def split_score(rows: Sequence[Row], split: str) -> float | None:
+    """The federated model's last score over all tasks on rows of `split`; None if there were none."""
+    found = [r.value for r in rows if (r.method, r.name, r.split, r.task, r.site) == ("federated", "score", split, "", "")]
+    return found[-1] if found else None
+
+
+def cost_of_a_round(rows: Sequence[Row]) -> float | None:
+    """Processor seconds of a federated round, all sites together, the mean over rounds."""
+    seconds = [r.value for r in rows if (r.method, r.name) == ("federated", "cpu_seconds")]
+    return _mean(seconds) if seconds else None
