@@ -228,6 +228,7 @@ class Evaluation:
     every: int = _number(1, 1)  # rounds between curve points
     validation_rows: int = _number(100, 0)  # a task; 0: all
     test_rows: int = _number(400, 0)  # a task; 0: all
+    unseen_sites: int = _number(0, 0)  # sites, drawn by the seed, that take no part in any training; their test rows are scored
     batch_size: int = _number(32, 1)
     max_new_tokens: int = _number(48, 1)
     baselines: tuple[str, ...] = ("base", "local", "centralised")
@@ -241,6 +242,8 @@ class Recipe:
     seed: int = _number(1, 0)
     out: str = "runs"
     threads: int = _number(0, 0)  # of torch; 0: the cores this process may use, at most 2
+    # beside TensorBoard's event files, which every run writes: `wandb`, `mlflow`
+    track: tuple[str, ...] = field(default=(), metadata={"choices": ("wandb", "mlflow")})
     model: Model = field(default_factory=Model)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: Data = field(default_factory=Data)
@@ -269,6 +272,13 @@ def known_keys(cls: Any = Recipe, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
+def _check_choice(key: str, value: Any, choices: Sequence[str] | None) -> None:
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{key} = {value!r}: one of {', '.join(choices)} belongs here{hint}")
+
+
 def _check(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     """`value` as the type of its field, or a ConfigError."""
     if hint == tuple[int, ...]:
@@ -284,16 +294,14 @@ def _check(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
             value = [v for v in value.split(",") if v]
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise ConfigError(f"{key} = {value!r}: a list of strings belongs here")
+        for one in value:
+            _check_choice(key, one, metadata.get("choices"))
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not hint:
         raise ConfigError(f"{key} = {value!r}: {hint.__name__} belongs here, not {type(value).__name__}")
-    choices = metadata.get("choices")
-    if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{key} = {value!r}: one of {', '.join(choices)} belongs here{hint_text}")
+    _check_choice(key, value, metadata.get("choices"))
     if metadata.get("codec"):
         _check_codec(key, value)
     if "low" in metadata:

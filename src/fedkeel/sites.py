@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -22,6 +22,10 @@ class Sites:
     def all(self, split: str) -> list[Record]:
         """The rows of all sites together, sorted by id, so that no file order or site name matters."""
         return sorted((r for held in self.rows.values() for r in held[split]), key=lambda r: r.id)
+
+    def only(self, names: Collection[str]) -> Sites:
+        """The sites of these names."""
+        return Sites({name: held for name, held in self.rows.items() if name in names})
 
 
 def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
@@ -172,3 +176,37 @@ def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[
             )
         found.append(Sites(rows))
     return found
+
+
+def unseen_sites(sites: Sites, recipe: Recipe) -> list[str]:
+    """The names of the evaluation.unseen_sites sites that take no part in training, drawn by the seed; sorted.
+
+    Raises ConfigError if none would be left to train, or if no row of theirs could be scored.
+    """
+    count, names = recipe.evaluation.unseen_sites, sorted(sites.rows)
+    if count >= len(names):
+        raise ConfigError(
+            f"evaluation.unseen_sites = {count} leaves none of {len(names)} sites to train; it is at most {len(names) - 1}"
+        )
+    order = numpy_generator(recipe.seed, "unseen-sites").permutation(len(names))
+    chosen = sorted(names[i] for i in order[:count])
+    if chosen and not any(sites.rows[name]["test"] for name in chosen):
+        raise ConfigError(
+            f"evaluation.unseen_sites = {count}: {', '.join(chosen)} would take no part in training, and without a test row "
+            f"there is nothing to score"
+        )
+    return chosen
+
+
+def check_stages_are_learnt(stages: Sequence[Sites], arrival: Mapping[str, int], recipe: Recipe) -> None:
+    """Raise ConfigError if no site that takes part holds a training row that arrives in some stage, naming the stage.
+
+    stages: the sites that take part, by stage.
+    """
+    for number, stage in enumerate(stages):
+        if not any(arrival[r.id] == number for r in stage.all("train")):
+            count, names = recipe.evaluation.unseen_sites, recipe.stream.stages[number]
+            raise ConfigError(
+                f"evaluation.unseen_sites = {count} takes every training row of stage {number + 1} ({names}) away: set it "
+                f"lower, or another seed or partition"
+            )
