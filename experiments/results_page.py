@@ -156,31 +156,35 @@ def _spread(shares: list[float]) -> str:
     return f"{100 * mean(shares):.1f}" + (f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else "")
 
 
-def step_cost() -> dict[str, Any]:
-    """The last line of the committed output of benchmarks/step_cost.py."""
-    found: dict[str, Any] = json.loads((ROOT / "results" / "step-cost" / "cpu.txt").read_text().splitlines()[-1])
+STEP_COST = {"cpu.txt": "What a step costs", "cpu-avx2.txt": "The same on the second machine"}
+
+
+def step_cost(file: str) -> dict[str, Any]:
+    """The last line of a committed output of benchmarks/step_cost.py."""
+    found: dict[str, Any] = json.loads((ROOT / "results" / "step-cost" / file).read_text().splitlines()[-1])
     return found
 
 
-def step_cost_table() -> Table:
+def step_cost_table(file: str) -> Table:
     """Seconds, ratio to plain, and peak memory by variant."""
     lines = [
         (r["base"], r["variant"], f"{r['seconds']:.2f}", f"{r['ratio']:.2f}", f"{r['peak_mb']:.0f}", f"{r['peak_ratio']:.2f}")
-        for r in step_cost()["results"]
+        for r in step_cost(file)["results"]
     ]
     header = ("base", "variant", "s a round", "against plain", "peak MB", "against plain, peak")
-    return Table("What a step costs", header, tuple(lines))
+    return Table(STEP_COST[file], header, tuple(lines))
 
 
 def streams() -> str:
     """The part of docs/results.md on the method."""
-    cost = step_cost()
+    cost = step_cost("cpu.txt")
     parts = [f"# Results of the method, on task streams\n\n{TEXT['task streams']}\n"]
     parts += [stream_section("streams", plan, "test") for plan in STREAMS]
     parts.append(f"## Held-out damage\n\n{TEXT['held-out damage']}\n\n{_below(damage_table())}\n")
     parts.append(
         f"## Step cost\n\n{TEXT['step cost']}\n\n`benchmarks/step_cost.py`, {cost['rows']} rows of {cost['length']} tokens, "
-        f"one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
+        f"one thread; outputs: [first](../results/step-cost/cpu.txt) and [second machine](../results/step-cost/cpu-avx2.txt).\n\n"
+        + "\n".join(_below(step_cost_table(file)) for file in STEP_COST)
     )
     parts += [
         f"# Results of the exchange\n\n{TEXT['exchange']}\n",
