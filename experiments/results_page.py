@@ -183,7 +183,7 @@ def streams() -> str:
     parts.append(f"## Held-out damage\n\n{TEXT['held-out damage']}\n\n{_below(damage_table())}\n")
     parts.append(
         f"## Step cost\n\n{TEXT['step cost']}\n\n`benchmarks/step_cost.py`, {cost['rows']} rows of {cost['length']} tokens, "
-        f"one thread; outputs: [first](../results/step-cost/cpu.txt) and [second machine](../results/step-cost/cpu-avx2.txt).\n\n"
+        "one thread; outputs: [first](../results/step-cost/cpu.txt), [second machine](../results/step-cost/cpu-avx2.txt).\n\n"
         + "\n".join(_below(step_cost_table(file)) for file in STEP_COST)
     )
     parts += [
