@@ -318,7 +318,8 @@ def bench(
         console.print("\nstopped; the same command goes on from here", markup=False, highlight=False)
         raise typer.Exit(130) from None
     if tune:
-        write_atomic(folder / "tuned.toml", tuned_text(trial_scores(runs, folder)))
+        every, _ = runs_of(plan, extra=wanted, tune=True)  # also trials of another call, for other streams or methods
+        write_atomic(folder / "tuned.toml", tuned_text(trial_scores(every, folder)))
         console.print(f"chosen by validation rows: {folder / 'tuned.toml'}", markup=False, highlight=False)
     else:
         from fedkeel.report import write_suite_report
