@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from suites import one_row, scored, write_plan, write_run
 
 from fedkeel.report.chance import chances
 from fedkeel.report.interval import paired_difference
@@ -27,7 +28,6 @@ from fedkeel.report.suite_tables import (
 )
 from fedkeel.rng import numpy_generator
 from fedkeel.types import FedKeelError, Row
-from suites import one_row, scored, write_plan, write_run
 
 
 def two_stages(run: str, seed: int, first: float, last: tuple[float, float], own: dict[str, float]) -> list[Row]:

@@ -114,13 +114,13 @@ def _score_notes(
     suite: Suite, results: Sequence[Result], chances: Mapping[str, Chance], missing: Sequence[str]
 ) -> tuple[str, ...]:
     notes = [
-        "Final score: after the last stage, on held-out test rows, the mean over tasks, in points from 0 to 100; mean ± standard "
-        "deviation (n − 1) over seeds. Differences are of equal seeds. Baselines come first, then methods, each from the best.",
+        "Final score: after the last stage, on held-out test rows, the mean over tasks, in points from 0 to 100; mean ± "
+        "standard deviation (n − 1) over seeds. Differences are of equal seeds. Baselines come first, then methods, each from the best.",
     ]
     if any(r.interval for r in results):
         notes.append(
-            f"Interval: paired bootstrap of the difference, {RESAMPLES:,} resamples of the test rows within each task, all seeds "
-            "of a row together. It tells of the choice of test rows alone; the spread over seeds is the ± beside it."
+            f"Interval: paired bootstrap of the difference, {RESAMPLES:,} resamples of the test rows within each task, all "
+            "seeds of a row together. It tells of the choice of test rows alone; the spread over seeds is the ± beside it."
         )
     if any(r.stream["learnt"] for r in results):
         notes.append(
@@ -130,8 +130,8 @@ def _score_notes(
         )
     if any(r.worst for r in results):
         notes.append(
-            "Sites: scores on a site's own test rows after the last stage; bottom decile is the mean of the lowest tenth of the "
-            "sites, at least one; sd over sites with n − 1. All their tasks count."
+            "Sites: scores on a site's own test rows after the last stage; bottom decile is the mean of the lowest tenth of "
+            "the sites, at least one; sd over sites with n − 1. All their tasks count."
         )
     if any(r.held_out_ssi for r in results):
         notes.append(
@@ -139,8 +139,8 @@ def _score_notes(
             "cost anything. Fall: clean score less damaged score, in points."
         )
     notes.append(
-        "MB (10⁶ bytes) of all sites and rounds, as serialised. Local steps are those of a site and round. Trials: settings that "
-        "tuning tried. Step cost: processor time of a round, as a multiple of the reference's. A baseline takes the optimiser "
+        "MB (10⁶ bytes) of all sites and rounds, as serialised. Local steps are those of a site and round. Trials: settings "
+        "that tuning tried. Step cost: processor time of a round, as a multiple of the reference's. A baseline takes the optimiser "
         "steps of what it stands against."
     )
     out = [task for task, chance in chances.items() if chance.out]
@@ -305,15 +305,15 @@ def retention_table(stream: str, results: Sequence[Result]) -> Table:
         cells = (with_sd(kl, 3), with_sd(ratio, 3), with_sd(cka, 3), with_sd([1 - v for v in site], 3))
         lines.append((r.line.name, *cells, points_with_sd(tasks), points_with_sd(sites), points_with_sd(seen)))
     header = (
-        "method", "KL to base, nats", "perplexity ratio", "CKA to stage ends", "1 − CKA of sites", "unseen tasks", "unseen sites",
-        "sites that trained",
+        "method", "KL to base, nats", "perplexity ratio", "CKA to stage ends", "1 − CKA of sites", "unseen tasks",
+        "unseen sites", "sites that trained",
     )  # fmt: skip
     shown = [k for k in range(len(header)) if k == 0 or any(line[k] != MISSING for line in lines)]
     if len(shown) == 1:
         return Table(f"{stream}: retention and generalisation", header, ())
     notes = (
-        "KL and perplexity: fine-tuned against base on held-out general text; a ratio above 1 is worse than the base. CKA: mean "
-        "over layers and stages on fixed prompts, 1 where nothing moved; 1 − CKA of sites: how far a local round moves a site. "
+        "KL and perplexity: fine-tuned against base on held-out general text; a ratio above 1 is worse than the base. CKA: "
+        "mean over layers and stages on fixed prompts, 1 where nothing moved; 1 − CKA of sites: how far a local round moves a site. "
         "Unseen tasks: scores on tasks that no site trained on. Scores in points. Mean ± sd over seeds.",
     )
     short = tuple(tuple(line[k] for k in shown) for line in lines)
