@@ -115,7 +115,8 @@ def _score_notes(
 ) -> tuple[str, ...]:
     notes = [
         "Final score: after the last stage, on held-out test rows, the mean over tasks, in points from 0 to 100; mean ± "
-        "standard deviation (n − 1) over seeds. Differences are of equal seeds. Baselines come first, then methods, each from the best.",
+        "standard deviation (n − 1) over seeds. Differences are of equal seeds. "
+        "Baselines come first, then methods, each from the best.",
     ]
     if any(r.interval for r in results):
         notes.append(
@@ -140,8 +141,8 @@ def _score_notes(
         )
     notes.append(
         "MB (10⁶ bytes) of all sites and rounds, as serialised. Local steps are those of a site and round. Trials: settings "
-        "that tuning tried. Step cost: processor time of a round, as a multiple of the reference's. A baseline takes the optimiser "
-        "steps of what it stands against."
+        "that tuning tried. Step cost: processor time of a round, as a multiple of the reference's. A baseline takes the "
+        "optimiser steps of what it stands against."
     )
     out = [task for task, chance in chances.items() if chance.out]
     if out:
@@ -226,20 +227,27 @@ def square_table(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
     return Table(f"{stream}: {first} × {second}", header, tuple(lines), notes, (4,) if lines else ())
 
 
-def parts_table(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
-    """Every part alone: methods that are neither of the 2 × 2 nor a knob's value, against the method with neither."""
+def parts_of(suite: Suite, results: Sequence[Result]) -> list[tuple[Result, list[float]]]:
+    """Methods that are neither of the 2 × 2 nor a knob's value, each with its gains over the method with neither, by seed."""
     of_knobs = {method for values in suite.knobs.values() for method in values.values()}
     base = next((r for r in results if suite.square and r.line.name == suite.square[0]), None)
-    lines = []
-    for r in results if base else ():
-        if not r.line.baseline and r.line.name not in suite.square and r.line.name not in of_knobs and base:
-            gains = [score - base.final[seed] for seed, score in r.final.items() if seed in base.final]
-            text = suite.methods.get(r.line.name, "")
-            lines.append(
-                (r.line.name, text, points_with_sd(r.final.values()), ahead_text(gains), points_with_sd(r.stream["forgetting"]))
-            )
-    header = ("part", "what it is", "final score", "gain over neither", "forgetting")
-    return Table(f"{stream}: every part alone", header, tuple(lines), ("In points; mean ± sd over seeds.",) if lines else ())
+    if base is None:
+        return []
+    alone = [r for r in results if not r.line.baseline and r.line.name not in (*suite.square, *of_knobs)]
+    return [(r, [score - base.final[seed] for seed, score in r.final.items() if seed in base.final]) for r in alone]
+
+
+def parts_table(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
+    """Every part alone, see `parts_of`."""
+    lines = tuple(
+        (
+            r.line.name, suite.methods.get(r.line.name) or MISSING, points_with_sd(r.final.values()), ahead_text(gains),
+            points_with_sd(r.stream["forgetting"]),
+        )
+        for r, gains in parts_of(suite, results)
+    )  # fmt: skip
+    header = ("part", "what it is", "final score", f"gain over {suite.square[0] if suite.square else 'neither'}", "forgetting")
+    return Table(f"{stream}: every part alone", header, lines, ("In points; mean ± sd over seeds.",) if lines else ())
 
 
 def knob_value(suite: Suite, results: Sequence[Result], key: str) -> str:
@@ -313,8 +321,8 @@ def retention_table(stream: str, results: Sequence[Result]) -> Table:
         return Table(f"{stream}: retention and generalisation", header, ())
     notes = (
         "KL and perplexity: fine-tuned against base on held-out general text; a ratio above 1 is worse than the base. CKA: "
-        "mean over layers and stages on fixed prompts, 1 where nothing moved; 1 − CKA of sites: how far a local round moves a site. "
-        "Unseen tasks: scores on tasks that no site trained on. Scores in points. Mean ± sd over seeds.",
+        "mean over layers and stages on fixed prompts, 1 where nothing moved; 1 − CKA of sites: how far a local round moves "
+        "a site. Unseen tasks: scores on tasks that no site trained on. Scores in points. Mean ± sd over seeds.",
     )
     short = tuple(tuple(line[k] for k in shown) for line in lines)
     return Table(f"{stream}: retention and generalisation", tuple(header[k] for k in shown), short, notes)
