@@ -33,12 +33,14 @@ STRUCTURES = ["structure.heads=0.03", "structure.channels=0.03", "structure.rank
 DISTILL = ["distill.weight=1.0", "distill.ramp=0.0"]
 STEPS = "train.local_steps=4"
 EPOCHS = ["train.local_steps=0", "train.local_epochs=3"]
+JOINT = [STEPS, *DISTILL, *STRUCTURES, "structure.mode=anchored"]
 VARIANTS = {
     "plain": [STEPS],
     "distillation": [STEPS, *DISTILL],
     "structure": [STEPS, *STRUCTURES],
-    "joint": [STEPS, *DISTILL, *STRUCTURES, "structure.mode=anchored"],
-    "joint, CKA": [STEPS, *DISTILL, *STRUCTURES, "structure.mode=anchored", "distill.align=cka"],
+    "joint": JOINT,
+    "joint, every 2nd": [*JOINT, "distill.every=2"],
+    "joint, CKA": [*JOINT, "distill.align=cka"],
     "R-Drop": [STEPS, *STRUCTURES, "structure.mode=rdrop"],
     "plain, 3 epochs": EPOCHS,
     "joint, cached": [*EPOCHS, *DISTILL, *STRUCTURES, "structure.mode=anchored"],

@@ -188,7 +188,7 @@ def streams() -> str:
     ]
     parts.append(f"# Tuning\n\n{TEXT['tuning']}\n")
     parts += [stream_section("tuning", plan, "validation") for plan in TUNING]
-    parts += [flat_section("single-quickstart"), flat_section("single-clinc150")]
+    parts += [flat_section(p) for p in FLAT if not p.startswith("exchange-")]
     return "\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -193,6 +194,73 @@ def test_data_files_are_looked_for_before_anything_heavy(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"data file not found: .*tasks\.json"):
         load_recipe(None, [*there, "data.files=rows.jsonl", "data.tasks_file=tasks.json"])
     assert load_recipe(None, [*there, "data.files=rows.jsonl"]).data.files == ("rows.jsonl",)
+
+
+ORDERS = {
+    "task_orders": {"order1": ["d", "a", "y", "n"], "order4": ["m", "d", "c", "a", "y"]},
+    "streams": {"random1": ["n", "y", "a", "d"]},
+    "tasks": {},
+}
+
+
+@pytest.fixture
+def ordered(tmp_path: Path) -> list[str]:
+    """key=value of a recipe whose data.tasks_file names three orders."""
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "tasks.json").write_text(json.dumps(ORDERS))
+    return ["data.source=jsonl", f"data.root={tmp_path}", "data.files=rows.jsonl", "data.tasks_file=tasks.json"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        (["stream.order=order1"], ["d", "a", "y", "n"]),
+        (["stream.order=random1"], ["n", "y", "a", "d"]),
+        (["stream.order=order4", "stream.tasks_a_stage=2"], ["m + d", "c + a", "y"]),
+        (["stream.order=order4", "stream.tasks_a_stage=9"], ["m + d + c + a + y"]),
+        # the order's sequence, not that of data.tasks; a task that the order lacks is no stage
+        (["stream.order=order4", "stream.tasks_a_stage=2", "data.tasks=y,c,d,z"], ["d + c", "y"]),
+        (["stream.order=order1", 'stream.stages=["d", "a", "y", "n"]'], ["d", "a", "y", "n"]),
+    ],
+)
+def test_an_order_becomes_stages(ordered: list[str], tmp_path: Path, overrides: list[str], stages: list[str]) -> None:
+    recipe = load_recipe(None, [*ordered, *overrides])
+    assert list(recipe.stream.stages) == stages
+    assert there_and_back(recipe, tmp_path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["order=ordr1"], "stream.order = 'ordr1' is not in {}; did you mean 'order1'? known: order1, order4, random1"),
+        (["order=x"], "stream.order = 'x' is not in {}; known: order1, order4, random1"),
+        (["order=order1", "stages=d,a"], "stream.order = 'order1', stream.tasks_a_stage = 1 means stages ['d', 'a', 'y', 'n'], "
+                                         "and stream.stages is ['d', 'a']: set one of stream.order and stream.stages"),
+        (["order=order1", "tasks_a_stage=2", "stages=d,a,y,n"], "means stages ['d + a', 'y + n'], and stream.stages is ['d'"),
+        (["tasks_a_stage=2"], "stream.tasks_a_stage = 2 groups the tasks of stream.order, which is not set"),
+    ],
+)  # fmt: skip
+def test_orders_that_cannot_be(ordered: list[str], tmp_path: Path, overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(None, [*ordered, *(f"stream.{override}" for override in overrides)])
+    assert told.format(tmp_path / "tasks.json") in str(caught.value)
+
+
+def test_an_order_needs_a_file_that_holds_it(ordered: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stream\.order = 'order1' of .*tasks\.json has none of data\.tasks = \['q'\]"):
+        load_recipe(None, [*ordered, "stream.order=order1", "data.tasks=q"])
+    with pytest.raises(ConfigError, match=r"looked up in data\.tasks_file, which is not set"):
+        load_recipe(None, [*ordered, "stream.order=order1", "data.tasks_file="])
+    for about, told in (
+        ("{", r"tasks\.json \(data\.tasks_file, for stream\.order\) cannot be read"),
+        ('{"a": {}}', "it has none, under any of task_orders, streams"),
+        ('{"streams": ["a"]}', "under 'streams' belongs an object"),
+        ('{"streams": {"order1": []}}', r"streams\.order1 is not a list of tasks"),
+        ('{"streams": {"x": ["a"]}, "task_orders": {"x": ["b"]}}', "names the order 'x' twice"),
+    ):
+        (tmp_path / "tasks.json").write_text(about)
+        with pytest.raises(ConfigError, match=told):
+            load_recipe(None, [*ordered, "stream.order=order1"])
 
 
 def test_the_choices_are_the_keys_of_the_tables() -> None:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import stability as script
 from fedkeel import damage
 from fedkeel.config import Evaluation, load_recipe
-from fedkeel.damage import FAMILIES, STRENGTHS, DamageError, damaged, family_index, quantised, stability
+from fedkeel.damage import FAMILIES, STRENGTHS, DamageError, compare, damaged, family_index, quantised, stability
 from fedkeel.data import Formatter, collate
-from fedkeel.evaluate import score, task_table
+from fedkeel.evaluate import Scored, score, task_table
 from fedkeel.model import Model
 from fedkeel.rng import counter_normal, derive, numpy_generator
 from fedkeel.structure.places import Place
@@ -329,6 +329,24 @@ def places_of_three_heads() -> Any:
     return dataclasses.replace(places, attention=tuple(dataclasses.replace(p, units=3) for p in places.attention))
 
 
+def jensen_shannon(p: tuple[float, ...], q: tuple[float, ...]) -> float:
+    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    return sum(a * math.log(a / m) / 2 for side in (p, q) for a, m in zip(side, middle, strict=True) if a)
+
+
+def test_consistency_is_of_the_rows_that_have_labels_however_many() -> None:
+    def one(prediction: str, *distribution: float) -> Scored:
+        return Scored(records()[0], prediction, {"accuracy": 1.0}, distribution)
+
+    clean = [one("sport", 0.5, 0.5), one("sport", 0.2, 0.2, 0.6), one("some text")]
+    scored = [one("sport", 1.0, 0.0), one("science", 0.2, 0.2, 0.6), one("other text")]
+    found = compare("heads", 0.1, 0, scored, clean)
+    # of the first row: see test_metrics; of the second 1; the third has none
+    divergence = (math.log(4 / 3) + (math.log(2 / 3) + math.log(2)) / 2) / 2
+    assert found.consistency == pytest.approx((1 - divergence / math.log(2) + 1) / 2)
+    assert (found.agreement, found.score) == (1 / 3, 1.0)
+
+
 @pytest.mark.parametrize(("name", "labels"), [("bert", LABELS), ("llama", LABELS), ("llama", ()), ("t5", LABELS), ("t5", ())])
 def test_stability_is_scores_under_damage(name: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     model, formatter = prepared(name)
@@ -343,12 +361,16 @@ def test_stability_is_scores_under_damage(name: str, labels: tuple[str, ...], mo
     assert len(calls) == len(found)
     undamaged = score(model, formatter, rows, config)
     assert found[0].agreement == 1.0
+    assert found[0].consistency == (1.0 if labels else None)
     for outcome in found[1:]:
         with damaged(model, outcome.family, outcome.strength, derive(4, outcome.draw)):
             scored = score(model, formatter, rows, config)
         table = task_table(scored)
         assert outcome.score == pytest.approx((table["task-0"]["score"] + table["task-1"]["score"]) / 2)
         assert outcome.agreement == sum(a.prediction == b.prediction for a, b in zip(scored, undamaged, strict=True)) / 4
+        pairs = [(a.distribution, b.distribution) for a, b in zip(scored, undamaged, strict=True)]
+        same = sum(1 - jensen_shannon(p, q) / math.log(2) for p, q in pairs) / 4
+        assert outcome.consistency == (pytest.approx(same, abs=1e-9) if labels else None)
     assert stability(model, formatter, rows, config, asked, draws=2, seed=4) == found
     assert state(model) == before
 

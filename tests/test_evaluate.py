@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from functools import cache
 from typing import Any
@@ -84,11 +85,13 @@ def test_label_likelihoods_equal_a_plain_forward_of_every_pair(
 def test_the_likeliest_label_is_the_prediction_for_any_batch_size(name: str) -> None:
     model, formatter = prepared(name)
     records = rows(9)
-    expected = []
+    expected, chances = [], []
     for record in records:
         prompt = formatter.prompt_ids(record, 20)
         values = [pair_log_likelihood(model, prompt, formatter.answer_ids(record, v)) for v in record.labels]
         expected.append(record.labels[values.index(max(values))])
+        weights = [math.exp(v - max(values)) for v in values]
+        chances.append([w / sum(weights) for w in weights])
     for batch_size in (1, 4, 32):
         counted: list[int] = []
         scored = score(model, formatter, records, Evaluation(batch_size=batch_size), counted.append)
@@ -97,6 +100,8 @@ def test_the_likeliest_label_is_the_prediction_for_any_batch_size(name: str) -> 
         assert [s.metrics for s in scored] == [
             {"accuracy": float(p == r.output)} for p, r in zip(expected, records, strict=True)
         ]
+        for one, chance in zip(scored, chances, strict=True):
+            assert one.distribution == pytest.approx(chance, abs=1e-4)
         assert (sum(counted), max(counted)) == (9, min(batch_size, 9))
 
 
@@ -130,6 +135,7 @@ def test_generation_equals_a_token_by_token_loop_for_any_batch_size(name: str) -
         scored = score(model, formatter, records, Evaluation(batch_size=batch_size, max_new_tokens=10))
         assert [s.record for s in scored] == records
         assert [s.prediction for s in scored] == expected
+        assert [s.distribution for s in scored] == [()] * 5
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
@@ -174,7 +180,8 @@ def test_an_encoder_predicts_among_the_labels_of_the_row(name: str) -> None:
     model, formatter = prepared(name)
     records = rows(9)
     free = dataclasses.replace(records[0], id="free", labels=())
-    expected = []
+    records[3] = dataclasses.replace(records[3], labels=tuple(reversed(records[3].labels)))  # in the record's order
+    expected, chances = [], []
     for record in records:
         example = Example("", "", formatter.encode(record).ids, target=0)
         with torch.no_grad():
@@ -182,11 +189,15 @@ def test_an_encoder_predicts_among_the_labels_of_the_row(name: str) -> None:
         assert model._label_text is not None
         cosines = (torch.nn.functional.normalize(hidden, dim=0) @ model._label_text.embeddings.T).tolist()
         expected.append(max(record.labels, key=lambda label: cosines[LABELS.index(label)]))
+        weights = [math.exp(20 * cosines[LABELS.index(label)]) for label in record.labels]
+        chances.append([w / sum(weights) for w in weights])
     for batch_size in (1, 4):
         scored = score(model, formatter, [*records, free], Evaluation(batch_size=batch_size))
         # a row without labels is nothing that an encoder could answer
         assert [(s.record, s.prediction) for s in scored] == list(zip(records, expected, strict=True))
         assert [s.metrics["accuracy"] for s in scored] == [p == r.output for p, r in zip(expected, records, strict=True)]
+        for one, chance in zip(scored, chances, strict=True):
+            assert one.distribution == pytest.approx(chance, abs=1e-4)
 
 
 def test_a_generated_answer_counts_against_its_best_reference() -> None:

@@ -205,6 +205,34 @@ def test_the_weight_ramps_over_the_whole_run() -> None:
     )
 
 
+def test_guidance_every_second_step_carries_the_weight_of_both() -> None:
+    """Steps 0 and 2 of three are guided at twice the weight, step 1 is plain; and a teacher's forward is run for no other."""
+    flat = ["train.clip_norm=1e9", "train.lr=0.002"]
+    recipe = recipe_of("distill.weight=0.7", "distill.every=2", *flat)
+    model, examples = setting("llama")
+    given = model.read()
+    with plain_descent():
+        got, stats = train(model, examples, recipe, Global(0, given))
+    model, _ = setting("llama")
+    guide = Guide(model, Global(0, given), examples, {}, recipe.distill, False)
+    model.train(False)
+    told = 0.0
+    batches = batches_of(examples, recipe, range(3))
+    for step, batch in enumerate(batches):
+        at = whole_batch(model, batch)
+        forward = model.forward(at)
+        loss = nn.functional.cross_entropy(forward.logits, at.targets)
+        if step != 1:
+            found = fedkeel.client.distill(replace(forward, teacher=guide(at, batch)), fedkeel.client.Guidance()).loss
+            loss = loss + 2 * 0.7 * found
+            told += float(found.detach()) * len(at.targets)
+        loss.backward()
+        descend(model, 0.002)
+    assert agree(got, model.read().tensors(), given.tensors())
+    guided = sum(e.positions for step in (0, 2) for e in batches[step])
+    assert stats["distill_loss"] == pytest.approx(told / guided, rel=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------------------ micro-batches
 
 TOGETHER = ["distill.weight=1", "distill.align=cosine", "train.proximal=0.5", "structure.mode=anchored"]

@@ -43,3 +43,12 @@ def max_per_task(rows: list) -> list:
     for row in rows:
         longest[row.task] = max(row, longest.get(row.task, row), key=lambda r: len(r.instruction) + len(r.input))
     return list(longest.values())
+
+
+@needs_data
+def test_an_order_of_the_data_gives_the_stages_of_the_super_ni_recipe() -> None:
+    written = load_recipe(ROOT / "recipes" / "stream-superni.toml", [f"data.root={DATA}"])
+    order = ["stream.stages=[]", "stream.order=random1", "stream.tasks_a_stage=2"]
+    ordered = load_recipe(ROOT / "recipes" / "stream-superni.toml", [f"data.root={DATA}", *order])
+    assert len(written.stream.stages) == 5
+    assert ordered.stream.stages == written.stream.stages

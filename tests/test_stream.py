@@ -136,6 +136,23 @@ def test_a_stage_without_training_rows_is_named() -> None:
         arrivals(records, at("a+c2", "b+c1"))
 
 
+def test_an_order_is_the_stages_that_it_names_and_its_tasks_need_rows(
+    stream: list[str], stream_data: Path, tmp_path: Path
+) -> None:
+    about = json.loads((stream_data / "tasks.json").read_text())
+    orders = {"back": ["echo", "intent"], "more": ["echo", "gone", "intent", "lost"]}
+    (tmp_path / "tasks.json").write_text(json.dumps({**about, "task_orders": orders}))
+    (tmp_path / "rows.jsonl").write_text((stream_data / "rows.jsonl").read_text())
+    here = [*stream, f"data.root={tmp_path}"]
+    ordered, plain = prepared_of([*here, "stream.order=back"]), prepared_of([*here, "stream.stages=echo,intent"])
+    assert (ordered.sites, ordered.stages, ordered.arrival) == (plain.sites, plain.stages, plain.arrival)
+    with pytest.raises(
+        ConfigError, match=r"stream\.order = 'more' names gone, lost, and no row is of these 2 tasks: add .* data\.tasks"
+    ):
+        prepared_of([*here, "stream.order=more"])
+    assert prepared_of([*here, "stream.order=more", "data.tasks=echo,intent"]).stages == plain.stages
+
+
 def test_rows_of_no_stage_are_left_out_and_counted(stream: list[str]) -> None:
     prepared = prepared_of([*stream, "stream.stages=bank,echo"])
     gone = [r for r in stream_rows() if r.get("label") and DOMAINS[r["label"]] != "bank"]

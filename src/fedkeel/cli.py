@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -175,8 +176,6 @@ def evaluate(
     recipe = load_recipe(run_folder / "recipe.toml", overrides or [])
     console = _console()
     with console.status("loading libraries, data and model"):
-        import json
-
         import torch
         from rich.progress import track
         from rich.table import Table
@@ -241,6 +240,112 @@ def export(
         trained_model(prepare(recipe), run_folder).save_merged(partial)
         partial.rename(target)
     typer.echo(f"{'merged model' if merged else 'adapter'}: {target}")
+
+
+def _print_suites(console: Console) -> None:
+    from rich.table import Table
+
+    from fedkeel.suites import load_plan, plan_names
+
+    table = Table(title="Suites", title_justify="left")
+    for heading in ("name", "what it compares", "streams", "methods", "seeds"):
+        table.add_column(heading)
+    for name in plan_names():
+        plan = load_plan(name)
+        table.add_row(name, plan.title, ", ".join(plan.streams), str(len(plan.methods)), ", ".join(map(str, plan.seeds)))
+    console.print(table)
+
+
+def _names(given: str) -> list[str]:
+    return [name for name in given.split(",") if name]
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="A suite by name, or a plan (.toml); without one, a list.")] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value for every run, or STREAM:key=value for those of one stream.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder of data, for streams that read one (data.root).")] = None,
+    encoder: Annotated[Path | None, typer.Option(help="A pretrained encoder, for streams that need one (model.base).")] = None,
+    streams: Annotated[str, typer.Option(help="Only these, joined by commas.")] = "",
+    methods: Annotated[str, typer.Option(help="Only these, joined by commas.")] = "",
+    seeds: Annotated[str, typer.Option(help="Instead of the plan's, joined by commas.")] = "",
+    jobs: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: as cores and memory allow.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder of all suites.")] = Path("runs/suites"),
+    tune: Annotated[
+        bool, typer.Option("--tune", help="The trials of tuning instead, and of each method the best setting.")
+    ] = False,
+    tuned: Annotated[Path | None, typer.Option(help="A tuned.toml of --tune, in place of the plan's choices.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs; do nothing.")] = False,
+) -> None:
+    """Run a suite: many methods, seeds and streams, and one report. Stopped, it goes on where it was."""
+    console = _console()
+    if not suite:
+        _print_suites(console)
+        return
+    from fedkeel.suites import chance, execute, jobs_for, load_plan, runs_of, trial_scores, tuned_text
+
+    plan = load_plan(suite, tuned)
+    wanted = [*(overrides or [])]
+    for name, stream in plan.streams.items():
+        for key, given in (("data.root", data), ("model.base", encoder)):
+            wanted += [f"{name}:{key}={given}"] if given is not None and key in stream.needs else []
+    try:
+        asked = [int(seed) for seed in _names(seeds)]
+    except ValueError:
+        raise FedKeelError(f"--seeds {seeds}: whole numbers joined by commas belong here") from None
+    runs, left_out = runs_of(plan, _names(streams), _names(methods), asked, wanted, tune)
+    for why in left_out:
+        console.print(f"note: {why}", style="yellow", markup=False, highlight=False)
+    if dry_run:
+        for run in runs:
+            console.print(run.name, markup=False, highlight=False)
+        console.print(f"{len(runs)} runs")
+        return
+    if not runs:
+        raise FedKeelError(f"suite {plan.name!r}: nothing to run" + (f"; {'; '.join(left_out)}" if left_out else ""))
+    folder = out / (f"{plan.name}-tuning" if tune else plan.name)
+    jobs = jobs or jobs_for()
+    console.print(f"{plan.title} -> {folder}/", markup=False, highlight=False)
+    from fedkeel.display import SuiteDisplay
+    from fedkeel.files import write_atomic
+
+    try:
+        with SuiteDisplay(console, jobs) as display:
+            failed = execute(plan, runs, folder, jobs, display)
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on from here", markup=False, highlight=False)
+        raise typer.Exit(130) from None
+    if tune:
+        write_atomic(folder / "tuned.toml", tuned_text(trial_scores(runs, folder)))
+        console.print(f"chosen by validation rows: {folder / 'tuned.toml'}", markup=False, highlight=False)
+    else:
+        from fedkeel.report import write_suite_report
+
+        with console.status("reading the data, for chance levels"):
+            write_atomic(folder / "chance.json", json.dumps(chance(runs), indent=1) + "\n")
+        console.print(f"report: {write_suite_report(folder)}", markup=False, highlight=False)
+    if failed:
+        raise FedKeelError(
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(r.name for r in failed)}; see their .log files"
+        )
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder or a suite's.", show_default=False)],
+) -> None:
+    """Write report.html and report.md of a run or a suite, as far as it has come."""
+    from fedkeel.report import write_report, write_suite_report
+
+    if (folder / "suite.json").is_file():
+        path = write_suite_report(folder)
+    elif (folder / "recipe.toml").is_file():
+        path = write_report(folder)
+    else:
+        raise FedKeelError(f"{folder} holds neither suite.json nor recipe.toml: it is no folder of a suite or a run")
+    typer.echo(f"report: {path}")
 
 
 def main() -> None:

@@ -155,7 +155,10 @@ def _train_round(
     def backward(indices: Sequence[int], step: int, progress: float, log: _Log) -> float:
         """Gradients of one optimiser step, added up over its micro-batches; the task's nats, summed over positions."""
         n_step = sum(examples[i].positions for i in indices)
-        weight = guidance_weight(distilling.weight, distilling.ramp, progress)
+        # the steps with a teacher carry the weight of those without, so that the strength of the whole stays
+        weight = (
+            0.0 if step % distilling.every else distilling.every * guidance_weight(distilling.weight, distilling.ramp, progress)
+        )
         step_nats = 0.0
 
         for start in range(0, len(indices), micro):

@@ -129,10 +129,13 @@ class Train:
 class Stream:
     """A task stream: each stage is a list of tasks, or of label groups, joined by `+`, and lasts federation.rounds rounds.
 
-    A site keeps no row of an earlier stage. Empty: one stage with everything.
+    Empty: one stage with everything.
     """
 
     stages: tuple[str, ...] = ()
+    # an order of tasks that data.tasks_file names under `task_orders` or `streams`; load_recipe writes it out as `stages`
+    order: str = ""
+    tasks_a_stage: int = _number(1, 1)  # of `order`
     # what is served after a stage: this share of what was served after the stage before, the rest as the stage left it
     average: float = _number(0.0, 0, 0.99)
 
@@ -157,6 +160,7 @@ class Distill:
     layer_trust: bool = True  # less where the sites disagreed in the last round
     memory: float = _number(0.0, 0, 1)  # share of the teacher that is what was served after the stage before
     ramp: float = _number(0.1, 0, 1)  # share of the run over which the weight rises from 0
+    every: int = _number(1, 1)  # guidance in every n-th step, at n times the weight: the teacher then costs an n-th
     cache: int = _number(64, 0)  # entries kept of a cached teacher output where a round meets rows again; 0: no cache
 
 
@@ -359,8 +363,81 @@ def _assign(tree: dict[str, Any], override: str) -> None:
     node[leaf] = text.strip() if is_text and not isinstance(value, str) else value
 
 
+ORDERS = ("task_orders", "streams")  # where data.tasks_file keeps orders of tasks: name -> tasks
+
+
+def _orders(path: Path) -> dict[str, list[str]]:
+    """The orders of tasks that `path` names. Raises ConfigError naming the file, and the order where one is malformed."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} (data.tasks_file, for stream.order) cannot be read: {error}") from error
+    found: dict[str, list[str]] = {}
+    for key in ORDERS:
+        named = about.get(key, {}) if isinstance(about, dict) else {}
+        if not isinstance(named, dict):
+            raise ConfigError(f"{path}: under {key!r} belongs an object that holds, by name, a list of tasks")
+        for name, tasks in named.items():
+            if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+                raise ConfigError(f"{path}: {key}.{name} is not a list of tasks")
+            if name in found:
+                raise ConfigError(f"{path} names the order {name!r} twice, under each of {' and '.join(ORDERS)}")
+            found[name] = tasks
+    return found
+
+
+def _with_order(recipe: Recipe) -> Recipe:
+    """The recipe with stream.order written out as stream.stages, as it is again when such a recipe is read back.
+
+    Raises ConfigError if there is no such order, nothing of it is among data.tasks, or stream.stages says something else.
+    """
+    stream, data = recipe.stream, recipe.data
+    if not stream.order:
+        if stream.tasks_a_stage != 1:
+            raise ConfigError(
+                f"stream.tasks_a_stage = {stream.tasks_a_stage} groups the tasks of stream.order, which is not set"
+            )
+        return recipe
+    if not data.tasks_file:
+        raise ConfigError(f"stream.order = {stream.order!r} is looked up in data.tasks_file, which is not set")
+    path = Path(data.root) / data.tasks_file
+    orders = _orders(path)
+    if stream.order not in orders:
+        near = difflib.get_close_matches(stream.order, orders, 1)
+        known = f"known: {', '.join(orders)}" if orders else f"it has none, under any of {', '.join(ORDERS)}"
+        raise ConfigError(
+            f"stream.order = {stream.order!r} is not in {path}; " + (f"did you mean {near[0]!r}? " if near else "") + known
+        )
+    tasks = [task for task in orders[stream.order] if not data.tasks or task in data.tasks]
+    if not tasks:
+        raise ConfigError(f"stream.order = {stream.order!r} of {path} has none of data.tasks = {list(data.tasks)}")
+    size = stream.tasks_a_stage
+    stages = tuple(" + ".join(tasks[at : at + size]) for at in range(0, len(tasks), size))
+    if stream.stages and stream.stages != stages:
+        raise ConfigError(
+            f"stream.order = {stream.order!r}, stream.tasks_a_stage = {size} means stages {list(stages)}, and stream.stages is "
+            f"{list(stream.stages)}: set one of stream.order and stream.stages, and the other to nothing"
+        )
+    return dataclasses.replace(recipe, stream=dataclasses.replace(stream, stages=stages))
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Raise ConfigError unless the files or the data set are named, and the files are there."""
+    data = recipe.data
+    if data.source == "jsonl":
+        if not data.root:
+            raise ConfigError("data.root is not set: name the folder that holds the data, as in data.root=/path/to/data")
+        if not data.files:
+            raise ConfigError("data.files is empty: list the JSON Lines files, relative to data.root")
+        for name in (*data.files, *([data.tasks_file] if data.tasks_file else [])):
+            if not (Path(data.root) / name).is_file():
+                raise ConfigError(f"data file not found: {Path(data.root) / name} (data.root = {data.root!r})")
+    if data.source == "hub" and not data.dataset:
+        raise ConfigError("data.dataset is not set: name a Hugging Face data set id or a local folder")
+
+
 def _cross_check(recipe: Recipe) -> None:
-    train, data = recipe.train, recipe.data
+    train = recipe.train
     if (train.local_steps > 0) == (train.local_epochs > 0):
         raise ConfigError(
             f"train.local_steps = {train.local_steps} and train.local_epochs = {train.local_epochs}: set exactly one above 0, "
@@ -392,16 +469,6 @@ def _cross_check(recipe: Recipe) -> None:
     for baseline in recipe.evaluation.baselines:
         if baseline not in BASELINES:
             raise ConfigError(f"evaluation.baselines: {baseline!r} is not one of {', '.join(BASELINES)}")
-    if data.source == "jsonl":
-        if not data.root:
-            raise ConfigError("data.root is not set: name the folder that holds the data, as in data.root=/path/to/data")
-        if not data.files:
-            raise ConfigError("data.files is empty: list the JSON Lines files, relative to data.root")
-        for name in (*data.files, *([data.tasks_file] if data.tasks_file else [])):
-            if not (Path(data.root) / name).is_file():
-                raise ConfigError(f"data file not found: {Path(data.root) / name} (data.root = {data.root!r})")
-    if data.source == "hub" and not data.dataset:
-        raise ConfigError("data.dataset is not set: name a Hugging Face data set id or a local folder")
     if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
         raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
 
@@ -481,6 +548,8 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _assign(tree, override)
     recipe: Recipe = _build(Recipe, tree, "")
+    _check_data(recipe)
+    recipe = _with_order(recipe)
     _cross_check(recipe)
     return recipe
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from fedkeel.config import Evaluation
 from fedkeel.data import Formatter
 from fedkeel.evaluate import Scored, overall, score
-from fedkeel.metrics import mean, stability_index
+from fedkeel.metrics import consistency, mean, stability_index
 from fedkeel.model import Model
 from fedkeel.rng import counter_normal, derive, numpy_generator
 from fedkeel.structure.drop import BLOCK
@@ -228,13 +228,52 @@ def damaged(model: Model, family: str, strength: float, seed: int) -> Iterator[N
 
 
 class Outcome(NamedTuple):
-    """One scoring. score: the mean over tasks. agreement: share of rows answered as without damage. family "": no damage."""
+    """One scoring. score: the mean over tasks. family "": no damage.
+
+    agreement: share of rows answered as without damage. consistency: of the distributions over the candidate labels with
+    those without damage, see `metrics.consistency`, over the rows that have any; None where none has, as in generation.
+    """
 
     family: str
     strength: float
     draw: int
     score: float
     agreement: float
+    consistency: float | None
+
+
+def compare(family: str, strength: float, draw: int, scored: Sequence[Scored], clean: Sequence[Scored]) -> Outcome:
+    """The outcome of a scoring beside that of the same rows without damage. Raises ValueError on no rows, or others."""
+    same = [float(a.prediction == b.prediction) for a, b in zip(scored, clean, strict=True)]
+    pairs = [(a.distribution, b.distribution) for a, b in zip(scored, clean, strict=True) if b.distribution]
+    width = max((len(b) for _, b in pairs), default=0)
+    # rows of fewer labels are filled up: an outcome of chance 0 on both sides adds nothing
+    sides = [[row + (0.0,) * (width - len(row)) for row in side] for side in zip(*pairs, strict=True)]
+    return Outcome(family, strength, draw, overall(scored), mean(same), consistency(*sides) if sides else None)
+
+
+def check(model: Model, families: Mapping[str, Sequence[float]]) -> None:
+    """Raise DamageError, see `damaged`, where the model cannot be damaged so: told now, not after hours of scoring."""
+    for family, strengths in families.items():
+        for strength in strengths:
+            with damaged(model, family, strength, 0):
+                pass
+
+
+def outcomes(
+    model: Model, formatter: Formatter, config: Evaluation, clean: Sequence[Scored], family: str,
+    strengths: Sequence[float], draws: int, seed: int,
+) -> Iterator[Outcome]:  # fmt: skip
+    """Scores of `clean`'s rows under every strength and draw of one family, as they come; without chance there is one draw.
+
+    clean: the scores without damage. Draw d of one seed is the same damage in every model of an architecture.
+    """
+    records = [s.record for s in clean]
+    for strength in strengths:
+        for draw in range(draws if FAMILIES[family].random else 1):
+            with damaged(model, family, strength, derive(seed, draw)):
+                scored = score(model, formatter, records, config)
+            yield compare(family, strength, draw, scored, clean)
 
 
 def stability(
@@ -246,30 +285,18 @@ def stability(
     draws: int = 20,
     seed: int = 0,
 ) -> list[Outcome]:
-    """Scores without damage, which come first, and under every family, strength and draw; a family without chance: one draw.
+    """Scores without damage, which come first, and under every family, strength and draw, see `outcomes`.
 
-    families: name -> strengths. Draw d of one seed is the same damage in every model of an architecture, so that methods are
-    compared under equal damage. It costs one scoring of `records` an outcome. Raises DamageError, see `damaged`, and
+    families: name -> strengths. It costs one scoring of `records` an outcome. Raises DamageError, see `damaged`, and
     ValueError on no records or draws.
     """
     if draws < 1:
         raise ValueError(f"{draws} draws")
-    for family, strengths in families.items():  # what cannot be is told now, not after hours of scoring
-        for strength in strengths:
-            with damaged(model, family, strength, seed):
-                pass
+    check(model, families)
     clean = score(model, formatter, records, config)
-
-    def outcome(family: str, strength: float, draw: int, scored: Sequence[Scored]) -> Outcome:
-        same = [float(a.prediction == b.prediction) for a, b in zip(scored, clean, strict=True)]
-        return Outcome(family, strength, draw, overall(scored), mean(same))
-
-    found = [outcome("", 0.0, 0, clean)]
+    found = [compare("", 0.0, 0, clean, clean)]
     for family, strengths in families.items():
-        for strength in strengths:
-            for draw in range(draws if FAMILIES[family].random else 1):
-                with damaged(model, family, strength, derive(seed, draw)):
-                    found.append(outcome(family, strength, draw, score(model, formatter, records, config)))
+        found += outcomes(model, formatter, config, clean, family, strengths, draws, seed)
     return found
 
 

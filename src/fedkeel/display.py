@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 from fedkeel.report import human_bytes
@@ -80,3 +90,59 @@ class Display:
     def note(self, text: str) -> None:
         """See `run.Watch`."""
         self._console.print(f"note: {text}", style="yellow", markup=False, highlight=False)
+
+
+class SuiteDisplay:
+    """The `suites.Watch` of a suite: how many runs have ended, what runs now, the time left; use it as a context manager."""
+
+    def __init__(self, console: Console, jobs: int) -> None:
+        self._console, self._jobs = console, jobs
+        self._done = self._total = 0
+        self._took: list[float] = []
+        self._progress = Progress(
+            TextColumn("[bold]runs"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[now]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None, left="", now="")
+
+    def __enter__(self) -> SuiteDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def begin(self, total: int, done: int) -> None:
+        """See `suites.Watch`."""
+        self._done, self._total = done, total
+        self._progress.update(self._task, total=total, completed=done)
+        ended = f", {done} ended before" if done else ""
+        self._console.print(f"{total} runs{ended}, {self._jobs} at a time", markup=False, highlight=False)
+
+    def at(self, running: Sequence[str]) -> None:
+        """See `suites.Watch`."""
+        self._progress.update(self._task, now="; ".join(running))
+
+    def _left(self) -> str:
+        """`about 12 min left`, by the mean time of the runs that ended here; empty before the first."""
+        if not self._took or self._done == self._total:
+            return ""
+        seconds = sum(self._took) / len(self._took) * (self._total - self._done) / self._jobs
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+    def ended(self, run: str, seconds: float, failure: str) -> None:
+        """See `suites.Watch`."""
+        self._done += 1
+        self._took.append(seconds)
+        left = self._left()
+        self._progress.update(self._task, completed=self._done, left=left)
+        line = f"[{self._done}/{self._total}] {run}: {'failed' if failure else 'finished'} after {seconds:.0f} s"
+        self._console.print(", ".join([line, *([left] if left else [])]), markup=False, highlight=False)
+        if failure:
+            self._console.print(failure, style="red", markup=False, highlight=False)

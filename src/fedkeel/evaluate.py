@@ -23,11 +23,16 @@ SEQUENCES = 256
 
 @dataclass(frozen=True)
 class Scored:
-    """One row's outcome. metrics: `accuracy` for a classification row; `rouge_l` and `exact_match` for generation."""
+    """One row's outcome. metrics: `accuracy` for a classification row; `rouge_l` and `exact_match` for generation.
+
+    distribution: the probability of each of the record's labels, in their order, with sum 1: softmax of a classifier's
+    logits over the classes that the row allows, or of the log likelihoods of the labels' texts; empty for generation.
+    """
 
     record: Record
     prediction: str
     metrics: dict[str, float]
+    distribution: tuple[float, ...] = ()
 
     @property
     def score(self) -> float:
@@ -76,9 +81,12 @@ def _classify(
     for start in range(0, len(pairs), config.batch_size):
         chunk = pairs[start : start + config.batch_size]
         batch = collate([e for e, _ in chunk], model.kind, model.tokenizer.pad_token_id, len(model.classes))
-        for (_, record), index in zip(chunk, model.forward(batch).logits.argmax(-1).tolist(), strict=True):
+        logits = model.forward(batch).logits
+        chances = logits.float().softmax(-1).tolist()
+        for (example, record), index, row in zip(chunk, logits.argmax(-1).tolist(), chances, strict=True):
             prediction = model.classes[index]
-            found[record.id] = Scored(record, prediction, {"accuracy": float(prediction == record.output)})
+            distribution = tuple(row[label] for label in example.allowed)
+            found[record.id] = Scored(record, prediction, {"accuracy": float(prediction == record.output)}, distribution)
         advance(len(chunk))
 
 
@@ -186,7 +194,8 @@ def _by_likelihood(
         values = label_log_likelihoods(model, [e[0] for e in chunk], [e[1] for e in chunk])
         for (_, _, record), scores in zip(chunk, values, strict=True):
             prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
-            found[record.id] = Scored(record, prediction, {"accuracy": float(prediction == record.output)})
+            distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
+            found[record.id] = Scored(record, prediction, {"accuracy": float(prediction == record.output)}, distribution)
         advance(len(chunk))
 
 

@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -163,3 +163,164 @@ def consistency(p: ArrayLike, q: ArrayLike) -> float:
     sides = [rows * np.log(np.divide(rows, middle, out=np.ones_like(rows), where=rows > 0.0)) for rows in (a, b)]
     divergence = (sides[0] + sides[1]).sum(1) / 2
     return float(np.clip(1.0 - divergence / np.log(2.0), 0.0, 1.0).mean())
+
+
+def kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> float:
+    """KL(p ‖ q) in nats, the mean over rows: what it costs to take q for p. ≥ 0; infinite where q rules out what p does not.
+
+    log_p, log_q: (N, V) natural logs of probabilities, −inf for 0, each row with sum 1 (to 1e-3), as arrays, lists or CPU
+    tensors; logs, since a probability below 1e-45 would be 0 in float32. Sums run in float64. For the KL to base of METHOD
+    §6 p is the base model's distribution of the next token and q the tuned model's, at every token of held-out general text.
+    Raises ValueError where the shapes disagree, nothing is there or a row is no distribution.
+    Source: Kullback and Leibler 1951, Ann. Math. Stat. 22(1).
+    """
+    import numpy as np
+
+    a, b = np.asarray(log_p, dtype=np.float64), np.asarray(log_q, dtype=np.float64)
+    if a.ndim != 2 or a.shape != b.shape or not a.size:
+        raise ValueError(f"distributions are two (N, V) of one shape, not {a.shape} and {b.shape}")
+    for rows in (a, b):
+        if not (abs(np.exp(rows).sum(1) - 1.0) <= 1e-3).all():
+            raise ValueError("the exponentials of a distribution's logs have the sum 1")
+    some = a > -np.inf  # an outcome of chance 0 adds nothing
+    apart = np.subtract(a, b, out=np.zeros_like(a), where=some)
+    return max(0.0, float((np.exp(a) * apart).sum(1).mean()))
+
+
+def perplexity_ratio(tuned: Sequence[float], base: Sequence[float]) -> float:
+    """exp(mean(tuned) − mean(base)): perplexity after tuning over that before, > 0; above 1 the text surprises more.
+
+    tuned, base: −ln p of every token of one text, in nats. Raises ValueError on no tokens or unequally many.
+    Source: METHOD §6.
+    """
+    if len(tuned) != len(base):
+        raise ValueError(f"{len(tuned)} and {len(base)} tokens: both models read the same text")
+    return math.exp(mean(tuned) - mean(base))
+
+
+def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
+    """Debiased linear CKA of states x (N, d) and y (N, d') of the same N ≥ 4 inputs, in [−1, 1]: 1 where they are equal up to
+    rotation, shift and scale, about 0 where unrelated, whatever N and d.
+
+    HSIC₁(x, y) / √(HSIC₁(x, x) HSIC₁(y, y)), with the unbiased HSIC₁ of Song et al. 2012 (JMLR 13, eq. 5) as Nguyen et al.
+    2020, arXiv:2010.15327, put into the CKA of Kornblith et al. 2019, arXiv:1905.00414; the same number as
+    `objective.distill.linear_cka`. In float64, and from d × d' sums, so N may be large: columns centred, K = xxᵀ and L = yyᵀ
+    have row sums 0, and with k and l their diagonals
+        N (N − 3) HSIC₁ = ‖xᵀy‖² − k·l · N / (N − 2) + Σk Σl / ((N − 1)(N − 2)).
+    Raises ValueError on other shapes, numbers that are not finite, or states of one side that are all equal.
+    """
+    import numpy as np
+
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) < 4:
+        raise ValueError(f"debiased CKA compares (N, d) and (N, d') with N of at least 4, not {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("states are finite numbers")
+    n = len(a)
+    a, b = a - a.mean(0), b - b.mean(0)
+    if not (a.any() and b.any()):
+        raise ValueError("the states of one side are all equal: there is nothing to compare")
+    a, b = a / np.sqrt((a * a).sum(1).mean()), b / np.sqrt((b * b).sum(1).mean())
+
+    def hsic(u: Any, v: Any) -> float:
+        k, m = (u * u).sum(1), (v * v).sum(1)
+        return float(((u.T @ v) ** 2).sum() - k @ m * n / (n - 2) + k.sum() * m.sum() / ((n - 1) * (n - 2)))
+
+    return float(np.clip(hsic(a, b) / math.sqrt(hsic(a, a) * hsic(b, b)), -1.0, 1.0))
+
+
+def participation_gap(participating: float, unseen: float) -> float:
+    """How much better a model is at held-out rows of sites that took part than at rows of sites that did not; in [−1, 1].
+
+    Both are scores in [0, 1]. It is what the sites' differences cost beyond the rows' own.
+    Source: Yuan et al. 2022, arXiv:2110.14216. Raises ValueError outside [0, 1].
+    """
+    for score in (participating, unseen):
+        if not 0.0 <= score <= 1.0:
+            raise ValueError(f"a score is in [0, 1], not {score}")
+    return participating - unseen
+
+
+def worst(scores: Sequence[float]) -> float:
+    """The lowest of the sites' scores. Raises ValueError on none or on NaN. Source: Mohri et al. 2019, arXiv:1902.00146."""
+    return _sorted(scores)[0]
+
+
+def bottom_decile(scores: Sequence[float]) -> float:
+    """The mean of the lowest tenth of the sites' scores, at least one: ⌈n / 10⌉ of n, so up to ten sites the worst alone.
+
+    Raises ValueError on none or on NaN. Source: worst 10 % in Li et al. 2020, arXiv:1905.10497.
+    """
+    return mean(_sorted(scores)[: math.ceil(len(scores) / 10)])
+
+
+def spread(scores: Sequence[float]) -> float:
+    """The sample standard deviation (n − 1) of the sites' scores; 0 for a single one. Raises ValueError on none or on NaN."""
+    middle = mean(_sorted(scores))
+    return math.sqrt(sum((score - middle) ** 2 for score in scores) / max(1, len(scores) - 1))
+
+
+def _sorted(scores: Sequence[float]) -> list[float]:
+    if not scores or any(map(math.isnan, scores)):
+        raise ValueError(f"scores of sites are numbers, and at least one, not {list(scores)}")
+    return sorted(scores)
+
+
+def drift_ratio(changes: ArrayLike, weights: Sequence[float]) -> float:
+    """Γ = Σ_k p_k ‖Δ_k‖² / ‖Σ_k p_k Δ_k‖², ≥ 1: 1 where all sites moved alike, K where K equally weighted ones moved at right
+    angles by equal lengths, infinite where they cancel.
+
+    changes: (K, d), what each site changed. weights: K numbers ≥ 0 with sum 1. A run's Rows `drift/<block>` are Γ − 1
+    of that block, see `aggregate.drift`. Raises ValueError on other shapes, or where nobody moved.
+    Source: METHOD §6; gradient diversity in Yin et al. 2018, arXiv:1706.05699.
+    """
+    import numpy as np
+
+    moved, shares = np.asarray(changes, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    if moved.ndim != 2 or shares.shape != moved.shape[:1] or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
+        raise ValueError(f"one weight ≥ 0 a site, with sum 1, for changes (K, d); not {moved.shape} and {list(weights)}")
+    alone, together = float(shares @ (moved**2).sum(1)), float(((shares @ moved) ** 2).sum())
+    if not alone:
+        raise ValueError("no site changed anything: the ratio is 0 / 0")
+    return alone / together if together else math.inf
+
+
+def bytes_to_target(scores: Sequence[float], sent: Sequence[float], target: float) -> float | None:
+    """Bytes sent until the first score that reaches `target`; None where none does.
+
+    scores: at points of a run in order. sent: all bytes sent by then, one number a score, never falling.
+    Raises ValueError where there are not as many, or they fall. Source: rounds to a target in McMahan et al. 2017,
+    arXiv:1602.05629, in bytes.
+    """
+    if len(scores) != len(sent) or any(later < before for before, later in pairwise(sent)):
+        raise ValueError(f"one number of bytes a score, never falling, not {list(sent)} for {len(scores)} scores")
+    return next((size for score, size in zip(scores, sent, strict=True) if score >= target), None)
+
+
+def step_cost(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """Mean processor seconds of a method's rounds over those of the reference's rounds, plain LoRA; > 0, above 1 is dearer.
+
+    Both as measured on one machine, of rounds with equally many steps on equal rows. Raises ValueError on nothing, or on
+    a reference that took no time. Source: METHOD §6.
+    """
+    if mean(reference) <= 0.0:
+        raise ValueError("the reference's rounds took no time")
+    return mean(seconds) / mean(reference)
+
+
+def interaction(neither: float, first: float, second: float, both: float) -> float:
+    """both − first − second + neither: what two parts together add beyond what each adds alone; 0 where they add up.
+
+    Source: the interaction contrast of a 2 × 2 design (Fisher 1935, The Design of Experiments).
+    """
+    return both - first - second + neither
+
+
+def normalised_score(score: float, low: float, high: float) -> float:
+    """How far `score` is from `low`, the base model's, to `high`, the centralised model's: 0 at the one, 1 at the other.
+
+    Not held within [0, 1]: a score may be below or above both. Raises ValueError unless low < high.
+    """
+    if not low < high:
+        raise ValueError(f"the lower reference is below the higher one, not {low} and {high}")
+    return (score - low) / (high - low)

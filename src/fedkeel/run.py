@@ -258,10 +258,12 @@ def _score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[S
 UNITS = {"loss": "nats", "distill_loss": "nats", "structure_loss": "nats", "update_norm": "norm", "dropped": "share"}
 
 
-def round_rows(leg: Leg, stage: int, result: RoundResult, run: str) -> list[Row]:
+def round_rows(leg: Leg, stage: int, result: RoundResult, run: str, cpu: float) -> list[Row]:
     """Rows of one round: what it took, what was sent, how far the sites disagreed by block, and what each site told.
 
     A site's numbers keep their names (`loss`, `gate_a_mean`, `strength`, ...), but for its wall clock, `site_seconds`.
+    cpu: seconds of processor time of the round, all sites and the exchange: unlike wall clock, it says what a method costs on
+    a machine that has other work too.
     """
 
     def row(name: str, value: float, unit: str, site: str = "") -> Row:
@@ -270,6 +272,7 @@ def round_rows(leg: Leg, stage: int, result: RoundResult, run: str) -> list[Row]
     rows = [
         row("aggregation_error", result.error, "share"),
         row("seconds", result.seconds, "seconds"),
+        row("cpu_seconds", cpu, "seconds"),
         row("aggregation_seconds", result.aggregation_seconds, "seconds"),
     ]
     rows += [row(f"drift/{block}", value, "ratio") for block, value in result.state.drift.items()]
@@ -432,11 +435,13 @@ class _Run:
                 # and if the memory is the global adapter itself, it need not travel twice
                 apart = remembers and recipe.stream.average
                 before = dataclasses.replace(before, counts={}, memory=self._served(leg, stage - 1) if apart else None)
+            begin = time.process_time()
             result = run_round(before, transport, list(held), recipe.federation, recipe.seed, layouts=layouts, hold=out)
+            cpu = time.process_time() - begin
             current = result.state
             if remembers and not done:
                 current = dataclasses.replace(current, memory=self._served(leg, stage - 1))
-            rows = round_rows(leg, stage, result, self.prepared.recipe.name)
+            rows = round_rows(leg, stage, result, self.prepared.recipe.name, cpu)
             for site, text in sorted(result.failures.items()):
                 told = f"site {site} failed and was left out (the quorum holds): {text.strip()}"
                 self.watch.note(f"round {current.round}: {told}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from fedkeel import partition
 from fedkeel.config import ConfigError, Recipe
@@ -79,10 +80,18 @@ def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
 
     Raises ConfigError on a stage without training rows, a name that no record carries, or one that stands twice.
     """
-    stages = stage_names(recipe)
+    stages, order = stage_names(recipe), recipe.stream.order
     if not stages:
         return [0] * len(records)
-    known = {r.task for r in records} | {r.group for r in records if r.group}
+    tasks = {r.task for r in records}
+    missing = [name for names in stages for name in names if name not in tasks]
+    if order and missing:
+        raise ConfigError(
+            f"stream.order = {order!r} names {', '.join(missing[:5])}, and no row is of "
+            f"{'that task' if len(missing) == 1 else f'these {len(missing)} tasks'}: add the files to data.files, or list in "
+            f"data.tasks those that you have"
+        )
+    known = tasks | {r.group for r in records if r.group}
     where: dict[str, int] = {}
     for stage, names in enumerate(stages):
         for name in names:
@@ -120,11 +129,12 @@ def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[
     named = {name for names in stage_names(recipe) for name in names}
     by_group = {r.task for r in everything if r.group and named and r.task not in named}
 
+    @cache  # one answer for the many rows of a task
+    def seen(task: str, labels: tuple[str, ...], stage: int) -> tuple[str, ...]:
+        return tuple(v for v in labels if born.get((task, v), stage + 1) <= stage)
+
     def at_stage(record: Record, stage: int) -> Record:
-        if record.task not in by_group:
-            return record
-        seen = tuple(v for v in record.labels if born.get((record.task, v), stage + 1) <= stage)
-        return replace(record, labels=seen)
+        return replace(record, labels=seen(record.task, record.labels, stage)) if record.task in by_group else record
 
     found = []
     for stage in range(max(1, len(recipe.stream.stages))):

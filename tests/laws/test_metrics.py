@@ -15,16 +15,29 @@ from fedkeel.metrics import (
     average_final,
     average_learnt,
     backward_transfer,
+    bottom_decile,
+    bytes_to_target,
     consistency,
+    drift_ratio,
     exact_match,
     forgetting,
+    interaction,
+    kl_divergence,
+    linear_cka,
     macro,
     mean,
     normalise,
+    normalised_score,
+    participation_gap,
+    perplexity_ratio,
     retention_ratio,
     rouge_l,
+    spread,
     stability_index,
+    step_cost,
+    worst,
 )
+from fedkeel.objective.distill import linear_cka as trained_cka
 
 
 @pytest.mark.parametrize(
@@ -211,3 +224,127 @@ def test_consistency_refuses_what_is_no_distribution(p: list[Any], q: list[Any])
         consistency(p, q)
     with pytest.raises(ValueError, match="distribution"):
         consistency(q, p)
+
+
+def logs(rows: list[list[float]]) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(np.array(rows))
+
+
+def test_kl_divergence_by_hand_and_its_direction() -> None:
+    p, q = logs([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]]), logs([[0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])
+    # ½ ln(0.5 / 0.25) in the first row, nothing in the second
+    assert kl_divergence(p, q) == pytest.approx(0.5 * math.log(2) / 2, rel=1e-12)
+    assert kl_divergence(torch.tensor(p), q) == kl_divergence(p, q)
+    assert kl_divergence(q, p) == math.inf  # p rules out the third outcome
+    assert kl_divergence(p, p) == 0.0
+    # of chances that float32 does not hold: 1 · (0 + 200) for a p that is certain of what q gives e^-200
+    rare = np.array([[0.0, -300.0]]), np.array([[-200.0, 0.0]])
+    assert kl_divergence(*rare) == pytest.approx(200.0, rel=1e-12)
+
+
+@pytest.mark.parametrize(("p", "q"), [([], []), ([0.0], [0.0]), ([[0.0]], [[0.0, 0.0]]), ([[0.0]], [[-1.0]])])
+def test_kl_divergence_refuses_what_is_no_distribution(p: list[Any], q: list[Any]) -> None:
+    with pytest.raises(ValueError, match="distribution"):
+        kl_divergence(p, q)
+
+
+def test_perplexity_ratio_by_hand() -> None:
+    # perplexities 4 and 2 of two tokens each
+    assert perplexity_ratio([math.log(8), math.log(2)], [math.log(2), math.log(2)]) == pytest.approx(2.0, rel=1e-12)
+    with pytest.raises(ValueError, match="2 and 1 tokens"):
+        perplexity_ratio([1.0, 1.0], [1.0])
+
+
+def slow_cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Song et al. 2012, eq. 5, as it is printed: Gram matrices without their diagonals."""
+
+    def hsic(k: np.ndarray, m: np.ndarray) -> float:
+        n = len(k)
+        k, m, one = k - np.diag(np.diag(k)), m - np.diag(np.diag(m)), np.ones(n)
+        first, second = np.trace(k @ m), (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+        return (first + second - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3))
+
+    a, b = x @ x.T, y @ y.T
+    return hsic(a, b) / math.sqrt(hsic(a, a) * hsic(b, b))
+
+
+@pytest.mark.parametrize(("n", "d", "other"), [(4, 3, 3), (9, 2, 5), (40, 7, 7), (12, 60, 30)])
+def test_cka_against_the_unbiased_hsic_as_printed_and_against_the_one_that_is_trained(n: int, d: int, other: int) -> None:
+    rng = np.random.default_rng(n)
+    x = rng.normal(3.0, 1.0, (n, d))
+    y = x[:, :1] * rng.normal(size=(1, other)) + rng.normal(size=(n, other))
+    assert linear_cka(x, y) == pytest.approx(slow_cka(x, y), abs=1e-9)
+    assert linear_cka(x, y) == pytest.approx(float(trained_cka(torch.tensor(x), torch.tensor(y))), abs=1e-9)
+    turned = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    assert linear_cka(x, -3 * x @ turned + 7) == pytest.approx(1.0, abs=1e-9)
+    assert linear_cka(x, x) == 1.0
+
+
+def test_cka_of_unrelated_states_is_about_nothing_where_the_biased_one_would_be_high() -> None:
+    rng = np.random.default_rng(0)
+    found = [linear_cka(rng.normal(size=(30, 300)), rng.normal(size=(30, 300))) for _ in range(40)]
+    assert abs(mean(found)) < 0.02
+
+
+def test_cka_refuses_what_cannot_be_compared() -> None:
+    for x, y in (([[0.0]] * 3, [[0.0]] * 3), (np.eye(4), np.eye(5)), ([1.0] * 4, np.eye(4))):
+        with pytest.raises(ValueError, match="N of at least 4"):
+            linear_cka(x, y)
+    with pytest.raises(ValueError, match="all equal"):
+        linear_cka(np.ones((5, 2)), np.eye(5))
+    with pytest.raises(ValueError, match="finite"):
+        linear_cka(np.full((5, 2), np.nan), np.eye(5))
+
+
+def test_scores_of_sites_by_hand() -> None:
+    scores = [0.9, 0.1, 0.5, 0.3, 0.7, 0.6, 0.8, 0.4, 0.2, 1.0, 0.95]
+    assert (worst(scores), bottom_decile(scores)) == (0.1, pytest.approx((0.1 + 0.2) / 2))  # two of eleven
+    assert bottom_decile(scores[:10]) == 0.1
+    assert spread([0.2, 0.4, 0.9]) == pytest.approx(math.sqrt((0.3**2 + 0.1**2 + 0.4**2) / 2))
+    assert (worst([0.5]), bottom_decile([0.5]), spread([0.5])) == (0.5, 0.5, 0.0)
+    for measure in (worst, bottom_decile, spread):
+        for odd in ([], [0.5, math.nan]):
+            with pytest.raises(ValueError, match="at least one"):
+                measure(odd)
+
+
+def test_participation_gap_by_hand() -> None:
+    assert participation_gap(0.75, 0.5) == 0.25
+    assert participation_gap(0.25, 0.5) == -0.25
+    with pytest.raises(ValueError, match="not 80"):
+        participation_gap(80, 0.5)
+
+
+def test_drift_ratio_by_hand() -> None:
+    assert drift_ratio([[1.0, 2.0], [1.0, 2.0]], [0.3, 0.7]) == pytest.approx(1.0)
+    assert drift_ratio([[3.0, 0.0], [0.0, 3.0]], [0.5, 0.5]) == pytest.approx(2.0)
+    # (¼ · 16 + ¾ · 4) / ((¼ · 4)² + (¾ · 2)²)
+    assert drift_ratio([[4.0, 0.0], [0.0, 2.0]], [0.25, 0.75]) == pytest.approx(7 / 3.25)
+    assert drift_ratio([[1.0], [-1.0]], [0.5, 0.5]) == math.inf
+    with pytest.raises(ValueError, match="0 / 0"):
+        drift_ratio([[0.0], [0.0]], [0.5, 0.5])
+    for weights in ([0.5], [0.5, 0.6], [1.5, -0.5]):
+        with pytest.raises(ValueError, match="sum 1"):
+            drift_ratio([[1.0], [1.0]], weights)
+
+
+def test_what_a_target_and_a_step_cost_by_hand() -> None:
+    assert bytes_to_target([0.2, 0.5, 0.4, 0.6], [10, 20, 30, 40], 0.5) == 20
+    assert bytes_to_target([0.2, 0.5], [10, 20], 0.55) is None
+    assert bytes_to_target([], [], 0.5) is None
+    for sent in ([10], [20, 10]):
+        with pytest.raises(ValueError, match="never falling"):
+            bytes_to_target([0.2, 0.5], sent, 0.5)
+    assert step_cost([3.0, 5.0], [2.0]) == 2.0
+    with pytest.raises(ValueError, match="took no time"):
+        step_cost([1.0], [0.0])
+
+
+def test_interaction_and_normalised_score_by_hand() -> None:
+    assert interaction(0.5, 0.625, 0.75, 0.875) == 0.0
+    assert interaction(0.5, 0.5, 0.5, 0.75) == 0.25
+    assert normalised_score(0.75, 0.5, 1.0) == 0.5
+    assert normalised_score(0.25, 0.5, 1.0) == -0.5
+    with pytest.raises(ValueError, match="below the higher"):
+        normalised_score(0.5, 0.8, 0.8)

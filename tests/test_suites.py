@@ -1,0 +1,320 @@
+"""Suites: which runs a plan means, what tuning chooses, and that a killed suite goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_run import rows_of, without_time
+
+from fedkeel.config import ConfigError, load_recipe
+from fedkeel.folder import RunFolder
+from fedkeel.suites import (
+    Planned,
+    chance,
+    execute,
+    final_score,
+    finished,
+    jobs_for,
+    load_plan,
+    plan_names,
+    runs_of,
+    trial_scores,
+    tuned_text,
+)
+
+PLAN = """
+title = "Two methods"
+seeds = [3, 4]
+tuning_seeds = [9]
+reference = "plain"
+set = ["train.lr=0.1", "train.local_steps=2"]
+square = ["plain", "near", "far", "both"]
+factors = ["near", "far"]
+
+[streams.a]
+set = ["train.local_steps=3"]
+trial = ["federation.rounds=1"]
+grid = { "train.lr" = [0.2, 0.3], "train.warmup" = [0.5] }
+tuned = { near = ["train.lr=0.4"] }
+
+[streams.b]
+needs = ["data.root"]
+
+[methods.plain]
+untuned = true
+[methods.near]
+set = ["train.proximal=0.1", "train.local_steps=4"]
+[methods.far]
+set = ["train.proximal=9.0"]
+streams = ["a"]
+tuned_as = "near"
+[methods.both]
+
+[knobs]
+"train.batch_size" = [4, 16, 8]
+"train.lr" = [0.1]
+"""
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    path = tmp_path / "two.toml"
+    path.write_text(PLAN)
+    return path
+
+
+class Heard:
+    """A `Watch` that remembers."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, int]] = []
+        self.over: list[tuple[str, str]] = []
+
+    def begin(self, total: int, done: int) -> None:
+        self.begun.append((total, done))
+
+    def at(self, running: Sequence[str]) -> None:
+        pass
+
+    def ended(self, run: str, seconds: float, failure: str) -> None:
+        self.over.append((run, failure))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the plan
+
+
+def test_the_suites_that_come_with_fedkeel_resolve(tmp_path: Path) -> None:
+    assert "main" in plan_names()
+    for name in plan_names():
+        plan = load_plan(name)
+        for stream in plan.streams.values():
+            for key in ("data.files", "data.tasks_file"):  # so that every key is right but what is on this machine
+                found = [o.partition("=")[2] for o in stream.set if o.startswith(f"{key}=")]
+                for path in json.loads(found[0]) if found and key == "data.files" else found:
+                    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+                    (tmp_path / path).write_text("{}")
+        extra = [f"{at}:{key}={tmp_path}" for at, stream in plan.streams.items() for key in stream.needs]
+        for tune in (False, True):
+            runs, left = runs_of(plan, extra=extra, tune=tune)
+            assert not left
+            assert len({r.name for r in runs}) == len(runs)
+            assert runs or tune
+
+
+def test_runs_come_seed_by_seed_and_later_overrides_win(plan_file: Path) -> None:
+    runs, left = runs_of(load_plan(str(plan_file)), extra=["threads=1"])
+    assert left == ["stream 'b' needs b:data.root=...; it is left out"]
+    methods = ["plain", "near", "far", "both", "train.batch_size=4", "train.batch_size=8"]
+    assert [(r.seed, r.method) for r in runs] == [(s, m) for s in (3, 4) for m in methods]
+    # 16 rows and a rate of 0.1 are what `plain` has on every stream
+    sizes = {"4": "train.batch_size=4", "16": "plain", "8": "train.batch_size=8"}
+    assert load_plan(str(plan_file)).knobs == {"train.batch_size": sizes, "train.lr": {"0.1": "plain"}}
+    resolved = {r.method: load_recipe(None, r.overrides) for r in runs if r.seed == 4}
+    train = {m: (r.train.lr, r.train.local_steps, r.train.proximal, r.train.batch_size) for m, r in resolved.items()}
+    assert train == {
+        "plain": (0.1, 3, 0.0, 16),  # the stream's steps after the suite's
+        "near": (0.4, 4, 0.1, 16),  # the method's after the stream's, and what tuning chose
+        "far": (0.4, 3, 9.0, 16),  # tuned as `near`
+        "both": (0.1, 3, 0.0, 16),
+        "train.batch_size=4": (0.1, 3, 0.0, 4),
+        "train.batch_size=8": (0.1, 3, 0.0, 8),
+    }
+    assert {(r.name, r.seed, r.threads) for r in resolved.values()} == {(f"a-{m}-s4", 4, 1) for m in resolved}
+
+
+def test_choices_of_the_command_line(plan_file: Path) -> None:
+    plan = load_plan(str(plan_file))
+    runs, _ = runs_of(
+        plan,
+        methods=["both", "near"],
+        seeds=[7],
+        extra=["a:train.lr=5.0", "train.clip_norm=2.0", "b:data.root=x"],
+        streams=["a"],
+    )
+    assert [(r.method, r.seed) for r in runs] == [("near", 7), ("both", 7)]
+    recipe = load_recipe(None, runs[0].overrides)
+    assert (recipe.train.lr, recipe.train.clip_norm, recipe.data.root) == (5.0, 2.0, "")
+    for asked, told in (
+        ({"streams": ["c"]}, "no 'c'; there are a, b"),
+        ({"methods": ["plane"]}, "Did you mean 'plain'"),
+        ({"streams": ["b"]}, "stream 'b' needs b:data.root"),
+        ({"extra": ["z:train.lr=1"]}, "no 'z'"),
+        ({"extra": ["train.lrr=1"]}, "stream 'a', method 'plain': unknown key 'train.lrr'"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            runs_of(plan, **asked)
+
+
+def test_every_method_is_tried_with_every_setting_of_the_grid(plan_file: Path) -> None:
+    runs, _ = runs_of(load_plan(str(plan_file)), methods=["plain", "near", "far", "both"], tune=True)
+    settings = ["train.lr=0.2,train.warmup=0.5", "train.lr=0.3,train.warmup=0.5"]
+    # `plain` has nothing to tune and `far` shares the choice of `near`
+    assert [r.method for r in runs] == [f"{m}@{s}" for m in ("near", "both") for s in settings]
+    recipe = load_recipe(None, runs[1].overrides)
+    assert (recipe.seed, recipe.train.lr, recipe.train.warmup, recipe.federation.rounds) == (9, 0.3, 0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("title", "titel"), "unknown key 'titel'; did you mean 'title'"),
+        (('reference = "plain"', 'reference = "plane"'), "reference: no 'plane'"),
+        (("tuning_seeds = [9]", "tuning_seeds = [4]"), r"share \[4\]"),
+        (("seeds = [3, 4]", "seeds = [true]"), "whole numbers from 0"),
+        (('streams = ["a"]', 'streams = ["aa"]'), "no 'aa'"),
+        (('tuned_as = "near"', 'tuned_as = "nearer"'), "no 'nearer'"),
+        (("[4, 16, 8]", "[]"), "must be a list of values"),
+        (('factors = ["near", "far"]', ""), "square names four methods"),
+        (('"train.batch_size" =', '"train.batch" ='), "unknown key 'train.batch'; did you mean 'train.batch_size'"),
+        (("tuned = { near", "tuned = { neer"), "no 'neer'"),
+        (("[streams.a]", "[streams.a"), "two.toml"),
+    ],
+)
+def test_a_plan_that_cannot_be_right_names_what_is_wrong(plan_file: Path, change: tuple[str, str], told: str) -> None:
+    plan_file.write_text(PLAN.replace(*change, 1))
+    with pytest.raises(ConfigError, match=told):
+        load_plan(str(plan_file))
+
+
+def test_an_unknown_suite_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no 'mian'; there are .*Did you mean 'main'"):
+        load_plan("mian")
+
+
+# -------------------------------------------------------------------------------------------------------------- the choice
+
+
+def line(name: str, value: float, round: int, split: str = "validation", task: str = "") -> str:
+    row = {"run": "x", "method": "federated", "seed": 0, "round": round, "name": name, "value": value, "unit": "share"}
+    return json.dumps({**row, "site": "", "stage": 0, "task": task, "split": split})
+
+
+def ended(folder: Path, *lines: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "state.json").write_text('{"finished": true}')
+
+
+def test_the_final_score_is_the_mean_over_stages_at_the_end(tmp_path: Path) -> None:
+    ended(tmp_path / "s", line("score_of_stage_1", 0.9, 2), line("score", 0.1, 4), line("score_of_stage_1", 0.4, 4),
+          line("score_of_stage_2", 0.8, 4), line("score_of_stage_2", 0.0, 4, "test"))  # fmt: skip
+    assert final_score(tmp_path / "s", "validation") == pytest.approx(0.6)
+    assert final_score(tmp_path / "s", "test") == 0.0
+    ended(tmp_path / "w", line("score", 0.3, 1), line("score", 0.5, 2), line("score", 0.7, 2, task="t"))
+    assert final_score(tmp_path / "w", "validation") == 0.5
+
+
+def test_tuning_takes_the_best_mean_over_seeds(tmp_path: Path, plan_file: Path) -> None:
+    values = {
+        ("m", "k=1", 0): 0.2,
+        ("m", "k=1", 1): 0.4,
+        ("m", "k=2,l=3", 0): 0.5,
+        ("m", "k=2,l=3", 1): 0.3,
+        ("n", "k=1", 0): 0.6,
+    }
+    runs = [Planned(f"r{i}", "a", f"{m}@{s}", seed, ()) for i, (m, s, seed) in enumerate(values)]
+    for run, value in zip(runs, values.values(), strict=True):
+        ended(tmp_path / run.name, line("score", value, 1))
+    unfinished = Planned("no", "a", "m@k=7", 0, ())
+    scores = trial_scores([*runs, unfinished], tmp_path)
+    assert scores == {"a": {"m": {"k=1": pytest.approx(0.3), "k=2,l=3": pytest.approx(0.4)}, "n": {"k=1": 0.6}}}
+    (tmp_path / "tuned.toml").write_text(tuned_text({"a": {"near": scores["a"]["m"], "both": scores["a"]["n"]}}))
+    plan = load_plan(str(plan_file), tmp_path / "tuned.toml")
+    assert plan.streams["a"].tuned == {"near": ("k=2", "l=3"), "both": ("k=1",)}
+
+
+def test_at_least_one_job_and_no_more_than_memory_allows() -> None:
+    assert jobs_for(1e30) == 1
+    assert 1 <= jobs_for(1.0) <= (os.cpu_count() or 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- the runs
+
+
+@pytest.fixture
+def tiny_plan(tiny_overrides: list[str], tmp_path: Path) -> Path:
+    """Two methods of a tiny federation, a second or two each, and one that cannot work."""
+    common = [o for o in tiny_overrides if not o.startswith(("name=", "out="))]
+    methods = {"plain": [], "near": ["train.proximal=0.1"], "broken": ["train.lr=1e30", "train.clip_norm=1e30"]}
+    lines = [
+        f"seeds = [1]\nset = {json.dumps([*common, 'evaluation.baselines=[]'])}\n[streams.tiny]",
+        *(f"[methods.{name}]\nset = {json.dumps(given)}" for name, given in methods.items()),
+    ]
+    path = tmp_path / "tiny.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_suite_runs_once_and_keeps_failures_as_failures(tiny_plan: Path, tmp_path: Path) -> None:
+    plan, out, heard = load_plan(str(tiny_plan)), tmp_path / "suite", Heard()
+    runs, _ = runs_of(plan)
+    failed = execute(plan, runs, out, 2, heard)
+    assert [r.method for r in failed] == ["broken"]
+    assert finished(out / "tiny-plain-s1")
+    assert finished(out / "tiny-near-s1")
+    assert "the loss became" in (out / "tiny-broken-s1.failed").read_text()
+    assert {run: bool(failure) for run, failure in heard.over} == {r.name: r.method == "broken" for r in runs}
+    told = json.loads((out / "suite.json").read_text())
+    assert [r["name"] for r in told["runs"]] == [r.name for r in runs]
+    before = {p: p.stat().st_mtime_ns for p in (out / "tiny-plain-s1").rglob("*")}
+    again = Heard()
+    execute(plan, [r for r in runs if r.method != "broken"], out, 2, again)
+    assert (again.begun, again.over) == ([(2, 2)], [])
+    assert {p: p.stat().st_mtime_ns for p in (out / "tiny-plain-s1").rglob("*")} == before
+    assert {r["method"] for r in json.loads((out / "suite.json").read_text())["runs"]} == {"plain", "near", "broken"}
+    tiny_plan.write_text(tiny_plan.read_text().replace("train.proximal=0.1", "train.proximal=0.2"))
+    with pytest.raises(ConfigError, match=r"train\.proximal was 0\.1 and is 0\.2"):
+        execute(load_plan(str(tiny_plan)), runs_of(load_plan(str(tiny_plan)))[0], out, 2, Heard())
+
+
+def test_chance_is_the_commonest_answer_of_each_task(tiny_plan: Path) -> None:
+    runs, _ = runs_of(load_plan(str(tiny_plan)))
+    # of the 6 test rows with a label, by number 11, 23, 35, 47, 59, 71: colours 2, 2, 2, … of 0, 1, 2
+    assert chance(runs) == {"tiny": {"colour": {"majority": 1.0, "rows": 6}}}
+
+
+def test_a_suite_killed_at_once_goes_on_and_ends_as_a_whole_one(tiny_plan: Path, tmp_path: Path) -> None:
+    """kill -9 of the suite's process, also while a run is on its way; no run survives it, and none is done twice."""
+    script = tmp_path / "go.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom fedkeel.suites import execute, load_plan, runs_of\n"
+        "from test_suites import Heard\n"
+        "if __name__ == '__main__':\n"
+        "    plan = load_plan(sys.argv[1])\n"
+        "    execute(plan, runs_of(plan, methods=['plain', 'near'])[0], Path(sys.argv[2]), 1, Heard())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+
+    def begin(out: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, str(script), str(tiny_plan), str(out)], env=environment)
+
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    process = begin(cut)
+    first = cut / "tiny-plain-s1"
+    for _ in range(1200):  # until the first run is on its way, and not at its end
+        time.sleep(0.05)
+        if list(first.glob("checkpoints/federated/round-0001.fkl")):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1.0)
+    state = (first / "state.json").read_bytes()
+    time.sleep(2.0)
+    assert (first / "state.json").read_bytes() == state  # the run died with its suite
+    assert not finished(first) or not (cut / "tiny-near-s1").exists()
+    assert begin(cut).wait() == 0
+    assert begin(whole).wait() == 0
+    for name in ("tiny-plain-s1", "tiny-near-s1"):
+        assert finished(cut / name)
+        assert without_time(rows_of(RunFolder(cut / name))) == without_time(rows_of(RunFolder(whole / name)))
+        assert (cut / name / "adapter/adapter_model.safetensors").read_bytes() == (
+            whole / name / "adapter/adapter_model.safetensors"
+        ).read_bytes()
