@@ -7,8 +7,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from fedkeel import metrics
 from fedkeel.report.charts import Chart, Grid, Heat, Panel, Point, Series
-from fedkeel.report.run_numbers import Matrix, bottom_decile, last_stage, own_scores, stage_matrix, stream_numbers
+from fedkeel.report.run_numbers import Matrix, last_stage, own_scores, stage_matrix, stream_numbers
 from fedkeel.report.tables import METHODS, MISSING, Table, human_bytes, mean_and_sd, number, points, rounds_done, signed
 from fedkeel.types import Row
 
@@ -137,13 +138,16 @@ def traffic(rows: Sequence[Row]) -> Chart | None:
 def fairness_lines(own: Mapping[str, Sequence[float]]) -> Table:
     """Worst, bottom decile, mean and standard deviation over sites, a line a name, in points."""
     lines = tuple(
-        (name, str(len(v)), points(min(v)), points(bottom_decile(v)), points(mean_and_sd(v)[0]), points(max(v)),
-         points(mean_and_sd(v)[1]) if len(v) > 1 else MISSING)
+        (
+            name, str(len(v)), points(metrics.worst(v)), points(metrics.bottom_decile(v)), points(mean_and_sd(v)[0]),
+            points(max(v)), points(metrics.spread(v)) if len(v) > 1 else MISSING,
+        )
         for name, v in own.items()
     )  # fmt: skip
     header = ("model", "sites", "worst", "bottom decile", "mean", "best", "sd")
     notes = (
-        "Points on a site's own test rows. Bottom decile: the mean of the lowest tenth of the sites, at least one; sd with n − 1.",
+        "Points on a site's own test rows. Bottom decile: the mean of the lowest tenth of the sites, rounded up; "
+        "sd with n − 1.",
     )
     return Table("Spread over sites", header, lines, notes)
 
@@ -201,9 +205,7 @@ def drift(rows: Sequence[Row]) -> Heat | None:
         "federated", told, tuple(found), tuple(str(round) for round in order),
         tuple(tuple(values.get(round) for round in order) for values in found.values()),
     )  # fmt: skip
-    note = (
-        "D = (Σ p‖Δ‖² − ‖Σ p Δ‖²)/‖Σ p Δ‖² of the sites' updates Δ of a block: 0 where all sites moved alike; Γ = D + 1 is METHOD §6.",
-    )
+    note = ("D = (Σ p‖Δ‖² − ‖Σ p Δ‖²)/‖Σ p Δ‖² of the sites' updates Δ of a block: 0 where all moved alike; Γ = D + 1.",)
     return Heat("drift", "Drift by layer", "round", "block", "D, a ratio", (grid,), digits=2, notes=note)
 
 
@@ -217,8 +219,8 @@ def site_cka(rows: Sequence[Row]) -> Chart | None:
     panel = Panel("One more local round against the final model", "layer", "1 − CKA", (Series("federated", curve),))
     note = ("On fixed prompts; 0 where the site's hidden states are those of the final model.",)
     return Chart(
-        "site-cka", "What a local round changes, by layer", told, (panel,), spread="lowest to highest of the sites", drawn="bars",
-        digits=3, notes=note,
+        "site-cka", "What a local round changes, by layer", told, (panel,), spread="lowest to highest of the sites",
+        drawn="bars", digits=3, notes=note,
     )  # fmt: skip
 
 
@@ -306,7 +308,9 @@ def stability(measures: Sequence[Row]) -> Chart | None:
     found = damage_names(measures)
     clean = clean_score(measures)
     order = sorted(found, key=lambda f: (bool(found[f].get("trained")), list(DAMAGE).index(f) if f in DAMAGE else 99, f))
-    panels, lines, rules = [], [], []
+    panels: list[Panel] = []
+    lines: list[tuple[str, ...]] = []
+    rules: list[int] = []
     for family in order:
         named = found[family]
         trained = bool(named.get("trained"))

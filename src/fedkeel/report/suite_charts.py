@@ -93,7 +93,8 @@ def traffic(results: Sequence[Result]) -> Chart | None:
     if not series:
         return None
     sizes = sorted((float(s.points[-1].x), s.name) for s in series)
-    told = f"In the whole run {sizes[0][1]} sends least, {number(sizes[0][0])} MB, and {sizes[-1][1]} most, {number(sizes[-1][0])} MB."
+    least, most_sent = (f"{name}, {number(size)} MB" for size, name in (sizes[0], sizes[-1]))
+    told = f"In the whole run the least is sent under {least}, and the most under {most_sent}."
     header = (
         "method",
         *(f"read {n}: {what}" for n in range(1, 1 + max(len(s.points) for s in series)) for what in ("MB", "score")),

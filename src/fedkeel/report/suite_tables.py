@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from fedkeel.metrics import step_cost
 from fedkeel.report.chance import MARK, RULE, Chance
 from fedkeel.report.interval import COVERAGE, RESAMPLES
 from fedkeel.report.results import Result, interaction
@@ -71,7 +72,7 @@ def _seeds(line: Line) -> str:
 def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: Mapping[str, Chance]) -> Table:
     """A line a method of one stream, its cost beside its score; columns that no line has a number for are left out."""
     reference = next((r for r in results if r.line.method == suite.reference and not r.line.baseline), None)
-    cost = mean_and_sd(reference.cost)[0] if reference and reference.cost else 0.0
+    cost = reference.cost if reference and sum(reference.cost) > 0.0 else ()
     low = f"{COVERAGE:.0%} interval".replace("%", " %")
     header = (
         "method", "seeds", "final score", f"difference to {suite.reference}", low, "when learnt", "BWT", "forgetting",
@@ -100,7 +101,7 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
             _steps(r.line) if federated else MISSING,
             MISSING if trials is None or not federated else str(trials),
             megabytes(r.up), megabytes(r.down),
-            number(mean_and_sd(r.cost)[0] / cost, 2) if cost and r.cost else MISSING,
+            number(step_cost(r.cost, cost), 2) if cost and r.cost else MISSING,
         ))  # fmt: skip
     shown = [k for k in range(len(header)) if k < 3 or any(line[k] not in (MISSING, "reference") for line in lines)]
     title = f"{stream}: scores"
@@ -132,7 +133,7 @@ def _score_notes(
     if any(r.worst for r in results):
         notes.append(
             "Sites: scores on a site's own test rows after the last stage; bottom decile is the mean of the lowest tenth of "
-            "the sites, at least one; sd over sites with n − 1. All their tasks count."
+            "the sites, rounded up; sd over sites with n − 1. All their tasks count."
         )
     if any(r.held_out_ssi for r in results):
         notes.append(
@@ -328,7 +329,7 @@ def retention_table(stream: str, results: Sequence[Result]) -> Table:
     return Table(f"{stream}: retention and generalisation", tuple(header[k] for k in shown), short, notes)
 
 
-SKIPPED = ("name", "seed", "out", "threads")  # of a recipe: no part of a method
+SKIPPED = ("name", "seed", "out", "threads", "evaluation.baselines")  # of a recipe: no part of a method
 
 
 def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
