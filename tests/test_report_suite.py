@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from suites import one_row, scored, write_plan, write_run
 
 from fedkeel.report.chance import chances
 from fedkeel.report.interval import paired_difference
 from fedkeel.report.results import Result, interaction, results_of
-from fedkeel.report.run_numbers import bottom_decile, final_score, stage_matrix, stream_numbers, tasks_by_stage
+from fedkeel.report.run_numbers import final_score, stage_matrix, stream_numbers, tasks_by_stage
 from fedkeel.report.suite import Suite, chances_of, lines_of, read_suite
 from fedkeel.report.suite_tables import (
     chance_table,
@@ -27,7 +28,6 @@ from fedkeel.report.suite_tables import (
 )
 from fedkeel.rng import numpy_generator
 from fedkeel.types import FedKeelError, Row
-from suites import one_row, scored, write_plan, write_run
 
 
 def two_stages(run: str, seed: int, first: float, last: tuple[float, float], own: dict[str, float]) -> list[Row]:
@@ -211,11 +211,6 @@ def test_a_task_that_grows_with_the_stages_keeps_its_scores() -> None:
     assert tasks_by_stage(rows, "federated") is None
     assert stage_matrix(rows, "federated", ("other",)) == {0: {0: 0.8}, 1: {0: 0.5, 1: 0.7}}
     assert stream_numbers(stage_matrix(rows))["forgetting"] == pytest.approx(0.3)
-
-
-def test_bottom_decile_by_hand() -> None:
-    assert bottom_decile([0.3, 0.1, 0.9]) == 0.1
-    assert bottom_decile([k / 100 for k in range(30)]) == pytest.approx(0.01)  # 0, 1 and 2
 
 
 def test_interval_of_equal_differences_has_no_width() -> None:

@@ -44,7 +44,7 @@ class Table:
         return [k > 0 and all(c.lstrip("+−")[:1].isdigit() or c in words for c in cells) for k, cells in enumerate(columns)]
 
     def markdown(self, level: int = 2) -> str:
-        """A heading of `level`, a pipe table and a list of notes, in GitHub's Markdown, with every special character escaped."""
+        """A heading of `level`, a pipe table and a list of notes, in GitHub's Markdown, all special characters escaped."""
         rule = ["---:" if right else "---" for right in self.numeric()]
         table = [self.header, *self.lines]
         body = ["| " + " | ".join(map(escape, cells)) + " |" for cells in table]
