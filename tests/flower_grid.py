@@ -15,17 +15,17 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-Answer = Callable[[Message, Context], Message]
+Twist = Callable[[Message, Message], list[tuple[int, Message]]]
 
 
 class FakeGrid(Grid):
-    """`nodes`: node id -> partition. `twist`: given a site's node and its reply, what arrives instead, each with the number of
-    looks after which it does; a test's way to lose, delay, repeat or forge messages."""
+    """`nodes`: node id -> partition. `twist`: given a message and its reply, what arrives instead, each with the number of looks
+    after which it does; a test's way to lose, delay, repeat or forge. What nobody asked for arrives all the same."""
 
-    def __init__(self, app: ClientApp, partitions: int, twist: Callable[[int, Message], list[tuple[int, Message]]] | None = None) -> None:
+    def __init__(self, app: ClientApp, partitions: int, twist: Twist | None = None) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 77, 1, 1
         self.app, self.nodes = app, {900 - 7 * n: n for n in range(partitions)}
-        self.twist = twist or (lambda node, reply: [(0, reply)])
+        self.twist = twist or (lambda message, reply: [(0, reply)])
         self.sent: list[Message] = []
         self._arriving: list[tuple[int, Message]] = []
         self.looks = 0
@@ -53,15 +53,14 @@ class FakeGrid(Grid):
             # what arrives at a site is not the object that was sent
             context = Context(77, node, {"partition-id": self.nodes[node]}, RecordDict(), {})
             reply = self.app(copy.deepcopy(message), context)
-            self._arriving += [(self.looks + late, r) for late, r in self.twist(node, reply)]
+            self._arriving += [(self.looks + late, r) for late, r in self.twist(message, reply)]
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that have arrived, the last first: the order in which sites answer means nothing."""
         self.looks += 1
-        wanted = set(message_ids)
-        here = [r for at, r in self._arriving if at < self.looks and r.metadata.reply_to_message_id in wanted]
-        self._arriving = [(at, r) for at, r in self._arriving if r not in here]
+        here = [r for at, r in self._arriving if at < self.looks]
+        self._arriving = [(at, r) for at, r in self._arriving if at >= self.looks]
         return here[::-1]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

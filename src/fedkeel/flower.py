@@ -111,7 +111,6 @@ class Courier:
         self._grid, self._recipe, self._run, self._state = grid, recipe, run, state
         self._stopped = stopped or threading.Event()
         self._limit = limit
-        self._greeted: set[int] = set()
         self.nodes: dict[str, int] = {}
         self.hellos: dict[str, dict[str, Any]] = {}
         self.troubles: list[str] = []  # what nodes said that could not say hello
@@ -174,12 +173,14 @@ class Courier:
         """
         end = time.monotonic() + seconds
         pending: dict[str, tuple[int, str]] = {}
+        asked: set[int] = set()  # in this call: one that failed, or took too long, is asked again in the next
+        self.troubles = []
         while not enough(self.nodes) and time.monotonic() < end:
             present = set(self._grid.get_node_ids())
             for site in [site for site, node in self.nodes.items() if node not in present]:
                 del self.nodes[site]  # it went away, and may come back under another id
-            for node in sorted(present - self._greeted):
-                self._greeted.add(node)
+            for node in sorted(present - asked - set(self.nodes.values())):
+                asked.add(node)
                 identity = secrets.token_hex(8)
                 sent = self._send(node, "hello", {"id": identity, "site": ""}, None, end - time.monotonic())
                 pending[sent] = node, identity
