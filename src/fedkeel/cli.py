@@ -34,6 +34,7 @@ RecipeArguments = Annotated[
     list[str] | None,
     typer.Argument(help="A recipe file (.toml), then key=value overrides such as train.lr=1e-3.", show_default=False),
 ]
+ENGINES = ("local", "flower-sim")
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", show_default=False)]
 
 
@@ -109,8 +110,13 @@ def run(
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace a run of the same name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, sites, parameters and bytes; do nothing.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="local: all sites in this process. flower-sim: in Flower's simulation, on as many cores as fit.")
+    ] = "local",
 ) -> None:
     """Run a federation and its baselines; without a recipe, the full defaults on the embedded model and data."""
+    if engine not in ENGINES:
+        raise FedKeelError(f"--engine {engine}: one of {', '.join(ENGINES)} belongs here")
     given = arguments or []
     if resume and not given:
         given = _latest_unfinished(Path("runs"))
@@ -135,9 +141,15 @@ def run(
     )
     try:
         with Display(console, len(prepared.sites.rows)) as display:
-            execute(prepared, folder, display, resume=resume, fresh=fresh)
+            if engine == "flower-sim":
+                from fedkeel.flower import simulate
+
+                simulate(prepared, folder, display, resume=resume, fresh=fresh)
+            else:
+                execute(prepared, folder, display, resume=resume, fresh=fresh)
     except KeyboardInterrupt:
-        console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume", markup=False, highlight=False)
+        again = " --engine flower-sim" if engine == "flower-sim" else ""
+        console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume{again}", markup=False, highlight=False)
         raise typer.Exit(130) from None
     report = write_report(folder.path)
     rows = read_rows(folder.rows_file)

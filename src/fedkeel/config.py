@@ -547,9 +547,18 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError(f"{path}: {error}") from error
     for override in overrides:
         _assign(tree, override)
+    return make_recipe(tree)
+
+
+def make_recipe(tree: Mapping[str, Any], data: bool = True) -> Recipe:
+    """The recipe that a mapping of keys, as TOML is read, means. Raises ConfigError on what cannot be right.
+
+    data: whether the files of data must be there; a coordinator holds none.
+    """
     recipe: Recipe = _build(Recipe, tree, "")
-    _check_data(recipe)
-    recipe = _with_order(recipe)
+    if data:
+        _check_data(recipe)
+        recipe = _with_order(recipe)
     _cross_check(recipe)
     return recipe
 
