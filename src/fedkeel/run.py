@@ -375,7 +375,8 @@ class _Run:
         one = TRAIN_COST * batch * sum(steps_a_round(at.recipe.train, len(rows)) for rows in at.rows.values() if rows)
         scored = len(self.curve_rows[stage]) if leg.method == "federated" else 0
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
-        return one, leg.rounds * one + points * scored, len(self.test_rows[stage])
+        judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
+        return one, leg.rounds * one + points * scored, len(self.test_rows[stage]) + judged * len(self.curve_rows[stage])
 
     def _curve_point(self, leg: Leg, round: int) -> bool:
         return leg.method == "federated" and round % self.prepared.recipe.evaluation.every == 0
@@ -526,6 +527,10 @@ class _Run:
         scored = self._score(leg, stage, current, "test", self.test_rows[stage])
         seconds = time.perf_counter() - begin
         rows = _score_rows(leg, stage, current.round, "test", scored, self.prepared)
+        if leg.method == "centralised" and stage + 1 == len(leg.stages) and self.curve_rows[stage]:
+            # no curve, but what tuning judges it by: a reference must not be worse for another's learning rate
+            held_out = self._score(leg, stage, current, "validation", self.curve_rows[stage])
+            rows += _score_rows(leg, stage, current.round, "validation", held_out, self.prepared)
         name = self.prepared.recipe.name
         rows.append(
             Row(name, leg.method, leg.seed, current.round, "test_seconds", seconds, "seconds", site=leg.site, stage=stage)

@@ -325,4 +325,3 @@ def handle(
     except Exception:  # whatever it is, it is this site's failure, and the coordinator repeats the text
         return {**told, "error": traceback.format_exc()}, b""
     return {**told, **more, "cpu": time.process_time() - begin}, out
-
