@@ -25,6 +25,7 @@ LAYERS = (
     ("local",),
     ("run",),
     ("report",),
+    ("measure",),
     ("display",),
     ("cli",),
 )
