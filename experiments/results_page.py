@@ -121,7 +121,7 @@ def flat_section(plan: str) -> str:
 
 
 def damage_lines() -> list[dict[str, Any]]:
-    """The committed lines of experiments/stability.py."""
+    """The committed lines of results/stability, which a script wrote before `fedkeel measure` was there."""
     return [json.loads(line) for line in (ROOT / "results" / "stability" / "minilm.jsonl").read_text().splitlines()]
 
 

@@ -28,6 +28,7 @@ LAYERS = (
     ("worker",),
     ("flower",),
     ("report",),
+    ("measure",),
     ("suites",),
     ("display",),
     ("cli",),

@@ -234,6 +234,54 @@ def evaluate(
 
 
 @app.command()
+def measure(
+    run_folders: Annotated[list[Path], typer.Argument(help="Run folders, such as runs/quickstart.", show_default=False)],
+    families: Annotated[
+        str | None, typer.Option(help="Families of damage, joined by commas; '' for none.", show_default="all")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Draws of each random damage.")] = 20,
+    rows: Annotated[int, typer.Option(help="Test rows a task, chosen by hash; 0: all.")] = 300,
+    general: Annotated[
+        list[Path] | None, typer.Option(help="Held-out general text, a paragraph a line; may be given again.")
+    ] = None,
+    general_rows: Annotated[int, typer.Option(help="Paragraphs of each such file, chosen by hash; 0: all.")] = 100,
+    unseen: Annotated[Path | None, typer.Option(help="Rows of tasks that no site trained on, JSON Lines.")] = None,
+    unseen_tasks_file: Annotated[Path | None, typer.Option(help="Their instructions and labels, as data.tasks_file.")] = None,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
+    states: Annotated[bool, typer.Option(help="Compare hidden states of stages and sites with the final model's.")] = True,
+) -> None:
+    """Measure finished runs: under damage, on general text, by hidden states, on unseen tasks; see measures.jsonl in each."""
+    console = _console()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with console.status("loading libraries"):
+        import torch
+        from rich.progress import Progress
+
+        from fedkeel.damage import FAMILIES
+        from fedkeel.measure import Settings, measures_table
+        from fedkeel.measure import measure as measure_runs
+
+    named = tuple(FAMILIES) if families is None else tuple(f for f in families.split(",") if f)
+    settings = Settings(named, draws, rows, tuple(general or ()), general_rows, unseen, unseen_tasks_file, states)
+    torch.set_num_threads(threads)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("loading", total=None)
+        begun: list[Path] = []
+
+        def watch(folder: Path, part: str, done: int, total: int) -> None:
+            if folder not in begun:
+                begun.append(folder)
+                if not console.is_terminal:
+                    console.print(f"{folder}: measuring", markup=False, highlight=False)
+            where = f"{folder.name} ({len(begun)} of {len(run_folders)}): {part}"
+            progress.update(task, description=where, completed=done, total=total)
+
+        found = measure_runs(run_folders, settings, watch)
+    console.print(measures_table(found).rich())
+    console.print(f"rows: {', '.join(str(f / 'measures.jsonl') for f in found)}", markup=False, highlight=False)
+
+
+@app.command()
 def export(
     run_folder: RunArgument,
     target: Annotated[Path, typer.Argument(help="A folder to create.", show_default=False)],
