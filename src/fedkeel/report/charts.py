@@ -29,13 +29,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. x, y: their names with units."""
+    """One pair of axes. x, y: their names with units. apart: drawn on a tinted ground, see Series."""
 
     title: str
     x: str
     y: str
     series: tuple[Series, ...]
     log_x: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)

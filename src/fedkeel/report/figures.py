@@ -1,12 +1,11 @@
 """Charts as Plotly figures: plain dicts, which page.js lays out for the width at hand and colours for a light or dark page.
 
 A colour is a name that page.js knows, such as `@ink` or `@2` or, with an opacity, `@2:0.15`. Texts that Plotly would read as
-its own HTML are escaped; entries of the legend are not, for page.js writes them as text.
+its own HTML are escaped; names that page.js shortens or writes itself are not.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +81,11 @@ OWN = {  # series that are no method
 }
 
 
+def _escape(text: str) -> str:
+    """Text that Plotly shows as it is."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
 def _positions(panel: Panel) -> list[str] | None:
     """The categories of a panel, in their order, or None if its x is a number."""
     found = [p.x for s in panel.series for p in s.points]
@@ -105,8 +109,8 @@ def chart_figure(chart: Chart, styles: Mapping[str, Style]) -> Figure:
         categories = _positions(panel)
         place = {name: k for k, name in enumerate(categories or ())}
         panels.append({
-            "title": html.escape(panel.title), "x": html.escape(panel.x), "y": html.escape(panel.y), "log": panel.log_x,
-            "categories": [html.escape(c) for c in categories] if categories is not None else None,
+            "title": panel.title, "x": panel.x, "y": panel.y, "log": panel.log_x, "apart": panel.apart,
+            "categories": categories,
         })  # fmt: skip
         for series in panel.series:
             style = styles.get(series.name) or OWN.get(series.name) or others[series.name]
@@ -158,9 +162,9 @@ def _traces(
 
 
 def _hover(chart: Chart, panel: Panel, series: Series, point: Point) -> str:
-    where = html.escape(x_text(point.x))
-    at = f"{html.escape(panel.x)} {where}" if chart.kind == "lines" and panel.x else where
-    name = html.escape(series.name)
+    where = _escape(x_text(point.x))
+    at = f"{_escape(panel.x)} {where}" if chart.kind == "lines" and panel.x else where
+    name = _escape(series.name)
     return f"<b>{name}</b><br>{at}: {point_text(point, chart.digits)}"
 
 
@@ -169,12 +173,12 @@ def heat_figure(heat: Heat) -> Figure:
     cells = [v for grid in heat.grids for line in grid.cells for v in line if v is not None and math.isfinite(v)]
     ends = heat.ends or ((min(cells), max(cells)) if cells else (0.0, 1.0))
     choices = [{"name": grid.name, "finding": grid.finding, "trace": _heat_trace(heat, grid, ends)} for grid in heat.grids]
-    panel = {"title": "", "x": html.escape(heat.x), "y": html.escape(heat.y), "log": False, "categories": None}
+    panel = {"title": "", "x": heat.x, "y": heat.y, "log": False, "apart": False, "categories": None}
     spec = {
         "key": heat.key, "kind": "heat", "traces": [], "panels": [panel], "legend": [], "starts": [], "zero": False,
         "choices": choices, "unit": heat.unit,
-        "columns": [[html.escape(c) for c in grid.columns] for grid in heat.grids],
-        "lines": [[html.escape(c) for c in grid.lines] for grid in heat.grids],
+        "columns": [list(grid.columns) for grid in heat.grids],
+        "lines": [list(grid.lines) for grid in heat.grids],
     }  # fmt: skip
     return Figure(heat.key, heat.title, heat.grids[0].finding, spec, heat_table(heat))
 
@@ -183,13 +187,13 @@ def _heat_trace(heat: Heat, grid: Grid, ends: tuple[float, float]) -> dict[str, 
     shown = [["" if v is None else number(v, heat.digits) for v in line] for line in grid.cells]
     hover = [
         [
-            f"<b>{html.escape(grid.name)}</b><br>{html.escape(f'{line}, {heat.x} {column}')}: {text or '–'}"
+            f"<b>{_escape(grid.name)}</b><br>{_escape(f'{line}, {heat.x} {column}')}: {text or '–'}"
             for column, text in zip(grid.columns, texts, strict=True)
         ]
         for line, texts in zip(grid.lines, shown, strict=True)
     ]
     return {
         "type": "heatmap", "z": [[v if v is not None and math.isfinite(v) else None for v in line] for line in grid.cells],
-        "x": list(range(len(grid.columns))), "y": list(range(len(grid.lines))), "text": shown, "texttemplate": "%{text}",
+        "x": list(range(len(grid.columns))), "y": list(range(len(grid.lines))), "text": shown,
         "hoverinfo": "text", "hovertext": hover, "zmin": ends[0], "zmax": ends[1], "xgap": 2, "ygap": 2, "hoverongaps": False,
     }  # fmt: skip

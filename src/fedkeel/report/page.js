@@ -5,13 +5,13 @@
   // Okabe and Ito: blue, vermilion, bluish green, reddish purple, orange, sky blue
   const HUES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
   const LIGHT = {
-    ink: "#1c1c1a", muted: "#6b6b66", grid: "#e6e5df", axis: "#a8a79f", paper: "#ffffff", hues: HUES,
-    scale: [[0, "#f4f7f9"], [0.5, "#86b6d3"], [1, "#0b5c8c"]],
+    ink: "#1c1c1a", muted: "#6b6b66", grid: "#e6e5df", axis: "#a8a79f", paper: "#ffffff", tint: "#f5f4f0", hues: HUES,
+    scale: [[0, "#f3f6f8"], [0.5, "#b7d3e5"], [1, "#62a5cf"]],
   };
   const DARK = {
-    ink: "#e9e7e1", muted: "#a5a39b", grid: "#33353a", axis: "#6d6f74", paper: "#17191c",
+    ink: "#e9e7e1", muted: "#a5a39b", grid: "#33353a", axis: "#6d6f74", paper: "#17191c", tint: "#22252a",
     hues: ["#4FA8E0", "#E8752B", "#1FB58B", "#D98BB5", "#E69F00", "#8FD0F5"],
-    scale: [[0, "#1d2329"], [0.5, "#2f6f99"], [1, "#9fd2f0"]],
+    scale: [[0, "#1f252b"], [0.5, "#24495f"], [1, "#2a729d"]],
   };
   const SHAPES = { // in a box from −5 to 5
     circle: "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z",
@@ -60,12 +60,47 @@
     };
   }
 
-  function categorical(axis, names, width) {
-    const longest = Math.max(...names.map((name) => name.length));
+  const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+
+  function categorical(axis, names, width, most) { // most: letters of a name, more are cut; the table has them
+    const short = names.map((name) => (name.length > most ? `${name.slice(0, most - 1)}…` : name));
+    const longest = Math.max(...short.map((name) => name.length));
     axis.tickvals = range(names.length);
-    axis.ticktext = names;
+    axis.ticktext = short.map(plain);
     axis.range = [-0.5, names.length - 0.5];
     if (width && longest * 7 * names.length > width) axis.tickangle = -40;
+  }
+
+  function counted(axis, fig, n) { // whole numbers, such as rounds, get whole ticks
+    const all = fig.traces.filter((trace) => trace.xaxis === named("x", n)).flatMap((trace) => trace.x);
+    if (!all.every(Number.isInteger)) return;
+    const span = Math.max(...all) - Math.min(...all);
+    axis.tick0 = 0;
+    axis.dtick = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000].find((step) => span / step <= axis.nticks) ?? 5000;
+  }
+
+  function logarithmic(axis, fig, n, width) { // round numbers, as many as there is room for
+    const all = fig.traces.filter((trace) => trace.xaxis === named("x", n)).flatMap((trace) => trace.x).filter((v) => v > 0);
+    const [low, high] = [Math.min(...all), Math.max(...all)];
+    const decades = range(12).map((k) => 10 ** (k - 5));
+    const steps = [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 5, 7], [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9]];
+    const inside = (list) => decades.flatMap((d) => list.map((s) => s * d)).filter((v) => v >= low * 0.9 && v <= high * 1.1);
+    const fitting = steps.map(inside).filter((list) => list.length <= width / 48);
+    axis.type = "log";
+    axis.tickvals = fitting.at(-1) ?? [low, high];
+    axis.ticktext = axis.tickvals.map((v) => String(Number(v.toPrecision(2))));
+    axis.ticks = "outside";
+    axis.ticklen = 4;
+    axis.tickcolor = theme().axis;
+  }
+
+  function aroundZero(axis, fig) { // all bars and the zero that they are held against, with some air
+    const ends = fig.traces.flatMap((trace) => trace.x.flatMap((v, k) => [
+      v - (trace.error_x?.arrayminus[k] ?? 0), v + (trace.error_x?.array[k] ?? 0),
+    ]));
+    const [low, high] = [Math.min(0, ...ends), Math.max(0, ...ends)];
+    const air = 0.05 * (high - low || 1);
+    axis.range = [low - air, high + air];
   }
 
   function layoutOf(fig, width) {
@@ -73,6 +108,7 @@
     const count = fig.panels.length;
     const rows = fig.kind === "rows";
     const heat = fig.kind === "heat";
+    const letters = width < 520 ? 18 : 34;
     const columns = count === 1 ? 1 : Math.min(count, width >= 860 && count !== 4 && count > 2 ? 3 : width >= 520 ? 2 : 1);
     const lines = Math.ceil(count / columns);
     const titled = count > 1;
@@ -98,40 +134,40 @@
       const top = 1 - (line * (each + gapY)) / inner.h;
       const x = { ...plainAxis(t), domain: [left, left + cell / inner.w], anchor: named("y", n) };
       const y = { ...plainAxis(t), domain: [Math.max(0, top - each / inner.h), top], anchor: named("x", n) };
-      x.title = { ...x.title, text: panel.x };
+      x.title = { ...x.title, text: plain(panel.x) };
       x.nticks = Math.max(3, Math.floor(cell / 70));
       y.nticks = 6;
       if (rows) {
         x.showgrid = true;
-        categorical(y, panel.categories, 0);
+        if (fig.zero) aroundZero(x, fig);
+        categorical(y, panel.categories, 0, letters);
         y.range = [panel.categories.length - 0.5, -0.5];
         y.tickfont = { color: t.ink, size: 12.5 };
         y.griddash = "dot";
       } else if (heat) {
-        categorical(x, fig.columns[fig.chosen], cell - 60);
-        categorical(y, fig.lines[fig.chosen], 0);
+        categorical(x, fig.columns[fig.chosen], cell - 60, letters);
+        categorical(y, fig.lines[fig.chosen], 0, letters);
         y.range = [fig.lines[fig.chosen].length - 0.5, -0.5];
         x.showgrid = y.showgrid = false;
         x.side = "bottom";
         if (fig.columns[fig.chosen].length > 14) x.tickvals = x.tickvals.filter((k) => k % 2 === 0);
-        x.ticktext = x.tickvals.map((k) => fig.columns[fig.chosen][k]);
+        x.ticktext = x.tickvals.map((k) => plain(fig.columns[fig.chosen][k]));
       } else {
         x.showgrid = false;
         x.showline = true;
-        if (panel.categories) categorical(x, panel.categories, cell);
-        if (panel.log) {
-          x.type = "log";
-          x.dtick = undefined;
-          x.minor = { ticks: "outside", ticklen: 3, tickcolor: t.axis };
-          x.ticks = "outside";
-          x.ticklen = 5;
-          x.tickcolor = t.axis;
-          x.exponentformat = "none";
-        }
-        const head = titled ? `<b>${panel.title}</b><br>${panel.y}` : panel.y;
+        if (panel.categories) categorical(x, panel.categories, cell, letters);
+        else if (panel.log) logarithmic(x, fig, n, cell);
+        else counted(x, fig, n);
+        const head = titled ? `<b>${plain(panel.title)}</b><br>${plain(panel.y)}` : plain(panel.y);
         layout.annotations.push({
           text: head, showarrow: false, xref: "paper", yref: "paper", x: left, y: top, xanchor: "left", yanchor: "bottom",
           yshift: 7, xshift: titled ? 0 : -30, align: "left", font: { size: 12.5, color: titled ? t.ink : t.muted },
+        });
+      }
+      if (panel.apart) {
+        layout.shapes.push({
+          type: "rect", xref: `${named("x", n)} domain`, yref: `${named("y", n)} domain`, x0: 0, x1: 1, y0: 0, y1: 1,
+          layer: "below", fillcolor: t.tint, line: { width: 0 },
         });
       }
       const rules = fig.zero ? [0] : fig.starts;
@@ -153,21 +189,36 @@
       return fig.traces.map((trace) => ({ ...coloured(trace), visible: shown(trace) }));
     }
     const trace = { ...fig.choices[fig.chosen].trace, colorscale: theme().scale, showscale: false };
-    if ((width - 150) / trace.x.length < 30) { // no room for numbers: a scale instead
-      delete trace.texttemplate;
+    if (!roomy(fig, width)) { // a scale in the place of numbers
+      const height = 34 * trace.y.length;
       Object.assign(trace, {
-        showscale: true, colorbar: { thickness: 10, outlinewidth: 0, orientation: "h", y: -0.32, len: 0.7, tickfont: { size: 11 } },
+        showscale: true,
+        colorbar: {
+          thickness: 9, outlinewidth: 0, orientation: "h", y: -62 / Math.max(height, 110), yanchor: "top", len: 0.75,
+          tickfont: { size: 11, color: theme().muted }, title: { text: fig.unit, side: "bottom", font: { size: 11.5, color: theme().muted } },
+        },
       });
     }
     return [trace];
   }
 
+  // Whether a heat map's cells have room for their numbers.
+  const roomy = (fig, width) => (width - 150) / fig.choices[fig.chosen].trace.x.length >= 30;
+
+  function cellTexts(fig) { // the numbers in a heat map's cells
+    const { z, text } = fig.choices[fig.chosen].trace;
+    return z.flatMap((line, y) => line.flatMap((value, x) => (value === null ? [] : [{
+      text: text[y][x], x, y, showarrow: false, font: { size: 12.5, color: theme().ink },
+    }])));
+  }
+
   function draw(fig) {
     const width = printing ? PRINT_WIDTH : Math.max(260, Math.floor(fig.node.clientWidth));
     const layout = layoutOf(fig, width);
-    if (fig.kind === "heat" && (width - 150) / fig.choices[fig.chosen].trace.x.length < 30) {
-      layout.margin = { ...layout.margin, b: layout.margin.b + 46 };
-      layout.height += 46;
+    if (fig.kind === "heat" && roomy(fig, width)) layout.annotations = cellTexts(fig);
+    if (fig.kind === "heat" && !roomy(fig, width)) {
+      layout.margin = { ...layout.margin, b: layout.margin.b + 62 };
+      layout.height += 62;
     }
     fig.node.style.minHeight = `${layout.height}px`;
     Plotly.react(fig.node, dataOf(fig, width), layout, { displayModeBar: false, responsive: false, scrollZoom: false, doubleClick: false });

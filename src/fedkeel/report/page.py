@@ -16,6 +16,7 @@ from fedkeel.report.figures import Figure
 from fedkeel.report.tables import Table
 
 WIDE = 11  # columns; a table with more is set tighter
+SHORT_NAME = 22  # letters; a line's name up to here stays on one line
 LONG_CELL = 34  # letters; a column with longer cells gets room for them
 
 
@@ -194,6 +195,12 @@ class _Writer:
 """
 
 
+def _cell(text: str) -> str:
+    """A cell, the standard deviation of a `61.2 ± 0.4` in small print."""
+    mean, sign, sd = text.partition(" ± ")
+    return f"{html.escape(mean)}<small>{sign}{html.escape(sd)}</small>" if sign else html.escape(text)
+
+
 def table_html(table: Table, key: str, caption: str) -> str:
     """A table in a box of its own that scrolls sideways, its first column a heading of each line, and its notes below."""
     right = table.numeric()
@@ -207,9 +214,10 @@ def table_html(table: Table, key: str, caption: str) -> str:
     body = []
     for n, line in enumerate(table.lines):
         first, *rest = line
-        cells = "".join(f"<td{kind}>{html.escape(cell)}</td>" for cell, kind in zip(rest, kinds[1:], strict=True))
+        cells = "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(rest, kinds[1:], strict=True))
         ruled = ' class="ruled"' if n in table.rules else ""
-        body.append(f'<tr{ruled}><th scope="row">{html.escape(first)}</th>{cells}</tr>\n')
+        short = ' class="short"' if len(first) <= SHORT_NAME else ""
+        body.append(f'<tr{ruled}><th scope="row"{short}>{html.escape(first)}</th>{cells}</tr>\n')
     notes = "".join(f"<li>{html.escape(note)}</li>\n" for note in table.notes)
     wide = " wide" if len(table.header) > WIDE else ""
     label = html.escape(caption)

@@ -319,7 +319,7 @@ def stability(measures: Sequence[Row]) -> Chart | None:
         curve = damage_curve(named, family, clean)
         label = "trained on" if trained else "held out"
         series = (Series("trained on" if trained else "held out", curve, trained),)
-        panels.append(Panel(f"{family}: {label}", DAMAGE.get(family, ("strength", 0))[0], POINTS, series))
+        panels.append(Panel(f"{family}, {label}", DAMAGE.get(family, ("strength", 0))[0], POINTS, series, apart=trained))
         for at in strengths(named, family):
             cells = [
                 points(named[key]) if (key := f"{at:g}/{what}") in named else MISSING for what in ("score", "sd", "agreement")

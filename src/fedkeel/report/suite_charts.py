@@ -177,16 +177,19 @@ def stability(results: Sequence[Result]) -> Chart | None:
     panels = []
     for family in order:
         some = sum(s.apart for s in families[family])
-        label = "held out of every training" if not some else f"trained on by {some} of {len(families[family])}, drawn hollow"
-        panels.append(Panel(f"{family}: {label}", DAMAGE.get(family, ("strength", 0))[0], POINTS, tuple(families[family])))
+        label = f"trained on by {some} of {len(families[family])}" if some else "held out"
+        axis = DAMAGE.get(family, ("strength", 0))[0]
+        panels.append(Panel(f"{family}, {label}", axis, POINTS, tuple(families[family]), apart=bool(some)))
     falls_by = {r.line.name: mean_and_sd(r.held_out_fall)[0] for r in results if r.held_out_fall}
     told = "Score under damage by family and strength."
     if falls_by:
         least, most = min(falls_by, key=lambda m: falls_by[m]), max(falls_by, key=lambda m: falls_by[m])
-        told = (
-            f"Under damage held out of training {least} loses least, {points(falls_by[least])} points, and {most} most, "
-            f"{points(falls_by[most])}."
-        )
+        low, high = points(falls_by[least]), points(falls_by[most])
+        told = f"Under damage held out of training {least} loses least, {low} points, and {most} most, {high}."
+        if low == high:
+            told = f"Under damage held out of training every method loses {low} points."
+    if any(panel.apart for panel in panels):
+        told += " Tinted panels, hollow marks: the method's training had disturbed the same thing."
     header = ("family", "strength", "method", "in training", "score", "fall", "consistency")
     ordered = [line for family in order for line in sorted(lines[family], key=lambda one: order.index(one[0]))]
     rules = tuple(n for n in range(1, len(ordered)) if ordered[n][0] != ordered[n - 1][0])
@@ -255,9 +258,11 @@ def gates(results: Sequence[Result]) -> Chart | None:
     if not panels:
         return None
     first = panels[0]
-    told = "; ".join(f"{s.name} {number(s.points[0].y, 2)} to {number(s.points[-1].y, 2)}" for s in first.series)
+    ends = sorted((s.points[-1].y, s.name) for s in first.series)
+    told = f"{first.title} ends at {number(ends[0][0], 2)} under {ends[0][1]}"
+    told += f" and at {number(ends[-1][0], 2)} under {ends[-1][1]}." if len(ends) > 1 else "."
     return Chart(
-        "gates", "Gates over time by method", f"{first.title}, from the first to the last round: {told}.", tuple(panels),
+        "gates", "Gates over time by method", told, tuple(panels),
         spread="± sd over seeds", drawn="none", digits=3, starts=stage_starts(_methods(results)[0].line.runs[0].rows),
     )  # fmt: skip
 
@@ -296,7 +301,7 @@ def parts(suite: Suite, results: Sequence[Result]) -> Chart | None:
     if not found:
         return None
     best = max(found, key=lambda p: p.y)
-    told = f"Alone, {best.x} gives most, {signed(best.y)} points over {suite.square[0]}."
+    told = f"Alone, {best.x} is best, {signed(best.y)} points against {suite.square[0]}."
     panel = Panel("Final test score", f"gain over {suite.square[0]}, points", "", (Series("part", tuple(found)),))
     return Chart("parts", "Every part alone", told, (panel,), "rows", "± sd over seeds", "bars", (0.0,))
 

@@ -14,6 +14,7 @@ from fedkeel.report.suite import BASELINES, Line, Suite
 from fedkeel.report.tables import (
     FAILED,
     MISSING,
+    REFERENCE,
     Table,
     mean_and_sd,
     number,
@@ -69,15 +70,20 @@ def _seeds(line: Line) -> str:
     return str(line.planned) if len(line.runs) == line.planned else f"{len(line.runs)} of {line.planned}"
 
 
+def _final(result: Result) -> str:
+    """The final score, or why there is none."""
+    return points_with_sd(result.final.values()) if result.final else FAILED if result.line.failed else MISSING
+
+
 def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: Mapping[str, Chance]) -> Table:
     """A line a method of one stream, its cost beside its score; columns that no line has a number for are left out."""
     reference = next((r for r in results if r.line.method == suite.reference and not r.line.baseline), None)
     cost = reference.cost if reference and sum(reference.cost) > 0.0 else ()
     low = f"{COVERAGE:.0%} interval".replace("%", " %")
     header = (
-        "method", "seeds", "final score", f"difference to {suite.reference}", low, "when learnt", "BWT", "forgetting",
-        "retention ratio", "worst site", "bottom decile", "sd over sites", "SSI, held-out", "fall, held-out", "rounds",
-        "local steps", "trials", "MB up", "MB down", "step cost",
+        "method", "seeds", "final score", f"difference to {suite.reference}", low, "rounds", "local steps", "trials", "MB up",
+        "MB down", "step cost", "when learnt", "BWT", "forgetting", "retention ratio", "worst site", "bottom decile",
+        "sd over sites", "SSI, held-out", "fall, held-out",
     )  # fmt: skip
     lines = []
     for r in results:
@@ -87,9 +93,14 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
         lines.append((
             r.line.name + (" (reference)" if is_reference else ""),
             _seeds(r.line),
-            points_with_sd(r.final.values()) if r.final else FAILED if r.line.failed else MISSING,
-            "reference" if is_reference else ahead_text(r.ahead.values()),
+            _final(r),
+            REFERENCE if is_reference else ahead_text(r.ahead.values()),
             f"{signed_points(r.interval.low)} to {signed_points(r.interval.high)}" if r.interval else MISSING,
+            _same(r.rounds),
+            _steps(r.line) if federated else MISSING,
+            MISSING if trials is None or not federated else str(trials),
+            megabytes(r.up), megabytes(r.down),
+            number(step_cost(r.cost, cost), 2) if cost and r.cost else MISSING,
             points_with_sd(r.stream["learnt"]),
             points_with_sd(r.stream["bwt"]),
             points_with_sd(r.stream["forgetting"]),
@@ -97,13 +108,8 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
             *(points_with_sd(values) for values in (r.worst, r.decile, r.spread)),
             with_sd(r.held_out_ssi),
             points_with_sd(r.held_out_fall),
-            _same(r.rounds),
-            _steps(r.line) if federated else MISSING,
-            MISSING if trials is None or not federated else str(trials),
-            megabytes(r.up), megabytes(r.down),
-            number(step_cost(r.cost, cost), 2) if cost and r.cost else MISSING,
         ))  # fmt: skip
-    shown = [k for k in range(len(header)) if k < 3 or any(line[k] not in (MISSING, "reference") for line in lines)]
+    shown = [k for k in range(len(header)) if k < 3 or any(line[k] not in (MISSING, REFERENCE) for line in lines)]
     title = f"{stream}: scores"
     short = tuple(tuple(line[k] for k in shown) for line in lines)
     baselines = sum(r.line.baseline for r in results)
@@ -242,7 +248,7 @@ def parts_table(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
     """Every part alone, see `parts_of`."""
     lines = tuple(
         (
-            r.line.name, suite.methods.get(r.line.name) or MISSING, points_with_sd(r.final.values()), ahead_text(gains),
+            r.line.name, suite.methods.get(r.line.name) or MISSING, _final(r), ahead_text(gains),
             points_with_sd(r.stream["forgetting"]),
         )
         for r, gains in parts_of(suite, results)
@@ -290,8 +296,8 @@ def knob_table(suite: Suite, stream: str, results: Sequence[Result], key: str) -
     lines = tuple(
         (
             value + (" (reference)" if own else ""), _seeds(r.line),
-            points_with_sd(r.final.values()) if r.final else FAILED if r.line.failed else MISSING,
-            "reference" if own else ahead_text(r.ahead.values()), points_with_sd(r.stream["forgetting"]),
+            _final(r),
+            REFERENCE if own else ahead_text(r.ahead.values()), points_with_sd(r.stream["forgetting"]),
         )
         for value, r, own in knob_lines(suite, results, key)
     )  # fmt: skip
@@ -340,7 +346,9 @@ def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def method_list(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
-    """What each method is, and in which keys its recipe differs from the reference's on this stream."""
+    """What each method is, and in which keys its recipe differs from the reference's on this stream.
+
+    A key that the reference's recipe lacks is newer than that recipe, and no difference."""
     recipes = {r.line.name: r.line.runs[0].recipe for r in results if r.line.runs and not r.line.baseline}
     base = _flat(recipes.get(suite.reference, {}))
     lines = []
@@ -348,7 +356,7 @@ def method_list(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
         if r.line.baseline:
             continue
         mine = _flat(recipes.get(r.line.name, {}))
-        changed = [f"{key} = {value}" for key, value in mine.items() if base and base.get(key) != value]
+        changed = [f"{key} = {value}" for key, value in mine.items() if key in base and base[key] != value]
         own = "reference" if r.line.name == suite.reference else MISSING
         lines.append((r.line.name, suite.methods.get(r.line.name) or MISSING, "; ".join(changed) or own))
     return Table(f"{stream}: methods", ("method", "what it is", f"differs from {suite.reference} in"), tuple(lines))
