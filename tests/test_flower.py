@@ -13,6 +13,7 @@ from test_run import Silent, adapter_of, go, same
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
 
+from conftest import tiny_rows
 from flower_grid import FakeGrid, Twist
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
@@ -238,7 +239,8 @@ def test_a_site_refuses_messages_of_foreign_runs(tiny_overrides: list[str], tmp_
         return handle(base | changed, b"", None, 0, tmp_path)[0]
 
     assert "foreign run: 'r5' has not said hello here" in told()["error"]
-    assert told(kind="hello")["hello"]["encoded"] == [16]
+    held = [r for r in tiny_rows() if (r["department"], r["split"]) == ("ward-0", "train")]
+    assert told(kind="hello")["hello"]["encoded"] == [len(held)]
     assert "error" not in told()
     assert "the recipe of 'r5' was another" in told(recipe=text.replace("seed = 1", "seed = 2"))["error"]
     assert "the message is for site 'ward-1'; this is 'ward-0'" in told(site="ward-1")["error"]

@@ -175,10 +175,12 @@ class Courier:
         pending: dict[str, tuple[int, str]] = {}
         asked: set[int] = set()  # in this call: one that failed, or took too long, is asked again in the next
         self.troubles = []
-        while not enough(self.nodes) and time.monotonic() < end:
+        while True:
             present = set(self._grid.get_node_ids())
             for site in [site for site, node in self.nodes.items() if node not in present]:
                 del self.nodes[site]  # it went away, and may come back under another id
+            if enough(self.nodes) or time.monotonic() >= end:
+                return
             for node in sorted(present - asked - set(self.nodes.values())):
                 asked.add(node)
                 identity = secrets.token_hex(8)
@@ -191,7 +193,7 @@ class Courier:
                 except (FlowerError, SiteFailure, KeyError, TypeError, ValueError) as error:
                     self.troubles.append(f"node {node}: {error}")
                     continue
-                if site in self.nodes and self.nodes[site] in present:
+                if site in self.nodes:
                     raise FlowerError(
                         f"two nodes say that they are site {site!r} (nodes {self.nodes[site]} and {node}); the name in site.toml "
                         f"must be of one site only"
@@ -220,8 +222,7 @@ class Courier:
         requests: site -> (header, payload). done: called with a site's name as its answer comes.
         """
         end = time.monotonic() + deadline
-        if not set(requests) <= set(self.nodes) or not set(self.nodes.values()) <= set(self._grid.get_node_ids()):
-            self.greet(lambda found: set(requests) <= set(found), min(30.0, deadline / 10))  # one may have come back
+        self.greet(lambda found: set(requests) <= set(found), min(30.0, deadline / 10))  # one may have come back
         answers: dict[str, tuple[dict[str, Any], bytes] | FedKeelError] = {}
         pending: dict[str, tuple[str, str]] = {}
         arrays: dict[bytes, Array | None] = {}
