@@ -20,12 +20,11 @@ Twist = Callable[[Message, Message], list[tuple[int, Message]]]
 
 
 class FakeGrid(Grid):
-    """`nodes`: node id -> partition. `files`: of a deployment, the site.toml of each partition. `twist`: given a message and its reply, what arrives instead, each with the number of looks
-    after which it does; a test's way to lose, delay, repeat or forge. What nobody asked for arrives all the same."""
+    """nodes: node id -> partition. files: of a deployment, the site.toml of each partition. twist: given a message and its
+    reply, what arrives instead, each with the number of looks after which it does; a test's way to lose, delay, repeat or
+    forge. What nobody asked for arrives all the same."""
 
-    def __init__(
-        self, app: ClientApp, partitions: int, twist: Twist | None = None, files: Sequence[Path] = ()
-    ) -> None:
+    def __init__(self, app: ClientApp, partitions: int, twist: Twist | None = None, files: Sequence[Path] = ()) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 77, 1, 1
         self.app, self.nodes = app, {900 - 7 * n: n for n in range(partitions)}
         self.twist = twist or (lambda message, reply: [(0, reply)])

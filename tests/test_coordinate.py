@@ -1,4 +1,4 @@
-"""A deployment's federation over the stand-in grid: three sites with private files, a coordinator without any, the same bits."""
+"""A deployment's federation over the stand-in grid: three sites with private files, a coordinator with none, the same bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import Silent, adapter_of, go, rows_of, same
+from test_run import adapter_of, go, rows_of, same
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
 
@@ -174,4 +174,8 @@ def test_a_site_file_is_read_with_whole_paths(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text('name = "a"\nstate = "s"\n[model]\nbase = "./b"\n[data]\nroot = ".."\nfiles = ["r"]')
     os.chdir(tmp_path)
     site = read_site(Path("site.toml"))
-    assert (site.state, site.base, site.data) == (tmp_path / "s", str(tmp_path / "b"), {"root": str(tmp_path.parent), "files": ["r"]})
+    assert (site.state, site.base, site.data) == (
+        tmp_path / "s",
+        str(tmp_path / "b"),
+        {"root": str(tmp_path.parent), "files": ["r"]},
+    )

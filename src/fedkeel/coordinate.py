@@ -203,9 +203,7 @@ class _Federation:
 
     def score(self, leg: Leg, current: Global, split: str) -> list[Row]:
         """Rows of the sites' scores. A site without an answer is left out, and said so."""
-        asked = {
-            site: ({"kept": self.kept.get(site, ""), "split": split}, self.payload(current)) for site in self.fine()
-        }
+        asked = {site: ({"kept": self.kept.get(site, ""), "split": split}, self.payload(current)) for site in self.fine()}
         sums = {}
         for site, outcome in self.sites.ask("evaluate", asked, self.recipe.federation.deadline).items():
             try:

@@ -18,14 +18,17 @@ variables are set before flwr is imported, which reads them then.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +49,22 @@ from fedkeel.types import FedKeelError, Reply, Request  # noqa: E402
 
 if TYPE_CHECKING:
     from fedkeel.client import Kept
+    from fedkeel.config import Recipe
     from fedkeel.folder import RunFolder
     from fedkeel.run import Prepared, Watch
 
 LIMIT = 128 * 2**20  # bytes of one payload: Flower's stores hold every message in memory or SQLite, at about 30 MB/s
 STYPE = "fedkeel"
 KINDS = {"hello": "query", "train": "train", "evaluate": "evaluate", "start": "query", "export": "query"}  # Flower's categories
+ERRORS = {  # of Flower, by its codes
+    1: "the ClientApp could not be loaded",
+    2: "the ClientApp raised",
+    3: "message unavailable",
+    4: "reply unavailable",
+    5: "Node Unavailable",
+    7: "invalid app bundle",
+    8: "the ClientApp crashed",
+}
 SITE_FILE = "site-config"  # of --node-config: the path of site.toml
 
 
@@ -75,10 +88,10 @@ def _unpack(message: Message) -> tuple[dict[str, Any], bytes]:
     """Header and payload of a message. Raises FlowerError if it is none of ours."""
     content = message.content
     try:
-        header = json.loads(str(content["fedkeel"]["header"]))  # type: ignore[index]
+        header = json.loads(str(content["fedkeel"]["header"]))
         payload = b""
         if "payload" in content:
-            array = content["payload"]["payload"]  # type: ignore[index]
+            array = content["payload"]["payload"]
             if not isinstance(array, Array) or array.stype != STYPE or array.dtype != "uint8":
                 raise FlowerError("its payload is no array of FedKeel's")
             payload = bytes(array.data)
@@ -90,10 +103,9 @@ def _unpack(message: Message) -> tuple[dict[str, Any], bytes]:
 
 
 def _fail(message: Message) -> str:
-    names = {0: "unknown", 1: "the ClientApp could not be loaded", 2: "the ClientApp raised", 3: "message unavailable",
-             4: "reply unavailable", 5: "Node Unavailable", 6: "a mod refused", 7: "invalid app bundle", 8: "the ClientApp crashed"}  # fmt: skip
     code = message.error.code
-    return f"Flower's error {code} ({names.get(code, 'of no known kind')}): {message.error.reason or 'no reason given'}"
+    reason = message.error.reason or "no reason given"
+    return f"Flower's error {code} ({ERRORS.get(code, 'of no known kind')}): {reason}"
 
 
 class Courier:
@@ -197,8 +209,8 @@ class Courier:
                     continue
                 if site in self.nodes:
                     raise FlowerError(
-                        f"two nodes say that they are site {site!r} (nodes {self.nodes[site]} and {node}); the name in site.toml "
-                        f"must be of one site only"
+                        f"two nodes say that they are site {site!r} (nodes {self.nodes[site]} and {node}); the name in "
+                        f"site.toml must be of one site only"
                     )
                 self.nodes[site], self.hellos[site] = node, hello
             if not pending:
@@ -255,7 +267,6 @@ class Courier:
             answers[site] = FlowerError(f"no answer within {deadline:g} s (federation.deadline)")
             done(site)
         return answers
-
 
     def transport(self, rounds: int, ranks: Mapping[str, int], kept: dict[str, str]) -> FlowerTransport:
         """See `coordinate.Sites`."""
@@ -389,7 +400,6 @@ def _app_file(name: str) -> Path:
     return found[0]
 
 
-@server_app.main()
 def coordinator(grid: Grid, context: Context) -> None:
     """A deployment's coordinator. The app's config holds `sites`, joined by commas; recipe.toml lies in the app's folder.
 
@@ -420,11 +430,14 @@ def coordinator(grid: Grid, context: Context) -> None:
     print("the federation has ended", flush=True)
 
 
+server_app.main()(coordinator)
+
+
 class Simulation:
     """`run.Engine` over a grid of Flower's simulation, or one that behaves like it: site n of the sorted names is partition n.
 
-    folder: what sites keep lies here, as it does at a site; it is filled from the run's checkpoint when a stage begins, and read
-    after each round for the next checkpoint, so that a run can be resumed on any engine.
+    folder: what sites keep lies here, as it does at a site; it is filled from the run's checkpoint when a stage begins, and
+    read after each round for the next checkpoint, so that a run can be resumed on any engine.
     """
 
     def __init__(self, grid: Grid, prepared: Prepared, folder: Path, stopped: threading.Event | None = None) -> None:
@@ -470,22 +483,19 @@ class _Simulated(FlowerTransport):
         return replies
 
 
-def _absolute(recipe: Any) -> Any:
+def _absolute(recipe: Recipe) -> Recipe:
     """The recipe with paths that hold from any working directory."""
-    from dataclasses import replace
-
     base = Path(recipe.model.base).expanduser()
     model = replace(recipe.model, base=str(base.absolute())) if base.is_dir() else recipe.model
     root = str(Path(recipe.data.root).absolute()) if recipe.data.root else ""
     return replace(recipe, model=model, data=replace(recipe.data, root=root))
 
 
-def resources(recipe: Any) -> tuple[int, int, dict[str, float]]:
-    """(cores, workers, what Ray reserves for a worker): a worker has the recipe's threads, and on CUDA a device of its own."""
+def resources(recipe: Recipe, sites: int) -> tuple[int, dict[str, float]]:
+    """(workers, what Ray reserves for one): a worker has the recipe's threads, and on CUDA a device of its own."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(cores, recipe.threads)
     needs = {"num_cpus": float(recipe.threads), "num_gpus": 1.0 if recipe.model.device.startswith("cuda") else 0.0}
-    return cores, cores // recipe.threads, needs
+    return min(max(1, cores // recipe.threads), sites), needs
 
 
 def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> None:
@@ -497,8 +507,6 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
     in a thread of this process, so that errors come back as exceptions; there is no other public way.
     Raises what `execute` raises, and FlowerError if the simulation itself fails.
     """
-    import logging
-
     try:
         import ray  # noqa: F401
         from flwr.simulation import run_simulation
@@ -507,13 +515,12 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
     from fedkeel.run import execute
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what matters is told by exceptions; the rest is for developers
-    cores, workers, needs = resources(prepared.recipe)
     sites = len(prepared.sites.rows)
-    workers = min(workers, sites)
-    gpu = " and a GPU" if needs["num_gpus"] else ""
+    workers, needs = resources(prepared.recipe, sites)
+    each = f"{prepared.recipe.threads} threads{' and a GPU' if needs['num_gpus'] else ''}"
     watch.note(
-        f"Flower's simulation: {sites} sites on {workers} worker{'s'[: workers > 1]} of {prepared.recipe.threads} threads{gpu} each, "
-        f"one base model a worker, and one here for scoring and baselines"
+        f"Flower's simulation: {sites} sites on {workers} worker{'s' if workers > 1 else ''} of {each}, one base model a "
+        f"worker, and one here for scoring and baselines"
     )
     stopped = threading.Event()
     ended = threading.Event()
@@ -521,7 +528,6 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
     kept = folder.path.with_name(folder.path.name + ".sites")  # beside the run: a new run's folder must be empty
     app = ServerApp()
 
-    @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
             execute(prepared, folder, watch, resume, fresh, Simulation(grid, prepared, kept.absolute(), stopped))
@@ -530,6 +536,7 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
         finally:
             ended.set()
 
+    app.main()(main)
     with tempfile.TemporaryDirectory(prefix="fk-", ignore_cleanup_errors=True) as home:
         os.environ["FLWR_HOME"] = home
         init = {"num_cpus": workers * prepared.recipe.threads, "include_dashboard": False, "log_to_driver": False,
@@ -541,8 +548,6 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
             crash = error
         stopped.set()
         ended.wait(60.0)
-        import shutil
-
         shutil.rmtree(kept, ignore_errors=True)
     if isinstance(crash, KeyboardInterrupt):
         raise crash

@@ -135,8 +135,9 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().cpu().contiguous().reshape(-1)
+        bits = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        digest.update(bits)
     return digest.hexdigest()
 
 
@@ -327,4 +328,3 @@ def handle(
     except Exception:  # whatever it is, it is this site's failure, and the coordinator repeats the text
         return {**told, "error": traceback.format_exc()}, b""
     return {**told, **more, "cpu": time.process_time() - begin}, out
-
