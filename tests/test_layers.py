@@ -27,6 +27,8 @@ LAYERS = (
     ("work",),
     ("worker",),
     ("flower",),
+    ("deploy",),
+    ("sitecheck",),
     ("report",),
     ("suites",),
     ("display",),
