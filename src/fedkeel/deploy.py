@@ -177,7 +177,7 @@ def ssh_pair(key: EllipticCurvePrivateKey, comment: str) -> tuple[bytes, bytes]:
 
 
 def certificate(
-    subject: str, key: EllipticCurvePrivateKey, days: int, names: Sequence[str] = (),
+    subject: str, key: EllipticCurvePrivateKey, days: float, names: Sequence[str] = (),
     issuer: tuple[x509.Certificate, EllipticCurvePrivateKey] | None = None,
 ) -> x509.Certificate:  # fmt: skip
     """A certificate for `key`: without issuer an authority that may sign servers and nothing below them; with one a server's,
@@ -383,7 +383,7 @@ exec flwr "$@"
     register = HERE.format(what="Registers the public keys in keys/, once: the sites that may take part.") + (
         """\
 for key in "$here"/keys/*.pub; do
-  "$here/flwr.sh" supernode register "$key" --name "$(basename "$key" .pub)"
+  "$here/flwr.sh" supernode register "$key" --name "$(basename "$key" .pub)" || echo "not registered: $key" >&2
 done
 """
     )
