@@ -55,3 +55,15 @@ def test_over_a_grid_as_in_this_process(rule: str, tiny_overrides: list[str], tm
     assert same(adapters(here), adapters(there))
     mine, theirs = ([{**r, "run": ""} for r in without_time(rows_of(f))] for f in (here, there))
     assert mine == theirs
+
+
+@pytest.mark.simulation
+@pytest.mark.parametrize("rule", ["mean", "kept"])
+def test_in_flowers_simulation_as_in_this_process(rule: str, tiny_overrides: list[str]) -> None:
+    pytest.importorskip("ray", reason="the extra fedkeel[flower-sim] is not installed")
+    overrides = [*tiny_overrides, *RULES[rule], "evaluation.baselines=[]"]
+    _, here, _ = go(overrides)
+    recipe = load_recipe(None, [*overrides, "name=there"])
+    there = RunFolder(Path(recipe.out) / recipe.name)
+    simulate(prepare(recipe), there, Silent())
+    assert same(adapters(here), adapters(there))

@@ -25,7 +25,7 @@ LAYERS = (
     ("local",),
     ("run",),
     ("work",),
-    ("worker",),
+    ("worker", "coordinate"),
     ("flower",),
     ("deploy",),
     ("sitecheck",),

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 import tempfile
 import threading
 import time
@@ -99,7 +100,7 @@ class Courier:
     """Carries requests to sites by their names, and brings the answers of one run.
 
     nodes: site -> Flower's node id, once it has said hello. hellos: what each said. cpu: seconds of processor time that the
-    answers took at the sites.
+    answers took at the sites. vet: (site, its hello) -> why it is not asked; empty where it may be.
     """
 
     def __init__(
@@ -111,9 +112,9 @@ class Courier:
         self._grid, self._recipe, self._run, self._state = grid, recipe, run, state
         self._stopped = stopped or threading.Event()
         self._limit = limit
-        self._greeted: set[int] = set()
         self.nodes: dict[str, int] = {}
         self.hellos: dict[str, dict[str, Any]] = {}
+        self.vet: Callable[[str, Mapping[str, Any]], str] = lambda site, hello: ""
         self.troubles: list[str] = []  # what nodes said that could not say hello
         self.cpu = 0.0
 
@@ -174,12 +175,16 @@ class Courier:
         """
         end = time.monotonic() + seconds
         pending: dict[str, tuple[int, str]] = {}
-        while not enough(self.nodes) and time.monotonic() < end:
+        asked: set[int] = set()  # in this call: one that failed, or took too long, is asked again in the next
+        self.troubles = []
+        while True:
             present = set(self._grid.get_node_ids())
             for site in [site for site, node in self.nodes.items() if node not in present]:
                 del self.nodes[site]  # it went away, and may come back under another id
-            for node in sorted(present - self._greeted):
-                self._greeted.add(node)
+            if enough(self.nodes) or time.monotonic() >= end:
+                return
+            for node in sorted(present - asked - set(self.nodes.values())):
+                asked.add(node)
                 identity = secrets.token_hex(8)
                 sent = self._send(node, "hello", {"id": identity, "site": ""}, None, end - time.monotonic())
                 pending[sent] = node, identity
@@ -190,7 +195,7 @@ class Courier:
                 except (FlowerError, SiteFailure, KeyError, TypeError, ValueError) as error:
                     self.troubles.append(f"node {node}: {error}")
                     continue
-                if site in self.nodes and self.nodes[site] in present:
+                if site in self.nodes:
                     raise FlowerError(
                         f"two nodes say that they are site {site!r} (nodes {self.nodes[site]} and {node}); the name in site.toml "
                         f"must be of one site only"
@@ -219,8 +224,7 @@ class Courier:
         requests: site -> (header, payload). done: called with a site's name as its answer comes.
         """
         end = time.monotonic() + deadline
-        if not set(requests) <= set(self.nodes) or not set(self.nodes.values()) <= set(self._grid.get_node_ids()):
-            self.greet(lambda found: set(requests) <= set(found), min(30.0, deadline / 10))  # one may have come back
+        self.greet(lambda found: set(requests) <= set(found), min(30.0, deadline / 10))  # one may have come back
         answers: dict[str, tuple[dict[str, Any], bytes] | FedKeelError] = {}
         pending: dict[str, tuple[str, str]] = {}
         arrays: dict[bytes, Array | None] = {}
@@ -229,6 +233,8 @@ class Courier:
             try:
                 if site not in self.nodes:
                     raise FlowerError("no node says that it is this site: its SuperNode is down, or its name is another")
+                if refused := self.vet(site, self.hellos[site]):
+                    raise FlowerError(refused)
                 if len(payload) > self._limit:
                     raise FlowerError(f"a message of {len(payload):,} bytes is over the limit of {self._limit:,}; not sent")
                 if payload not in arrays:
@@ -249,6 +255,11 @@ class Courier:
             answers[site] = FlowerError(f"no answer within {deadline:g} s (federation.deadline)")
             done(site)
         return answers
+
+
+    def transport(self, rounds: int, ranks: Mapping[str, int], kept: dict[str, str]) -> FlowerTransport:
+        """See `coordinate.Sites`."""
+        return FlowerTransport(self, rounds, ranks, kept)
 
 
 class SiteFailure(FedKeelError):
@@ -341,6 +352,72 @@ def _answer(message: Message, context: Context) -> Message:
 
 for _category in (client_app.query, client_app.train, client_app.evaluate):
     _category()(_answer)
+
+
+class _Lines:
+    """A `run.Watch` that prints lines: what a coordinator's log holds."""
+
+    def begin(self, total_work: float) -> None:
+        """See `run.Watch`."""
+
+    def leg(self, name: str, detail: str) -> None:
+        """See `run.Watch`."""
+        print(f"{name}: {detail}", flush=True)
+
+    def advance(self, work: float) -> None:
+        """See `run.Watch`."""
+
+    def round(self, leg: str, done: int, rounds: int, result: Any) -> None:
+        """See `run.Watch`."""
+        sent = sum(result.bytes_down.values()) + sum(result.bytes_up.values())
+        losses = [u.stats["loss"] for u in result.updates]
+        print(
+            f"round {done} of {rounds}: {len(result.updates)} sites, loss {sum(losses) / len(losses):.3f} nats, "
+            f"{result.seconds:.1f} s, {sent:,} bytes", flush=True,
+        )  # fmt: skip
+
+    def note(self, text: str) -> None:
+        """See `run.Watch`."""
+        print(f"note: {text}", flush=True)
+
+
+def _app_file(name: str) -> Path:
+    """A file of the Flower app that this process runs: Flower puts the app's folder into the path of imports."""
+    found = [Path(folder) / name for folder in sys.path if (Path(folder) / name).is_file()]
+    if not found:
+        raise FlowerError(f"the app holds no {name}; write one with: fedkeel deploy init")
+    return found[0]
+
+
+@server_app.main()
+def coordinator(grid: Grid, context: Context) -> None:
+    """A deployment's coordinator. The app's config holds `sites`, joined by commas; recipe.toml lies in the app's folder.
+
+    The run's folder is `out`/`name` of the recipe, below the working directory of SuperLink. If it holds a run of the same
+    recipe that has not ended, the run goes on from its last round.
+    """
+    from fedkeel.config import make_recipe
+    from fedkeel.coordinate import coordinate
+    from fedkeel.folder import RunFolder
+
+    text = _app_file("recipe.toml").read_text(encoding="utf-8")
+    recipe = make_recipe(tomllib.loads(text), data=False)
+    names = [name for name in str(context.run_config.get("sites", "")).split(",") if name]
+    if not names or len(set(names)) < len(names):
+        raise FlowerError("the app's config must hold `sites`: the names of all sites, joined by commas, each once")
+    watch = _Lines()
+
+    def meet(run: str) -> Courier:
+        courier = Courier(grid, text, run)
+        seconds = min(float(context.run_config.get("wait", 600.0)), recipe.federation.deadline)
+        watch.leg("federated", f"waiting for {len(names)} sites, at most {seconds:.0f} s")
+        courier.greet(lambda found: set(names) <= set(found), seconds)
+        for trouble in courier.troubles:
+            watch.note(trouble)
+        return courier
+
+    coordinate(recipe, names, RunFolder(Path(recipe.out) / recipe.name), watch, meet)
+    print("the federation has ended", flush=True)
 
 
 class Simulation:
