@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkeel import __version__
-from fedkeel.config import Recipe, load_recipe, make_recipe, read_tree, to_toml
+from fedkeel.config import Recipe, make_recipe, read_tree, to_toml
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
@@ -218,15 +218,15 @@ def certificate(
 
 
 def app_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path | None]:
-    """(the recipe as it travels, the folder of its base if it is here): every key, a stream's order written out, and no path
-    of this machine.
+    """(the recipe as it travels, the folder of its base if it is here): every key, and no path of this machine.
 
-    Rows are looked for only where an order of tasks is named by its file. Raises ConfigError, or DeployError for a recipe that
-    a deployment does not run.
+    Rows are not looked for. Raises ConfigError, or DeployError for a recipe that a deployment does not run.
     """
     recipe = make_recipe(read_tree(path, overrides), data=False)
-    if recipe.stream.order:
-        recipe = load_recipe(path, overrides)
+    if recipe.stream.order or recipe.stream.stages:
+        raise DeployError(
+            f"{path}: a task stream runs in one process or in the simulation, not in a deployment: leave [stream] out"
+        )
     if recipe.partition.scheme != "natural":
         raise DeployError(
             f"{path}: partition.scheme = {recipe.partition.scheme!r} deals rows that lie in one place; in a deployment a site "
@@ -239,10 +239,10 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path 
     named = base.name if here or base.is_absolute() else recipe.model.base
     travels = replace(
         recipe,
+        out="runs",
         threads=0,
         model=replace(recipe.model, base=named, device="cpu"),
         data=replace(recipe.data, root=""),
-        stream=replace(recipe.stream, order="", tasks_a_stage=1),
     )
     return travels, here
 

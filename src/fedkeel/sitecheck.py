@@ -5,6 +5,7 @@ The files beside site.toml are those that `fedkeel deploy init` wrote: ca.pem, n
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import email.utils
 import shutil
@@ -212,7 +213,8 @@ def check_worker(site: Site) -> str:
             f"this user may write to belongs here"
         ) from error
     finally:
-        trial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            trial.unlink()
     return str(where)
 
 
@@ -334,3 +336,5 @@ def check(path: Path, coordinator: str = "") -> Iterator[Finding]:
             yield Finding(name, True, one(site))
         except FedKeelError as error:
             yield Finding(name, False, str(error))
+        except Exception as error:  # whatever else it is, say a library that is not installed, the other checks still run
+            yield Finding(name, False, f"{type(error).__name__}: {error}")
