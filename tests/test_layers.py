@@ -27,6 +27,8 @@ LAYERS = (
     ("work",),
     ("worker", "coordinate"),
     ("flower",),
+    ("deploy",),
+    ("sitecheck",),
     ("report",),
     ("suites",),
     ("display",),
