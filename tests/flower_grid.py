@@ -6,7 +6,8 @@ Calling a ClientApp directly needs Flower's process-global identity, which the r
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Message, RecordDict
@@ -19,13 +20,15 @@ Twist = Callable[[Message, Message], list[tuple[int, Message]]]
 
 
 class FakeGrid(Grid):
-    """`nodes`: node id -> partition. `twist`: given a message and its reply, what arrives instead, each with the number of looks
-    after which it does; a test's way to lose, delay, repeat or forge. What nobody asked for arrives all the same."""
+    """nodes: node id -> partition. files: of a deployment, the site.toml of each partition. twist: given a message and its
+    reply, what arrives instead, each with the number of looks after which it does; a test's way to lose, delay, repeat or
+    forge. What nobody asked for arrives all the same."""
 
-    def __init__(self, app: ClientApp, partitions: int, twist: Twist | None = None) -> None:
+    def __init__(self, app: ClientApp, partitions: int, twist: Twist | None = None, files: Sequence[Path] = ()) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 77, 1, 1
         self.app, self.nodes = app, {900 - 7 * n: n for n in range(partitions)}
         self.twist = twist or (lambda message, reply: [(0, reply)])
+        self.files = files
         self.sent: list[Message] = []
         self._arriving: list[tuple[int, Message]] = []
         self.looks = 0
@@ -51,7 +54,9 @@ class FakeGrid(Grid):
             self.sent.append(message)
             node = message.metadata.dst_node_id
             # what arrives at a site is not the object that was sent
-            context = Context(77, node, {"partition-id": self.nodes[node]}, RecordDict(), {})
+            partition = self.nodes[node]
+            told = {"site-config": str(self.files[partition])} if self.files else {"partition-id": partition}
+            context = Context(77, node, told, RecordDict(), {})
             reply = self.app(copy.deepcopy(message), context)
             self._arriving += [(self.looks + late, r) for late, r in self.twist(message, reply)]
         return ids

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from test_run import Silent, adapter_of, go, same
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
 
+from conftest import tiny_rows
 from flower_grid import FakeGrid, Twist
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
@@ -49,7 +49,9 @@ def of(site: str, twist: Twist, round: int | None = None) -> Twist:
     return told
 
 
-def run(overrides: list[str], tmp_path: Path, twist: Twist | None = None, watch: Silent | None = None, **options: bool) -> RunFolder:
+def run(
+    overrides: list[str], tmp_path: Path, twist: Twist | None = None, watch: Silent | None = None, **options: bool
+) -> RunFolder:
     recipe = load_recipe(None, [*overrides, "evaluation.baselines=[]"])
     folder, prepared = RunFolder(Path(recipe.out) / recipe.name), prepare(recipe)
     grid = FakeGrid(client_app, len(prepared.sites.rows), twist)
@@ -71,7 +73,10 @@ FAULTS: list[tuple[Twist, str]] = [
     (lambda message, reply: [], "no answer within 2 s (federation.deadline)"),
     (lambda message, reply: [(LATE, reply)], "no answer within 2 s (federation.deadline)"),
     (lambda message, reply: [(0, Message(Error(5, "gone"), reply_to=message))], "Flower's error 5 (Node Unavailable): gone"),
-    (lambda message, reply: [(0, Message(Error(2, "<boom>"), reply_to=message))], "Flower's error 2 (the ClientApp raised): <boom>"),
+    (
+        lambda message, reply: [(0, Message(Error(2, "<boom>"), reply_to=message))],
+        "Flower's error 2 (the ClientApp raised): <boom>",
+    ),
     (forged(run="ab12"), "refused: an answer of run 'ab12'"),
     (forged(site="ward-2"), "refused: an answer of site 'ward-2', not 'ward-1'"),
     (lambda message, reply: [(0, Message(RecordDict(), reply_to=message))], "a message without FedKeel's header"),
@@ -147,7 +152,7 @@ def test_a_disk_that_lost_what_was_kept_costs_one_round(tiny_overrides: list[str
     for _ in range(3):
         result = run_round(state, transport, SITES, recipe.federation, recipe.seed)
         state = result.state
-        failed.append({site: text for site, text in result.failures.items()})
+        failed.append(dict(result.failures))
     assert [list(f) for f in failed] == [[], ["ward-1"], []]
     assert "It starts from nothing in the next round" in failed[1]["ward-1"]
 
@@ -238,7 +243,8 @@ def test_a_site_refuses_messages_of_foreign_runs(tiny_overrides: list[str], tmp_
         return handle(base | changed, b"", None, 0, tmp_path)[0]
 
     assert "foreign run: 'r5' has not said hello here" in told()["error"]
-    assert told(kind="hello")["hello"]["encoded"] == [16]
+    held = [r for r in tiny_rows() if (r["department"], r["split"]) == ("ward-0", "train")]
+    assert told(kind="hello")["hello"]["encoded"] == [len(held)]
     assert "error" not in told()
     assert "the recipe of 'r5' was another" in told(recipe=text.replace("seed = 1", "seed = 2"))["error"]
     assert "the message is for site 'ward-1'; this is 'ward-0'" in told(site="ward-1")["error"]

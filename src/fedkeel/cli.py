@@ -409,6 +409,50 @@ def report(
     typer.echo(f"report: {path}")
 
 
+deployment = typer.Typer(no_args_is_help=True, help="Several machines: write what each needs, and check a site before round 1.")
+app.add_typer(deployment, name="deploy")
+
+
+@deployment.command("init")
+def deploy_init(
+    folder: Annotated[Path, typer.Argument(help="A new folder, one part a machine.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe.", show_default=False)] = None,
+    *,
+    recipe: Annotated[Path, typer.Option(help="What the federation runs.", show_default=False)],
+    sites: Annotated[str, typer.Option(help="Their names, joined by commas.", show_default=False)],
+    host: Annotated[
+        str,
+        typer.Option(help="DNS names or addresses of the coordinator, by commas; sites dial the first.", show_default=False),
+    ],
+    port: Annotated[int, typer.Option(help="Its port.")] = 9443,
+    base: Annotated[
+        Path | None, typer.Option(help="The base model's folder, for its hashes; without it, the recipe's own if it is here.")
+    ] = None,
+) -> None:
+    """Write a deployment: the app, certificates of a private authority, a key a site, how to start; prints a check list."""
+    from fedkeel.deploy import app_recipe, init
+
+    travels, here = app_recipe(recipe, overrides or [])
+    typer.echo(init(folder, travels, _names(sites), _names(host), port, base or here))
+    typer.echo(f"written: {folder}/ (this text: {folder}/CHECKLIST.md)")
+
+
+@deployment.command("check")
+def deploy_check(
+    site: Annotated[Path, typer.Argument(help="The site's site.toml, where init's files lie.", show_default=False)],
+    coordinator: Annotated[str, typer.Option(help="host:port; without it, the manifest's.")] = "",
+) -> None:
+    """From a site, before round 1: network, certificate, clock, keys, disk, base, tokenizer, rows. Exit 1 if one fails."""
+    from fedkeel.sitecheck import check
+
+    failed = 0
+    for finding in check(site, coordinator):
+        failed += not finding.ok
+        typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name:12}{finding.text}")
+    if failed:
+        raise FedKeelError(f"{failed} checks failed")
+
+
 def main() -> None:
     """The entry point: a FedKeelError becomes one paragraph on stderr and exit status 1."""
     try:

@@ -536,6 +536,12 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ConfigError on a missing or malformed file, an unknown key, or a value that cannot be right.
     """
+    return make_recipe(read_tree(path, overrides))
+
+
+def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a recipe as its file and `key=value` overrides give them, unchecked. Raises ConfigError on a file that is
+    missing or malformed."""
     tree: dict[str, Any] = {}
     if path is not None:
         try:
@@ -547,7 +553,7 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError(f"{path}: {error}") from error
     for override in overrides:
         _assign(tree, override)
-    return make_recipe(tree)
+    return tree
 
 
 def make_recipe(tree: Mapping[str, Any], data: bool = True) -> Recipe:

@@ -18,13 +18,17 @@ variables are set before flwr is imported, which reads them then.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
+import shutil
+import sys
 import tempfile
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +49,22 @@ from fedkeel.types import FedKeelError, Reply, Request  # noqa: E402
 
 if TYPE_CHECKING:
     from fedkeel.client import Kept
+    from fedkeel.config import Recipe
     from fedkeel.folder import RunFolder
     from fedkeel.run import Prepared, Watch
 
 LIMIT = 128 * 2**20  # bytes of one payload: Flower's stores hold every message in memory or SQLite, at about 30 MB/s
 STYPE = "fedkeel"
 KINDS = {"hello": "query", "train": "train", "evaluate": "evaluate", "start": "query", "export": "query"}  # Flower's categories
+ERRORS = {  # of Flower, by its codes
+    1: "the ClientApp could not be loaded",
+    2: "the ClientApp raised",
+    3: "message unavailable",
+    4: "reply unavailable",
+    5: "Node Unavailable",
+    7: "invalid app bundle",
+    8: "the ClientApp crashed",
+}
 SITE_FILE = "site-config"  # of --node-config: the path of site.toml
 
 
@@ -74,10 +88,10 @@ def _unpack(message: Message) -> tuple[dict[str, Any], bytes]:
     """Header and payload of a message. Raises FlowerError if it is none of ours."""
     content = message.content
     try:
-        header = json.loads(str(content["fedkeel"]["header"]))  # type: ignore[index]
+        header = json.loads(str(content["fedkeel"]["header"]))
         payload = b""
         if "payload" in content:
-            array = content["payload"]["payload"]  # type: ignore[index]
+            array = content["payload"]["payload"]
             if not isinstance(array, Array) or array.stype != STYPE or array.dtype != "uint8":
                 raise FlowerError("its payload is no array of FedKeel's")
             payload = bytes(array.data)
@@ -89,17 +103,16 @@ def _unpack(message: Message) -> tuple[dict[str, Any], bytes]:
 
 
 def _fail(message: Message) -> str:
-    names = {0: "unknown", 1: "the ClientApp could not be loaded", 2: "the ClientApp raised", 3: "message unavailable",
-             4: "reply unavailable", 5: "Node Unavailable", 6: "a mod refused", 7: "invalid app bundle", 8: "the ClientApp crashed"}  # fmt: skip
     code = message.error.code
-    return f"Flower's error {code} ({names.get(code, 'of no known kind')}): {message.error.reason or 'no reason given'}"
+    reason = message.error.reason or "no reason given"
+    return f"Flower's error {code} ({ERRORS.get(code, 'of no known kind')}): {reason}"
 
 
 class Courier:
     """Carries requests to sites by their names, and brings the answers of one run.
 
     nodes: site -> Flower's node id, once it has said hello. hellos: what each said. cpu: seconds of processor time that the
-    answers took at the sites.
+    answers took at the sites. vet: (site, its hello) -> why it is not asked; empty where it may be.
     """
 
     def __init__(
@@ -113,6 +126,7 @@ class Courier:
         self._limit = limit
         self.nodes: dict[str, int] = {}
         self.hellos: dict[str, dict[str, Any]] = {}
+        self.vet: Callable[[str, Mapping[str, Any]], str] = lambda site, hello: ""
         self.troubles: list[str] = []  # what nodes said that could not say hello
         self.cpu = 0.0
 
@@ -175,10 +189,12 @@ class Courier:
         pending: dict[str, tuple[int, str]] = {}
         asked: set[int] = set()  # in this call: one that failed, or took too long, is asked again in the next
         self.troubles = []
-        while not enough(self.nodes) and time.monotonic() < end:
+        while True:
             present = set(self._grid.get_node_ids())
             for site in [site for site, node in self.nodes.items() if node not in present]:
                 del self.nodes[site]  # it went away, and may come back under another id
+            if enough(self.nodes) or time.monotonic() >= end:
+                return
             for node in sorted(present - asked - set(self.nodes.values())):
                 asked.add(node)
                 identity = secrets.token_hex(8)
@@ -191,10 +207,10 @@ class Courier:
                 except (FlowerError, SiteFailure, KeyError, TypeError, ValueError) as error:
                     self.troubles.append(f"node {node}: {error}")
                     continue
-                if site in self.nodes and self.nodes[site] in present:
+                if site in self.nodes:
                     raise FlowerError(
-                        f"two nodes say that they are site {site!r} (nodes {self.nodes[site]} and {node}); the name in site.toml "
-                        f"must be of one site only"
+                        f"two nodes say that they are site {site!r} (nodes {self.nodes[site]} and {node}); the name in "
+                        f"site.toml must be of one site only"
                     )
                 self.nodes[site], self.hellos[site] = node, hello
             if not pending:
@@ -220,8 +236,7 @@ class Courier:
         requests: site -> (header, payload). done: called with a site's name as its answer comes.
         """
         end = time.monotonic() + deadline
-        if not set(requests) <= set(self.nodes) or not set(self.nodes.values()) <= set(self._grid.get_node_ids()):
-            self.greet(lambda found: set(requests) <= set(found), min(30.0, deadline / 10))  # one may have come back
+        self.greet(lambda found: set(requests) <= set(found), min(30.0, deadline / 10))  # one may have come back
         answers: dict[str, tuple[dict[str, Any], bytes] | FedKeelError] = {}
         pending: dict[str, tuple[str, str]] = {}
         arrays: dict[bytes, Array | None] = {}
@@ -230,6 +245,8 @@ class Courier:
             try:
                 if site not in self.nodes:
                     raise FlowerError("no node says that it is this site: its SuperNode is down, or its name is another")
+                if refused := self.vet(site, self.hellos[site]):
+                    raise FlowerError(refused)
                 if len(payload) > self._limit:
                     raise FlowerError(f"a message of {len(payload):,} bytes is over the limit of {self._limit:,}; not sent")
                 if payload not in arrays:
@@ -250,6 +267,10 @@ class Courier:
             answers[site] = FlowerError(f"no answer within {deadline:g} s (federation.deadline)")
             done(site)
         return answers
+
+    def transport(self, rounds: int, ranks: Mapping[str, int], kept: dict[str, str]) -> FlowerTransport:
+        """See `coordinate.Sites`."""
+        return FlowerTransport(self, rounds, ranks, kept)
 
 
 class SiteFailure(FedKeelError):
@@ -344,11 +365,79 @@ for _category in (client_app.query, client_app.train, client_app.evaluate):
     _category()(_answer)
 
 
+class _Lines:
+    """A `run.Watch` that prints lines: what a coordinator's log holds."""
+
+    def begin(self, total_work: float) -> None:
+        """See `run.Watch`."""
+
+    def leg(self, name: str, detail: str) -> None:
+        """See `run.Watch`."""
+        print(f"{name}: {detail}", flush=True)
+
+    def advance(self, work: float) -> None:
+        """See `run.Watch`."""
+
+    def round(self, leg: str, done: int, rounds: int, result: Any) -> None:
+        """See `run.Watch`."""
+        sent = sum(result.bytes_down.values()) + sum(result.bytes_up.values())
+        losses = [u.stats["loss"] for u in result.updates]
+        print(
+            f"round {done} of {rounds}: {len(result.updates)} sites, loss {sum(losses) / len(losses):.3f} nats, "
+            f"{result.seconds:.1f} s, {sent:,} bytes", flush=True,
+        )  # fmt: skip
+
+    def note(self, text: str) -> None:
+        """See `run.Watch`."""
+        print(f"note: {text}", flush=True)
+
+
+def _app_file(name: str) -> Path:
+    """A file of the Flower app that this process runs: Flower puts the app's folder into the path of imports."""
+    found = [Path(folder) / name for folder in sys.path if (Path(folder) / name).is_file()]
+    if not found:
+        raise FlowerError(f"the app holds no {name}; write one with: fedkeel deploy init")
+    return found[0]
+
+
+def coordinator(grid: Grid, context: Context) -> None:
+    """A deployment's coordinator. The app's config holds `sites`, joined by commas; recipe.toml lies in the app's folder.
+
+    The run's folder is `out`/`name` of the recipe, below the working directory of SuperLink. If it holds a run of the same
+    recipe that has not ended, the run goes on from its last round.
+    """
+    from fedkeel.config import make_recipe
+    from fedkeel.coordinate import coordinate
+    from fedkeel.folder import RunFolder
+
+    text = _app_file("recipe.toml").read_text(encoding="utf-8")
+    recipe = make_recipe(tomllib.loads(text), data=False)
+    names = [name for name in str(context.run_config.get("sites", "")).split(",") if name]
+    if not names or len(set(names)) < len(names):
+        raise FlowerError("the app's config must hold `sites`: the names of all sites, joined by commas, each once")
+    watch = _Lines()
+
+    def meet(run: str) -> Courier:
+        courier = Courier(grid, text, run)
+        seconds = min(float(context.run_config.get("wait", 600.0)), recipe.federation.deadline)
+        watch.leg("federated", f"waiting for {len(names)} sites, at most {seconds:.0f} s")
+        courier.greet(lambda found: set(names) <= set(found), seconds)
+        for trouble in courier.troubles:
+            watch.note(trouble)
+        return courier
+
+    coordinate(recipe, names, RunFolder(Path(recipe.out) / recipe.name), watch, meet)
+    print("the federation has ended", flush=True)
+
+
+server_app.main()(coordinator)
+
+
 class Simulation:
     """`run.Engine` over a grid of Flower's simulation, or one that behaves like it: site n of the sorted names is partition n.
 
-    folder: what sites keep lies here, as it does at a site; it is filled from the run's checkpoint when a stage begins, and read
-    after each round for the next checkpoint, so that a run can be resumed on any engine.
+    folder: what sites keep lies here, as it does at a site; it is filled from the run's checkpoint when a stage begins, and
+    read after each round for the next checkpoint, so that a run can be resumed on any engine.
     """
 
     def __init__(self, grid: Grid, prepared: Prepared, folder: Path, stopped: threading.Event | None = None) -> None:
@@ -394,22 +483,19 @@ class _Simulated(FlowerTransport):
         return replies
 
 
-def _absolute(recipe: Any) -> Any:
+def _absolute(recipe: Recipe) -> Recipe:
     """The recipe with paths that hold from any working directory."""
-    from dataclasses import replace
-
     base = Path(recipe.model.base).expanduser()
     model = replace(recipe.model, base=str(base.absolute())) if base.is_dir() else recipe.model
     root = str(Path(recipe.data.root).absolute()) if recipe.data.root else ""
     return replace(recipe, model=model, data=replace(recipe.data, root=root))
 
 
-def resources(recipe: Any) -> tuple[int, int, dict[str, float]]:
-    """(cores, workers, what Ray reserves for a worker): a worker has the recipe's threads, and on CUDA a device of its own."""
+def resources(recipe: Recipe, sites: int) -> tuple[int, dict[str, float]]:
+    """(workers, what Ray reserves for one): a worker has the recipe's threads, and on CUDA a device of its own."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(cores, recipe.threads)
     needs = {"num_cpus": float(recipe.threads), "num_gpus": 1.0 if recipe.model.device.startswith("cuda") else 0.0}
-    return cores, cores // recipe.threads, needs
+    return min(max(1, cores // recipe.threads), sites), needs
 
 
 def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> None:
@@ -421,8 +507,6 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
     in a thread of this process, so that errors come back as exceptions; there is no other public way.
     Raises what `execute` raises, and FlowerError if the simulation itself fails.
     """
-    import logging
-
     try:
         import ray  # noqa: F401
         from flwr.simulation import run_simulation
@@ -431,13 +515,12 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
     from fedkeel.run import execute
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what matters is told by exceptions; the rest is for developers
-    cores, workers, needs = resources(prepared.recipe)
     sites = len(prepared.sites.rows)
-    workers = min(workers, sites)
-    gpu = " and a GPU" if needs["num_gpus"] else ""
+    workers, needs = resources(prepared.recipe, sites)
+    each = f"{prepared.recipe.threads} threads{' and a GPU' if needs['num_gpus'] else ''}"
     watch.note(
-        f"Flower's simulation: {sites} sites on {workers} worker{'s'[: workers > 1]} of {prepared.recipe.threads} threads{gpu} each, "
-        f"one base model a worker, and one here for scoring and baselines"
+        f"Flower's simulation: {sites} sites on {workers} worker{'s' if workers > 1 else ''} of {each}, one base model a "
+        f"worker, and one here for scoring and baselines"
     )
     stopped = threading.Event()
     ended = threading.Event()
@@ -445,7 +528,6 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
     kept = folder.path.with_name(folder.path.name + ".sites")  # beside the run: a new run's folder must be empty
     app = ServerApp()
 
-    @app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
             execute(prepared, folder, watch, resume, fresh, Simulation(grid, prepared, kept.absolute(), stopped))
@@ -454,6 +536,7 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
         finally:
             ended.set()
 
+    app.main()(main)
     with tempfile.TemporaryDirectory(prefix="fk-", ignore_cleanup_errors=True) as home:
         os.environ["FLWR_HOME"] = home
         init = {"num_cpus": workers * prepared.recipe.threads, "include_dashboard": False, "log_to_driver": False,
@@ -465,8 +548,6 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
             crash = error
         stopped.set()
         ended.wait(60.0)
-        import shutil
-
         shutil.rmtree(kept, ignore_errors=True)
     if isinstance(crash, KeyboardInterrupt):
         raise crash

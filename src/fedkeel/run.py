@@ -306,9 +306,11 @@ def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, l
 
 
 class Carrier(Transport, Protocol):
-    """A transport to sites in other processes. cpu: seconds of processor time that their answers took so far."""
+    """A transport to sites in other processes."""
 
-    cpu: float
+    @property
+    def cpu(self) -> float:
+        """Seconds of processor time that the sites' answers took so far."""
 
 
 class Engine(Protocol):

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkeel.aggregate import AGGREGATORS, first_rows
+from fedkeel.aggregate import AGGREGATORS, first_rows, folded
 from fedkeel.client import Kept, answer
 from fedkeel.codecs import open_envelope
 from fedkeel.config import SHIFTING, Recipe, make_recipe
@@ -135,8 +135,9 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().cpu().contiguous().reshape(-1)
+        bits = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        digest.update(bits)
     return digest.hexdigest()
 
 
@@ -229,6 +230,8 @@ class Work:
             raise WorkError(f"split {split!r}: one of {', '.join(SPLITS)} belongs here")
         _, state = unpack_global(payload, "checkpoint", self.initial)
         kept = Kept().restored(store.read(str(header["kept"])))
+        store.write_shifts(state.shifts, 0)
+        self.model.replay(state.shifts, 0)
         self.model.write(kept.adapter(state.adapter))
         evaluation = self.recipe.evaluation
         limit = evaluation.test_rows if split == "test" else evaluation.validation_rows
@@ -251,7 +254,7 @@ class Work:
         _, state = unpack_global(payload, "checkpoint", self.initial)
         self.model.write(state.adapter)
         with tempfile.TemporaryDirectory() as folder:
-            self.model.save(Path(folder))
+            self.model.save(Path(folder), folded(state.adapter, state.shifts) if state.shifts else None)
             files = {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in Path(folder).iterdir()}
         return pack_tensors(files, kind="export")
 

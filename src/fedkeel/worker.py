@@ -128,6 +128,7 @@ def _connect(site: SiteFile, seconds: float = 5.0) -> Connection | None:
 
     Raises WorkerError if the other end does not know the key, or is busy with something else for `seconds`.
     """
+    key = _key(site)
     with socket.socket(socket.AF_UNIX) as plain:
         try:
             plain.connect(str(site.socket))
@@ -137,7 +138,7 @@ def _connect(site: SiteFile, seconds: float = 5.0) -> Connection | None:
     try:
         if not connection.poll(seconds):  # not `Client`, which would wait for ever
             raise BusyError(f"site {site.name}: its worker is busy with something else")
-        answer_challenge(connection, key := _key(site))
+        answer_challenge(connection, key)
         deliver_challenge(connection, key)
     except (EOFError, ConnectionError):
         connection.close()
