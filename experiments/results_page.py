@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedkeel.files import write_atomic
-from fedkeel.report import Table, method_table, read_rows, task_table
+from fedkeel.report import Table, method_table, read_rows, suite_markdown, task_table
 from stream_table import flat_table_of, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +74,26 @@ def page() -> str:
         tasks = task_table(rows)
         if len(tasks.lines) <= 20:
             parts.append(_below(tasks) + "\n")
+    return "\n".join(parts)
+
+
+def suite_names() -> list[str]:
+    """The committed suites, in the order of the page."""
+    order = ("main", "ablation", "sensitivity", "bytes")
+    return [name for name in order if (ROOT / "results" / "suites" / name / "suite.json").exists()]
+
+
+def suites() -> str:
+    """The part of docs/results.md on the suites: their tables as `fedkeel report` computes them."""
+    parts = []
+    for name in suite_names():
+        folder = ROOT / "results" / "suites" / name
+        told = json.loads((folder / "suite.json").read_text())
+        parts.append(
+            f"# {told['title']}\n\n{TEXT[f'suite {name}']}\n\n{told['note']}\n\nPlan: [src/fedkeel/plans/{name}.toml]"
+            f"(../src/fedkeel/plans/{name}.toml); commit {_commits(folder)}: [recipes and rows](../results/suites/{name}). "
+            f"How it is compared: [evidence.md](evidence.md).\n\n{suite_markdown(folder)}"
+        )
     return "\n".join(parts)
 
 
@@ -229,5 +249,5 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
-    write_atomic(ROOT / "docs" / "results.md", page() + "\n" + streams())
+    write_atomic(ROOT / "docs" / "results.md", "\n".join([suites(), page(), streams()]))
     write_atomic(ROOT / "README.md", readme())
