@@ -16,7 +16,7 @@ LAYERS = (
     ("rng", "files"),
     ("objective", "structure", "aggregate", "codecs", "partition", "metrics"),
     ("config", "pydocs", "sitefile"),
-    ("sources",),
+    ("sources", "track"),
     ("data", "messages", "sites"),
     ("model", "folder"),
     ("teacher",),
