@@ -76,7 +76,9 @@ class Deployment:
             # a path of pytest's is long, and a socket's is short
             (at / "site.toml").write_text(text + f'key = "worker.key"\nsocket = "/tmp/fk-{self.port}-{number}.sock"\n')
             start = (at / "start.sh").read_text()
-            start = start.replace(f":{self.port} ", f":{self.port + 1} ").replace(f"--port {9094 + number}", f"--port {free_port()}")
+            start = start.replace(f":{self.port} ", f":{self.port + 1} ").replace(
+                f"--port {9094 + number}", f"--port {free_port()}"
+            )
             (at / "start.sh").write_text(start)
 
     def start(self, name: str, script: str) -> None:
@@ -114,7 +116,7 @@ class Deployment:
             status = str(told["runs"][0]["status"])
             if status.startswith("finished"):
                 return status
-            time.sleep(2)
+            time.sleep(10)
         raise AssertionError(f"still {status}")
 
     def log(self) -> str:

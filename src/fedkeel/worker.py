@@ -115,9 +115,8 @@ def serve(site: SiteFile) -> None:
                 if header.get("kind") == "stop":
                     _send(connection, {"pid": os.getpid()}, b"")
                     return
-                begin = time.perf_counter()
                 told, out = handle(header, payload, site)
-                _send(connection, {**told, "worker": os.getpid(), "busy_seconds": time.perf_counter() - begin}, out)
+                _send(connection, {**told, "worker": os.getpid()}, out)
     finally:
         listener.close()
         os.close(lock)
