@@ -181,6 +181,17 @@ class _Federation:
             self.watch.note(f"the sites run torch {', '.join(sorted(torches))}: the last bits of their sums may differ")
         return found
 
+    def loads(self) -> list[Row]:
+        """How long each site took from nothing to a loaded base and encoded rows: what a warm worker saves every round."""
+        rows = []
+        for site in self.fine():
+            seconds = self.sites.hellos[site].get("load_seconds")
+            if isinstance(seconds, float) and 0 <= seconds < 1e6:
+                rows.append(
+                    Row(self.recipe.name, "federated", self.recipe.seed, 0, "load_seconds", seconds, "seconds", site=site)
+                )
+        return rows
+
     def start(self, digest: str) -> Adapter:
         """What the federation starts from: from the first site that can say, held to the hash that all of them told."""
         told = []
@@ -311,7 +322,7 @@ def coordinate(
     initial = run_.start(reference["initial"])
     run_.state = folder.open(recipe, resume, False)
     run_.state.update(run=run, reference=reference)
-    folder.save(run_.state, [])
+    folder.save(run_.state, run_.loads())
     run_.kept.update(run_.state.get("kept", {}))
     base, leg = run_.leg("base", 0), run_.leg("federated", recipe.federation.rounds)
     current = Global(0, initial)

@@ -309,11 +309,12 @@ name = "fedkeel-{name}"
 version = "{__version__}"
 description = "A federation of FedKeel: recipe.toml says what is trained"
 license = {{ file = "LICENSE" }}
-dependencies = []
+dependencies = ["flwr>=1.41,<1.42"]
 
 [tool.flwr.app]
 publisher = "fedkeel"
 fab-format-version = 1
+flwr-version-target = "1.41.0"
 
 [tool.flwr.app.components]
 serverapp = "fedkeel.flower:server_app"

@@ -122,11 +122,12 @@ def _checked(name: str) -> str:
 
 
 def localised(text: str, site: SiteFile) -> Recipe:
-    """The coordinator's recipe with this site's own paths, device and threads in place of what it says of them."""
+    """The coordinator's recipe with this site's own paths, device and threads in place of what it says of them: where a site
+    reads its rows is not for the coordinator to say."""
     tree = tomllib.loads(text)
     tree["threads"] = site.threads
     tree["model"] = {**tree.get("model", {}), "device": site.device} | ({"base": site.base} if site.base else {})
-    tree["data"] = {**tree.get("data", {}), **site.data}
+    tree["data"] = {**tree.get("data", {}), "root": "", **site.data}
     return make_recipe(tree)
 
 

@@ -1,0 +1,172 @@
+"""Real processes on the loopback: SuperLink with TLS and site authentication, three sites with private files, one adapter.
+
+Only the gate of docs/deploy.md is left out: sites dial SuperLink itself. Slow, as every message starts a process of Flower's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_run import adapter_of, go, rows_of, same
+
+pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
+
+from conftest import tiny_rows
+
+import fedkeel
+from fedkeel.config import load_recipe, to_toml
+from fedkeel.deploy import app_recipe, init
+from fedkeel.folder import RunFolder
+from fedkeel.sitefile import read_site
+from fedkeel.worker import stop
+
+SITES = ("ward-0", "ward-1", "ward-2")
+SECONDS = 1800.0  # on a machine that has other work too
+
+pytestmark = pytest.mark.deployment
+
+
+def free_port() -> int:
+    """One whose successor is free too, as far as can be known."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+class Deployment:
+    """A folder that `deploy init` wrote, filled in for three sites of this machine, and the processes started from it."""
+
+    def __init__(self, folder: Path, overrides: list[str], base: Path) -> None:
+        self.folder = folder
+        recipe = load_recipe(None, overrides)
+        (folder.parent / "recipe.toml").write_text(to_toml(recipe))
+        self.port = free_port()
+        travels, _ = app_recipe(folder.parent / "recipe.toml")
+        init(folder, travels, SITES, ["localhost"], self.port, base)
+        self.recipe = travels
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(Path(fedkeel.__file__).parents[1]),
+        }
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        for number, name in enumerate(SITES):
+            at = folder / f"site-{name}"
+            rows = [json.dumps(row) + "\n" for row in tiny_rows() if row["department"] == name]
+            (at / "rows.jsonl").write_text("".join(rows))
+            (at / "tasks.json").write_text(json.dumps({"colour": {"labels": ["red", "green", "blue"]}}))
+            text = f'name = "{name}"\nthreads = 1\nstate = "state"\n[model]\nbase = "{base}"\n[data]\nroot = "."\n[worker]\n'
+            # a path of pytest's is long, and a socket's is short
+            (at / "site.toml").write_text(text + f'key = "worker.key"\nsocket = "/tmp/fk-{self.port}-{number}.sock"\n')
+            start = (at / "start.sh").read_text()
+            start = start.replace(f":{self.port} ", f":{self.port + 1} ").replace(
+                f"--port {9094 + number}", f"--port {free_port()}"
+            )
+            (at / "start.sh").write_text(start)
+
+    def start(self, name: str, script: str) -> None:
+        log = (self.folder / f"{name}.log").open("ab")
+        self.processes[name] = subprocess.Popen(
+            [str(self.folder / script)], env=self.environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+    def flwr(self, *arguments: str) -> str:
+        command = [str(self.folder / "coordinator" / "flwr.sh"), *arguments]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def up(self) -> None:
+        """SuperLink, with the sites' keys registered."""
+        self.start("superlink", "coordinator/start.sh")
+        end = time.monotonic() + SECONDS
+        while True:
+            with socket.socket() as probe:
+                if not probe.connect_ex(("127.0.0.1", self.port + 1)):
+                    break
+            assert self.processes["superlink"].poll() is None, (self.folder / "superlink.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.5)
+        command = [str(self.folder / "coordinator" / "register.sh")]
+        subprocess.run(command, env=self.environment, check=True, timeout=SECONDS, capture_output=True)
+
+    def run(self) -> str:
+        """Start a run and wait for its end; its status, as Flower tells it."""
+        self.flwr("run", str(self.folder / "app"), "here")
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            told = json.loads(self.flwr("list", "--format", "json"))
+            status = str(told["runs"][0]["status"])
+            if status.startswith("finished"):
+                return status
+            time.sleep(10)
+        raise AssertionError(f"still {status}")
+
+    def log(self) -> str:
+        """What all processes said."""
+        return "".join(f"=== {p.name}\n{p.read_text(errors='replace')[-6000:]}\n" for p in sorted(self.folder.glob("*.log")))
+
+    @property
+    def results(self) -> RunFolder:
+        out = Path(self.recipe.out)
+        return RunFolder((out if out.is_absolute() else self.folder / "coordinator" / "state" / out) / self.recipe.name)
+
+    def down(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        for name in SITES:
+            stop(read_site(self.folder / f"site-{name}" / "site.toml"), 5.0)
+
+
+@contextmanager
+def deployed(folder: Path, overrides: list[str], base: Path) -> Iterator[Deployment]:
+    found = Deployment(folder, overrides, base)
+    try:
+        yield found
+    finally:
+        found.down()
+
+
+def test_three_sites_end_in_the_bits_of_one_process(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    kept = ["federation.codec_up=topk=0.25+int4", "evaluation.baselines=[]", "evaluation.test_rows=0", "evaluation.every=9"]
+    overrides = [*tiny_overrides, *kept]
+    _, here, _ = go([*overrides, "name=here"])
+    with deployed(tmp_path / "deployment", overrides, tiny_base) as there:
+        there.up()
+        for name in SITES:
+            there.start(name, f"site-{name}/start.sh")
+        status = there.run()
+        assert status == "finished:completed", there.log()
+        workers = {name: (there.folder / f"site-{name}" / "state").exists() for name in SITES}
+    assert all(workers.values())
+    assert same(adapter_of(here.path), adapter_of(there.results.path))
+    assert there.results.state()["finished"]
+
+    def score(folder: RunFolder) -> list[Any]:
+        wanted = [r for r in rows_of(folder) if (r["name"], r["task"], r["split"], r["site"]) == ("score", "", "test", "")]
+        return [r["value"] for r in wanted]
+
+    assert score(there.results) == pytest.approx(score(here))
