@@ -432,11 +432,11 @@ def chance(runs: Sequence[Planned]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def finished(folder: Path) -> bool:
-    """Whether the run in `folder` has ended."""
+    """Whether the run in `folder` has ended; packed rows without a state are those of a committed result, and have."""
     try:
         return bool(json.loads((folder / "state.json").read_text())["finished"])
     except FileNotFoundError:
-        return False
+        return (folder / "rows.jsonl.gz").exists()
 
 
 class Watch(Protocol):
