@@ -122,6 +122,7 @@ def chart_figure(chart: Chart, styles: Mapping[str, Style]) -> Figure:
     spec = {
         "key": chart.key, "kind": chart.kind, "traces": traces, "panels": panels, "legend": list(legend.values()),
         "starts": list(chart.starts), "zero": chart.key in ("differences", "parts"),
+        "shared": chart.key == "stability",
     }  # fmt: skip
     return Figure(chart.key, chart.title, chart.finding, spec, chart_table(chart))
 
@@ -176,6 +177,7 @@ def heat_figure(heat: Heat) -> Figure:
     panel = {"title": "", "x": heat.x, "y": heat.y, "log": False, "apart": False, "categories": None}
     spec = {
         "key": heat.key, "kind": "heat", "traces": [], "panels": [panel], "legend": [], "starts": [], "zero": False,
+        "shared": False,
         "choices": choices, "unit": heat.unit,
         "columns": [list(grid.columns) for grid in heat.grids],
         "lines": [list(grid.lines) for grid in heat.grids],

@@ -79,6 +79,12 @@
     axis.dtick = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000].find((step) => span / step <= axis.nticks) ?? 5000;
   }
 
+  function flat(axis, fig, n) { // a curve that does not move, on an axis of its own size
+    const all = fig.traces.filter((trace) => trace.yaxis === named("y", n)).flatMap((trace) => trace.y).filter((v) => v !== null);
+    const [low, high] = [Math.min(...all), Math.max(...all)];
+    if (high - low < 1e-9 * Math.abs(high)) axis.range = [low - 0.1 * Math.abs(low), high + 0.1 * Math.abs(high)];
+  }
+
   function logarithmic(axis, fig, n, width) { // round numbers, as many as there is room for
     const all = fig.traces.filter((trace) => trace.xaxis === named("x", n)).flatMap((trace) => trace.x).filter((v) => v > 0);
     const [low, high] = [Math.min(...all), Math.max(...all)];
@@ -158,6 +164,8 @@
         if (panel.categories) categorical(x, panel.categories, cell, letters);
         else if (panel.log) logarithmic(x, fig, n, cell);
         else counted(x, fig, n);
+        if (fig.shared && n) y.matches = "y";
+        if (!fig.shared) flat(y, fig, n);
         const head = titled ? `<b>${plain(panel.title)}</b><br>${plain(panel.y)}` : plain(panel.y);
         layout.annotations.push({
           text: head, showarrow: false, xref: "paper", yref: "paper", x: left, y: top, xanchor: "left", yanchor: "bottom",

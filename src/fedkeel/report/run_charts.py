@@ -215,8 +215,8 @@ def site_cka(rows: Sequence[Row]) -> Chart | None:
         return None
     curve = tuple(Point(tap, *span(values)) for tap, values in taps.items())
     most = max(curve, key=lambda p: p.y)
-    told = f"A further local round moves a site most at {most.x}: 1 − CKA {number(most.y, 3)} in the mean over sites."
-    panel = Panel("One more local round against the final model", "layer", "1 − CKA", (Series("federated", curve),))
+    told = f"A further local round moves a site most at tap {most.x}: 1 − CKA {number(most.y, 3)} in the mean over sites."
+    panel = Panel("One more local round against the final model", "tap", "1 − CKA", (Series("federated", curve),))
     note = ("On fixed prompts; 0 where the site's hidden states are those of the final model.",)
     return Chart(
         "site-cka", "What a local round changes, by layer", told, (panel,), spread="lowest to highest of the sites",
@@ -368,7 +368,9 @@ def kept_table(rows: Sequence[Row], measures: Sequence[Row]) -> Table:
             what, digits = names[r.name]
             lines.append((what, number(r.value, digits)))
         elif r.name.startswith("state_cka/"):
-            lines.append((f"CKA to the end of stage {r.stage + 1}, {r.name.removeprefix('state_cka/')}", number(r.value, 3)))
+            lines.append(
+                (f"CKA to the end of stage {r.stage + 1}, tap {r.name.removeprefix('state_cka/')}", number(r.value, 3))
+            )
         elif (r.name, r.split) == ("score", "unseen"):
             lines.append((f"unseen task {r.task}" if r.task else "unseen tasks, mean, points", points(r.value)))
     last = last_stage(rows, "federated")

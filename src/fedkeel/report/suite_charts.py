@@ -238,7 +238,7 @@ def drift(results: Sequence[Result]) -> Chart | None:
     told += f", and least under {least}, {number(means[least], 2)}." if len(means) > 1 else "."
     panels = [Panel("Drift of the sites' updates", "block", "D, mean over rounds", _ordered(series))]
     if moved:
-        panels.append(Panel("One more local round", "layer", "1 − CKA, mean over sites", _ordered(moved)))
+        panels.append(Panel("One more local round", "tap", "1 − CKA, mean over sites", _ordered(moved)))
     note = ("D = (Σ p‖Δ‖² − ‖Σ p Δ‖²)/‖Σ p Δ‖² of a block's updates Δ: 0 where all sites moved alike; Γ = D + 1.",)
     return Chart(
         "drift", "Drift by layer and method", told, tuple(panels), spread="± sd over seeds", drawn="none", digits=3, notes=note
