@@ -51,12 +51,12 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, recipe_file: Path) -> Path:
-    """A deployment under a permissive umask, whose coordinator is localhost."""
+@pytest.fixture(scope="module", params=[0o000, 0o077], ids=["umask-000", "umask-077"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, recipe_file: Path) -> Path:
+    """A deployment whose coordinator is localhost, written under the most and the least permissive umask."""
     where = tmp_path_factory.mktemp("deployment") / "ours"
     recipe, base = app_recipe(recipe_file)
-    before = os.umask(0)
+    before = os.umask(request.param)
     try:
         init(where, recipe, SITES, ["localhost", "10.1.2.3", "coordinator.example"], 9443, base)
     finally:
@@ -206,7 +206,11 @@ def test_the_recipe_travels_whole_and_without_paths(folder: Path, recipe_file: P
     for site in SITES:
         assert (folder / f"site-{site}/recipe.toml").read_text() == text
         assert json.loads((folder / f"site-{site}/manifest.json").read_text()) == manifest
-    assert tomllib.loads((folder / "app/pyproject.toml").read_text())["project"]["name"] == "fedkeel-three-wards"
+    about = tomllib.loads((folder / "app/pyproject.toml").read_text())
+    assert about["project"]["name"] == "fedkeel-three-wards"
+    assert about["tool"]["flwr"]["app"]["config"]["sites"].split(",") == list(SITES)
+    ours = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert about["project"]["dependencies"] == [ours["flower"][0].replace(">=1.41,", ">=1.41.0,")]
 
 
 def test_site_files_are_read_by_their_reader(folder: Path) -> None:

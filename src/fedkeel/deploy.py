@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 PREFIX = "/opt/fedkeel"  # where the units expect a machine's part, and the virtual environment `venv`
 AUTHORITY_DAYS, SERVER_DAYS = 1826, 398
 EARLY = datetime.timedelta(hours=1)  # certificates are valid from this long ago: a site's clock may be behind
+FLOWER = "1.41.0"  # the extra fedkeel[flower] allows 1.41.x
 RUNTIME_PORT = 9094  # of the first site's SuperNode, on its loopback address; the next sites count on, to share a machine
 SITE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 DNS_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
@@ -309,12 +310,12 @@ name = "fedkeel-{name}"
 version = "{__version__}"
 description = "A federation of FedKeel: recipe.toml says what is trained"
 license = {{ file = "LICENSE" }}
-dependencies = ["flwr>=1.41,<1.42"]
+dependencies = ["flwr>={FLOWER},<1.42"] # told to Flower; nothing is installed for a run
 
 [tool.flwr.app]
 publisher = "fedkeel"
 fab-format-version = 1
-flwr-version-target = "1.41.0"
+flwr-version-target = "{FLOWER}"
 
 [tool.flwr.app.components]
 serverapp = "fedkeel.flower:server_app"
@@ -418,6 +419,8 @@ http {{
     location /v1/fleet/ {{
       proxy_pass https://127.0.0.1:{inner};
       proxy_http_version 1.1;
+      proxy_request_buffering off; # nothing of a payload touches the disk here
+      proxy_buffering off;
       proxy_ssl_verify on;
       proxy_ssl_trusted_certificate ca.pem;
       proxy_ssl_name localhost;
