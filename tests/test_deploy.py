@@ -51,12 +51,12 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, recipe_file: Path) -> Path:
-    """A deployment under a permissive umask, whose coordinator is localhost."""
+@pytest.fixture(scope="module", params=[0o000, 0o077], ids=["umask-000", "umask-077"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, recipe_file: Path) -> Path:
+    """A deployment whose coordinator is localhost, written under the most and the least permissive umask."""
     where = tmp_path_factory.mktemp("deployment") / "ours"
     recipe, base = app_recipe(recipe_file)
-    before = os.umask(0)
+    before = os.umask(request.param)
     try:
         init(where, recipe, SITES, ["localhost", "10.1.2.3", "coordinator.example"], 9443, base)
     finally:

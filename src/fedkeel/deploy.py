@@ -419,6 +419,8 @@ http {{
     location /v1/fleet/ {{
       proxy_pass https://127.0.0.1:{inner};
       proxy_http_version 1.1;
+      proxy_request_buffering off; # nothing of a payload touches the disk here
+      proxy_buffering off;
       proxy_ssl_verify on;
       proxy_ssl_trusted_certificate ca.pem;
       proxy_ssl_name localhost;
