@@ -17,7 +17,7 @@ from flower_grid import FakeGrid, Twist
 from flwr.app import Context, RecordDict
 
 from fedkeel.config import load_recipe, to_toml
-from fedkeel.coordinate import pooled, reference_of
+from fedkeel.coordinate import alone, pooled, reference_of
 from fedkeel.flower import client_app, server_app
 from fedkeel.folder import RunFolder
 from fedkeel.run import Leg, Stage
@@ -129,6 +129,16 @@ def test_a_site_with_another_base_is_refused_before_training(
     there = coordinate([*overrides, "federation.quorum=0.6"], files, tmp_path, monkeypatch)
     losses = {r["site"] for r in rows_of(there) if r["name"] == "loss"}
     assert losses == {"ward-0", "ward-2"}
+
+
+def test_one_coordinator_a_run(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides, files = deployment
+    folder = Path(load_recipe(None, overrides).out) / "there"
+    with alone(folder), pytest.raises(FederationError, match=f"is being worked on by process {os.getpid()}"):
+        coordinate(overrides, files, tmp_path, monkeypatch)
+    assert not folder.exists()
 
 
 def test_most_sites_say_what_belongs() -> None:

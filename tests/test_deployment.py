@@ -107,17 +107,41 @@ class Deployment:
         command = [str(self.folder / "coordinator" / "register.sh")]
         subprocess.run(command, env=self.environment, check=True, timeout=SECONDS, capture_output=True)
 
-    def run(self) -> str:
-        """Start a run and wait for its end; its status, as Flower tells it."""
-        self.flwr("run", str(self.folder / "app"), "here")
-        end = time.monotonic() + SECONDS
+    def begin(self) -> str:
+        """Start a run; its id."""
+        told = json.loads(self.flwr("run", str(self.folder / "app"), "here", "--format", "json"))
+        return str(told["run-id"])
+
+    def end(self, run: str) -> str:
+        """Wait for a run's end; its status, as Flower tells it."""
+        end, status = time.monotonic() + SECONDS, ""
         while time.monotonic() < end:
             told = json.loads(self.flwr("list", "--format", "json"))
-            status = str(told["runs"][0]["status"])
+            status = next(str(r["status"]) for r in told["runs"] if str(r["run-id"]) == run)
             if status.startswith("finished"):
                 return status
             time.sleep(10)
-        raise AssertionError(f"still {status}")
+        raise AssertionError(f"still {status}\n{self.log()}")
+
+    def until_round(self, round: int) -> None:
+        """Wait until the coordinator has finished a round."""
+        end = time.monotonic() + SECONDS
+        while not (self.results.path / "state.json").exists() or self.results.state()["round"] < round:
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.2)
+
+    def kill(self, name: str, word: str) -> None:
+        """SIGKILL to the processes of the session of `name` whose command line holds `word`."""
+        found = 0
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                mine = os.getsid(int(path.name)) == self.processes[name].pid
+                if mine and word in (path / "cmdline").read_bytes().decode():
+                    os.kill(int(path.name), signal.SIGKILL)
+                    found += 1
+            except (OSError, ProcessLookupError):
+                continue
+        assert found
 
     def log(self) -> str:
         """What all processes said."""
@@ -158,7 +182,7 @@ def test_three_sites_end_in_the_bits_of_one_process(tiny_overrides: list[str], t
         there.up()
         for name in SITES:
             there.start(name, f"site-{name}/start.sh")
-        status = there.run()
+        status = there.end(there.begin())
         assert status == "finished:completed", there.log()
         workers = {name: (there.folder / f"site-{name}" / "state").exists() for name in SITES}
     assert all(workers.values())
@@ -170,3 +194,25 @@ def test_three_sites_end_in_the_bits_of_one_process(tiny_overrides: list[str], t
         return [r["value"] for r in wanted]
 
     assert score(there.results) == pytest.approx(score(here))
+
+
+def test_killed_workers_and_coordinators_change_no_bit(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    """A worker is killed in the first rounds, then the ServerApp; a second run goes on from the last checkpoint."""
+    few = ["evaluation.baselines=[]", "evaluation.test_rows=1", "evaluation.every=9", "federation.rounds=5"]
+    overrides = [*tiny_overrides, *few, "federation.codec_up=topk=0.25+int4"]
+    _, here, _ = go([*overrides, "name=here"])
+    with deployed(tmp_path / "deployment", overrides, tiny_base) as there:
+        there.up()
+        for name in SITES:
+            there.start(name, f"site-{name}/start.sh")
+        there.begin()
+        there.until_round(1)
+        worker = read_site(there.folder / "site-ward-0" / "site.toml").socket.with_suffix(".lock")
+        os.kill(int(worker.read_text()), signal.SIGKILL)
+        there.until_round(2)
+        there.kill("superlink", "flwr-serverapp")
+        done = there.results.state()["round"]
+        assert there.end(there.begin()) == "finished:completed", there.log()
+    assert 2 <= done < 5
+    assert same(adapter_of(here.path), adapter_of(there.results.path))
+    assert [r["round"] for r in rows_of(there.results) if (r["name"], r["site"]) == ("loss", "ward-0")] == [1, 2, 3, 4, 5]

@@ -8,13 +8,16 @@ report of their own rows; the adapter's PEFT folder is written by one site and c
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -301,6 +304,25 @@ def _check_export(files: Mapping[str, bytes], current: Global) -> None:
             raise EnvelopeError(f"{name} in the PEFT folder is not the coordinator's")
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One coordinator a run's folder: a ServerApp can outlive the SuperLink that started it. Raises FederationError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise FederationError(
+                f"{folder} is being worked on by process {lock.read().strip() or 'unknown'} of this machine, perhaps of an "
+                f"earlier run; end it first"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
 def coordinate(
     recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]
 ) -> None:  # fmt: skip
@@ -311,6 +333,13 @@ def coordinate(
     """
     if recipe.stream.stages:
         raise ConfigError("stream.stages: a task stream runs in one process or in the simulation, not in a deployment")
+    with alone(folder.path):
+        _coordinate(recipe, names, folder, watch, meet)
+
+
+def _coordinate(
+    recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]
+) -> None:  # fmt: skip
     resume = bool(folder.path.exists() and (folder.path / "state.json").exists())
     folder.check(recipe, resume, False)
     if resume and folder.state()["finished"]:
