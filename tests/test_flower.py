@@ -253,17 +253,23 @@ def test_a_site_refuses_messages_of_foreign_runs(tiny_overrides: list[str], tmp_
 
 
 def test_what_a_store_keeps(tmp_path: Path) -> None:
-    """The state that a request starts from and the one that it makes, until the next request says which of them holds."""
+    """The state that a request starts from and all since, until the next request says which of them was accepted."""
     store, one = Store(tmp_path, "a/b"), {"residual/x": torch.ones(2)}
+
+    def held() -> list[str]:
+        return sorted(p.stem.removeprefix("kept-") for p in tmp_path.glob("*/kept-*.fkl"))
+
     assert store.write("1", one) == "1"
     assert store.write("2", {"residual/x": torch.zeros(2)}, "1") == "2"
     assert same(store.read("1"), one)
     store.write("3", one, "1")  # the answer that made 2 was lost
-    assert len(list(tmp_path.glob("*/kept-*"))) == 2
+    assert held() == ["1", "2", "3"]
+    store.write("4", one, "3")
+    assert held() == ["3", "4"]
     with pytest.raises(FedKeelError, match="cannot be read"):
         store.read("2")
     with pytest.raises(FedKeelError, match="small letters"):
         store.read("../1")
     assert Store(tmp_path, "other").read("") == {}
-    assert store.write("4", {}, "") == ""
-    assert not list(tmp_path.glob("*/kept-*"))
+    assert store.write("5", {}, "") == ""
+    assert held() == ["3", "4"]

@@ -251,10 +251,11 @@ class _Federation:
             for site, text in sorted(result.failures.items()):
                 told = f"site {site} failed and was left out (the quorum holds): {text.strip()}"
                 self.watch.note(f"round {current.round}: {told}")
-            if current.round % recipe.evaluation.every == 0:
-                rows += self.score(leg, current, "validation")
             self.watch.round(leg.name, current.round, leg.rounds, result)
+            # before anybody is shown it: a base shift that sites hold must not be made again
             self.save(leg, current, rows)
+            if current.round % recipe.evaluation.every == 0:
+                self.folder.save(self.state, self.score(leg, current, "validation"))
         return current
 
     def save(self, leg: Leg, current: Global, rows: Sequence[Row]) -> None:

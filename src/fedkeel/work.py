@@ -2,7 +2,7 @@
 
 The rule of what is kept (residuals of a lossy codec, factors that stay at the site): a site never decides by itself which of
 its states holds. Each request names the state to start from, which is the one that the site wrote with the last answer that
-the coordinator took; a fresh state is written beside it under the request's own id, and only these two are left. So a round
+the coordinator took; a fresh state is written beside it under the request's own id, and older ones go. So a round
 that was lost, repeated, answered too late or cut off by the death of either end starts from what was truly accepted, and ends
 in the bits of `local.LocalTransport`, where what is kept moves on only once a site has answered in time. A site whose disk has
 lost the named state fails that round, loudly; the coordinator then lets it start from nothing.
@@ -13,6 +13,7 @@ next round may meet another process, whose base is fresh.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -82,13 +83,16 @@ class Store:
         return tensors
 
     def write(self, token: str, tensors: Mapping[str, Tensor], before: str = "") -> str:
-        """Keep `tensors` under `token`, and of the others only those under `before`. Returns the token, empty if there is
-        nothing to keep."""
+        """Keep `tensors` under `token`, and of the others those since `before`: a request that was given up may still be at
+        work in another process. Returns the token, empty if there is nothing to keep."""
         if tensors:
             write_atomic(self._file(token), pack_tensors(tensors, kind="kept", site=self._site))
-        for path in self._own.glob("kept-*.fkl"):
-            if path not in [self._file(t) for t in (token, before) if t]:
-                path.unlink(missing_ok=True)
+        if before:
+            accepted = self._file(before).stat().st_mtime_ns
+            for path in self._own.glob("kept-*.fkl"):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime_ns < accepted:
+                        path.unlink()
         return token if tensors else ""
 
     def _shift(self, number: int) -> Path:
