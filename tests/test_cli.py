@@ -65,11 +65,11 @@ def test_mistakes_are_one_paragraph_and_exit_1(arguments: list[str], told: str) 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_well_formed(path: Path, tmp_path: Path) -> None:
-    """Its files need not be here: empty ones stand in for the names it lists."""
+    """Its files need not be here: empty ones stand in for the names it lists, and an order of tasks for a published one."""
     listed = re.findall(r'"((?:cl15|intents|superni)/[^"]+)"', path.read_text())
     for name in listed:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text('{"task_orders": {"order1": ["dbpedia", "amazon", "yahoo", "agnews"]}}')
     recipe = load_recipe(path, [f"data.root={tmp_path}"] if listed else [])
     assert recipe.name == path.stem
 
