@@ -49,6 +49,7 @@ def test_help_and_typos_import_nothing_heavy(arguments: list[str]) -> None:
         (["run", "model.base=./nowhere"], "model.base = './nowhere': no such folder"),
         (["run", "model.base=nobody/nothing", "data.rows_per_site=8"], "model.base = 'nobody/nothing' cannot be loaded"),
         (["run", "federation.rule=medium"], "federation.rule = 'medium': one of mean, freeze_a, alternate, svd"),
+        (["run", "--engine", "flower"], "--engine flower: one of local, flower-sim belongs here"),
         (["evaluate", "runs/never"], "is missing: runs/never is not a run whose federation has ended"),
         (["export", "runs/never", "x"], "is missing: runs/never is not a run whose federation has ended"),
     ],
@@ -64,11 +65,11 @@ def test_mistakes_are_one_paragraph_and_exit_1(arguments: list[str], told: str) 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_well_formed(path: Path, tmp_path: Path) -> None:
-    """Its files need not be here: empty ones stand in for the names it lists."""
+    """Its files need not be here: empty ones stand in for the names it lists, and an order of tasks for a published one."""
     listed = re.findall(r'"((?:cl15|intents|superni)/[^"]+)"', path.read_text())
     for name in listed:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text('{"task_orders": {"order1": ["dbpedia", "amazon", "yahoo", "agnews"]}}')
     recipe = load_recipe(path, [f"data.root={tmp_path}"] if listed else [])
     assert recipe.name == path.stem
 

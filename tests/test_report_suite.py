@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from suites import one_row, scored, write_plan, write_run
 
 from fedkeel.report.chance import chances
 from fedkeel.report.interval import paired_difference
 from fedkeel.report.results import Result, interaction, results_of
-from fedkeel.report.run_numbers import bottom_decile, final_score, stage_matrix, stream_numbers, tasks_by_stage
+from fedkeel.report.run_numbers import final_score, stage_matrix, stream_numbers, tasks_by_stage
 from fedkeel.report.suite import Suite, chances_of, lines_of, read_suite
 from fedkeel.report.suite_tables import (
     chance_table,
@@ -27,7 +28,6 @@ from fedkeel.report.suite_tables import (
 )
 from fedkeel.rng import numpy_generator
 from fedkeel.types import FedKeelError, Row
-from suites import one_row, scored, write_plan, write_run
 
 
 def two_stages(run: str, seed: int, first: float, last: tuple[float, float], own: dict[str, float]) -> list[Row]:
@@ -66,7 +66,7 @@ def make(folder: Path, packed: bool = False) -> Path:
     measures.append(one_row("k1", 1, "kl_to_base", 0.25, "nats", split="general"))
     measures += [one_row("k1", 1, f"state_cka/{n}", v, "ratio", stage=s) for n, s, v in (("0", 0, 0.8), ("1", 0, 0.9))]
     k1 = two_stages("k1", 1, 0.8, (0.7, 0.7), {"a": 0.6, "b": 0.6}) + cost("k1", 1, 6)
-    recipe = "name = 'k1'\n[train]\nlocal_steps = 5\nlocal_epochs = 0\n[distill]\nweight = 0.5\n"
+    recipe = "name = 'k1'\n[train]\nlocal_steps = 5\nlocal_epochs = 0\n[distill]\nweight = 0.5\nnewer = 1\n"
     write_run(folder / "k1", k1, packed, scores=per_row(0.6, 0.6), measures=measures, recipe=recipe)
     (folder / "k2.failed").write_text("exit status 1\nTraceback\nfedkeel: the disk | is full\n\n")
     base = scored("b1", 1, {"A": 0.1, "B": 0.3}, {}, "base", stage=1, stages=(0.1, 0.3))
@@ -211,11 +211,6 @@ def test_a_task_that_grows_with_the_stages_keeps_its_scores() -> None:
     assert tasks_by_stage(rows, "federated") is None
     assert stage_matrix(rows, "federated", ("other",)) == {0: {0: 0.8}, 1: {0: 0.5, 1: 0.7}}
     assert stream_numbers(stage_matrix(rows))["forgetting"] == pytest.approx(0.3)
-
-
-def test_bottom_decile_by_hand() -> None:
-    assert bottom_decile([0.3, 0.1, 0.9]) == 0.1
-    assert bottom_decile([k / 100 for k in range(30)]) == pytest.approx(0.01)  # 0, 1 and 2
 
 
 def test_interval_of_equal_differences_has_no_width() -> None:

@@ -555,6 +555,12 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ConfigError on a missing or malformed file, an unknown key, or a value that cannot be right.
     """
+    return make_recipe(read_tree(path, overrides))
+
+
+def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a recipe as its file and `key=value` overrides give them, unchecked. Raises ConfigError on a file that is
+    missing or malformed."""
     tree: dict[str, Any] = {}
     if path is not None:
         try:
@@ -566,9 +572,18 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError(f"{path}: {error}") from error
     for override in overrides:
         _assign(tree, override)
+    return tree
+
+
+def make_recipe(tree: Mapping[str, Any], data: bool = True) -> Recipe:
+    """The recipe that a mapping of keys, as TOML is read, means. Raises ConfigError on what cannot be right.
+
+    data: whether the files of data must be there; a coordinator holds none.
+    """
     recipe: Recipe = _build(Recipe, tree, "")
-    _check_data(recipe)
-    recipe = _with_order(recipe)
+    if data:
+        _check_data(recipe)
+        recipe = _with_order(recipe)
     _cross_check(recipe)
     return recipe
 

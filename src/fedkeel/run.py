@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -45,7 +45,7 @@ from fedkeel.sites import (
 from fedkeel.sources import load_records
 from fedkeel.structure import left_out
 from fedkeel.track import Tracks
-from fedkeel.types import Adapter, Global, Lora, Record, Reply, Row
+from fedkeel.types import Adapter, Global, Lora, Record, Reply, Row, Transport
 
 TRAIN_COST = 3.0  # a training row against a scored row, in forward passes: forward, and backward about twice that
 
@@ -85,11 +85,17 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Read and deal the data, and look at the base model's configuration. Loads no weights."""
+def prepare(recipe: Recipe, alone: str = "") -> Prepared:
+    """Read and deal the data, and look at the base model's configuration. Loads no weights.
+
+    alone: the name of the one site that holds all of the data; empty: the recipe's partition deals them.
+    """
     base_config = load_config(recipe.model)
     kind = kind_of(recipe.model, base_config)
     records = load_records(recipe.data, recipe.seed)
+    if alone:
+        records = [dataclasses.replace(r, site=alone) for r in records]
+        recipe = dataclasses.replace(recipe, partition=dataclasses.replace(recipe.partition, scheme="natural"))
     classes: tuple[str, ...] = ()
     notes = []
     if kind == "classifier":
@@ -338,12 +344,27 @@ def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, l
     return reduce(lambda before, end: blend(before, end, share), ends)
 
 
+class Carrier(Transport, Protocol):
+    """A transport to sites in other processes."""
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of processor time that the sites' answers took so far."""
+
+
+class Engine(Protocol):
+    """What carries the messages of the federated leg where its sites are not in this process."""
+
+    def connect(self, rounds: int, kept: dict[str, Kept], watch: Callable[[Reply], None]) -> Carrier:
+        """A transport for one stage of `rounds` rounds. kept, watch: as in `local.LocalTransport`."""
+
+
 class _Run:
     """A run in progress: what all its legs share."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch, engine: Engine | None = None) -> None:
         recipe = prepared.recipe
-        self.prepared, self.folder, self.watch = prepared, folder, watch
+        self.prepared, self.folder, self.watch, self.engine = prepared, folder, watch, engine
         self.kept: dict[str, Kept] = {}  # of the present leg
         self.state: dict[str, Any] = {}  # see RunFolder.state; set once the folder is open
         self.model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
@@ -397,7 +418,9 @@ class _Run:
         one = TRAIN_COST * batch * sum(steps_a_round(at.recipe.train, len(rows)) for rows in at.rows.values() if rows)
         scored = len(self.curve_rows[stage]) if leg.method == "federated" else 0
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
-        return one, leg.rounds * one + points * scored, len(self.test_rows[stage]) + len(self.unseen_rows[stage])
+        judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
+        tested = len(self.test_rows[stage]) + len(self.unseen_rows[stage]) + judged * len(self.curve_rows[stage])
+        return one, leg.rounds * one + points * scored, tested
 
     def _curve_point(self, leg: Leg, round: int) -> bool:
         return leg.method == "federated" and round % self.prepared.recipe.evaluation.every == 0
@@ -458,7 +481,8 @@ class _Run:
             self.watch.advance(one_round * share)
 
         by_stage = {name: [()] * stage + [rows] for name, rows in held.items()}
-        transport = LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done, self.kept)
+        carrier = self.engine.connect(leg.rounds, self.kept, site_done) if self.engine and leg.method == "federated" else None
+        transport = carrier or LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done, self.kept)
         ranks = {name: kept.rank for name, kept in self.kept.items() if kept.rank}
         layouts = {name: first_rows(self.initial, rank, recipe.lora.scale(rank)) for name, rank in ranks.items()}
         amount, paths = recipe.structure.branch, list(self.initial.lora)
@@ -476,9 +500,9 @@ class _Run:
                 # and if the memory is the global adapter itself, it need not travel twice
                 apart = remembers and recipe.stream.average
                 before = dataclasses.replace(before, counts={}, memory=self._served(leg, stage - 1) if apart else None)
-            begin = time.process_time()
+            begin, elsewhere = time.process_time(), carrier.cpu if carrier else 0.0
             result = run_round(before, transport, list(held), recipe.federation, recipe.seed, layouts=layouts, hold=out)
-            cpu = time.process_time() - begin
+            cpu = time.process_time() - begin + (carrier.cpu - elsewhere if carrier else 0.0)
             current = result.state
             if remembers and not done:
                 current = dataclasses.replace(current, memory=self._served(leg, stage - 1))
@@ -547,6 +571,10 @@ class _Run:
         scored = self._score(leg, stage, current, self.test_rows[stage], self.prepared.stages[stage])
         seconds = time.perf_counter() - begin
         rows = _score_rows(leg, stage, current.round, "test", scored, self.prepared)
+        if leg.method == "centralised" and stage + 1 == len(leg.stages) and self.curve_rows[stage]:
+            # no curve, but what tuning judges it by: a reference must not be worse for another's learning rate
+            held_out = self._score(leg, stage, current, self.curve_rows[stage], self.prepared.stages[stage])
+            rows += _score_rows(leg, stage, current.round, "validation", held_out, self.prepared)
         if self.unseen_rows[stage]:
             apart = self._score(leg, stage, current, self.unseen_rows[stage], self.prepared.unseen[stage])
             rows += _unseen_rows(leg, stage, current.round, apart, self.prepared)
@@ -577,8 +605,13 @@ def serve(model: Model, folder: RunFolder, prepared: Prepared) -> None:
     model.write(served(folder, "federated", rounds, last, recipe.stream.average, model.initial))
 
 
-def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> Model:
+def execute(
+    prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False,
+    engine: Engine | None = None,
+) -> Model:  # fmt: skip
     """Run every leg, from the folder's last state on. Returns the model with the federated adapter in it.
+
+    engine: where the sites of the federated leg are; None: in this process. All else, scoring and baselines, is done here.
 
     Leaves recipe.toml, env.json, rows.jsonl, scores.jsonl, checkpoints/, tb/, and adapter/ in PEFT format in the folder.
     """
@@ -586,7 +619,7 @@ def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = 
     torch.set_num_threads(recipe.threads)
     folder.check(recipe, resume, fresh)
     tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
-    run = _Run(prepared, folder, watch)
+    run = _Run(prepared, folder, watch, engine)
     run.state = folder.open(recipe, resume, fresh)  # only now: a recipe that cannot run leaves no folder, and replaces none
     legs = legs_of(prepared)
     watch.begin(run.total_work(legs))

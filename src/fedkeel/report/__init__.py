@@ -1,4 +1,4 @@
-"""A run's report: tables, a picture and a page of Markdown, from its Rows and the text of its recipe and environment."""
+"""Reports of runs and suites: tables, pictures and pages, from Rows and the text of recipes and environments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel.files import write_atomic
+from fedkeel.report.page import render
 from fedkeel.report.plots import Curve, curve_points, learning_curve
+from fedkeel.report.run_page import LONG, run_page
+from fedkeel.report.suite_page import suite_markdown, write_suite_report
 from fedkeel.report.tables import (
     METHODS,
     Table,
@@ -28,6 +31,7 @@ from fedkeel.report.tables import (
     read_rows,
     rounds_done,
     rows_scored,
+    signed,
     site_names,
     site_table,
     stage_table,
@@ -38,14 +42,12 @@ from fedkeel.report.tables import (
 )
 from fedkeel.types import FedKeelError, Row
 
-LONG = 20  # lines; a table with more is folded away
-
 
 def write_report(folder: Path) -> Path:
-    """Write table.md, curve.svg and report.md into a run's folder and return the path of report.md.
+    """Write table.md, curve.svg, report.html and report.md into a run's folder and return the path of report.md.
 
-    Reads rows.jsonl, recipe.toml and env.json there; a run that is not finished gets a report that says so.
-    Raises FedKeelError if one of the three is missing or malformed, or if there is no Row yet.
+    Reads rows.jsonl, recipe.toml and env.json there, and measures.jsonl if it is there; a run that is not finished gets a
+    report that says so. Raises FedKeelError if one of the first three is missing or malformed, or if there is no Row yet.
     """
     rows = read_rows(folder / "rows.jsonl")
     if not rows:
@@ -77,9 +79,14 @@ def write_report(folder: Path) -> Path:
     if traffic.lines:
         tables.append(traffic.markdown())
     page += [*tables[1:], _foldable(site_table(rows)), "## How it was run\n", _fenced(recipe, "toml")]
-    page.append(_environment_table(environment).markdown())
+    about = _environment_table(environment)
+    page.append(about.markdown())
     report = folder / "report.md"
     write_atomic(report, "\n".join(page))
+    measures = folder / "measures.jsonl"
+    measured = read_rows(measures) if measures.exists() or measures.with_name("measures.jsonl.gz").exists() else []
+    whole = run_page(rows, measured, recipe, environment, about, summary(rows), missing)
+    write_atomic(folder / "report.html", render(whole))
     return report
 
 
@@ -125,7 +132,7 @@ def summary(rows: Sequence[Row]) -> str:
     for method, words in against.items():
         if score[method]:
             other = mean_and_sd(score[method].values())[0]
-            change = f"{100 * (own - other):+.1f}".replace("-", "−") if math.isfinite(own - other) else "not comparable"
+            change = signed(100 * (own - other)) if math.isfinite(own - other) else "not comparable"
             compared.append(f"{change} against {words} ({points(other)})")
     if compared:
         sentences.append(f"In points, that is {'; '.join(compared)}.")
@@ -182,7 +189,9 @@ __all__ = [
     "read_rows",
     "site_table",
     "stage_table",
+    "suite_markdown",
     "task_table",
     "traffic_table",
     "write_report",
+    "write_suite_report",
 ]

@@ -29,13 +29,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. x, y: their names with units."""
+    """One pair of axes. x, y: their names with units. apart: drawn on a tinted ground, see Series."""
 
     title: str
     x: str
     y: str
     series: tuple[Series, ...]
     log_x: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def chart_table(chart: Chart) -> Table:
         return chart.table
     several = len(chart.panels) > 1
     names = list(dict.fromkeys(s.name for panel in chart.panels for s in panel.series))
-    lines = []
+    lines: list[tuple[str, ...]] = []
     rules = []
     for panel in chart.panels:
         if lines:
@@ -127,7 +128,8 @@ def chart_table(chart: Chart) -> Table:
 def heat_table(heat: Heat) -> Table:
     """All grids of a heat map, one after the other."""
     columns = list(dict.fromkeys(name for grid in heat.grids for name in grid.columns))
-    lines, rules = [], []
+    lines: list[tuple[str, ...]] = []
+    rules = []
     for grid in heat.grids:
         if lines:
             rules.append(len(lines))

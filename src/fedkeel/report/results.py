@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from fedkeel import metrics
 from fedkeel.report.interval import Interval, Scores, paired_difference
 from fedkeel.report.run_numbers import (
     Matrix,
-    bottom_decile,
-    cost_of_a_round,
+    cpu_seconds,
     final_score,
     measured,
     own_scores,
@@ -24,7 +24,8 @@ from fedkeel.report.tables import mean_and_sd, rounds_done, total
 class Result:
     """A line and its numbers, one value a seed that has it. final: seed -> score. ahead: seed -> score − the reference's.
 
-    interval: of `ahead`, None without row scores. spread: standard deviation over sites. cost: processor seconds a round.
+    interval: of `ahead`, None without row scores. spread: standard deviation over sites. cost: processor seconds
+    of every round of every seed.
     """
 
     line: Line
@@ -80,14 +81,14 @@ def _result(line: Line, reference: Line | None, stream: str, left_out: Collectio
     return Result(
         line, final, {seed: score - against[seed] for seed, score in final.items() if compared and seed in against}, interval,
         {name: tuple(n[name] for n in numbers if name in n) for name in ("learnt", "bwt", "forgetting", "retention")},
-        tuple(min(values) for values in own), tuple(bottom_decile(values) for values in own),
-        tuple(mean_and_sd(values)[1] for values in own if len(values) > 1),
+        tuple(map(metrics.worst, own)), tuple(map(metrics.bottom_decile, own)),
+        tuple(metrics.spread(values) for values in own if len(values) > 1),
         known([measured(r.measures, "damage/held_out_ssi") for r in federated]),
         known([measured(r.measures, "damage/held_out_fall") for r in federated]),
         tuple(rounds_done(r.rows) for r in federated),
         known([total(r.rows, "federated", "bytes_up") for r in federated]),
         known([total(r.rows, "federated", "bytes_down") for r in federated]),
-        known([cost_of_a_round(r.rows) for r in federated]),
+        tuple(seconds for r in federated for seconds in cpu_seconds(r.rows)),
     )  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def interaction(results: Sequence[Result], square: Sequence[str]) -> dict[int, d
             "neither": neither[seed], "first": first[seed], "second": second[seed], "both": both[seed],
             "first alone": first[seed] - neither[seed], "second alone": second[seed] - neither[seed],
             "together": both[seed] - neither[seed],
-            "interaction": both[seed] - first[seed] - second[seed] + neither[seed],
+            "interaction": metrics.interaction(neither[seed], first[seed], second[seed], both[seed]),
         }
         for seed in sorted(set(neither) & set(first) & set(second) & set(both))
     }  # fmt: skip

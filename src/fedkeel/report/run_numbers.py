@@ -104,15 +104,9 @@ def stream_numbers(matrix: Matrix) -> dict[str, float]:
 
 
 def own_scores(rows: Sequence[Row], leg: str, split: str = "test") -> dict[str, float]:
-    """site -> score on its own test rows, after the last stage."""
-    stage = last_stage(rows, leg)
-    key = (leg, "own_score", split, stage)
-    return {r.site: r.value for r in rows if (r.method, r.name, r.split, r.stage) == key}
-
-
-def bottom_decile(values: Collection[float]) -> float:
-    """The mean of the lowest tenth, at least one: with up to 19 sites, the worst. Raises ValueError on nothing."""
-    return metrics.mean(sorted(values)[: max(1, len(values) // 10)])
+    """site -> score on its own test rows, after the last stage; sites whose score is no number are left out."""
+    key = (leg, "own_score", split, last_stage(rows, leg))
+    return {r.site: r.value for r in rows if (r.method, r.name, r.split, r.stage) == key and math.isfinite(r.value)}
 
 
 def measured(rows: Sequence[Row], name: str) -> float | None:
@@ -133,7 +127,6 @@ def split_score(rows: Sequence[Row], split: str) -> float | None:
     return found[-1] if found else None
 
 
-def cost_of_a_round(rows: Sequence[Row]) -> float | None:
-    """Processor seconds of a federated round, all sites together, the mean over rounds."""
-    seconds = [r.value for r in rows if (r.method, r.name) == ("federated", "cpu_seconds")]
-    return _mean(seconds) if seconds else None
+def cpu_seconds(rows: Sequence[Row]) -> list[float]:
+    """Processor seconds of every federated round, all sites together."""
+    return [r.value for r in rows if (r.method, r.name) == ("federated", "cpu_seconds")]

@@ -163,7 +163,9 @@ def lines_of(suite: Suite, stream: str) -> list[Line]:
         failed = tuple(r for r in planned if r.state == "failed" and r.seed not in by_seed)
         if by_seed or planned:
             known = tuple(by_seed[seed] for seed in sorted(by_seed))
-            lines.append(Line(METHODS[leg], leg, BASELINES, known, len({r.seed for r in planned} | set(by_seed)), failed))
+            givers = {BASELINES} if planned else {r.method for r in known}
+            seeds = {r.seed for r in runs if r.method in givers}
+            lines.append(Line(METHODS[leg], leg, BASELINES, known, len(seeds), failed))
     for method in suite.methods:
         own = sorted((r for r in runs if r.method == method), key=lambda r: r.seed)
         if own and method != BASELINES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from fedkeel.metrics import step_cost
 from fedkeel.report.chance import MARK, RULE, Chance
 from fedkeel.report.interval import COVERAGE, RESAMPLES
 from fedkeel.report.results import Result, interaction
@@ -13,6 +14,7 @@ from fedkeel.report.suite import BASELINES, Line, Suite
 from fedkeel.report.tables import (
     FAILED,
     MISSING,
+    REFERENCE,
     Table,
     mean_and_sd,
     number,
@@ -68,15 +70,20 @@ def _seeds(line: Line) -> str:
     return str(line.planned) if len(line.runs) == line.planned else f"{len(line.runs)} of {line.planned}"
 
 
+def _final(result: Result) -> str:
+    """The final score, or why there is none."""
+    return points_with_sd(result.final.values()) if result.final else FAILED if result.line.failed else MISSING
+
+
 def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: Mapping[str, Chance]) -> Table:
     """A line a method of one stream, its cost beside its score; columns that no line has a number for are left out."""
     reference = next((r for r in results if r.line.method == suite.reference and not r.line.baseline), None)
-    cost = mean_and_sd(reference.cost)[0] if reference and reference.cost else 0.0
+    cost = reference.cost if reference and sum(reference.cost) > 0.0 else ()
     low = f"{COVERAGE:.0%} interval".replace("%", " %")
     header = (
-        "method", "seeds", "final score", f"difference to {suite.reference}", low, "when learnt", "BWT", "forgetting",
-        "retention ratio", "worst site", "bottom decile", "sd over sites", "SSI, held-out", "fall, held-out", "rounds",
-        "local steps", "trials", "MB up", "MB down", "step cost",
+        "method", "seeds", "final score", f"difference to {suite.reference}", low, "rounds", "local steps", "trials", "MB up",
+        "MB down", "step cost", "when learnt", "BWT", "forgetting", "retention ratio", "worst site", "bottom decile",
+        "sd over sites", "SSI, held-out", "fall, held-out",
     )  # fmt: skip
     lines = []
     for r in results:
@@ -86,9 +93,14 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
         lines.append((
             r.line.name + (" (reference)" if is_reference else ""),
             _seeds(r.line),
-            points_with_sd(r.final.values()) if r.final else FAILED if r.line.failed else MISSING,
-            "reference" if is_reference else ahead_text(r.ahead.values()),
+            _final(r),
+            REFERENCE if is_reference else ahead_text(r.ahead.values()),
             f"{signed_points(r.interval.low)} to {signed_points(r.interval.high)}" if r.interval else MISSING,
+            _same(r.rounds),
+            _steps(r.line) if federated else MISSING,
+            MISSING if trials is None or not federated else str(trials),
+            megabytes(r.up), megabytes(r.down),
+            number(step_cost(r.cost, cost), 2) if cost and r.cost else MISSING,
             points_with_sd(r.stream["learnt"]),
             points_with_sd(r.stream["bwt"]),
             points_with_sd(r.stream["forgetting"]),
@@ -96,13 +108,8 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
             *(points_with_sd(values) for values in (r.worst, r.decile, r.spread)),
             with_sd(r.held_out_ssi),
             points_with_sd(r.held_out_fall),
-            _same(r.rounds),
-            _steps(r.line) if federated else MISSING,
-            MISSING if trials is None or not federated else str(trials),
-            megabytes(r.up), megabytes(r.down),
-            number(mean_and_sd(r.cost)[0] / cost, 2) if cost and r.cost else MISSING,
         ))  # fmt: skip
-    shown = [k for k in range(len(header)) if k < 3 or any(line[k] not in (MISSING, "reference") for line in lines)]
+    shown = [k for k in range(len(header)) if k < 3 or any(line[k] not in (MISSING, REFERENCE) for line in lines)]
     title = f"{stream}: scores"
     short = tuple(tuple(line[k] for k in shown) for line in lines)
     baselines = sum(r.line.baseline for r in results)
@@ -114,13 +121,14 @@ def _score_notes(
     suite: Suite, results: Sequence[Result], chances: Mapping[str, Chance], missing: Sequence[str]
 ) -> tuple[str, ...]:
     notes = [
-        "Final score: after the last stage, on held-out test rows, the mean over tasks, in points from 0 to 100; mean ± standard "
-        "deviation (n − 1) over seeds. Differences are of equal seeds. Baselines come first, then methods, each from the best.",
+        "Final score: after the last stage, on held-out test rows, the mean over tasks, in points from 0 to 100; mean ± "
+        "standard deviation (n − 1) over seeds. Differences are of equal seeds. "
+        "Baselines come first, then methods, each from the best.",
     ]
     if any(r.interval for r in results):
         notes.append(
-            f"Interval: paired bootstrap of the difference, {RESAMPLES:,} resamples of the test rows within each task, all seeds "
-            "of a row together. It tells of the choice of test rows alone; the spread over seeds is the ± beside it."
+            f"Interval: paired bootstrap of the difference, {RESAMPLES:,} resamples of the test rows within each task, all "
+            "seeds of a row together. It tells of the choice of test rows alone; the spread over seeds is the ± beside it."
         )
     if any(r.stream["learnt"] for r in results):
         notes.append(
@@ -130,8 +138,8 @@ def _score_notes(
         )
     if any(r.worst for r in results):
         notes.append(
-            "Sites: scores on a site's own test rows after the last stage; bottom decile is the mean of the lowest tenth of the "
-            "sites, at least one; sd over sites with n − 1. All their tasks count."
+            "Sites: scores on a site's own test rows after the last stage; bottom decile is the mean of the lowest tenth of "
+            "the sites, rounded up; sd over sites with n − 1. All their tasks count."
         )
     if any(r.held_out_ssi for r in results):
         notes.append(
@@ -139,9 +147,9 @@ def _score_notes(
             "cost anything. Fall: clean score less damaged score, in points."
         )
     notes.append(
-        "MB (10⁶ bytes) of all sites and rounds, as serialised. Local steps are those of a site and round. Trials: settings that "
-        "tuning tried. Step cost: processor time of a round, as a multiple of the reference's. A baseline takes the optimiser "
-        "steps of what it stands against."
+        "MB (10⁶ bytes) of all sites and rounds, as serialised. Local steps are those of a site and round. Trials: settings "
+        "that tuning tried. Step cost: processor time of a round, as a multiple of the reference's. A baseline takes the "
+        "optimiser steps of what it stands against."
     )
     out = [task for task, chance in chances.items() if chance.out]
     if out:
@@ -226,20 +234,27 @@ def square_table(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
     return Table(f"{stream}: {first} × {second}", header, tuple(lines), notes, (4,) if lines else ())
 
 
-def parts_table(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
-    """Every part alone: methods that are neither of the 2 × 2 nor a knob's value, against the method with neither."""
+def parts_of(suite: Suite, results: Sequence[Result]) -> list[tuple[Result, list[float]]]:
+    """Methods that are neither of the 2 × 2 nor a knob's value, each with its gains over the method with neither, by seed."""
     of_knobs = {method for values in suite.knobs.values() for method in values.values()}
     base = next((r for r in results if suite.square and r.line.name == suite.square[0]), None)
-    lines = []
-    for r in results if base else ():
-        if not r.line.baseline and r.line.name not in suite.square and r.line.name not in of_knobs and base:
-            gains = [score - base.final[seed] for seed, score in r.final.items() if seed in base.final]
-            text = suite.methods.get(r.line.name, "")
-            lines.append(
-                (r.line.name, text, points_with_sd(r.final.values()), ahead_text(gains), points_with_sd(r.stream["forgetting"]))
-            )
-    header = ("part", "what it is", "final score", "gain over neither", "forgetting")
-    return Table(f"{stream}: every part alone", header, tuple(lines), ("In points; mean ± sd over seeds.",) if lines else ())
+    if base is None:
+        return []
+    alone = [r for r in results if not r.line.baseline and r.line.name not in (*suite.square, *of_knobs)]
+    return [(r, [score - base.final[seed] for seed, score in r.final.items() if seed in base.final]) for r in alone]
+
+
+def parts_table(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
+    """Every part alone, see `parts_of`."""
+    lines = tuple(
+        (
+            r.line.name, suite.methods.get(r.line.name) or MISSING, _final(r), ahead_text(gains),
+            points_with_sd(r.stream["forgetting"]),
+        )
+        for r, gains in parts_of(suite, results)
+    )  # fmt: skip
+    header = ("part", "what it is", "final score", f"gain over {suite.square[0] if suite.square else 'neither'}", "forgetting")
+    return Table(f"{stream}: every part alone", header, lines, ("In points; mean ± sd over seeds.",) if lines else ())
 
 
 def knob_value(suite: Suite, results: Sequence[Result], key: str) -> str:
@@ -281,8 +296,8 @@ def knob_table(suite: Suite, stream: str, results: Sequence[Result], key: str) -
     lines = tuple(
         (
             value + (" (reference)" if own else ""), _seeds(r.line),
-            points_with_sd(r.final.values()) if r.final else FAILED if r.line.failed else MISSING,
-            "reference" if own else ahead_text(r.ahead.values()), points_with_sd(r.stream["forgetting"]),
+            _final(r),
+            REFERENCE if own else ahead_text(r.ahead.values()), points_with_sd(r.stream["forgetting"]),
         )
         for value, r, own in knob_lines(suite, results, key)
     )  # fmt: skip
@@ -305,22 +320,22 @@ def retention_table(stream: str, results: Sequence[Result]) -> Table:
         cells = (with_sd(kl, 3), with_sd(ratio, 3), with_sd(cka, 3), with_sd([1 - v for v in site], 3))
         lines.append((r.line.name, *cells, points_with_sd(tasks), points_with_sd(sites), points_with_sd(seen)))
     header = (
-        "method", "KL to base, nats", "perplexity ratio", "CKA to stage ends", "1 − CKA of sites", "unseen tasks", "unseen sites",
-        "sites that trained",
+        "method", "KL to base, nats", "perplexity ratio", "CKA to stage ends", "1 − CKA of sites", "unseen tasks",
+        "unseen sites", "sites that trained",
     )  # fmt: skip
     shown = [k for k in range(len(header)) if k == 0 or any(line[k] != MISSING for line in lines)]
     if len(shown) == 1:
         return Table(f"{stream}: retention and generalisation", header, ())
     notes = (
-        "KL and perplexity: fine-tuned against base on held-out general text; a ratio above 1 is worse than the base. CKA: mean "
-        "over layers and stages on fixed prompts, 1 where nothing moved; 1 − CKA of sites: how far a local round moves a site. "
-        "Unseen tasks: scores on tasks that no site trained on. Scores in points. Mean ± sd over seeds.",
+        "KL and perplexity: fine-tuned against base on held-out general text; a ratio above 1 is worse than the base. CKA: "
+        "mean over layers and stages on fixed prompts, 1 where nothing moved; 1 − CKA of sites: how far a local round moves "
+        "a site. Unseen tasks: scores on tasks that no site trained on. Scores in points. Mean ± sd over seeds.",
     )
     short = tuple(tuple(line[k] for k in shown) for line in lines)
     return Table(f"{stream}: retention and generalisation", tuple(header[k] for k in shown), short, notes)
 
 
-SKIPPED = ("name", "seed", "out", "threads")  # of a recipe: no part of a method
+SKIPPED = ("name", "seed", "out", "threads", "evaluation.baselines")  # of a recipe: no part of a method
 
 
 def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -331,7 +346,9 @@ def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def method_list(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
-    """What each method is, and in which keys its recipe differs from the reference's on this stream."""
+    """What each method is, and in which keys its recipe differs from the reference's on this stream.
+
+    A key that the reference's recipe lacks is newer than that recipe, and no difference."""
     recipes = {r.line.name: r.line.runs[0].recipe for r in results if r.line.runs and not r.line.baseline}
     base = _flat(recipes.get(suite.reference, {}))
     lines = []
@@ -339,7 +356,7 @@ def method_list(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
         if r.line.baseline:
             continue
         mine = _flat(recipes.get(r.line.name, {}))
-        changed = [f"{key} = {value}" for key, value in mine.items() if base and base.get(key) != value]
+        changed = [f"{key} = {value}" for key, value in mine.items() if key in base and base[key] != value]
         own = "reference" if r.line.name == suite.reference else MISSING
         lines.append((r.line.name, suite.methods.get(r.line.name) or MISSING, "; ".join(changed) or own))
     return Table(f"{stream}: methods", ("method", "what it is", f"differs from {suite.reference} in"), tuple(lines))

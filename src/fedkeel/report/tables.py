@@ -22,6 +22,7 @@ METHODS = {"base": "base", "local": "local-only", "federated": "federated", "cen
 MISSING = "–"
 NOT_FINITE = "not finite"
 FAILED = "failed"
+REFERENCE = "reference"  # in a column of differences to it
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,18 @@ class Table:
     def numeric(self) -> list[bool]:
         """Per column, whether it belongs to the right: it is not the first, and each cell is a number or stands for one."""
         columns = list(zip(*self.lines, strict=True)) or [()] * len(self.header)
+
+        def number(cell: str) -> bool:
+            return cell.lstrip("+−")[:1].isdigit()
+
         words = (MISSING, NOT_FINITE, FAILED)
-        return [k > 0 and all(c.lstrip("+−")[:1].isdigit() or c in words for c in cells) for k, cells in enumerate(columns)]
+        return [
+            k > 0 and all(number(c) or c in words or (c == REFERENCE and any(map(number, cells))) for c in cells)
+            for k, cells in enumerate(columns)
+        ]
 
     def markdown(self, level: int = 2) -> str:
-        """A heading of `level`, a pipe table and a list of notes, in GitHub's Markdown, with every special character escaped."""
+        """A heading of `level`, a pipe table and a list of notes, in GitHub's Markdown, all special characters escaped."""
         rule = ["---:" if right else "---" for right in self.numeric()]
         table = [self.header, *self.lines]
         body = ["| " + " | ".join(map(escape, cells)) + " |" for cells in table]

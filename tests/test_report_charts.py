@@ -1,0 +1,244 @@
+"""The numbers behind the pictures, against numbers worked out by hand, and the page that holds them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from suites import ODD, damages, one_leg, one_row, whole_run, whole_suite
+
+from fedkeel.report import run_charts, suite_charts, suite_markdown, write_report, write_suite_report
+from fedkeel.report.charts import Chart, Heat, Panel, Point, Series, chart_table, heat_table
+from fedkeel.report.figures import chart_figure, heat_figure, run_styles, styles_of
+from fedkeel.report.page import Page, Section, Text, render
+from fedkeel.report.results import results_of
+from fedkeel.report.suite import read_suite
+from fedkeel.report.tables import Table
+
+RUN = one_leg("demo", 1, 0.1)
+
+
+def test_learning_curves_by_hand() -> None:
+    """Validation: (60) after round 2, (50 + 70)/2 after round 4. Loss at a and b: 2/n and 2/n + 0.25."""
+    chart = run_charts.learning(RUN)
+    assert chart is not None
+    scores, losses = chart.panels
+    assert [(p.x, round(p.y, 6)) for p in scores.series[0].points] == [(2, 60.0), (4, 60.0)]
+    assert losses.series[0].points[1] == Point(2, 1.125, 1.0, 1.25)
+    assert chart.starts == (2.5,)
+    table = chart_table(chart)
+    assert table.header == ("panel", "at", "federated")
+    assert table.lines[:3] == (
+        ("Validation score", "2", "60.00"),
+        ("Validation score", "4", "60.00"),
+        ("Training loss over sites", "1", "2.12 (2.00 to 2.25)"),
+    )
+    assert table.rules == (2,)
+
+
+def test_the_stage_matrix_by_hand() -> None:
+    """80 after stage 1; 60 and 80 after stage 2: backward transfer 60 − 80."""
+    heat = run_charts.stages(RUN)
+    assert heat is not None
+    (grid,) = heat.grids
+    assert [[v if v is None else round(v, 6) for v in line] for line in grid.cells] == [[80.0, None], [60.0, 80.0]]
+    assert grid.finding == (
+        "federated: after the last stage, the stages' rows score 60.0, 80.0 points; "
+        "backward transfer −20.0, forgetting 20.0 points."
+    )
+    assert heat_table(heat).lines == (("after stage 1", "80.0", "–"), ("after stage 2", "60.0", "80.0"))
+
+
+def test_traffic_adds_up_all_that_was_sent() -> None:
+    """1.1 MB up and as much down of two sites a round: 4.4 MB, so 8.8 after round 2."""
+    chart = run_charts.traffic(RUN)
+    assert chart is not None
+    assert [(round(float(p.x), 6), round(p.y, 6)) for p in chart.panels[0].series[0].points] == [(8.8, 60.0), (17.6, 60.0)]
+
+
+def test_sites_from_the_worst() -> None:
+    rows = [one_row("demo", 1, "own_score", v, site=s, split="test") for s, v in (("a", 0.7), ("b", 0.5), ("c", 0.9))]
+    rows += [one_row("demo", 1, "own_score", v, method="local", site=s, split="test") for s, v in (("a", 0.8), ("b", 0.4))]
+    found = run_charts.sites(rows)
+    assert found is not None
+    chart, table = found
+    federated = next(s for s in chart.panels[0].series if s.name == "federated")
+    assert [p.x for p in federated.points] == ["b", "a", "c"]
+    assert chart.finding == (
+        "federated: 70.0 points in the mean over sites, from 50.0 to 90.0. "
+        "It is above the site's own local-only model at 1 of 2 sites."
+    )
+    assert table.lines[1] == ("federated", "3", "50.0", "50.0", "70.0", "90.0", "20.0")
+
+
+def test_drift_keeps_the_order_of_layers() -> None:
+    heat = run_charts.drift(RUN)
+    assert heat is not None
+    assert heat.grids[0].lines == ("layer.2", "layer.10")
+    # layer.10 in round 1: 1 + 1.0 + 0.2 + 0.1
+    assert heat.grids[0].cells[1][0] == pytest.approx(2.3)
+    assert "most in layer.10, with D = 2.60" in heat.grids[0].finding
+
+
+def test_gates_are_means_with_quartiles() -> None:
+    chart = run_charts.gates(RUN)
+    assert chart is not None
+    gate, strength = chart.panels
+    first = gate.series[0].points[0]
+    assert (first.y, first.low, first.high) == pytest.approx((0.52, 0.42, 0.62))
+    assert math.isnan(strength.series[0].points[0].low)
+
+
+def test_held_out_damage_comes_first_and_trained_damage_stands_apart() -> None:
+    chart = run_charts.stability(damages("demo", 1, 0.7, True))
+    assert chart is not None
+    assert [(p.title, p.apart) for p in chart.panels] == [
+        ("noise, held out", False), ("bits, held out", False), ("heads, trained on", True)
+    ]  # fmt: skip
+    noise, bits, _ = (panel.series[0].points for panel in chart.panels)
+    assert [(p.x, round(p.y, 6)) for p in noise] == [(0.0, 70.0), (0.05, 65.0), (0.1, 60.0)]
+    assert (noise[1].low, noise[1].high) == pytest.approx((64.0, 66.0))
+    assert [p.x for p in bits] == ["none", "8", "4"]
+    assert "loses 5.0 points on average, SSI 0.900" in chart.finding
+    table = chart_table(chart)
+    assert table.lines[0] == ("noise", "held out", "0.05", "65.0", "1.0", "90.0", "0.950", "0.900")
+    assert table.lines[-1][:3] == ("heads", "trained on", "0.3")
+    assert table.rules == (4,)
+
+
+def test_what_was_not_measured_has_no_picture() -> None:
+    rows = [one_row("demo", 1, "score", 0.5, split="test")]
+    for draw in (
+        run_charts.learning,
+        run_charts.stages,
+        run_charts.traffic,
+        run_charts.sites,
+        run_charts.drift,
+        run_charts.gates,
+    ):
+        assert draw(rows) is None
+    assert run_charts.stability([]) is None
+    assert run_charts.site_cka([]) is None
+    assert run_charts.kept_table(rows, []).lines == ()
+
+
+def test_one_curve_of_several_seeds() -> None:
+    """10 and 20 at x = 1: 15 ± 7.07; at x = 2 one seed alone."""
+    first, second = suite_charts.pooled([{1.0: 10.0, 2.0: 5.0}, {1.0: 20.0}])
+    assert (first.x, first.y, first.high - first.y) == pytest.approx((1.0, 15.0, math.sqrt(50)))
+    assert (second.x, second.y) == (2.0, 5.0)
+    assert math.isnan(second.low)
+
+
+def test_suite_pictures_by_hand(tmp_path: Path) -> None:
+    """Seeds shift scores by 2 and 4 points, methods by what whole_suite says: full 10, guided 5, the odd one 2."""
+    suite = read_suite(whole_suite(tmp_path))
+    results = results_of(suite, "s")
+    forest = suite_charts.differences(suite, results)
+    assert forest is not None
+    points = {p.x: round(p.y, 6) for s in forest.panels[0].series for p in s.points}
+    assert points == {
+        "full": 10.0, "guided": 5.0, ODD: 2.0, "train.lr=0.1": 3.0, "train.lr=0.4": -3.0, "base": -48.0, "centralised": 27.0
+    }  # fmt: skip
+    square = suite_charts.square(suite, "s", results)
+    assert square is not None
+    # without guidance 63 and 65, with it 68 and 73: 73 − 68 − 65 + 63
+    assert [round(p.y, 6) for s in square.panels[0].series for p in s.points] == [63.0, 68.0, 65.0, 73.0]
+    assert square.finding.endswith("+3.0 ± 0.0 points.")
+    knob = suite_charts.knob(suite, "s", results, "train.lr", 1)
+    assert knob is not None
+    value, reference = knob.panels[0].series
+    assert [(p.x, round(p.y, 6)) for p in value.points] == [(0.1, 66.0), (0.2, 63.0), (0.4, 60.0)]
+    assert [(p.x, round(p.y, 6)) for p in reference.points] == [(0.2, 63.0)]
+    stability = suite_charts.stability(results)
+    assert stability is not None
+    assert [p.title for p in stability.panels] == ["noise, held out", "bits, held out", "heads, trained on by 2 of 6"]
+    assert {s.name for s in stability.panels[2].series if s.apart} == {"full", ODD}
+    drift = suite_charts.drift(results)
+    assert drift is not None
+    assert [p.x for p in drift.panels[0].series[0].points] == ["layer.2", "layer.10"]
+
+
+def test_no_two_styles_are_the_same() -> None:
+    names = [f"method {n}" for n in range(24)]
+    styles = styles_of(["base", "local-only", "centralised", *names], "method 3")
+    assert len({(s.colour, s.dash, s.symbol) for s in styles.values()}) == 27
+    assert styles["method 3"].colour == "@ink"
+
+
+def test_a_figure_holds_the_numbers_of_its_chart() -> None:
+    series = Series("<b>", (Point(1.0, 2.0, 1.5, 2.5), Point(2.0, math.nan)))
+    chart = Chart("key", "Title", "Finding.", (Panel("", "round", "score", (series,)),), spread="range")
+    figure = chart_figure(chart, run_styles())
+    band, curve = figure.spec["traces"]
+    assert (band["x"], band["y"]) == ([1.0, 1.0], [2.5, 1.5])
+    assert (curve["x"], curve["y"]) == ([1.0, 2.0], [2.0, None])
+    assert curve["hovertext"][0] == "<b>&lt;b&gt;</b><br>round 1: 2.0 (1.5 to 2.5)"
+    assert figure.table.lines == (("1", "2.0 (1.5 to 2.5)"), ("2", "not finite"))
+
+
+def test_a_heat_map_holds_its_cells() -> None:
+    heat = run_charts.stages(RUN)
+    assert isinstance(heat, Heat)
+    (choice,) = heat_figure(heat).spec["choices"]
+    assert choice["trace"]["text"] == [["80.0", ""], ["60.0", "80.0"]]
+    assert (choice["trace"]["zmin"], choice["trace"]["zmax"]) == (0.0, 100.0)
+
+
+def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    page = write_suite_report(whole_suite(tmp_path)).read_text(encoding="utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert len(scripts) == 2
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy is not None
+    assert policy[1].startswith("default-src 'none'; script-src 'sha256-")
+    for script in scripts:
+        assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy[1]
+    around = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert re.findall(r"""(?:src|href)=["'](?!#|data:)""", around) == []
+    assert "url(" not in around
+    assert "@import" not in around
+    assert page.count("plotly.js v") == 1
+    assert ODD not in around
+    assert html.escape(ODD) in around
+    assert "</script" not in around.replace("</script>\n", "", 1)  # that of the figures' numbers alone
+    held = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    assert held is not None
+    specs = json.loads(held[1])
+    assert len({spec["id"] for spec in specs}) == len(specs) == page.count("<figure id=") == page.count('role="img"')
+
+
+def test_a_page_without_figures_has_no_script() -> None:
+    table = Table("T", ("a", "b"), (("<i>", "1.0 ± 0.2"),))
+    page = render(Page("Title", "kicker", (Text("Lead & more"),), "source", (Section("one", "One", (table,)),)))
+    assert "script-src 'none'" in page
+    assert "<script>" not in page
+    assert '<th scope="row" class="short">&lt;i&gt;</th><td class="n">1.0<small> ± 0.2</small></td>' in page
+
+
+def test_a_run_leaves_all_its_reports(tmp_path: Path) -> None:
+    assert write_report(whole_run(tmp_path / "run")).name == "report.md"
+    assert {"report.html", "report.md", "table.md", "curve.svg"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Run demo, seed 1, recipe.toml beside it, commit 0123456789ab" in page
+
+
+def test_markdown_of_a_suite(tmp_path: Path) -> None:
+    text = suite_markdown(whole_suite(tmp_path))
+    assert text.startswith("## s\n\nwhat s is\n\n### s: scores\n")
+    titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert titles[0] == "s: scores"
+    assert titles[-1] == "s: methods"
+    assert "### s: train.lr" in text
+    assert "| full | 2 | 73.0 ± 1.4 | +10.0 ± 0.0 |" in text
+    assert "| lost | 0 of 2 | failed |" in text
+    assert "- r6-1 failed: out of memory" in text
+    write_suite_report(tmp_path)
+    assert "| full | 2 | 73.0 ± 1.4 |" in (tmp_path / "table.md").read_text()
+    assert text in (tmp_path / "report.md").read_text()
