@@ -146,6 +146,8 @@ def test_every_row_of_a_whole_run_is_one_point_from_where_it_was_cut(tmp_path: P
     while json.loads(lines[cut])["round"] == json.loads(lines[cut - 1])["round"]:  # rows are saved round by round
         cut += 1
     (tmp_path / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines[:cut]))
+    (tmp_path / "tb").mkdir()
+    (tmp_path / "tb" / "events.out.tfevents.1.elsewhere").write_bytes(b"of an earlier process")
     for _ in range(2):
         with Tracks((), tmp_path, "run", print):
             assert shown(tmp_path) == expected([json.loads(line) for line in lines[:cut]])
