@@ -223,9 +223,9 @@ def test_a_page_without_figures_has_no_script() -> None:
 
 
 def test_a_run_leaves_all_its_reports(tmp_path: Path) -> None:
-    assert write_report(whole_run(tmp_path)).name == "report.md"
-    assert {"report.html", "report.md", "table.md", "curve.svg"} <= {path.name for path in tmp_path.iterdir()}
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert write_report(whole_run(tmp_path / "run")).name == "report.md"
+    assert {"report.html", "report.md", "table.md", "curve.svg"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Run demo, seed 1, recipe.toml beside it, commit 0123456789ab" in page
 
 

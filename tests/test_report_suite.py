@@ -66,7 +66,7 @@ def make(folder: Path, packed: bool = False) -> Path:
     measures.append(one_row("k1", 1, "kl_to_base", 0.25, "nats", split="general"))
     measures += [one_row("k1", 1, f"state_cka/{n}", v, "ratio", stage=s) for n, s, v in (("0", 0, 0.8), ("1", 0, 0.9))]
     k1 = two_stages("k1", 1, 0.8, (0.7, 0.7), {"a": 0.6, "b": 0.6}) + cost("k1", 1, 6)
-    recipe = "name = 'k1'\n[train]\nlocal_steps = 5\nlocal_epochs = 0\n[distill]\nweight = 0.5\n"
+    recipe = "name = 'k1'\n[train]\nlocal_steps = 5\nlocal_epochs = 0\n[distill]\nweight = 0.5\nnewer = 1\n"
     write_run(folder / "k1", k1, packed, scores=per_row(0.6, 0.6), measures=measures, recipe=recipe)
     (folder / "k2.failed").write_text("exit status 1\nTraceback\nfedkeel: the disk | is full\n\n")
     base = scored("b1", 1, {"A": 0.1, "B": 0.3}, {}, "base", stage=1, stages=(0.1, 0.3))
