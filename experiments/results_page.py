@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedkeel.files import write_atomic
-from fedkeel.report import Table, method_table, read_rows, task_table
+from fedkeel.report import Table, method_table, read_rows, suite_markdown, task_table
 from stream_table import flat_table_of, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,26 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def suite_names() -> list[str]:
+    """The committed suites, in the order of the page."""
+    order = ("main", "ablation", "sensitivity", "bytes")
+    return [name for name in order if (ROOT / "results" / "suites" / name / "suite.json").exists()]
+
+
+def suites() -> str:
+    """The part of docs/results.md on the suites: their tables as `fedkeel report` computes them."""
+    parts = []
+    for name in suite_names():
+        folder = ROOT / "results" / "suites" / name
+        told = json.loads((folder / "suite.json").read_text())
+        parts.append(
+            f"# {told['title']}\n\n{TEXT[f'suite {name}']}\n\n{told['note']}\n\nPlan: [src/fedkeel/plans/{name}.toml]"
+            f"(../src/fedkeel/plans/{name}.toml); commit {_commits(folder)}: [recipes and rows](../results/suites/{name}). "
+            f"How it is compared: [evidence.md](evidence.md).\n\n{suite_markdown(folder)}"
+        )
+    return "\n".join(parts)
+
+
 STREAMS = ("minilm", "keel")
 TUNING = ("tune-minilm", "ideas-minilm", "tune-cl15", "tune-superni", "tune-keel", "ideas-keel", "damage-minilm")
 # plans without stages -> the folder under results/, the rows that are shown, the method that the others are set against
@@ -121,7 +141,7 @@ def flat_section(plan: str) -> str:
 
 
 def damage_lines() -> list[dict[str, Any]]:
-    """The committed lines of experiments/stability.py."""
+    """The committed lines of results/stability, which a script wrote before `fedkeel measure` was there."""
     return [json.loads(line) for line in (ROOT / "results" / "stability" / "minilm.jsonl").read_text().splitlines()]
 
 
@@ -156,31 +176,35 @@ def _spread(shares: list[float]) -> str:
     return f"{100 * mean(shares):.1f}" + (f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else "")
 
 
-def step_cost() -> dict[str, Any]:
-    """The last line of the committed output of benchmarks/step_cost.py."""
-    found: dict[str, Any] = json.loads((ROOT / "results" / "step-cost" / "cpu.txt").read_text().splitlines()[-1])
+STEP_COST = {"cpu.txt": "What a step costs", "cpu-avx2.txt": "The same on the second machine"}
+
+
+def step_cost(file: str) -> dict[str, Any]:
+    """The last line of a committed output of benchmarks/step_cost.py."""
+    found: dict[str, Any] = json.loads((ROOT / "results" / "step-cost" / file).read_text().splitlines()[-1])
     return found
 
 
-def step_cost_table() -> Table:
+def step_cost_table(file: str) -> Table:
     """Seconds, ratio to plain, and peak memory by variant."""
     lines = [
         (r["base"], r["variant"], f"{r['seconds']:.2f}", f"{r['ratio']:.2f}", f"{r['peak_mb']:.0f}", f"{r['peak_ratio']:.2f}")
-        for r in step_cost()["results"]
+        for r in step_cost(file)["results"]
     ]
     header = ("base", "variant", "s a round", "against plain", "peak MB", "against plain, peak")
-    return Table("What a step costs", header, tuple(lines))
+    return Table(STEP_COST[file], header, tuple(lines))
 
 
 def streams() -> str:
     """The part of docs/results.md on the method."""
-    cost = step_cost()
+    cost = step_cost("cpu.txt")
     parts = [f"# Results of the method, on task streams\n\n{TEXT['task streams']}\n"]
     parts += [stream_section("streams", plan, "test") for plan in STREAMS]
     parts.append(f"## Held-out damage\n\n{TEXT['held-out damage']}\n\n{_below(damage_table())}\n")
     parts.append(
         f"## Step cost\n\n{TEXT['step cost']}\n\n`benchmarks/step_cost.py`, {cost['rows']} rows of {cost['length']} tokens, "
-        f"one thread: [output](../results/step-cost/cpu.txt).\n\n{_below(step_cost_table())}\n"
+        "one thread; outputs: [first](../results/step-cost/cpu.txt), [second machine](../results/step-cost/cpu-avx2.txt).\n\n"
+        + "\n".join(_below(step_cost_table(file)) for file in STEP_COST)
     )
     parts += [
         f"# Results of the exchange\n\n{TEXT['exchange']}\n",
@@ -225,5 +249,5 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
-    write_atomic(ROOT / "docs" / "results.md", page() + "\n" + streams())
+    write_atomic(ROOT / "docs" / "results.md", "\n".join([suites(), page(), streams()]))
     write_atomic(ROOT / "README.md", readme())

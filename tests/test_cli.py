@@ -49,6 +49,7 @@ def test_help_and_typos_import_nothing_heavy(arguments: list[str]) -> None:
         (["run", "model.base=./nowhere"], "model.base = './nowhere': no such folder"),
         (["run", "model.base=nobody/nothing", "data.rows_per_site=8"], "model.base = 'nobody/nothing' cannot be loaded"),
         (["run", "federation.rule=medium"], "federation.rule = 'medium': one of mean, freeze_a, alternate, svd"),
+        (["run", "--engine", "flower"], "--engine flower: one of local, flower-sim belongs here"),
         (["evaluate", "runs/never"], "is missing: runs/never is not a run whose federation has ended"),
         (["export", "runs/never", "x"], "is missing: runs/never is not a run whose federation has ended"),
     ],

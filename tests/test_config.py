@@ -96,6 +96,7 @@ def read(recipe: Recipe, key: str) -> Any:
         ("structure.mode=self", "structure.mode = 'self' compares a disturbed pass with a clean one, and no structure"),
         ("structure.head=0.1", "unknown key 'structure.head'; did you mean 'structure.heads'?"),
         ("stream.average=1", "stream.average = 1.0: must be at least 0 and at most 0.99"),
+        ("stream.replay=2", "stream.replay = 2 keeps rows of earlier stages, and there is one stage"),
         ("name=.", "name = '.': a plain folder name belongs here"),
         # not an override at all
         ("recipe", "'recipe' is neither a recipe file nor key=value"),

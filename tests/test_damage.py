@@ -6,11 +6,9 @@ Which units are lost is recomputed from `_drawn`'s law alone; the twin's units a
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +16,9 @@ import torch
 from shapes import ARCHITECTURES, HEADS, INNER, LAYERS, make, randomise
 from torch import Tensor, nn
 
-import stability as script
 from fedkeel import damage
-from fedkeel.config import Evaluation, load_recipe
-from fedkeel.damage import FAMILIES, STRENGTHS, DamageError, compare, damaged, family_index, quantised, stability
+from fedkeel.config import Evaluation, LoraConfig
+from fedkeel.damage import FAMILIES, STRENGTHS, DamageError, compare, damaged, family_index, outcomes, quantised, stability
 from fedkeel.data import Formatter, collate
 from fedkeel.evaluate import Scored, score, task_table
 from fedkeel.model import Model
@@ -375,6 +372,38 @@ def test_stability_is_scores_under_damage(name: str, labels: tuple[str, ...], mo
     assert state(model) == before
 
 
+@pytest.mark.parametrize("family", ["modules", "scale", "noise", "bits", "heads", "skip"])
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "modernbert", "llama"])
+def test_blocks_below_the_adapter_run_once_a_batch_and_say_the_same(name: str, family: str) -> None:
+    """An adapter on the upper of two blocks; the damage of heads and blocks may lie below it."""
+    kind, _ = ARCHITECTURES[name][:2]
+    whole = prepared(name)[0]
+    upper = tuple(path for path in whole.read().lora if ".1." in path)
+    model = Model(whole.config, LoraConfig(rank=4, targets=upper), 1, whole.classes)
+    randomise(model)
+    formatter = Formatter(model.tokenizer, model.kind, 128, classes=model.classes)
+    config, before = Evaluation(batch_size=3), state(model)
+    calls: list[int] = []
+    handle = next(m for p, m in model.places.stack[0][1].named_modules() if "norm" in p.lower()).register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    undamaged = score(model, formatter, records(), config)
+    once = len(calls)
+    found = [o[3:] for o in outcomes(model, formatter, config, undamaged, family, STRENGTHS[family][:2], 3, 7)]
+    kept = kind == "classifier" and FAMILIES[family].branches and name != "deberta-v2"  # which says more than states
+    assert len(calls) == (2 if kept else 1 + len(found)) * once
+    expected = []
+    for strength in STRENGTHS[family][:2]:
+        for draw in range(3 if FAMILIES[family].random else 1):
+            with damaged(model, family, strength, derive(7, draw)):
+                scored = score(model, formatter, records(), config)
+            expected.append(compare(family, strength, draw, scored, undamaged)[3:])
+    assert found == expected
+    handle.remove()
+    assert state(model) == before
+    assert not [m for m in model.net.modules() if "forward" in m.__dict__]
+
+
 def test_stability_tells_what_cannot_be_before_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     model, formatter = prepared("llama")
     monkeypatch.setattr(damage, "score", lambda *args: pytest.fail("scored"))
@@ -396,48 +425,3 @@ def test_the_index_of_a_family_by_hand() -> None:
     assert family_index("heads", dict.fromkeys(STRENGTHS["heads"], 0.6), 0.6) == 1.0
     with pytest.raises(DamageError, match="thunder"):
         family_index("thunder", {0.1: 1.0}, 1.0)
-
-
-def test_the_script_scores_a_run_once(
-    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from test_run import Silent
-
-    from fedkeel.folder import RunFolder
-    from fedkeel.run import execute, prepare
-
-    more = [
-        "federation.rounds=1",
-        "train.local_steps=1",
-        "evaluation.baselines=[]",
-        "structure.heads=0.1",
-        "structure.lodrop=0.2",
-    ]
-    recipe = load_recipe(None, [*tiny_overrides, *more])
-    execute(prepare(recipe), RunFolder(tmp_path / "tiny"), Silent())
-    out = tmp_path / "out" / "lines.jsonl"
-    arguments = [str(tmp_path / "tiny"), "--draws", "2", "--rows", "2", "--out", str(out)]
-    script.main([*arguments, "--families", "modules,bits"])
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(x["family"], x["strength"], x["draws"]) for x in lines] == [
-        ("modules", 0.1, 2), ("modules", 0.25, 2), ("modules", 0.5, 2), ("bits", 8.0, 1), ("bits", 4.0, 1),
-    ]  # fmt: skip
-    assert [x["trained"] for x in lines] == [{"lodrop": 0.2}] * 3 + [{}] * 2
-    assert [x["sd"] is None for x in lines] == [False] * 3 + [True] * 2
-    assert all(x["rows"] == 4 and 0.0 <= x["score"] <= 1.0 and 0.0 <= x["agreement"] <= 1.0 for x in lines)
-
-    script.main([*arguments, "--families", "bits,heads"])  # only heads are new
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [x["family"] for x in lines[5:]] == ["heads"] * 5
-    assert lines[5]["trained"] == {"heads": 0.1}
-    capsys.readouterr()
-    monkeypatch.setattr(script, "stability", lambda *args: pytest.fail("scored again"))
-    script.main([*arguments, "--families", "modules,bits,heads"])
-    told = capsys.readouterr().out.splitlines()
-    assert "trained on lodrop 0.2" in told[1]
-    summary = json.loads(told[-1])["runs"]["tiny"]
-    assert summary["trained_families"] == ["modules", "heads"]
-    if summary["clean"]:
-        assert summary["held_out"] == summary["index"]["bits"]
-    with pytest.raises(pytest.fail.Exception):
-        script.main([*arguments, "--families", "bits", "--seed", "1"])  # other damage is not in the file

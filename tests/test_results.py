@@ -14,12 +14,15 @@ import pytest
 import results_page
 import sweep
 from fedkeel.config import load_recipe, to_toml
+from fedkeel.suites import load_plan, other_recipe, runs_of
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_docs_and_readme_are_generated_from_the_rows() -> None:
-    assert (ROOT / "docs" / "results.md").read_text() == results_page.page() + "\n" + results_page.streams()
+    assert (ROOT / "docs" / "results.md").read_text() == "\n".join(
+        [results_page.suites(), results_page.page(), results_page.streams()]
+    )
     assert (ROOT / "README.md").read_text() == results_page.readme()
 
 
@@ -85,7 +88,9 @@ def test_damage_and_cost_tables_hold_every_line() -> None:
         assert cells[2].split(" ")[0] == f"{100 * mean(clean.values()):.1f}"
         assert not any(line["trained"] for line in own)  # families that a run trained on would not be held out
     text = results_page.streams()
-    for row in results_page.step_cost()["results"]:
+    costs = [row for file in results_page.STEP_COST for row in results_page.step_cost(file)["results"]]
+    assert len(costs) > 20
+    for row in costs:
         assert f"| {row['base']} | {row['variant']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" in text
 
 
@@ -108,3 +113,65 @@ def test_the_plan_still_means_what_was_run(folder: Path, monkeypatch: pytest.Mon
         for key, value in committed.items():
             same = {k: resolved[key][k] for k in value} if isinstance(value, dict) else resolved[key]
             assert same == value, (run.name, key)
+
+
+def raw_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in gzip.decompress((folder / "rows.jsonl.gz").read_bytes()).decode().splitlines()]
+
+
+def by_stage(rows: list[dict], leg: str, site: str) -> dict[tuple[int, int], float]:
+    """(stage after which, stage of the rows, both from 0) -> test score."""
+    return {
+        (row["stage"], int(row["name"].split("_")[-1]) - 1): row["value"]
+        for row in rows
+        if (row["method"], row["split"], row["site"]) == (leg, "test", site) and row["name"].startswith("score_of_stage_")
+    }
+
+
+@pytest.mark.parametrize("suite", results_page.suite_names())
+def test_suite_scores_recomputed_from_rows_by_hand(suite: str) -> None:
+    """Seeds, final score, forgetting and bytes of each method from the raw lines, apart from the report's code."""
+    folder = ROOT / "results" / "suites" / suite
+    told = json.loads((folder / "suite.json").read_text())
+    page = results_page.suites()
+    checked = 0
+    for stream in told["streams"]:
+        section = page.split(f"### {stream}: scores\n", 1)[1].split("\n### ")[0]
+        header = [c.strip() for c in next(x for x in section.splitlines() if x.startswith("| method")).split("|")]
+        found: dict[str, list[tuple[float, float, float]]] = {}
+        for run in told["runs"]:
+            at = folder / run["name"]
+            if run["stream"] != stream or not at.exists() or run["method"] == "baselines":
+                continue
+            rows = raw_rows(at)
+            scores = by_stage(rows, "federated", "")
+            last = max(stage for stage, _ in scores)
+            last_score = next(
+                r["value"] for r in rows
+                if (r["method"], r["name"], r["split"], r["task"], r["stage"]) == ("federated", "score", "test", "", last)
+            )  # fmt: skip
+            forgot = mean(max(scores[s, i] for s in range(i, last)) - scores[last, i] for i in range(last))
+            up = sum(r["value"] for r in rows if r["method"] == "federated" and r["name"] == "bytes_up") / 1e6
+            found.setdefault(run["method"], []).append((last_score, forgot, up))
+        for method, values in found.items():
+            line = next(x for x in section.splitlines() if x.startswith((f"| {method} |", f"| {method} (reference) |")))
+            cells = dict(zip(header, (c.strip().replace("−", "-") for c in line.split("|")), strict=True))
+            assert cells["seeds"].split(" ")[0] == str(len(values))
+            for key, column in (("final score", 0), ("forgetting", 1)):
+                assert float(cells[key].split("±")[0]) == pytest.approx(100 * mean(v[column] for v in values), abs=0.0501)
+            assert float(cells["MB up"]) == pytest.approx(mean(v[2] for v in values), abs=0.0501)
+            checked += 1
+    assert checked >= 3
+
+
+@pytest.mark.skipif(not (ROOT / "../shared/data").is_dir(), reason="the plans name ../shared/data, which is not here")
+@pytest.mark.parametrize("suite", results_page.suite_names())
+def test_the_suite_plan_still_means_what_was_run(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = load_plan(suite)
+    paths = {"data.root": "../shared/data", "model.base": "build/minilm"}
+    extra = [f"{name}:{key}={paths[key]}" for name, stream in plan.streams.items() for key in stream.needs]
+    planned = {run.name: run for run in runs_of(plan, extra=extra)[0]}
+    for folder in sorted((ROOT / "results" / "suites" / suite).iterdir()):
+        if folder.is_dir():
+            assert not other_recipe(planned[folder.name], folder)

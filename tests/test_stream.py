@@ -23,9 +23,11 @@ from fedkeel.evaluate import score
 from fedkeel.messages import unpack_global
 from fedkeel.metrics import mean
 from fedkeel.model import Model
+from fedkeel.report import write_report
+from fedkeel.rng import derive
 from fedkeel.run import Prepared, describe_model, legs_of, payload_bytes, prepare
 from fedkeel.server import RoundResult
-from fedkeel.sites import arrivals
+from fedkeel.sites import Sites, arrivals, unseen_sites
 from fedkeel.types import Record
 
 DOMAINS = {
@@ -186,6 +188,62 @@ def test_training_rows_are_of_the_stage_and_held_out_rows_of_all_so_far(stream: 
                     assert got == {r.id for r in records if come[r.group] <= stage}
     assert not prepared.stages[0].rows["east"]["train"]
     assert len(prepared.stages[0].rows["north"]["train"]) == 8
+
+
+def test_replay_keeps_a_few_training_rows_of_each_earlier_stage(stream: list[str]) -> None:
+    """Against taking the row with the least hash again and again, by site and stage; all where there are fewer."""
+    stages = [*stream, "stream.stages=bank,home+echo,travel"]
+    plain, prepared = prepared_of(stages), prepared_of([*stages, "stream.replay=7"])
+    assert "between stages a site keeps up to 7 training rows of each stage, chosen by a hash of their id" in prepared.notes
+    assert "between stages a site keeps no row: what it learnt is in the adapter alone" in plain.notes
+    come = {"bank": 0, "home": 1, "": 1, "travel": 2}
+    kept_counts = set()
+    for name, held in prepared.sites.rows.items():
+        kept: list[str] = []
+        for stage in range(3):
+            new = [r.id for r in held["train"] if come[r.group] == stage]
+            got = prepared.stages[stage].rows[name]["train"]
+            assert [r.id for r in got] == sorted(new + kept)
+            assert {r.labels for r in got if r.labels} <= {prepared.stages[stage].all("test")[-1].labels}
+            for split in ("validation", "test"):
+                assert prepared.stages[stage].rows[name][split] == plain.stages[stage].rows[name][split]
+            left = list(new)
+            for _ in range(min(7, len(new))):
+                kept.append(left.pop(min(range(len(left)), key=lambda n: derive(1, "replay", left[n]))))
+            kept_counts.add(min(7, len(new)))
+    assert {0, 4, 7} <= kept_counts
+
+
+def test_a_site_without_new_rows_takes_part_with_what_it_keeps(stream: list[str]) -> None:
+    """Whole tasks to two sites: without replay one site learns in each stage; with it the first goes on with two rows."""
+    shares = [*stream, *TASKS, "partition.scheme=by-task", "partition.sites=2"]
+    first, second = (name for task in ("intent", "echo") for name, held in prepared_of(shares).sites.rows.items()
+                     if held["train"][0].task == task)  # fmt: skip
+    asked = []
+    for replay in (0, 2):
+        watch = Silent()
+        every = [f"stream.replay={replay}", f"name=replay-{replay}", 'evaluation.baselines=["local"]']
+        _, folder, _ = go([*shares, *every], watch)
+        rows = rows_of(folder)
+        asked.append([[u.site for u in result.updates] for leg, result in watch.results if leg == "federated"])
+        # test rows follow the partition, and a stage scores what has come by then
+        own = {(r["stage"], r["site"]) for r in rows if r["name"] == "own_score" and r["split"] == "test"
+               and r["method"] == "federated"}  # fmt: skip
+        assert own == {(0, first), (1, first), (1, second)}
+        learnt = {(r["site"], r["stage"]) for r in rows if r["name"] == "loss" and r["method"] == "local"}
+        assert learnt == {(first, 0), (second, 1)} | ({(first, 1)} if replay else set())
+    assert asked == [[[first]] * 2 + [[second]] * 2, [[first]] * 2 + [sorted([first, second])] * 2]
+
+
+def test_tasks_dealt_unevenly_leave_some_sites_out_of_a_stage(stream: list[str]) -> None:
+    """Dirichlet over tasks: all of one task is at one site, and a site is asked in the stages of which it has rows."""
+    skew = ["partition.scheme=dirichlet", "partition.over=tasks", "partition.sites=2", "partition.alpha=0.2", "seed=7"]
+    recipe, folder, _ = go([*stream, *TASKS, *skew])
+    prepared = prepare(recipe)
+    holders = [{name for name, held in stage.rows.items() if held["train"]} for stage in prepared.stages]
+    assert list(map(len, holders)) == [2, 1]
+    told = {(r["site"], r["stage"]) for r in rows_of(folder) if r["name"] == "loss"}
+    assert told == {(name, stage) for stage, names in enumerate(holders) for name in names}
 
 
 def test_candidates_are_the_labels_seen_so_far(stream: list[str]) -> None:
@@ -486,7 +544,15 @@ class Interrupted(Silent):
                 raise KeyboardInterrupt
 
 
-ALL_ON = [*GROUPS, *METHOD, "lora.dropout=0.1", "train.proximal=0.1", "federation.codec_down=bf16", "federation.codec_up=bf16"]
+ALL_ON = [
+    *GROUPS,
+    *METHOD,
+    "stream.replay=2",
+    "lora.dropout=0.1",
+    "train.proximal=0.1",
+    "federation.codec_down=bf16",
+    "federation.codec_up=bf16",
+]
 
 
 @pytest.fixture(scope="module")
@@ -533,3 +599,91 @@ def test_a_baseline_resumes_at_the_border_of_its_stages(stream: list[str], leg: 
     _, resumed, _ = go(base, resume=True)
     assert [{**r, "run": "whole"} for r in without_time(rows_of(resumed))] == without_time(rows_of(whole))
     assert same(adapter_of(whole.path), adapter_of(resumed.path))
+
+
+# ------------------------------------------------------------------------------------------------------------- unseen sites
+
+
+def test_an_unseen_site_is_drawn_by_the_seed_and_never_every_site(stream: list[str]) -> None:
+    def left_out(*more: str) -> set[str]:
+        prepared = prepared_of([*stream, *GROUPS, *more])
+        apart = set(prepared.unseen[-1].rows)
+        assert apart | set(prepared.sites.rows) == {"north", "south", "east"}
+        assert not apart & set(prepared.sites.rows)
+        assert any(note.startswith(", ".join(sorted(apart)) + ": no part in any training") for note in prepared.notes) == bool(
+            apart
+        )
+        return apart
+
+    assert left_out() == set()
+    by_seed = [left_out("evaluation.unseen_sites=1", f"seed={seed}") for seed in range(8)]
+    assert set(map(len, by_seed)) == {1}
+    assert set.union(*by_seed) == {"north", "south", "east"}
+    assert left_out("evaluation.unseen_sites=1", "seed=3", "lora.rank=2") == by_seed[3]  # the seed alone
+    with pytest.raises(ConfigError, match="unseen_sites = 3 leaves none of 3 sites to train; it is at most 2"):
+        left_out("evaluation.unseen_sites=3")
+
+
+def test_what_unseen_sites_must_leave_behind(stream: list[str]) -> None:
+    """A stage that someone learns, and something to score."""
+    by_task = [*stream, *TASKS, "partition.scheme=by-task", "partition.sites=2", "evaluation.unseen_sites=1"]
+    with pytest.raises(ConfigError, match=r"unseen_sites = 1 takes every training row of stage [12] \((intent|echo)\) away"):
+        prepared_of(by_task)
+    no_tests = Sites({"a": {"test": []}, "b": {"test": []}})
+    with pytest.raises(ConfigError, match="would take no part in training, and without a test row there is nothing to score"):
+        unseen_sites(no_tests, load_recipe(None, ["evaluation.unseen_sites=1"]))
+
+
+@pytest.mark.parametrize("rule", ["mean", "share_a"])
+def test_unseen_sites_train_nowhere_and_their_test_rows_are_scored_apart(stream: list[str], rule: str) -> None:
+    """No leg has a row of such a site; its scores at the end against scoring one row at a time."""
+    stages = GROUPS if rule == "mean" else []
+    every = [
+        'evaluation.baselines=["base","local","centralised"]',
+        "evaluation.unseen_sites=1",
+        "seed=2",
+        "federation.rounds=1",
+    ]
+    watch = Silent()
+    recipe, folder, model = go([*stream, *stages, *every, f"federation.rule={rule}"], watch)
+    assert watch.work == pytest.approx(watch.total)
+    prepared = prepare(recipe)
+    (out,) = prepared.unseen[0].rows
+    rows, last = rows_of(folder), len(prepared.stages) - 1
+    ids = {r.id for held in prepared.unseen[-1].rows.values() for split in held.values() for r in split}
+    for leg in legs_of(prepared):
+        assert out not in leg.name
+        assert not any(r.id in ids for stage in leg.stages for held in stage.rows.values() for r in held)
+    assert {r["site"] for r in rows if r["name"] == "loss"} == {"all", *prepared.sites.rows}
+    scored = [r for r in rows if r["split"] == "unseen-sites"]
+    assert {(r["name"], r["task"]) for r in scored} == {("score", ""), ("own_score", "")}
+    where = {"base": {""}, "federated": {""}, "centralised": {""}, "local": set(prepared.sites.rows)}
+    for method, sites in where.items():
+        for stage in range(last + 1):
+            found = [r for r in scored if (r["method"], r["stage"]) == (method, stage)]
+            assert {r["site"] for r in found if r["name"] == "score"} == sites
+            assert {r["site"] for r in found if r["name"] == "own_score"} == (set() if method == "local" else {out})
+    assert "not finished" not in write_report(folder.path).read_text()
+    assert not any(json.loads(line)["id"] in ids for line in (folder.path / "scores.jsonl").read_text().splitlines())
+    # a site that took part in nothing has what is shared, and of what stays at the sites the beginning
+    formatter = Formatter(model.tokenizer, "causal", recipe.data.max_length)
+    model.write(folder.read_checkpoint("federated", last + 1, model.read()).adapter)
+    by_task = defaultdict(list)
+    for r in prepared.unseen[-1].all("test"):
+        metrics = score(model, formatter, [r], replace(recipe.evaluation, batch_size=1))[0].metrics
+        by_task[r.task].append(metrics.get("accuracy", metrics.get("rouge_l")))
+    for name in ("score", "own_score"):
+        got = value(rows, name, split="unseen-sites", stage=last, method="federated")
+        assert got == pytest.approx(mean([mean(v) for v in by_task.values()]))
+
+
+def test_a_run_with_an_unseen_site_is_the_run_without_its_rows(stream: list[str], stream_data: Path, tmp_path: Path) -> None:
+    held = [*stream, "evaluation.unseen_sites=1", "federation.rounds=1", 'evaluation.baselines=["local","centralised"]']
+    recipe, folder, _ = go(held)
+    (out,) = prepare(recipe).unseen[0].rows
+    (tmp_path / "tasks.json").write_text((stream_data / "tasks.json").read_text())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stream_rows() if row["ward"] != out))
+    _, other, _ = go([*held, "name=less", f"data.root={tmp_path}", "evaluation.unseen_sites=0"])
+    assert same(adapter_of(folder.path), adapter_of(other.path))
+    seen = [{**r, "run": "less"} for r in without_time(rows_of(folder)) if r["split"] != "unseen-sites"]
+    assert seen == without_time(rows_of(other))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from test_run import rows_of, without_time
 
+import collect_suite
 from fedkeel.config import ConfigError, load_recipe
 from fedkeel.folder import RunFolder
 from fedkeel.suites import (
@@ -270,6 +271,12 @@ def test_a_suite_runs_once_and_keeps_failures_as_failures(tiny_plan: Path, tmp_p
     assert (again.begun, again.over) == ([(2, 2)], [])
     assert {p: p.stat().st_mtime_ns for p in (out / "tiny-plain-s1").rglob("*")} == before
     assert {r["method"] for r in json.loads((out / "suite.json").read_text())["runs"]} == {"plain", "near", "broken"}
+    committed = tmp_path / "committed"
+    assert collect_suite.collect(out, tmp_path / "committed") == (2, ["tiny-broken-s1"])
+    over_committed = Heard()
+    execute(plan, [r for r in runs if r.method != "broken"], committed / "suite", 2, over_committed)
+    assert (over_committed.begun, over_committed.over) == ([(2, 2)], [])
+    assert final_score(committed / "suite" / "tiny-near-s1", "test") == final_score(out / "tiny-near-s1", "test")
     tiny_plan.write_text(tiny_plan.read_text().replace("train.proximal=0.1", "train.proximal=0.2"))
     with pytest.raises(ConfigError, match=r"train\.proximal was 0\.1 and is 0\.2"):
         execute(load_plan(str(tiny_plan)), runs_of(load_plan(str(tiny_plan)))[0], out, 2, Heard())

@@ -34,6 +34,7 @@ RecipeArguments = Annotated[
     list[str] | None,
     typer.Argument(help="A recipe file (.toml), then key=value overrides such as train.lr=1e-3.", show_default=False),
 ]
+ENGINES = ("local", "flower-sim")
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", show_default=False)]
 
 
@@ -109,8 +110,13 @@ def run(
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace a run of the same name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, sites, parameters and bytes; do nothing.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="local: all sites in this process. flower-sim: in Flower's simulation, on as many cores as fit.")
+    ] = "local",
 ) -> None:
     """Run a federation and its baselines; without a recipe, the full defaults on the embedded model and data."""
+    if engine not in ENGINES:
+        raise FedKeelError(f"--engine {engine}: one of {', '.join(ENGINES)} belongs here")
     given = arguments or []
     if resume and not given:
         given = _latest_unfinished(Path("runs"))
@@ -135,9 +141,15 @@ def run(
     )
     try:
         with Display(console, len(prepared.sites.rows)) as display:
-            execute(prepared, folder, display, resume=resume, fresh=fresh)
+            if engine == "flower-sim":
+                from fedkeel.flower import simulate
+
+                simulate(prepared, folder, display, resume=resume, fresh=fresh)
+            else:
+                execute(prepared, folder, display, resume=resume, fresh=fresh)
     except KeyboardInterrupt:
-        console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume", markup=False, highlight=False)
+        again = " --engine flower-sim" if engine == "flower-sim" else ""
+        console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume{again}", markup=False, highlight=False)
         raise typer.Exit(130) from None
     report = write_report(folder.path)
     rows = read_rows(folder.rows_file)
@@ -219,6 +231,54 @@ def evaluate(
         ]
         write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         console.print(f"predictions: {predictions}", markup=False, highlight=False)
+
+
+@app.command()
+def measure(
+    run_folders: Annotated[list[Path], typer.Argument(help="Run folders, such as runs/quickstart.", show_default=False)],
+    families: Annotated[
+        str | None, typer.Option(help="Families of damage, joined by commas; '' for none.", show_default="all")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Draws of each random damage.")] = 20,
+    rows: Annotated[int, typer.Option(help="Test rows a task, chosen by hash; 0: all.")] = 300,
+    general: Annotated[
+        list[Path] | None, typer.Option(help="Held-out general text, a paragraph a line; may be given again.")
+    ] = None,
+    general_rows: Annotated[int, typer.Option(help="Paragraphs of each such file, chosen by hash; 0: all.")] = 100,
+    unseen: Annotated[Path | None, typer.Option(help="Rows of tasks that no site trained on, JSON Lines.")] = None,
+    unseen_tasks_file: Annotated[Path | None, typer.Option(help="Their instructions and labels, as data.tasks_file.")] = None,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
+    states: Annotated[bool, typer.Option(help="Compare hidden states of stages and sites with the final model's.")] = True,
+) -> None:
+    """Measure finished runs: under damage, on general text, by hidden states, on unseen tasks; see measures.jsonl in each."""
+    console = _console()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with console.status("loading libraries"):
+        import torch
+        from rich.progress import Progress
+
+        from fedkeel.damage import FAMILIES
+        from fedkeel.measure import Settings, measures_table
+        from fedkeel.measure import measure as measure_runs
+
+    named = tuple(FAMILIES) if families is None else tuple(f for f in families.split(",") if f)
+    settings = Settings(named, draws, rows, tuple(general or ()), general_rows, unseen, unseen_tasks_file, states)
+    torch.set_num_threads(threads)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("loading", total=None)
+        begun: list[Path] = []
+
+        def watch(folder: Path, part: str, done: int, total: int) -> None:
+            if folder not in begun:
+                begun.append(folder)
+                if not console.is_terminal:
+                    console.print(f"{folder}: measuring", markup=False, highlight=False)
+            where = f"{folder.name} ({len(begun)} of {len(run_folders)}): {part}"
+            progress.update(task, description=where, completed=done, total=total)
+
+        found = measure_runs(run_folders, settings, watch)
+    console.print(measures_table(found).rich())
+    console.print(f"rows: {', '.join(str(f / 'measures.jsonl') for f in found)}", markup=False, highlight=False)
 
 
 @app.command()
@@ -318,7 +378,8 @@ def bench(
         console.print("\nstopped; the same command goes on from here", markup=False, highlight=False)
         raise typer.Exit(130) from None
     if tune:
-        write_atomic(folder / "tuned.toml", tuned_text(trial_scores(runs, folder)))
+        every, _ = runs_of(plan, extra=wanted, tune=True)  # also trials of another call, for other streams or methods
+        write_atomic(folder / "tuned.toml", tuned_text(trial_scores(every, folder)))
         console.print(f"chosen by validation rows: {folder / 'tuned.toml'}", markup=False, highlight=False)
     else:
         from fedkeel.report import write_suite_report
@@ -346,6 +407,50 @@ def report(
     else:
         raise FedKeelError(f"{folder} holds neither suite.json nor recipe.toml: it is no folder of a suite or a run")
     typer.echo(f"report: {path}")
+
+
+deployment = typer.Typer(no_args_is_help=True, help="Several machines: write what each needs, and check a site before round 1.")
+app.add_typer(deployment, name="deploy")
+
+
+@deployment.command("init")
+def deploy_init(
+    folder: Annotated[Path, typer.Argument(help="A new folder, one part a machine.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe.", show_default=False)] = None,
+    *,
+    recipe: Annotated[Path, typer.Option(help="What the federation runs.", show_default=False)],
+    sites: Annotated[str, typer.Option(help="Their names, joined by commas.", show_default=False)],
+    host: Annotated[
+        str,
+        typer.Option(help="DNS names or addresses of the coordinator, by commas; sites dial the first.", show_default=False),
+    ],
+    port: Annotated[int, typer.Option(help="Its port.")] = 9443,
+    base: Annotated[
+        Path | None, typer.Option(help="The base model's folder, for its hashes; without it, the recipe's own if it is here.")
+    ] = None,
+) -> None:
+    """Write a deployment: the app, certificates of a private authority, a key a site, how to start; prints a check list."""
+    from fedkeel.deploy import app_recipe, init
+
+    travels, here = app_recipe(recipe, overrides or [])
+    typer.echo(init(folder, travels, _names(sites), _names(host), port, base or here))
+    typer.echo(f"written: {folder}/ (this text: {folder}/CHECKLIST.md)")
+
+
+@deployment.command("check")
+def deploy_check(
+    site: Annotated[Path, typer.Argument(help="The site's site.toml, where init's files lie.", show_default=False)],
+    coordinator: Annotated[str, typer.Option(help="host:port; without it, the manifest's.")] = "",
+) -> None:
+    """From a site, before round 1: network, certificate, clock, keys, disk, base, tokenizer, rows. Exit 1 if one fails."""
+    from fedkeel.sitecheck import check
+
+    failed = 0
+    for finding in check(site, coordinator):
+        failed += not finding.ok
+        typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name:12}{finding.text}")
+    if failed:
+        raise FedKeelError(f"{failed} checks failed")
 
 
 def main() -> None:

@@ -136,6 +136,8 @@ class Stream:
     # an order of tasks that data.tasks_file names under `task_orders` or `streams`; load_recipe writes it out as `stages`
     order: str = ""
     tasks_a_stage: int = _number(1, 1)  # of `order`
+    # training rows of each earlier stage that a site keeps and trains on beside new ones, chosen by hash; 0: it keeps no row
+    replay: int = _number(0, 0)
     # what is served after a stage: this share of what was served after the stage before, the rest as the stage left it
     average: float = _number(0.0, 0, 0.99)
 
@@ -226,6 +228,7 @@ class Evaluation:
     every: int = _number(1, 1)  # rounds between curve points
     validation_rows: int = _number(100, 0)  # a task; 0: all
     test_rows: int = _number(400, 0)  # a task; 0: all
+    unseen_sites: int = _number(0, 0)  # sites, drawn by the seed, that take no part in any training; their test rows are scored
     batch_size: int = _number(32, 1)
     max_new_tokens: int = _number(48, 1)
     baselines: tuple[str, ...] = ("base", "local", "centralised")
@@ -239,6 +242,8 @@ class Recipe:
     seed: int = _number(1, 0)
     out: str = "runs"
     threads: int = _number(0, 0)  # of torch; 0: the cores this process may use, at most 2
+    # beside TensorBoard's event files, which every run writes: `wandb`, `mlflow`
+    track: tuple[str, ...] = field(default=(), metadata={"choices": ("wandb", "mlflow")})
     model: Model = field(default_factory=Model)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: Data = field(default_factory=Data)
@@ -267,6 +272,13 @@ def known_keys(cls: Any = Recipe, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
+def _check_choice(key: str, value: Any, choices: Sequence[str] | None) -> None:
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{key} = {value!r}: one of {', '.join(choices)} belongs here{hint}")
+
+
 def _check(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     """`value` as the type of its field, or a ConfigError."""
     if hint == tuple[int, ...]:
@@ -282,16 +294,14 @@ def _check(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
             value = [v for v in value.split(",") if v]
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise ConfigError(f"{key} = {value!r}: a list of strings belongs here")
+        for one in value:
+            _check_choice(key, one, metadata.get("choices"))
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not hint:
         raise ConfigError(f"{key} = {value!r}: {hint.__name__} belongs here, not {type(value).__name__}")
-    choices = metadata.get("choices")
-    if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{key} = {value!r}: one of {', '.join(choices)} belongs here{hint_text}")
+    _check_choice(key, value, metadata.get("choices"))
     if metadata.get("codec"):
         _check_codec(key, value)
     if "low" in metadata:
@@ -465,12 +475,21 @@ def _cross_check(recipe: Recipe) -> None:
             "distill.align = 'cka' compares the positions of a whole batch, so train.micro_batch_size would change what is "
             "minimised: set it to 0, or distill.align = 'cosine'"
         )
+    _check_stream(recipe)
     _check_exchange(recipe)
     for baseline in recipe.evaluation.baselines:
         if baseline not in BASELINES:
             raise ConfigError(f"evaluation.baselines: {baseline!r} is not one of {', '.join(BASELINES)}")
     if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
         raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
+
+
+def _check_stream(recipe: Recipe) -> None:
+    if recipe.stream.replay and not recipe.stream.stages:
+        raise ConfigError(
+            f"stream.replay = {recipe.stream.replay} keeps rows of earlier stages, and there is one stage: set "
+            f"stream.stages or stream.order, or stream.replay = 0"
+        )
 
 
 def _check_exchange(recipe: Recipe) -> None:
@@ -536,6 +555,12 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ConfigError on a missing or malformed file, an unknown key, or a value that cannot be right.
     """
+    return make_recipe(read_tree(path, overrides))
+
+
+def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a recipe as its file and `key=value` overrides give them, unchecked. Raises ConfigError on a file that is
+    missing or malformed."""
     tree: dict[str, Any] = {}
     if path is not None:
         try:
@@ -547,9 +572,18 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError(f"{path}: {error}") from error
     for override in overrides:
         _assign(tree, override)
+    return tree
+
+
+def make_recipe(tree: Mapping[str, Any], data: bool = True) -> Recipe:
+    """The recipe that a mapping of keys, as TOML is read, means. Raises ConfigError on what cannot be right.
+
+    data: whether the files of data must be there; a coordinator holds none.
+    """
     recipe: Recipe = _build(Recipe, tree, "")
-    _check_data(recipe)
-    recipe = _with_order(recipe)
+    if data:
+        _check_data(recipe)
+        recipe = _with_order(recipe)
     _cross_check(recipe)
     return recipe
 

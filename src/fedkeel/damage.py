@@ -7,9 +7,10 @@ a report can tell apart the damage that a model was trained on. Unlike there, wh
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -41,13 +42,15 @@ class Family:
 
     put: (model, strength, seed, undo) damages the model and leaves on `undo` what takes the damage out. strengths: the
     default ones. distance: how far a strength is from no damage, which is 0; the abscissa of the stability index. random:
-    whether anything is drawn, so whether another seed is other damage.
+    whether anything is drawn, so whether another seed is other damage. branches: whether only maps with an adapter branch
+    are damaged.
     """
 
     put: Callable[[Model, float, int, ExitStack], None]
     strengths: tuple[float, ...]
     distance: Callable[[float], float] = float
     random: bool = True
+    branches: bool = False
 
 
 def _some(model: Model, found: Sequence[T], what: str) -> Sequence[T]:
@@ -198,10 +201,10 @@ FAMILIES: dict[str, Family] = {
     "heads": Family(_heads, (0.05, 0.1, 0.2, 0.3, 0.5)),
     "channels": Family(_channels, (0.05, 0.1, 0.2, 0.3, 0.5)),
     "skip": Family(_skip, (1.0,)),
-    "modules": Family(_modules, (0.1, 0.25, 0.5)),
-    "scale": Family(_scale, (0.5, 0.75, 1.25, 1.5), lambda factor: abs(factor - 1.0), random=False),
-    "noise": Family(_noise, (0.05, 0.1, 0.2)),
-    "bits": Family(_bits, (8.0, 4.0), _step, random=False),
+    "modules": Family(_modules, (0.1, 0.25, 0.5), branches=True),
+    "scale": Family(_scale, (0.5, 0.75, 1.25, 1.5), lambda factor: abs(factor - 1.0), random=False, branches=True),
+    "noise": Family(_noise, (0.05, 0.1, 0.2), branches=True),
+    "bits": Family(_bits, (8.0, 4.0), _step, random=False, branches=True),
 }
 STRENGTHS: dict[str, tuple[float, ...]] = {name: family.strengths for name, family in FAMILIES.items()}
 
@@ -260,6 +263,37 @@ def check(model: Model, families: Mapping[str, Sequence[float]]) -> None:
                 pass
 
 
+@contextmanager
+def _lower_blocks_once(model: Model) -> Iterator[None]:
+    """While it lasts, the blocks of an encoder below its first adapter branch are run once for a batch that comes again.
+
+    What the last of them says is kept by what the first is given, bit for bit, so nothing changes but the time: half of it
+    with branches in the upper half of the blocks. Other kinds of model keep keys and values in each block, and run as ever.
+    """
+    first = min((branch.block for branch in model.places.branches), default=0) if model.kind == "classifier" else 0
+    lower = [module for _, module in model.places.stack[:first]]
+    said: dict[bytes, Tensor] = {}
+    batch = b""
+
+    def run(at: int, forward: Callable[..., Any], hidden_states: Tensor, *rest: Any, **more: Any) -> Any:
+        nonlocal batch
+        if at == 0:
+            batch = hashlib.sha256(hidden_states.contiguous().view(torch.uint8).cpu().numpy().tobytes()).digest()
+        if batch in said:
+            return said[batch] if at == first - 1 else hidden_states
+        output = forward(hidden_states, *rest, **more)
+        if at == first - 1 and isinstance(output, Tensor):
+            said[batch] = output
+        return output
+
+    with ExitStack() as undo:
+        for at, block in enumerate(lower):
+            forward = block.forward
+            undo.callback(block.__dict__.pop, "forward", None)
+            block.forward = partial(run, at, forward)
+        yield
+
+
 def outcomes(
     model: Model, formatter: Formatter, config: Evaluation, clean: Sequence[Scored], family: str,
     strengths: Sequence[float], draws: int, seed: int,
@@ -269,11 +303,12 @@ def outcomes(
     clean: the scores without damage. Draw d of one seed is the same damage in every model of an architecture.
     """
     records = [s.record for s in clean]
-    for strength in strengths:
-        for draw in range(draws if FAMILIES[family].random else 1):
-            with damaged(model, family, strength, derive(seed, draw)):
-                scored = score(model, formatter, records, config)
-            yield compare(family, strength, draw, scored, clean)
+    with _lower_blocks_once(model) if FAMILIES[family].branches else nullcontext():
+        for strength in strengths:
+            for draw in range(draws if FAMILIES[family].random else 1):
+                with damaged(model, family, strength, derive(seed, draw)):
+                    scored = score(model, formatter, records, config)
+                yield compare(family, strength, draw, scored, clean)
 
 
 def stability(

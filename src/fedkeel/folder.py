@@ -20,6 +20,7 @@ from fedkeel.codecs import open_envelope
 from fedkeel.config import Recipe, to_toml
 from fedkeel.files import append_lines, write_atomic
 from fedkeel.messages import pack_global, pack_shift, pack_tensors, read_counts, unpack_global, unpack_shift
+from fedkeel.track import Tracks
 from fedkeel.types import Adapter, FedKeelError, Global, Row
 
 
@@ -54,6 +55,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows_file = path / "rows.jsonl"
+        self.tracks: Tracks | None = None  # told of every row that is saved
 
     @property
     def _state_file(self) -> Path:
@@ -106,6 +108,8 @@ class RunFolder:
         """Append rows and move the state on: the one point after which a resumed run continues."""
         state["rows_bytes"] = append_lines(self.rows_file, [json.dumps(r.as_json(), allow_nan=False) for r in rows])
         write_atomic(self._state_file, json.dumps(state))
+        if self.tracks and rows:
+            self.tracks.log(rows)
 
     def write_scores(self, method: str, site: str, scores: Mapping[str, tuple[str, float]]) -> None:
         """Keep the score of every final test row of a leg, in place of those it had: what paired comparisons resample.

@@ -11,7 +11,8 @@ import dataclasses
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -32,10 +33,19 @@ from fedkeel.messages import factors_down, names_of, pack, pack_global
 from fedkeel.metrics import macro
 from fedkeel.model import Model, kind_of, load_config
 from fedkeel.server import RoundResult, run_round
-from fedkeel.sites import Sites, arrivals, make_sites, stages_of
+from fedkeel.sites import (
+    Sites,
+    arrivals,
+    check_stages_are_learnt,
+    kept_between_stages,
+    make_sites,
+    stages_of,
+    unseen_sites,
+)
 from fedkeel.sources import load_records
 from fedkeel.structure import left_out
-from fedkeel.types import Adapter, Global, Lora, Record, Reply, Row
+from fedkeel.track import Tracks
+from fedkeel.types import Adapter, Global, Lora, Record, Reply, Row, Transport
 
 TRAIN_COST = 3.0  # a training row against a scored row, in forward passes: forward, and backward about twice that
 
@@ -61,23 +71,31 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs but the weights. sites: all stages together; stages: see `sites.stages_of`. arrival:
-    record id -> stage. notes: what was done to the data that the user should know."""
+    """Everything a run needs but the weights. sites: those that take part, all stages together; stages: see
+    `sites.stages_of`. unseen: by stage, the sites that take no part in training. arrival: record id -> stage. notes: what was
+    done to the data that the user should know."""
 
     recipe: Recipe
     sites: Sites
     stages: Sequence[Sites]
+    unseen: Sequence[Sites]
     arrival: Mapping[str, int]
     kind: str
     classes: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Read and deal the data, and look at the base model's configuration. Loads no weights."""
+def prepare(recipe: Recipe, alone: str = "") -> Prepared:
+    """Read and deal the data, and look at the base model's configuration. Loads no weights.
+
+    alone: the name of the one site that holds all of the data; empty: the recipe's partition deals them.
+    """
     base_config = load_config(recipe.model)
     kind = kind_of(recipe.model, base_config)
     records = load_records(recipe.data, recipe.seed)
+    if alone:
+        records = [dataclasses.replace(r, site=alone) for r in records]
+        recipe = dataclasses.replace(recipe, partition=dataclasses.replace(recipe.partition, scheme="natural"))
     classes: tuple[str, ...] = ()
     notes = []
     if kind == "classifier":
@@ -94,7 +112,15 @@ def prepare(recipe: Recipe) -> Prepared:
     if len(arrival) < len(records):
         notes.append(f"{len(records) - len(arrival)} rows left out: no stage of the stream names their task or label group")
         records = [r for r in records if r.id in arrival]
-    sites = make_sites(records, recipe)
+    if recipe.stream.stages:
+        notes.append(kept_between_stages(recipe))
+    dealt = make_sites(records, recipe)
+    apart = unseen_sites(dealt, recipe)
+    taking_part = dealt.rows.keys() - set(apart)
+    sites, stages = dealt.only(taking_part), stages_of(dealt, arrival, recipe)
+    if apart:
+        tests = len(dealt.only(apart).all("test"))
+        notes.append(f"{', '.join(apart)}: no part in any training (evaluation.unseen_sites); {tests} test rows to score")
     label_sets: dict[str, set[tuple[str, ...]]] = {}
     for record in records:
         label_sets.setdefault(record.task, set()).add(record.labels)
@@ -108,7 +134,9 @@ def prepare(recipe: Recipe) -> Prepared:
             notes.append(
                 f"{len(unseen)} {split} rows carry a label never seen in training ({names}); they are scored all the same"
             )
-    return Prepared(recipe, sites, stages_of(sites, arrival, recipe), arrival, kind, classes, tuple(notes))
+    trains, scored_only = ([stage.only(names) for stage in stages] for names in (taking_part, apart))
+    check_stages_are_learnt(trains, arrival, recipe)
+    return Prepared(recipe, sites, trains, scored_only, arrival, kind, classes, tuple(notes))
 
 
 def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tuple[int, int]:
@@ -255,6 +283,23 @@ def _score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[S
     return rows
 
 
+def _unseen_rows(leg: Leg, stage: int, round: int, scored: Sequence[Scored], prepared: Prepared) -> list[Row]:
+    """Rows of one scoring of the sites that take no part in training: over all tasks, and of each such site on its own, but
+    for a local model, whose rows are under the name of the site that it is of."""
+
+    def row(name: str, value: float, at: str) -> Row:
+        run = prepared.recipe.name
+        return Row(run, leg.method, leg.seed, round, name, value, "share", site=at, stage=stage, split="unseen-sites")
+
+    rows = [row("score", overall(scored), leg.site)]
+    by_id = {s.record.id: s for s in scored}
+    for name, held in prepared.unseen[stage].rows.items():
+        own = [by_id[r.id] for r in held["test"] if r.id in by_id]
+        if own and leg.method != "local":
+            rows.append(row("own_score", overall(own), name))
+    return rows
+
+
 UNITS = {"loss": "nats", "distill_loss": "nats", "structure_loss": "nats", "update_norm": "norm", "dropped": "share"}
 
 
@@ -299,12 +344,27 @@ def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, l
     return reduce(lambda before, end: blend(before, end, share), ends)
 
 
+class Carrier(Transport, Protocol):
+    """A transport to sites in other processes."""
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of processor time that the sites' answers took so far."""
+
+
+class Engine(Protocol):
+    """What carries the messages of the federated leg where its sites are not in this process."""
+
+    def connect(self, rounds: int, kept: dict[str, Kept], watch: Callable[[Reply], None]) -> Carrier:
+        """A transport for one stage of `rounds` rounds. kept, watch: as in `local.LocalTransport`."""
+
+
 class _Run:
     """A run in progress: what all its legs share."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch, engine: Engine | None = None) -> None:
         recipe = prepared.recipe
-        self.prepared, self.folder, self.watch = prepared, folder, watch
+        self.prepared, self.folder, self.watch, self.engine = prepared, folder, watch, engine
         self.kept: dict[str, Kept] = {}  # of the present leg
         self.state: dict[str, Any] = {}  # see RunFolder.state; set once the folder is open
         self.model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
@@ -338,15 +398,17 @@ class _Run:
                 f"distill.align = {recipe.distill.align!r}: the blocks of {recipe.model.base!r} are not known, so no hidden "
                 f"state can be tapped; set distill.align = 'off'"
             )
-        self.curve_rows = self._held_out("validation", recipe.evaluation.validation_rows)
-        self.test_rows = self._held_out("test", recipe.evaluation.test_rows)
+        self.curve_rows = self._held_out("validation", recipe.evaluation.validation_rows, prepared.stages)
+        self.test_rows = self._held_out("test", recipe.evaluation.test_rows, prepared.stages)
+        self.unseen_rows = self._held_out("test", recipe.evaluation.test_rows, prepared.unseen)
         if not all(self.test_rows):
             raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
 
-    def _held_out(self, split: str, limit: int) -> list[list[Record]]:
+    @staticmethod
+    def _held_out(split: str, limit: int, stages: Sequence[Sites]) -> list[list[Record]]:
         """The rows to score after each stage: one choice for the whole run, each stage seeing what has arrived by then."""
-        chosen = {r.id for r in choose(self.prepared.sites.all(split), split, limit)}
-        found = [[r for r in stage.all(split) if r.id in chosen] for stage in self.prepared.stages]
+        chosen = {r.id for r in choose(stages[-1].all(split), split, limit)}
+        found = [[r for r in stage.all(split) if r.id in chosen] for stage in stages]
         return [choose(rows, split, 0) for rows in found]
 
     def _work(self, leg: Leg, stage: int) -> tuple[float, float, float]:
@@ -356,7 +418,9 @@ class _Run:
         one = TRAIN_COST * batch * sum(steps_a_round(at.recipe.train, len(rows)) for rows in at.rows.values() if rows)
         scored = len(self.curve_rows[stage]) if leg.method == "federated" else 0
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
-        return one, leg.rounds * one + points * scored, len(self.test_rows[stage])
+        judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
+        tested = len(self.test_rows[stage]) + len(self.unseen_rows[stage]) + judged * len(self.curve_rows[stage])
+        return one, leg.rounds * one + points * scored, tested
 
     def _curve_point(self, leg: Leg, round: int) -> bool:
         return leg.method == "federated" and round % self.prepared.recipe.evaluation.every == 0
@@ -417,7 +481,8 @@ class _Run:
             self.watch.advance(one_round * share)
 
         by_stage = {name: [()] * stage + [rows] for name, rows in held.items()}
-        transport = LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done, self.kept)
+        carrier = self.engine.connect(leg.rounds, self.kept, site_done) if self.engine and leg.method == "federated" else None
+        transport = carrier or LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done, self.kept)
         ranks = {name: kept.rank for name, kept in self.kept.items() if kept.rank}
         layouts = {name: first_rows(self.initial, rank, recipe.lora.scale(rank)) for name, rank in ranks.items()}
         amount, paths = recipe.structure.branch, list(self.initial.lora)
@@ -435,9 +500,9 @@ class _Run:
                 # and if the memory is the global adapter itself, it need not travel twice
                 apart = remembers and recipe.stream.average
                 before = dataclasses.replace(before, counts={}, memory=self._served(leg, stage - 1) if apart else None)
-            begin = time.process_time()
+            begin, elsewhere = time.process_time(), carrier.cpu if carrier else 0.0
             result = run_round(before, transport, list(held), recipe.federation, recipe.seed, layouts=layouts, hold=out)
-            cpu = time.process_time() - begin
+            cpu = time.process_time() - begin + (carrier.cpu - elsewhere if carrier else 0.0)
             current = result.state
             if remembers and not done:
                 current = dataclasses.replace(current, memory=self._served(leg, stage - 1))
@@ -447,7 +512,7 @@ class _Run:
                 self.watch.note(f"round {current.round}: {told}")
             if self.curve_rows[stage] and self._curve_point(leg, current.round):
                 self.watch.leg(leg.name, f"round {done + 1}{where}: scoring validation rows")
-                scored = self._score(leg, stage, current, "validation", self.curve_rows[stage])
+                scored = self._score(leg, stage, current, self.curve_rows[stage], self.prepared.stages[stage])
                 rows += _score_rows(leg, stage, current.round, "validation", scored, self.prepared)
             self.watch.round(leg.name, current.round, leg.rounds * len(leg.stages), result)
             self.folder.write_checkpoint(leg.name, current, self._kept_tensors())
@@ -479,19 +544,19 @@ class _Run:
         """What the sites keep, for the checkpoint."""
         return {site: tensors for site, kept in self.kept.items() if (tensors := kept.tensors())}
 
-    def _score(self, leg: Leg, stage: int, current: Global, split: str, records: Sequence[Record]) -> list[Scored]:
+    def _score(self, leg: Leg, stage: int, current: Global, records: Sequence[Record], sites: Sites) -> list[Scored]:
         """Scores of what would be served if the stage ended now; where factors stay at the sites, of each row by the model
-        of the site that holds it."""
+        of the one of `sites` that holds it."""
         recipe = leg.stages[stage].recipe
         share = recipe.stream.average if stage and leg.rounds else 0.0
         served = blend(self._served(leg, stage - 1), current.adapter, share) if share else current.adapter
         self.model.replay(current.shifts, 0)
         scored: list[Scored] = []
         if leg.rounds and AGGREGATORS[recipe.federation.rule].personal:
-            chosen = {r.id for r in records}
-            for name, held in self.prepared.stages[stage].rows.items():
+            for name, held in sites.rows.items():
                 self.model.write(self.kept.get(name, Kept()).adapter(served))
-                own = [r for r in held[split] if r.id in chosen]
+                ids = {r.id for rows in held.values() for r in rows}
+                own = [r for r in records if r.id in ids]
                 scored += score(self.model, self.formatter, own, self.prepared.recipe.evaluation, self.watch.advance)
             scored.sort(key=lambda s: s.record.id)
         else:
@@ -503,9 +568,16 @@ class _Run:
         """Score the held-out rows of all stages so far."""
         self.watch.leg(leg.name, "scoring held-out rows")
         begin = time.perf_counter()
-        scored = self._score(leg, stage, current, "test", self.test_rows[stage])
+        scored = self._score(leg, stage, current, self.test_rows[stage], self.prepared.stages[stage])
         seconds = time.perf_counter() - begin
         rows = _score_rows(leg, stage, current.round, "test", scored, self.prepared)
+        if leg.method == "centralised" and stage + 1 == len(leg.stages) and self.curve_rows[stage]:
+            # no curve, but what tuning judges it by: a reference must not be worse for another's learning rate
+            held_out = self._score(leg, stage, current, self.curve_rows[stage], self.prepared.stages[stage])
+            rows += _score_rows(leg, stage, current.round, "validation", held_out, self.prepared)
+        if self.unseen_rows[stage]:
+            apart = self._score(leg, stage, current, self.unseen_rows[stage], self.prepared.unseen[stage])
+            rows += _unseen_rows(leg, stage, current.round, apart, self.prepared)
         name = self.prepared.recipe.name
         rows.append(
             Row(name, leg.method, leg.seed, current.round, "test_seconds", seconds, "seconds", site=leg.site, stage=stage)
@@ -533,20 +605,27 @@ def serve(model: Model, folder: RunFolder, prepared: Prepared) -> None:
     model.write(served(folder, "federated", rounds, last, recipe.stream.average, model.initial))
 
 
-def execute(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> Model:
+def execute(
+    prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False,
+    engine: Engine | None = None,
+) -> Model:  # fmt: skip
     """Run every leg, from the folder's last state on. Returns the model with the federated adapter in it.
 
-    Leaves recipe.toml, env.json, rows.jsonl, scores.jsonl, checkpoints/, and adapter/ in PEFT format in the folder.
+    engine: where the sites of the federated leg are; None: in this process. All else, scoring and baselines, is done here.
+
+    Leaves recipe.toml, env.json, rows.jsonl, scores.jsonl, checkpoints/, tb/, and adapter/ in PEFT format in the folder.
     """
     recipe = prepared.recipe
     torch.set_num_threads(recipe.threads)
     folder.check(recipe, resume, fresh)
-    run = _Run(prepared, folder, watch)
+    tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
+    run = _Run(prepared, folder, watch, engine)
     run.state = folder.open(recipe, resume, fresh)  # only now: a recipe that cannot run leaves no folder, and replaces none
     legs = legs_of(prepared)
     watch.begin(run.total_work(legs))
-    for leg in legs:
-        run.run(leg)
+    with nullcontext() if run.state["finished"] else tracks as folder.tracks:
+        for leg in legs:
+            run.run(leg)
     if not AGGREGATORS[recipe.federation.rule].personal:
         serve(run.model, folder, prepared)
     run.state["finished"] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -22,6 +22,10 @@ class Sites:
     def all(self, split: str) -> list[Record]:
         """The rows of all sites together, sorted by id, so that no file order or site name matters."""
         return sorted((r for held in self.rows.values() for r in held[split]), key=lambda r: r.id)
+
+    def only(self, names: Collection[str]) -> Sites:
+        """The sites of these names."""
+        return Sites({name: held for name, held in self.rows.items() if name in names})
 
 
 def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
@@ -112,12 +116,21 @@ def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
     return found
 
 
+def kept_between_stages(recipe: Recipe) -> str:
+    """What a site keeps of the rows of a stage once it is over, in words."""
+    count = recipe.stream.replay
+    if not count:
+        return "between stages a site keeps no row: what it learnt is in the adapter alone"
+    return f"between stages a site keeps up to {count} training rows of each stage, chosen by a hash of their id"
+
+
 def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[Sites]:
     """The sites as they are in each stage of the stream; without one, a single stage with everything.
 
-    In stage s a site trains on the rows that arrive then and keeps none from before; validation and test rows are those of
-    all stages up to s. Candidate labels of a task are those seen up to s (class-incremental where a stage names label
-    groups, task-incremental where it names tasks). A site may hold no training row in a stage and is then not asked.
+    In stage s a site trains on the rows that arrive then and on those that it keeps of each earlier stage: the first
+    stream.replay of them by a hash of their id, so none by default. Validation and test rows are those of all stages up to s.
+    Candidate labels of a task are those seen up to s (class-incremental where a stage names label groups, task-incremental
+    where it names tasks), for kept rows too. A site may hold no training row in a stage and is then not asked.
     arrival: record id -> stage, as `arrivals` finds it, for every record of the sites.
     """
     everything = [r for split in ("train", "validation", "test") for r in sites.all(split)]
@@ -128,6 +141,15 @@ def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[
             born[label] = min(arrival[record.id], born.get(label, arrival[record.id]))
     named = {name for names in stage_names(recipe) for name in names}
     by_group = {r.task for r in everything if r.group and named and r.task not in named}
+
+    kept: set[str] = set()  # ids of the rows that some site keeps once their stage is over
+    for held in sites.rows.values():
+        for stage in range(len(recipe.stream.stages) - 1):
+            came = [r for r in held["train"] if arrival[r.id] == stage]
+            kept.update(r.id for r in sorted(came, key=lambda r: derive(recipe.seed, "replay", r.id))[: recipe.stream.replay])
+
+    def trains(record: Record, stage: int) -> bool:
+        return arrival[record.id] == stage or (arrival[record.id] < stage and record.id in kept)
 
     @cache  # one answer for the many rows of a task
     def seen(task: str, labels: tuple[str, ...], stage: int) -> tuple[str, ...]:
@@ -141,18 +163,50 @@ def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[
         rows = {
             name: {
                 split: [
-                    at_stage(r, stage)
-                    for r in records
-                    if (arrival[r.id] == stage if split == "train" else arrival[r.id] <= stage)
+                    at_stage(r, stage) for r in records if (trains(r, stage) if split == "train" else arrival[r.id] <= stage)
                 ]
                 for split, records in held.items()
             }
             for name, held in sites.rows.items()
         }
-        if not any(held["train"] for held in rows.values()):
+        if not any(arrival[r.id] == stage for held in rows.values() for r in held["train"]):
             raise ConfigError(
                 f"stream.stages: no site keeps a training row of stage {stage + 1}; raise data.rows_per_site "
                 f"(now {recipe.data.rows_per_site}) or put more tasks into the stage"
             )
         found.append(Sites(rows))
     return found
+
+
+def unseen_sites(sites: Sites, recipe: Recipe) -> list[str]:
+    """The names of the evaluation.unseen_sites sites that take no part in training, drawn by the seed; sorted.
+
+    Raises ConfigError if none would be left to train, or if no row of theirs could be scored.
+    """
+    count, names = recipe.evaluation.unseen_sites, sorted(sites.rows)
+    if count >= len(names):
+        raise ConfigError(
+            f"evaluation.unseen_sites = {count} leaves none of {len(names)} sites to train; it is at most {len(names) - 1}"
+        )
+    order = numpy_generator(recipe.seed, "unseen-sites").permutation(len(names))
+    chosen = sorted(names[i] for i in order[:count])
+    if chosen and not any(sites.rows[name]["test"] for name in chosen):
+        raise ConfigError(
+            f"evaluation.unseen_sites = {count}: {', '.join(chosen)} would take no part in training, and without a test row "
+            f"there is nothing to score"
+        )
+    return chosen
+
+
+def check_stages_are_learnt(stages: Sequence[Sites], arrival: Mapping[str, int], recipe: Recipe) -> None:
+    """Raise ConfigError if no site that takes part holds a training row that arrives in some stage, naming the stage.
+
+    stages: the sites that take part, by stage.
+    """
+    for number, stage in enumerate(stages):
+        if not any(arrival[r.id] == number for r in stage.all("train")):
+            count, names = recipe.evaluation.unseen_sites, recipe.stream.stages[number]
+            raise ConfigError(
+                f"evaluation.unseen_sites = {count} takes every training row of stage {number + 1} ({names}) away: set it "
+                f"lower, or another seed or partition"
+            )

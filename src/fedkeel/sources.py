@@ -184,7 +184,7 @@ def _with_splits(records: Iterable[Record], config: Data, seed: int) -> Iterator
             yield replace(record, split="train")
 
 
-def _unique_ids(records: list[Record]) -> list[Record]:
+def unique_ids(records: list[Record]) -> list[Record]:
     """Sorted by id and content; an id that occurs again (a row that stands twice) gets a running suffix."""
     seen: Counter[str] = Counter()
     unique = []
@@ -194,11 +194,40 @@ def _unique_ids(records: list[Record]) -> list[Record]:
     return unique
 
 
-def load_records(config: Data, seed: int) -> list[Record]:
-    """All rows of the source, each with a split, sorted by id.
+def read_rows(config: Data) -> list[Record]:
+    """All rows of JSON Lines files or of a Hugging Face data set as they stand there: without a split where they have none.
 
     A task whose rows are all `text, label` without a list of labels gets the labels of its own rows, sorted.
-    Raises DataError on a missing or malformed file, a row without an answer, or a source with no training row.
+    Raises DataError on a missing or malformed file, or a row without an answer.
+    """
+    meta = _metadata(config)
+    if config.source == "hub":
+        rows: Iterable[tuple[str, dict[str, Any]]] = _hub_rows(config)
+    else:
+        rows = (pair for name in config.files for pair in read_json_lines(Path(config.root) / name))
+    read, classified = [], set()
+    for place, row in rows:
+        if config.tasks and (_text(row.get("task"), place, "task") or "default") not in config.tasks:
+            continue
+        answer = row["label"] if row.get("label") is not None else row.get("output")
+        if str(answer) in config.drop_labels:
+            continue
+        record = to_record(row, place, meta, config)
+        if "label" in row and "text" in row and not record.labels and not record.messages:
+            classified.add(record.task)
+        read.append(record)
+    own = {t: tuple(sorted({r.output for r in read if r.task == t})) for t in classified}
+    read = [replace(r, labels=own[r.task]) if r.task in own else r for r in read]
+    dropped = {*config.drop_labels, *(label.replace("_", " ") for label in config.drop_labels)}
+    if dropped:
+        read = [replace(r, labels=tuple(v for v in r.labels if v not in dropped)) for r in read]
+    return read
+
+
+def load_records(config: Data, seed: int) -> list[Record]:
+    """All rows of the source, each with a split, sorted by id; see `read_rows`.
+
+    Raises DataError as it does, or on a source with no training row.
     """
     if config.source == "pydocs":
         from fedkeel import pydocs
@@ -206,28 +235,8 @@ def load_records(config: Data, seed: int) -> list[Record]:
         tasks = config.tasks or tuple(pydocs.INSTRUCTIONS)
         found = pydocs.records(Path(config.root) if config.root else None, seed, config.rows_per_site or 240, tasks)
     else:
-        meta = _metadata(config)
-        if config.source == "hub":
-            rows: Iterable[tuple[str, dict[str, Any]]] = _hub_rows(config)
-        else:
-            rows = (pair for name in config.files for pair in read_json_lines(Path(config.root) / name))
-        read, classified = [], set()
-        for place, row in rows:
-            if config.tasks and (_text(row.get("task"), place, "task") or "default") not in config.tasks:
-                continue
-            answer = row["label"] if row.get("label") is not None else row.get("output")
-            if str(answer) in config.drop_labels:
-                continue
-            record = to_record(row, place, meta, config)
-            if "label" in row and "text" in row and not record.labels and not record.messages:
-                classified.add(record.task)
-            read.append(record)
-        own = {t: tuple(sorted({r.output for r in read if r.task == t})) for t in classified}
-        read = [replace(r, labels=own[r.task]) if r.task in own else r for r in read]
-        dropped = {*config.drop_labels, *(label.replace("_", " ") for label in config.drop_labels)}
-        if dropped:
-            read = [replace(r, labels=tuple(v for v in r.labels if v not in dropped)) for r in read]
-        found = _unique_ids(list(_with_splits(read, config, seed)))  # in this order: a row that stands twice is in one split
+        # in this order: a row that stands twice is in one split
+        found = unique_ids(list(_with_splits(read_rows(config), config, seed)))
     if config.tasks:
         missing = set(config.tasks) - {r.task for r in found}
         if missing:

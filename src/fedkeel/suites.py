@@ -69,6 +69,7 @@ class Method:
     """A line of the table. text: what it is. set: its difference, as overrides. streams: where it is run; empty: everywhere.
 
     tuned_as: another method whose tuning it shares, as with the parts of one; empty: its own. untuned: it has nothing to tune.
+    leg: whose validation score tuning judges it by, `federated` or `centralised`.
     """
 
     text: str = ""
@@ -76,6 +77,7 @@ class Method:
     streams: tuple[str, ...] = ()
     tuned_as: str = ""
     untuned: bool = False
+    leg: str = "federated"
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a suite: what `fedkeel run` is told, beside its name and folder."""
+    """One run of a suite: what `fedkeel run` is told, beside its name and folder. leg: see `Method`."""
 
     name: str
     stream: str
     method: str
     seed: int
     overrides: tuple[str, ...]
+    leg: str = "federated"
 
 
 def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -176,14 +179,15 @@ def _same_value(a: str, b: str) -> bool:
 def _method(tree: Any, streams: Sequence[str], methods: Sequence[str], where: str) -> Method:
     if not isinstance(tree, dict):
         raise ConfigError(f'{where} must be a table, such as {{text = "...", set = ["train.proximal=0.1"]}}')
-    _known(tree, ("text", "set", "streams", "tuned_as", "untuned"), where)
+    _known(tree, ("text", "set", "streams", "tuned_as", "untuned", "leg"), where)
     only, shared = _strings(tree.get("streams", []), f"{where}.streams"), str(tree.get("tuned_as", ""))
     for stream in only:
         _one_of(stream, streams, f"{where}.streams")
     if shared:
         _one_of(shared, methods, f"{where}.tuned_as")
-    set_ = _strings(tree.get("set", []), f"{where}.set")
-    return Method(str(tree.get("text", "")), set_, only, shared, bool(tree.get("untuned", False)))
+    set_, leg = _strings(tree.get("set", []), f"{where}.set"), str(tree.get("leg", "federated"))
+    _one_of(leg, ("federated", "centralised"), f"{where}.leg")
+    return Method(str(tree.get("text", "")), set_, only, shared, bool(tree.get("untuned", False)), leg)
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:
@@ -243,7 +247,8 @@ def load_plan(name: str, tuned: Path | None = None) -> Plan:
         for value in values:
             text, of = _as_text(value), methods[reference]
             own = [
-                _value_of(key, [*tree.get("set", []), *stream.get("set", []), *of.get("set", [])]) for stream in streams.values()
+                _value_of(key, [*tree.get("set", []), *stream.get("set", []), *of.get("set", [])])
+                for stream in streams.values()
             ]
             if all(_same_value(text, value) for value in own):  # the reference itself is this point of the curve
                 knobs[key][text] = reference
@@ -336,7 +341,7 @@ def runs_of(
                         load_recipe(None, overrides)
                     except ConfigError as error:
                         raise ConfigError(f"suite {plan.name!r}, stream {at!r}, method {name!r}: {error}") from error
-                    found.append(Planned(run, at, variant, seed, overrides))
+                    found.append(Planned(run, at, variant, seed, overrides, method.leg))
     return found, left
 
 
@@ -366,10 +371,10 @@ def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, 
     return json.dumps(told, indent=1) + "\n"
 
 
-def final_score(folder: Path, split: str) -> float:
+def final_score(folder: Path, split: str, leg: str = "federated") -> float:
     """A finished run's score at its end on the rows of `split`, in [0, 1]: in a stream the mean over its stages, else over
     tasks. Raises FedKeelError where the run holds none."""
-    rows = [r for r in read_rows(folder / "rows.jsonl") if (r.method, r.split, r.task, r.site) == ("federated", split, "", "")]
+    rows = [r for r in read_rows(folder / "rows.jsonl") if (r.method, r.split, r.task, r.site) == (leg, split, "", "")]
     last = max((r.round for r in rows), default=0)
     by_stage = [r.value for r in rows if r.round == last and r.name.startswith("score_of_stage_")]
     whole = [r.value for r in rows if r.round == last and r.name == "score"]
@@ -384,7 +389,7 @@ def trial_scores(runs: Sequence[Planned], out: Path) -> dict[str, dict[str, dict
     for run in runs:
         if finished(out / run.name):
             method, _, setting = run.method.partition("@")
-            found[run.stream, method, setting].append(final_score(out / run.name, "validation"))
+            found[run.stream, method, setting].append(final_score(out / run.name, "validation", run.leg))
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for (stream, method, setting), values in found.items():
         scores.setdefault(stream, {}).setdefault(method, {})[setting] = mean(values)
@@ -427,11 +432,11 @@ def chance(runs: Sequence[Planned]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def finished(folder: Path) -> bool:
-    """Whether the run in `folder` has ended."""
+    """Whether the run in `folder` has ended; packed rows without a state are those of a committed result, and have."""
     try:
         return bool(json.loads((folder / "state.json").read_text())["finished"])
     except FileNotFoundError:
-        return False
+        return (folder / "rows.jsonl.gz").exists()
 
 
 class Watch(Protocol):

@@ -148,8 +148,9 @@ def total(rows: Sequence[Row], method: str, name: str) -> float | None:
 
 
 def site_names(rows: Sequence[Row]) -> list[str]:
-    """Every site that appears, sorted; the one site of the centralised leg, which holds all rows, is none."""
-    return sorted({r.site for r in rows if r.site and (r.method != "centralised" or r.name == "own_score")})
+    """Every site that took part, sorted; the one site of the centralised leg, which holds all rows, is none."""
+    sites = (r for r in rows if r.site and r.split != "unseen-sites")
+    return sorted({r.site for r in sites if r.method != "centralised" or r.name == "own_score"})
 
 
 def task_names(rows: Sequence[Row]) -> list[str]:

@@ -1,0 +1,191 @@
+"""A deployment's federation over the stand-in grid: three sites with private files, a coordinator with none, the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_run import adapter_of, go, rows_of, same
+
+pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
+
+from conftest import tiny_rows
+from flower_grid import FakeGrid, Twist
+from flwr.app import Context, RecordDict
+
+from fedkeel.config import load_recipe, to_toml
+from fedkeel.coordinate import alone, pooled, reference_of
+from fedkeel.flower import client_app, server_app
+from fedkeel.folder import RunFolder
+from fedkeel.run import Leg, Stage
+from fedkeel.server import FederationError
+from fedkeel.sitefile import SiteFileError, read_site
+
+SITES = ("ward-0", "ward-1", "ward-2")
+KEPT = "federation.codec_up=topk=0.25+int4"
+
+
+@pytest.fixture
+def deployment(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> tuple[list[str], list[Path]]:
+    """Overrides of the recipe, and a folder a site with its own rows and site.toml. The recipe's paths are none."""
+    files = []
+    for name in SITES:
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [json.dumps(row) + "\n" for row in tiny_rows() if row["department"] == name]
+        (folder / "rows.jsonl").write_text("".join(rows))
+        (folder / "tasks.json").write_text(json.dumps({"colour": {"labels": ["red", "green", "blue"]}}))
+        text = f'name = "{name}"\nthreads = 1\n[model]\nbase = "{tiny_base}"\n[data]\nroot = "."\n[worker]\nwarm = false\n'
+        (folder / "site.toml").write_text(text)
+        files.append(folder / "site.toml")
+    every = ["evaluation.test_rows=0", "evaluation.validation_rows=0", "evaluation.baselines=base"]
+    return [*tiny_overrides, *every], files
+
+
+def coordinate(
+    overrides: list[str], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twist: Twist | None = None
+) -> RunFolder:
+    """The ServerApp as Flower runs it: in a folder that holds the app, its path among those of imports."""
+    recipe = load_recipe(None, [*overrides, "name=there"])
+    app = tmp_path / "app"
+    app.mkdir(exist_ok=True)
+    text = to_toml(recipe).replace(recipe.model.base, "tiny_base").replace(recipe.data.root, "")
+    (app / "recipe.toml").write_text(text)
+    monkeypatch.syspath_prepend(str(app))
+    grid = FakeGrid(client_app, len(files), twist, files)
+    server_app(grid, Context(77, 1, {}, RecordDict(), {"sites": ",".join(SITES), "wait": 60.0}))
+    return RunFolder(Path(recipe.out) / "there")
+
+
+@pytest.mark.parametrize("rule", [[], [KEPT], ["federation.rule=residual"]], ids=["mean", "kept", "shifts"])
+def test_private_files_end_in_the_bits_of_one_process(
+    rule: list[str], deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides, files = deployment
+    _, here, _ = go([*overrides, *rule])
+    there = coordinate([*overrides, *rule], files, tmp_path, monkeypatch)
+    mine, theirs = adapter_of(here.path), adapter_of(there.path)
+    assert same(mine, theirs)
+    config = json.loads((there.path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny_base"
+    assert there.state()["finished"]
+
+    def scores(folder: RunFolder) -> dict[tuple[Any, ...], float]:
+        kept = ("score", "accuracy", "rouge_l", "exact_match", "rows", "own_score", "loss", "positions", "bytes_up")
+        rows = [r for r in rows_of(folder) if r["name"] in kept]
+        return {(r["name"], r["method"], r["round"], r["site"], r["task"], r["split"]): r["value"] for r in rows}
+
+    assert scores(there) == pytest.approx(scores(here))
+
+
+def test_a_coordinator_that_was_killed_goes_on_where_it_was(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides, files = deployment
+    _, here, _ = go([*overrides, KEPT])
+
+    seen = 0
+
+    def killed(message: Any, reply: Any) -> list[tuple[int, Any]]:
+        nonlocal seen
+        seen += message.metadata.message_type == "train"
+        if seen == 8:  # after two of three sites have done their third round
+            raise KeyboardInterrupt
+        return [(0, reply)]
+
+    with pytest.raises(KeyboardInterrupt):
+        coordinate([*overrides, KEPT], files, tmp_path, monkeypatch, killed)
+    there = coordinate([*overrides, KEPT], files, tmp_path, monkeypatch)
+    assert same(adapter_of(here.path), adapter_of(there.path))
+    rounds = [r["round"] for r in rows_of(there) if r["name"] == "loss" and r["site"] == "ward-0"]
+    assert rounds == [1, 2, 3]
+    with pytest.raises(FederationError, match="has ended"):
+        coordinate([*overrides, KEPT], files, tmp_path, monkeypatch)
+
+
+def test_a_site_with_another_base_is_refused_before_training(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    overrides, files = deployment
+    base = Path(read_site(files[1]).base)
+    shutil.copytree(base, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    name = next(n for n in weights if "q_proj" in n)
+    weights[name] = weights[name] * 1.5
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    files[1].write_text(files[1].read_text().replace(str(base), str(tmp_path / "other")))
+    with pytest.raises(FederationError) as stopped:
+        coordinate(overrides, files, tmp_path, monkeypatch)
+    assert "2 of 3 sites are fit to train" in str(stopped.value)
+    assert "--- ward-1: refused before training: its base model is not that of the other sites" in str(stopped.value)
+    assert not (Path(load_recipe(None, overrides).out) / "there").exists()
+    there = coordinate([*overrides, "federation.quorum=0.6"], files, tmp_path, monkeypatch)
+    losses = {r["site"] for r in rows_of(there) if r["name"] == "loss"}
+    assert losses == {"ward-0", "ward-2"}
+
+
+def test_one_coordinator_a_run(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides, files = deployment
+    folder = Path(load_recipe(None, overrides).out) / "there"
+    with alone(folder), pytest.raises(FederationError, match=f"is being worked on by process {os.getpid()}"):
+        coordinate(overrides, files, tmp_path, monkeypatch)
+    assert not folder.exists()
+
+
+def test_most_sites_say_what_belongs() -> None:
+    one = {"base": "a", "tokenizer": "t", "kind": "causal", "classes": "c", "layout": "l", "initial": "i"}
+    assert reference_of({"x": one, "y": one, "z": one | {"base": "b"}}) == one
+    with pytest.raises(FederationError, match="disagree about the base model and the initial adapter, x against y"):
+        reference_of({"x": one, "y": one | {"base": "b", "initial": "j"}})
+
+
+def test_pooled_scores_by_hand(tiny_overrides: list[str]) -> None:
+    """Task t: 3 of 4 rows at one site, 1 of 6 at the other; task u: half of 2 at one. Means over rows, then over tasks."""
+    leg = Leg("federated", "federated", 1, [Stage(load_recipe(None, tiny_overrides), {})])
+    sums = {
+        "a": {"t": {"score": (3.0, 4.0), "accuracy": (3.0, 4.0)}, "u": {"score": (1.0, 2.0), "rouge_l": (1.0, 2.0)}},
+        "b": {"t": {"score": (1.0, 6.0), "accuracy": (1.0, 6.0)}},
+    }
+    found = {(r.name, r.task, r.site): r.value for r in pooled(leg, 1, "test", sums, "run")}
+    assert found == pytest.approx({
+        ("score", "t", ""): 0.4, ("accuracy", "t", ""): 0.4, ("rows", "t", ""): 10, ("score", "u", ""): 0.5,
+        ("rouge_l", "u", ""): 0.5, ("rows", "u", ""): 2, ("score", "", ""): 0.45, ("accuracy", "", ""): 0.4,
+        ("rouge_l", "", ""): 0.5, ("own_score", "", "a"): 0.625, ("own_score", "", "b"): 1 / 6,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "name is not set"),
+        ('name = "a"\n[data]\nmax_length = 4', "unknown key 'data.max_length'"),
+        ('name = "a"\nseed = 4', "unknown key 'seed'"),
+        ('name = "a"\nthreads = 0', "threads = 0: a number above 0"),
+        (f'name = "a"\n[worker]\nsocket = "{"x" * 120}"', "at most 100 bytes"),
+        ("name = ", "cannot be read"),
+    ],
+)
+def test_a_site_file_says_what_is_wrong(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(text)
+    with pytest.raises(SiteFileError, match=told):
+        read_site(tmp_path / "site.toml")
+
+
+def test_a_site_file_is_read_with_whole_paths(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text('name = "a"\nstate = "s"\n[model]\nbase = "./b"\n[data]\nroot = ".."\nfiles = ["r"]')
+    os.chdir(tmp_path)
+    site = read_site(Path("site.toml"))
+    assert (site.state, site.base, site.data) == (
+        tmp_path / "s",
+        str(tmp_path / "b"),
+        {"root": str(tmp_path.parent), "files": ["r"]},
+    )

@@ -1,0 +1,372 @@
+"""`fedkeel deploy init`: what it writes is read back by those who will read it."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cryptography", reason="the extra fedkeel[deploy] is not installed")
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
+from tls import serving
+
+from fedkeel import cli
+from fedkeel.config import load_recipe, make_recipe
+from fedkeel.deploy import DeployError, app_recipe, base_hashes, check_hosts, check_sites, init
+from fedkeel.sitefile import read_site
+
+SITES = ("clinic-a", "clinic-b", "Ward_3.x")
+RECIPE = """
+name = "Three wards"
+seed = 7
+[data]
+source = "jsonl"
+root = "/nowhere"
+files = ["rows.jsonl"]
+tasks_file = "tasks.json"
+[federation]
+rounds = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module", params=[0o000, 0o077], ids=["umask-000", "umask-077"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, recipe_file: Path) -> Path:
+    """A deployment whose coordinator is localhost, written under the most and the least permissive umask."""
+    where = tmp_path_factory.mktemp("deployment") / "ours"
+    recipe, base = app_recipe(recipe_file)
+    before = os.umask(request.param)
+    try:
+        init(where, recipe, SITES, ["localhost", "10.1.2.3", "coordinator.example"], 9443, base)
+    finally:
+        os.umask(before)
+    return where
+
+
+def handshake(port: int, ca: Path, name: str = "localhost") -> dict[str, object]:
+    """A TLS handshake as strict as OpenSSL can be; the server's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    context.load_verify_locations(ca)
+    with socket.create_connection(("127.0.0.1", port), 20) as link, context.wrap_socket(link, server_hostname=name) as secure:
+        told = secure.getpeercert()
+        assert told is not None
+        return dict(told)
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1", "10.1.2.3", "coordinator.example"])
+def test_the_coordinators_certificate_holds_for_its_names(folder: Path, name: str) -> None:
+    with serving(folder / "coordinator/tls.pem", folder / "coordinator/tls.key") as port:
+        handshake(port, folder / "site-clinic-a/ca.pem", name)
+
+
+def test_another_authority_another_name_and_plain_text_are_refused(folder: Path, recipe_file: Path, tmp_path: Path) -> None:
+    recipe, base = app_recipe(recipe_file)
+    init(tmp_path / "theirs", recipe, ["x"], ["localhost"], 9443, base)
+    with serving(folder / "coordinator/tls.pem", folder / "coordinator/tls.key") as port:
+        with pytest.raises(ssl.SSLCertVerificationError, match=r"unable to get local issuer|self-signed"):
+            handshake(port, tmp_path / "theirs/site-x/ca.pem")
+        with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+            handshake(port, folder / "ca/ca.pem", "elsewhere.example")
+        with pytest.raises(ssl.SSLCertVerificationError, match="IP address mismatch"):
+            handshake(port, folder / "ca/ca.pem", "10.1.2.4")
+        with socket.create_connection(("127.0.0.1", port), 20) as plain:  # a plain-text client gets no HTTP answer
+            plain.sendall(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            try:
+                answer = plain.recv(100)
+            except ConnectionResetError:
+                answer = b""
+            assert not answer.startswith(b"HTTP")
+    with serving(None) as port, pytest.raises(ssl.SSLError, match=r"WRONG_VERSION|HTTP_REQUEST|RECORD_LAYER"):
+        handshake(port, folder / "ca/ca.pem")
+
+
+def test_certificates_may_do_what_they_are_for_and_no_more(folder: Path) -> None:
+    authority = x509.load_pem_x509_certificate((folder / "ca/ca.pem").read_bytes())
+    server = x509.load_pem_x509_certificate((folder / "coordinator/tls.pem").read_bytes())
+    server.verify_directly_issued_by(authority)
+    authority.verify_directly_issued_by(authority)
+    days = [(c.not_valid_after_utc - c.not_valid_before_utc).total_seconds() / 86400 for c in (authority, server)]
+    assert days == pytest.approx([1826, 398], abs=0.1)
+    constraints = [c.extensions.get_extension_for_class(x509.BasicConstraints) for c in (authority, server)]
+    assert [(c.critical, c.value.ca, c.value.path_length) for c in constraints] == [(True, True, 0), (True, False, None)]
+    usage = [c.extensions.get_extension_for_class(x509.KeyUsage).value for c in (authority, server)]
+    assert [(u.key_cert_sign, u.crl_sign, u.digital_signature) for u in usage] == [(True, True, False), (False, False, True)]
+    purposes = server.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert [purpose.dotted_string for purpose in purposes] == ["1.3.6.1.5.5.7.3.1"]  # serverAuth
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "coordinator.example"]
+    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.1.2.3", "127.0.0.1", "::1"]
+    assert authority.serial_number != server.serial_number
+    assert min(authority.serial_number, server.serial_number).bit_length() > 100
+    key = load_pem_private_key((folder / "coordinator/tls.key").read_bytes(), None)
+    assert key.public_key() == server.public_key()
+
+
+def test_node_keys_are_pairs_of_p384_in_openssh_format(folder: Path) -> None:
+    publics = set()
+    for site in SITES:
+        private = load_ssh_private_key((folder / f"site-{site}/node.key").read_bytes(), None)
+        assert isinstance(private, ec.EllipticCurvePrivateKey)
+        assert isinstance(private.curve, ec.SECP384R1)
+        registered = (folder / f"coordinator/keys/{site}.pub").read_bytes()
+        assert load_ssh_public_key(registered) == private.public_key()
+        assert registered == (folder / f"site-{site}/node.pub").read_bytes()
+        assert registered.endswith(f" {site}\n".encode())
+        publics.add(registered)
+    assert len(publics) == len({(folder / f"site-{s}/worker.key").read_text() for s in SITES}) == 3
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
+def test_openssh_reads_the_node_keys(folder: Path) -> None:
+    done = subprocess.run(
+        ["ssh-keygen", "-y", "-P", "", "-f", folder / "site-clinic-a/node.key"], capture_output=True, text=True, check=True
+    )
+    public = (folder / "site-clinic-a/node.pub").read_text()
+    assert done.stdout.split()[:2] == public.split()[:2]
+
+
+def test_flowers_own_loaders_take_keys_certificates_and_app(folder: Path) -> None:
+    supernode = pytest.importorskip("flwr.supernode.cli.flower_supernode", reason="the extra fedkeel[flower] is not installed")
+    import argparse
+
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.cli.supernode.register import try_load_public_key
+    from flwr.common.args import try_obtain_server_certificates
+    from flwr.common.config import parse_config_args
+
+    arguments = argparse.Namespace(
+        auth_supernode_private_key=str(folder / "site-clinic-a/node.key"), auth_supernode_public_key=None,
+        ssl_certfile=str(folder / "coordinator/tls.pem"), ssl_keyfile=str(folder / "coordinator/tls.key"),
+        ssl_ca_certfile=str(folder / "coordinator/ca.pem"),
+    )  # fmt: skip
+    private, public = supernode._try_setup_client_authentication(arguments)
+    assert private.curve.name == "secp384r1"
+    assert try_load_public_key(folder / "coordinator/keys/clinic-a.pub")
+    assert public == load_ssh_public_key((folder / "coordinator/keys/clinic-a.pub").read_bytes())
+    certificates = try_obtain_server_certificates(arguments)
+    assert certificates is not None
+    assert certificates[1] == (folder / "coordinator/tls.pem").read_bytes()
+    assert parse_config_args(['site-config="/opt/fedkeel/site-a/site.toml"']) == {
+        "site-config": "/opt/fedkeel/site-a/site.toml"
+    }
+    import io
+    import zipfile
+
+    names = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder / "app"))).namelist()
+    assert {"pyproject.toml", "recipe.toml", "manifest.json", "LICENSE"} <= set(names)
+
+
+def test_private_files_are_private_and_in_one_part_only(folder: Path) -> None:
+    private = {
+        "ca/ca.key",
+        "coordinator/tls.key",
+        *(f"site-{s}/{n}" for s in SITES for n in ("node.key", "worker.key", "site.toml")),
+    }
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    assert private <= set(files)
+    for name, path in files.items():
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o600 if name in private else 0o700 if name.endswith(".sh") else 0o644), name
+        assert ("PRIVATE KEY" in path.read_text()) == (name in private and name.endswith((".key",)) and "worker" not in name), (
+            name
+        )
+    assert all(stat.S_IMODE(p.stat().st_mode) == 0o700 for p in [folder, *folder.rglob("*")] if p.is_dir())
+
+
+def test_the_recipe_travels_whole_and_without_paths(folder: Path, recipe_file: Path, tmp_path: Path) -> None:
+    text = (folder / "app/recipe.toml").read_text()
+    assert "/nowhere" not in text
+    recipe = make_recipe(tomllib.loads(text), data=False)
+    assert (recipe.seed, recipe.federation.rounds, recipe.data.files, recipe.data.root) == (7, 3, ("rows.jsonl",), "")
+    manifest = json.loads((folder / "app/manifest.json").read_text())
+    assert manifest["recipe"] == hashlib.sha256(text.encode()).hexdigest()
+    assert (manifest["coordinator"], manifest["sites"]) == ("localhost:9443", list(SITES))
+    for site in SITES:
+        assert (folder / f"site-{site}/recipe.toml").read_text() == text
+        assert json.loads((folder / f"site-{site}/manifest.json").read_text()) == manifest
+    about = tomllib.loads((folder / "app/pyproject.toml").read_text())
+    assert about["project"]["name"] == "fedkeel-three-wards"
+    assert about["tool"]["flwr"]["app"]["config"]["sites"].split(",") == list(SITES)
+    ours = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert about["project"]["dependencies"] == [ours["flower"][0].replace(">=1.41,", ">=1.41.0,")]
+
+
+def test_site_files_are_read_by_their_reader(folder: Path) -> None:
+    for site in SITES:
+        read = read_site(folder / f"site-{site}/site.toml")
+        assert read.name == site
+        assert read.key == (folder / f"site-{site}/worker.key").resolve()
+        assert read.data == {"root": f"/srv/fedkeel/{site}", "files": ["rows.jsonl"], "tasks_file": "tasks.json"}
+        assert read.warm
+
+
+def test_scripts_are_shell_and_name_the_right_files(folder: Path) -> None:
+    ports = []
+    for script in folder.rglob("*.sh"):
+        subprocess.run(["sh", "-n", script], check=True)
+        for name in re.findall(r'"\$here/([\w./-]+)"', script.read_text()):
+            if not name.startswith("state"):
+                assert (script.parent / name).is_file(), f"{script}: {name}"
+        ports += re.findall(r"--port (\d+)", script.read_text())
+    assert sorted(ports) == ["9094", "9095", "9096", "9444"]
+    for unit in folder.rglob("*.service"):
+        started = re.search(r"ExecStart=/opt/fedkeel/(\S+)", unit.read_text())
+        assert started is not None
+        assert (folder / started[1]).is_file()
+    text = " ".join((folder / "CHECKLIST.md").read_text().split())
+    for part in ("supernode unregister", "ca/ca.key", "Stays offline", "register.sh", "398 days", "deploy check", "gate.sh"):
+        assert part in text
+
+
+def test_hashes_are_of_the_files_that_matter(tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    model, tokenizer = base_hashes(base)
+    # by hand: name, size and SHA-256 of each, sorted
+    lines = ""
+    for name in sorted(("config.json", "generation_config.json", "model.safetensors")):
+        content = (base / name).read_bytes()
+        lines += f"{name} {len(content)} {hashlib.sha256(content).hexdigest()}\n"
+    assert model == hashlib.sha256(lines.encode()).hexdigest()
+    (base / "README.md").write_text("another text")
+    assert base_hashes(base) == (model, tokenizer)
+    (base / "chat_template.jinja").write_text("another template")
+    assert base_hashes(base)[0] == model
+    assert base_hashes(base)[1] != tokenizer
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (base / "model.safetensors").write_bytes(content)
+    assert base_hashes(base)[0] != model
+    (base / "model.safetensors").unlink()
+    with pytest.raises(DeployError, match="holds no weights"):
+        base_hashes(base)
+
+
+def test_the_manifest_holds_the_bases_hashes_or_says_that_it_does_not(
+    tiny_base: Path, tmp_path: Path, recipe_file: Path
+) -> None:
+    recipe, base = app_recipe(recipe_file, [f"model.base={tiny_base}"])
+    assert (recipe.model.base, base) == (tiny_base.name, tiny_base)
+    init(tmp_path / "with", recipe, ["a"], ["localhost"], base=base)
+    told = json.loads((tmp_path / "with/app/manifest.json").read_text())
+    assert (told["base_sha256"], told["tokenizer_sha256"]) == base_hashes(tiny_base)
+    assert f'base = "/srv/fedkeel/models/{tiny_base.name}"' in (tmp_path / "with/site-a/site.toml").read_text()
+    recipe, base = app_recipe(recipe_file, ["model.base=someone/some-model"])
+    assert base is None
+    assert "holds no hash of the base" in init(tmp_path / "without", recipe, ["a"], ["localhost"], base=base)
+    assert json.loads((tmp_path / "without/app/manifest.json").read_text())["base_sha256"] == ""
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_half_done(
+    folder: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, base = app_recipe(recipe_file)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("there", "link"):
+        with pytest.raises(DeployError, match="exists; name a folder that does not"):
+            init(tmp_path / name, recipe, ["a"], ["localhost"], base=base)
+    written: list[int] = []
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        written.append(handle)
+        if len(written) == 9:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DeployError, match=r"could not be written: No space left on device\. Nothing of it is left"):
+        init(tmp_path / "new", recipe, ["a"], ["localhost"], base=base)
+    assert len(written) == 9
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "there"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../up", "a/b", "a\\b", "-a", ".a", "a.", "a b", "a\n", "a;b", "$(a)", "a'b", 'a"b', "ä", "a" * 65]
+)
+def test_bad_site_names_are_refused(name: str) -> None:
+    with pytest.raises(DeployError, match="letters, digits"):
+        check_sites(["good", name])
+
+
+def test_sites_must_differ(recipe_file: Path) -> None:
+    with pytest.raises(DeployError, match="Ward and ward: names must differ"):
+        check_sites(["Ward", "ward"])
+    with pytest.raises(DeployError, match="--sites is empty"):
+        check_sites([])
+    assert check_sites(["a", "a" * 64, "A1.b_c-d"]) == ("a", "a" * 64, "A1.b_c-d")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["", "https://x.example", "x.example:80", "*.example", "x..y", "-x.example", "10.0.0", "10.0.0.256", "a b", "x;y", "[::1]"],
+)
+def test_bad_hosts_are_refused(host: str) -> None:
+    with pytest.raises(DeployError, match="a DNS name or an IP address belongs here"):
+        check_hosts([host])
+
+
+def test_good_hosts() -> None:
+    hosts = ("coordinator.example", "localhost", "10.0.0.1", str(ipaddress.ip_address("2001:db8::1")))
+    assert check_hosts(hosts) == hosts
+
+
+def test_what_a_deployment_does_not_run_is_refused_when_it_is_written(recipe_file: Path) -> None:
+    with pytest.raises(DeployError, match=r"partition.scheme = 'iid' deals rows that lie in one place"):
+        app_recipe(recipe_file, ["partition.scheme=iid"])
+    for key in ("stream.order=one", 'stream.stages=["a", "b"]'):
+        with pytest.raises(DeployError, match="a task stream runs in one process"):
+            app_recipe(recipe_file, [key])
+
+
+def test_from_the_command_line(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = tmp_path / "ours"
+    given = [
+        "fedkeel",
+        "deploy",
+        "init",
+        str(where),
+        "seed=9",
+        "--recipe",
+        str(recipe_file),
+        "--sites",
+        "a,b",
+        "--host",
+        "h.example",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    assert (where / "CHECKLIST.md").read_text() in told
+    assert load_recipe(None, ["seed=9"]).seed == tomllib.loads((where / "app/recipe.toml").read_text())["seed"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "exists; name a folder that does not" in capsys.readouterr().err

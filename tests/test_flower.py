@@ -1,0 +1,275 @@
+"""Faults over the grid: what is lost, late, doubled, forged or raised, and what the round loop then does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_run import Silent, adapter_of, go, same
+
+pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
+
+from conftest import tiny_rows
+from flower_grid import FakeGrid, Twist
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app.error import Error
+
+import fedkeel.client
+import fedkeel.local
+import fedkeel.work
+from fedkeel.config import load_recipe, to_toml
+from fedkeel.flower import Courier, FlowerError, Simulation, client_app
+from fedkeel.folder import RunFolder
+from fedkeel.run import execute, prepare
+from fedkeel.server import FederationError
+from fedkeel.types import FedKeelError
+from fedkeel.work import Store, handle
+
+SITES = ["ward-0", "ward-1", "ward-2"]
+
+
+def header(message: Message) -> dict[str, Any]:
+    return json.loads(str(message.content["fedkeel"]["header"]))
+
+
+def of(site: str, twist: Twist, round: int | None = None) -> Twist:
+    """`twist` for the training replies of one site, in the `round`-th (from 1) of them, or in all; the rest as they are."""
+    seen = 0
+
+    def told(message: Message, reply: Message) -> list[tuple[int, Message]]:
+        nonlocal seen
+        if header(message)["kind"] != "train" or header(message)["site"] != site:
+            return [(0, reply)]
+        seen += 1
+        return twist(message, reply) if round in (None, seen) else [(0, reply)]
+
+    return told
+
+
+def run(
+    overrides: list[str], tmp_path: Path, twist: Twist | None = None, watch: Silent | None = None, **options: bool
+) -> RunFolder:
+    recipe = load_recipe(None, [*overrides, "evaluation.baselines=[]"])
+    folder, prepared = RunFolder(Path(recipe.out) / recipe.name), prepare(recipe)
+    grid = FakeGrid(client_app, len(prepared.sites.rows), twist)
+    execute(prepared, folder, watch or Silent(), engine=Simulation(grid, prepared, tmp_path / "sites"), **options)
+    return folder
+
+
+def forged(**changed: str) -> Twist:
+    def twist(message: Message, reply: Message) -> list[tuple[int, Message]]:
+        records = RecordDict(dict(reply.content))
+        records["fedkeel"] = ConfigRecord({"header": json.dumps(header(reply) | changed)})
+        return [(0, Message(records, reply_to=message))]
+
+    return twist
+
+
+LATE = 10**9
+FAULTS: list[tuple[Twist, str]] = [
+    (lambda message, reply: [], "no answer within 2 s (federation.deadline)"),
+    (lambda message, reply: [(LATE, reply)], "no answer within 2 s (federation.deadline)"),
+    (lambda message, reply: [(0, Message(Error(5, "gone"), reply_to=message))], "Flower's error 5 (Node Unavailable): gone"),
+    (
+        lambda message, reply: [(0, Message(Error(2, "<boom>"), reply_to=message))],
+        "Flower's error 2 (the ClientApp raised): <boom>",
+    ),
+    (forged(run="ab12"), "refused: an answer of run 'ab12'"),
+    (forged(site="ward-2"), "refused: an answer of site 'ward-2', not 'ward-1'"),
+    (lambda message, reply: [(0, Message(RecordDict(), reply_to=message))], "a message without FedKeel's header"),
+]
+
+
+@pytest.mark.parametrize(("twist", "told"), FAULTS, ids=["lost", "late", "node", "raised", "foreign", "mistaken", "empty"])
+def test_a_faulty_answer_is_that_sites_failure(twist: Twist, told: str, tiny_overrides: list[str], tmp_path: Path) -> None:
+    """Under a quorum of all it stops the run, with the site's name; under one of two thirds the round counts without it."""
+    overrides = [*tiny_overrides, "federation.rounds=2", "federation.deadline=2"]
+    with pytest.raises(FederationError, match="2 of 3 sites answered well") as stopped:
+        run([*overrides, "name=all"], tmp_path, of("ward-1", twist))
+    assert f"--- ward-1: {told}" in str(stopped.value)
+    watch = Silent()
+    run([*overrides, "federation.quorum=0.6"], tmp_path, of("ward-1", twist, round=1), watch)
+    first, second = (result for _, result in watch.results)
+    assert list(first.failures) == ["ward-1"]
+    assert told in first.failures["ward-1"]
+    assert not second.failures
+
+
+def test_answers_twice_or_after_the_round_change_nothing(tiny_overrides: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny_overrides, "federation.codec_up=topk=0.25+int4"]
+    plain = run([*overrides, "name=plain"], tmp_path)
+    again = run([*overrides, "name=again"], tmp_path, lambda message, reply: [(0, reply), (0, reply), (9, reply)])
+    assert same(adapter_of(plain.path), adapter_of(again.path))
+
+
+def test_a_site_starts_from_what_was_accepted(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that is lost leaves no residual behind: the bits are those of this process, where the site raised instead,
+    after all its work."""
+    overrides = [*tiny_overrides, "federation.codec_up=topk=0.25+int4", "federation.quorum=0.6", "federation.deadline=2"]
+    there = run([*overrides, "name=there"], tmp_path, of("ward-1", lambda message, reply: [], round=2))
+
+    def raising(payload: bytes, *arguments: Any) -> bytes:
+        made = fedkeel.client.answer(payload, *arguments)
+        _, state = fedkeel.client.unpack_global(payload, "global", arguments[0].initial)
+        if arguments[2] == "ward-1" and state.round == 1:
+            raise RuntimeError("lost")
+        return made
+
+    monkeypatch.setattr(fedkeel.local, "answer", raising)
+    watch = Silent()
+    _, here, _ = go([*overrides, "evaluation.baselines=[]"], watch)
+    assert [list(r.failures) for _, r in watch.results] == [[], ["ward-1"], []]
+    assert same(adapter_of(here.path), adapter_of(there.path))
+
+
+def test_a_disk_that_lost_what_was_kept_costs_one_round(tiny_overrides: list[str], tmp_path: Path) -> None:
+    def wiped(message: Message, reply: Message) -> list[tuple[int, Message]]:
+        for path in (tmp_path / "sites").glob("*/*/kept-*.fkl"):
+            if path.stem == f"kept-{header(reply)['kept']}":
+                path.unlink()
+        return [(0, reply)]
+
+    # in the simulation the coordinator looks at the disk too; a deployment has the transport alone
+    recipe = load_recipe(None, [*tiny_overrides, "federation.codec_up=int4", "federation.quorum=0.6"])
+    prepared = prepare(recipe)
+    grid = FakeGrid(client_app, 3, of("ward-1", wiped, round=1))
+    from fedkeel.flower import FlowerTransport
+    from fedkeel.model import Model
+    from fedkeel.server import run_round
+    from fedkeel.types import Global
+
+    courier = Courier(grid, to_toml(recipe), "r0", tmp_path / "sites")
+    courier.find(SITES, 30)
+    transport = FlowerTransport(courier, recipe.federation.rounds, {}, {})
+    initial = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes).initial
+    assert initial is not None
+    state, failed = Global(0, initial), []
+    for _ in range(3):
+        result = run_round(state, transport, SITES, recipe.federation, recipe.seed)
+        state = result.state
+        failed.append(dict(result.failures))
+    assert [list(f) for f in failed] == [[], ["ward-1"], []]
+    assert "It starts from nothing in the next round" in failed[1]["ward-1"]
+
+
+def test_a_run_that_stopped_goes_on_in_another_engine(tiny_overrides: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny_overrides, "federation.codec_up=topk=0.25+int4", "evaluation.baselines=[]"]
+    whole = run([*overrides, "name=whole"], tmp_path)
+
+    def stop(leg: str, done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides, tmp_path, watch=Silent(stop))
+    _, folder, _ = go(overrides, resume=True)
+    assert same(adapter_of(folder.path), adapter_of(whole.path))
+    with pytest.raises(KeyboardInterrupt):
+        go([*overrides, "name=back"], Silent(stop))
+    back = run([*overrides, "name=back"], tmp_path, resume=True)
+    assert same(adapter_of(back.path), adapter_of(whole.path))
+
+
+def test_a_site_that_raises_sends_its_traceback(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(payload: bytes, model: Any, stages: Any, site: str, *more: Any) -> bytes:
+        if site == "ward-2":
+            raise RuntimeError("the disk of ward 2 is full")
+        return fedkeel.client.answer(payload, model, stages, site, *more)
+
+    monkeypatch.setattr(fedkeel.work, "answer", broken)
+    with pytest.raises(FederationError) as stopped:
+        run(tiny_overrides, tmp_path)
+    assert "--- ward-2: Traceback (most recent call last)" in str(stopped.value)
+    assert "RuntimeError: the disk of ward 2 is full" in str(stopped.value)
+
+
+def test_a_round_that_changed_nothing_is_an_error(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fedkeel.client, "_train_round", lambda *arguments: (1, {"loss": 1.0}))
+    with pytest.raises(FederationError, match="round 1 changed nothing"):
+        run(tiny_overrides, tmp_path)
+
+
+def test_names_are_looked_up(tiny_overrides: list[str], tmp_path: Path) -> None:
+    text = to_toml(load_recipe(None, tiny_overrides))
+    grid = FakeGrid(client_app, 3)
+    courier = Courier(grid, text, "r1", tmp_path)
+    with pytest.raises(FlowerError, match=r"no node says that it is site ward-7 after 5 s; ward-0, ward-1, ward-2 answered"):
+        courier.find([*SITES, "ward-7"], 5)
+    assert courier.nodes == {"ward-0": 900, "ward-1": 893, "ward-2": 886}
+    answers = courier.ask("train", {"ward-7": ({}, b"x")}, 0.5)
+    assert "no node says that it is this site" in str(answers["ward-7"])
+    grid = FakeGrid(client_app, 3)
+    grid.nodes[893] = 0
+    with pytest.raises(FlowerError, match="two nodes say that they are site 'ward-0'"):
+        Courier(grid, text, "r2", tmp_path).find(SITES, 5)
+
+
+def test_a_node_that_comes_back_under_another_id_is_found(tiny_overrides: list[str], tmp_path: Path) -> None:
+    grid = FakeGrid(client_app, 3)
+    courier = Courier(grid, to_toml(load_recipe(None, tiny_overrides)), "r3", tmp_path)
+    courier.find(SITES, 5)
+    grid.nodes[41] = grid.nodes.pop(893)
+    answers = courier.ask("start", {site: ({}, b"") for site in SITES}, 5)
+    assert courier.nodes["ward-1"] == 41
+    assert len({answers[site][1] for site in SITES}) == 1  # type: ignore[index]
+
+
+def test_a_message_over_the_limit_is_not_sent(tiny_overrides: list[str], tmp_path: Path) -> None:
+    grid = FakeGrid(client_app, 3)
+    courier = Courier(grid, to_toml(load_recipe(None, tiny_overrides)), "r4", tmp_path, limit=1000)
+    courier.find(SITES, 5)
+    before = len(grid.sent)
+    answers = courier.ask("train", {"ward-0": ({}, b"x" * 1001)}, 5)
+    assert "1,001 bytes is over the limit of 1,000; not sent" in str(answers["ward-0"])
+    assert len(grid.sent) == before
+    answers = courier.ask("start", {"ward-0": ({}, b"")}, 5)
+    assert "over the limit of 1,000" in str(answers["ward-0"])
+
+
+def test_a_site_refuses_messages_of_foreign_runs(tiny_overrides: list[str], tmp_path: Path) -> None:
+    text = to_toml(load_recipe(None, tiny_overrides))
+
+    def told(**changed: str) -> dict[str, Any]:
+        base = {"run": "r5", "id": "0", "site": "ward-0", "recipe": text, "kind": "start"}
+        return handle(base | changed, b"", None, 0, tmp_path)[0]
+
+    assert "foreign run: 'r5' has not said hello here" in told()["error"]
+    held = [r for r in tiny_rows() if (r["department"], r["split"]) == ("ward-0", "train")]
+    assert told(kind="hello")["hello"]["encoded"] == [len(held)]
+    assert "error" not in told()
+    assert "the recipe of 'r5' was another" in told(recipe=text.replace("seed = 1", "seed = 2"))["error"]
+    assert "the message is for site 'ward-1'; this is 'ward-0'" in told(site="ward-1")["error"]
+    assert "small letters, digits and -" in told(run="../r5")["error"]
+    assert "a message of kind 'shell'" in told(kind="shell")["error"]
+
+
+def test_what_a_store_keeps(tmp_path: Path) -> None:
+    """The state that a request starts from and all since, until the next request says which of them was accepted."""
+    store, one = Store(tmp_path, "a/b"), {"residual/x": torch.ones(2)}
+
+    def held() -> list[str]:
+        return sorted(p.stem.removeprefix("kept-") for p in tmp_path.glob("*/kept-*.fkl"))
+
+    assert store.write("1", one) == "1"
+    assert store.write("2", {"residual/x": torch.zeros(2)}, "1") == "2"
+    assert same(store.read("1"), one)
+    store.write("3", one, "1")  # the answer that made 2 was lost
+    assert held() == ["1", "2", "3"]
+    store.write("4", one, "3")
+    assert held() == ["3", "4"]
+    with pytest.raises(FedKeelError, match="cannot be read"):
+        store.read("2")
+    with pytest.raises(FedKeelError, match="small letters"):
+        store.read("../1")
+    assert Store(tmp_path, "other").read("") == {}
+    assert store.write("5", {}, "") == ""
+    assert held() == ["3", "4"]

@@ -1,0 +1,90 @@
+"""The warm worker with real processes: one a site, found again, started again when it dies, ended when it hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Listener
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_rows
+
+from fedkeel.config import load_recipe, to_toml
+from fedkeel.sitefile import SiteFile, read_site
+from fedkeel.worker import WorkerError, ask, stop
+
+SECONDS = 300.0  # a slow machine starts an interpreter with torch in a minute
+
+
+@pytest.fixture
+def site(tiny_base: Path, tmp_path: Path) -> Iterator[SiteFile]:
+    rows = [json.dumps(row) + "\n" for row in tiny_rows() if row["department"] == "ward-0"]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    (tmp_path / "tasks.json").write_text(json.dumps({"colour": {"labels": ["red", "green", "blue"]}}))
+    (tmp_path / "site.toml").write_text(f'name = "ward-0"\n[model]\nbase = "{tiny_base}"\n[data]\nroot = "."\n')
+    found = read_site(tmp_path / "site.toml")
+    yield found
+    stop(found, 1.0)
+
+
+def request(overrides: list[str], **changed: str) -> dict[str, Any]:
+    text = to_toml(load_recipe(None, overrides))
+    return {"run": "r", "id": "0", "site": "ward-0", "kind": "hello", "recipe": text, **changed}
+
+
+def test_a_worker_is_started_once_and_again_when_it_dies(site: SiteFile, tiny_overrides: list[str]) -> None:
+    first, _ = ask(site, request(tiny_overrides), b"", SECONDS)
+    assert first["hello"]["site"] == "ward-0"
+    again, out = ask(site, request(tiny_overrides, kind="start"), b"", SECONDS)
+    assert again["worker"] == first["worker"] != os.getpid()  # the same process, its base still loaded
+    assert len(out) > 1000
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (site.socket, site.key, site.state)}
+    assert modes == {"worker.sock": 0o600, "worker.key": 0o600, "state": 0o700}
+    os.kill(first["worker"], signal.SIGKILL)
+    third, back = ask(site, request(tiny_overrides, kind="start"), b"", SECONDS)
+    assert third["worker"] not in (first["worker"], os.getpid())
+    assert back == out
+    assert "foreign run" in ask(site, request(tiny_overrides, run="other", kind="start"), b"", SECONDS)[0]["error"]
+    os.kill(third["worker"], signal.SIGSTOP)  # it hangs
+    begin = time.monotonic()
+    with pytest.raises(WorkerError, match="it was ended, and the next request starts another"):
+        ask(site, request(tiny_overrides), b"", 1.0)
+    assert time.monotonic() - begin < 60
+    fourth, _ = ask(site, request(tiny_overrides), b"", SECONDS)
+    assert fourth["worker"] != third["worker"]
+    assert stop(site)
+    assert not stop(site)
+
+
+def test_a_worker_that_cannot_start_says_why(site: SiteFile) -> None:
+    broken = replace(site, path=site.path.with_name("absent.toml"))
+    with pytest.raises(WorkerError, match=r"its worker could not start:[\s\S]*absent.toml: cannot be read"):
+        ask(broken, {"kind": "hello"}, b"", SECONDS)
+
+
+def test_both_ends_prove_that_they_know_the_key(site: SiteFile) -> None:
+    site.state.mkdir(mode=0o700)
+    site.key.write_bytes(b"k" * 32)
+    site.key.chmod(0o644)
+    with Listener(str(site.socket), "AF_UNIX", authkey=b"another key") as listener:
+
+        def accept() -> None:
+            with pytest.raises(Exception, match="digest"):
+                listener.accept()
+
+        thread = threading.Thread(target=accept)
+        with pytest.raises(WorkerError, match="of mode 0600"):
+            ask(site, {}, b"", 1.0)
+        site.key.chmod(0o600)
+        thread.start()
+        with pytest.raises(WorkerError, match="does not know the key"):
+            ask(site, {}, b"", 5.0)
+        thread.join(10)
