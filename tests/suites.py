@@ -48,7 +48,9 @@ def write_run(folder: Path, rows: Sequence[Row], packed: bool = False, **files: 
         lines("scores.jsonl", files["scores"])
     if "measures" in files:
         lines("measures.jsonl", [r.as_json() for r in files["measures"]])
-    (folder / "recipe.toml").write_text(files.get("recipe", "[train]\nlocal_steps = 5\nlocal_epochs = 0\n[distill]\nweight = 0.0\n"))
+    (folder / "recipe.toml").write_text(
+        files.get("recipe", "[train]\nlocal_steps = 5\nlocal_epochs = 0\n[distill]\nweight = 0.0\n")
+    )
     (folder / "env.json").write_text(json.dumps(ENVIRONMENT))
     if not packed:
         (folder / "state.json").write_text(json.dumps({"finished": True}))
