@@ -308,7 +308,7 @@ def test_trackers_get_every_row_once_and_nothing_else(
     assert options.pop("settings")["console"] == "off"
     assert options == {"project": "fedkeel", "name": "tiny", "dir": str(folder.path), "mode": "offline"}
     store = mlflow.stores[1]
-    assert (store.uri, store.name) == ((folder.path / "mlruns").resolve().as_uri(), "tiny")
+    assert (store.uri, store.name) == (f"sqlite:///{(folder.path / 'mlflow.db').resolve()}", "tiny")
     assert store.experiments == ["fedkeel"]
     wanted = expected(rows_of(folder))
     assert Counter((key, step, single(value)) for key, step, value in store.points) == wanted

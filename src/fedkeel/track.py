@@ -129,10 +129,10 @@ class Wandb:
     def __init__(self, folder: Path, run: str) -> None:
         wandb = load("wandb")
         shutil.rmtree(folder / "wandb", ignore_errors=True)
-        # nothing but points: no console, code, repository or machine
+        # nothing but points: no console, code, repository, machine or list of packages
         settings = wandb.Settings(
             console="off", disable_code=True, disable_git=True, x_disable_meta=True, x_disable_stats=True,
-            x_disable_machine_info=True,
+            x_disable_machine_info=True, x_save_requirements=False, host=PROJECT,
         )  # fmt: skip
         project, mode = os.environ.get("WANDB_PROJECT", PROJECT), os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(project=project, name=run, dir=str(folder), mode=mode, settings=settings)
@@ -155,14 +155,15 @@ class Wandb:
 
 
 class Mlflow:
-    """MLflow, in a store of its own in RUN/mlruns, unless MLFLOW_TRACKING_URI names another."""
+    """MLflow, in a database of its own, RUN/mlflow.db, unless MLFLOW_TRACKING_URI names another store."""
 
     def __init__(self, folder: Path, run: str) -> None:
         mlflow = load("mlflow")
         where = os.environ.get("MLFLOW_TRACKING_URI", "")
         if not where:
-            shutil.rmtree(folder / "mlruns", ignore_errors=True)
-            where = (folder / "mlruns").resolve().as_uri()
+            database = (folder / "mlflow.db").resolve()
+            database.unlink(missing_ok=True)
+            where = f"sqlite:///{database}"
         self._metric = mlflow.entities.Metric
         self._client = mlflow.MlflowClient(tracking_uri=where)
         experiment = self._client.get_experiment_by_name(PROJECT)
