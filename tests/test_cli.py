@@ -112,10 +112,10 @@ def test_run_evaluate_export(tiny_overrides: list[str], tiny_base: Path, tmp_pat
     done = fedkeel("run", *tiny_overrides)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny"
-    for part in ("base", "local", "federated", "centralised", "report.md", "adapter"):
+    for part in ("base", "local", "federated", "centralised", "report.html", "adapter"):
         assert part in done.stdout
     names = {p.name for p in folder.iterdir()}
-    assert {"recipe.toml", "rows.jsonl", "env.json", "state.json", "adapter", "checkpoints", "report.md", "table.md"} <= names
+    assert {"recipe.toml", "rows.jsonl", "env.json", "state.json", "adapter", "checkpoints", "report.html", "table.md"} <= names
 
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     stored = {r["task"]: r["value"] for r in rows if (r["method"], r["name"], r["split"]) == ("federated", "score", "test")}

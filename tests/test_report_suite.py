@@ -108,7 +108,7 @@ def test_score_table_by_hand(suite: Suite) -> None:
     # every row of A is 0.2 ahead, none of B: 0.1 in every resample
     assert keel["95 % interval"] == "+10.0 to +10.0"
     assert (keel["trials"], keel["step cost"]) == ("7", "2.00")
-    assert (keel["SSI, held-out"], keel["fall, held-out"]) == ("0.93", "5.0")
+    assert (keel["held-out SSI"], keel["held-out fall"]) == ("0.93", "5.0")
     # local-only: 30 and 50 on all rows, its own scores 30 and 50
     local = found["local-only"]
     assert (local["final score"], local["worst site"], local["difference to plain"]) == ("40.0", "30.0", "−20.0")

@@ -159,7 +159,9 @@ def run(
     tasks = task_table(rows)
     if len(tasks.lines) <= 20:
         console.print(tasks.rich())
-    console.print(f"report: {report}\nadapter (PEFT): {folder.path / 'adapter'}", markup=False, highlight=False)
+    console.print(
+        f"report: {report.with_suffix('.html')}\nadapter (PEFT): {folder.path / 'adapter'}", markup=False, highlight=False
+    )
 
 
 def finished(folder: Path) -> tuple[Recipe, Path]:

@@ -148,7 +148,9 @@ def differences(suite: Suite, results: Sequence[Result]) -> Chart | None:
 
 
 def stages(results: Sequence[Result], left_out: Collection[str]) -> Heat | None:
-    return stage_heat({r.line.name: mean_matrix(r.line, left_out) for r in results if r.line.runs})
+    """One grid a method, from the best, and then those of baselines; means over seeds."""
+    ordered = sorted((r for r in results if r.line.runs), key=lambda r: r.line.baseline)
+    return stage_heat({r.line.name: mean_matrix(r.line, left_out) for r in ordered})
 
 
 def stability(results: Sequence[Result]) -> Chart | None:

@@ -83,7 +83,7 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
     header = (
         "method", "seeds", "final score", f"difference to {suite.reference}", low, "rounds", "local steps", "trials", "MB up",
         "MB down", "step cost", "when learnt", "BWT", "forgetting", "retention ratio", "worst site", "bottom decile",
-        "sd over sites", "SSI, held-out", "fall, held-out",
+        "sd over sites", "held-out SSI", "held-out fall",
     )  # fmt: skip
     lines = []
     for r in results:
@@ -168,12 +168,15 @@ def _score_notes(
 def task_table(stream: str, results: Sequence[Result], chances: Mapping[str, Chance]) -> Table:
     """A line a task after the last stage, a column a method, means over seeds; the majority share where it is known.
 
-    Tasks at chance are marked and come last; the averages in the last lines are without them.
+    Tasks at chance are marked and come last; the averages in the last line are without them. No line where a stream has one
+    task, whose score is the final score.
     """
     scored = [r for r in results if r.final]
     found = {r.line.name: _tasks(r.line) for r in scored}
     names = sorted({task for tasks in found.values() for task in tasks})
     out = [task for task in names if task in chances and chances[task].out]
+    if len(names) == 1 and not out:
+        return Table(f"{stream}: score by task", ("task",), ())
     lines = []
     for task in [*(t for t in names if t not in out), *out]:
         majority = points(chances[task].majority) if task in chances else MISSING
