@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -74,7 +75,9 @@ class Deployment:
             (at / "tasks.json").write_text(json.dumps({"colour": {"labels": ["red", "green", "blue"]}}))
             text = f'name = "{name}"\nthreads = 1\nstate = "state"\n[model]\nbase = "{base}"\n[data]\nroot = "."\n[worker]\n'
             # a path of pytest's is long, and a socket's is short
-            (at / "site.toml").write_text(text + f'key = "worker.key"\nsocket = "/tmp/fk-{self.port}-{number}.sock"\n')
+            (at / "site.toml").write_text(
+                text + f'key = "worker.key"\nsocket = "{gettempdir()}/fk-{self.port}-{number}.sock"\n'
+            )
             start = (at / "start.sh").read_text()
             start = start.replace(f":{self.port} ", f":{self.port + 1} ").replace(
                 f"--port {9094 + number}", f"--port {free_port()}"

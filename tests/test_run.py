@@ -198,12 +198,11 @@ def test_every_final_test_row_keeps_its_score(tiny_overrides: list[str]) -> None
     assert {key: sum(values) / len(values) for key, values in by.items()} == pytest.approx(told)
 
 
-def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], tmp_path: Path) -> None:
-    """kill -9 while rows of an unfinished unit are already in the file: they are cut off again."""
-    _, whole, _ = go([*tiny_overrides, "name=whole"])
+def killed_while_saving(overrides: list[str]) -> None:
+    """A run in a process of its own that dies of kill -9 while rows of an unfinished unit are in the file already."""
     script = (
         "import os, signal, sys; sys.path.insert(0, 'tests')\n"
-        "from test_run import Silent, go\n"
+        "from test_run import go\n"
         "import fedkeel.folder as folder\n"
         "real = folder.append_lines\n"
         "def append(path, lines):\n"
@@ -211,11 +210,17 @@ def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], tm
         "    if sum('bytes_up' in line for line in open(path)) > 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return size\n"
         "folder.append_lines = append\n"
-        f"go({tiny_overrides!r})\n"
+        f"go({overrides!r})\n"
     )
     root = Path(__file__).parent.parent
     killed = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr
+
+
+def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """kill -9 while rows of an unfinished unit are already in the file: they are cut off again."""
+    _, whole, _ = go([*tiny_overrides, "name=whole"])
+    killed_while_saving(tiny_overrides)
     folder = RunFolder(tmp_path / "tiny")
     assert len(folder.rows_file.read_bytes()) > folder.state()["rows_bytes"]
     _, resumed, _ = go(tiny_overrides, resume=True)

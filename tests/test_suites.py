@@ -282,6 +282,32 @@ def test_a_suite_runs_once_and_keeps_failures_as_failures(tiny_plan: Path, tmp_p
         execute(load_plan(str(tiny_plan)), runs_of(load_plan(str(tiny_plan)))[0], out, 2, Heard())
 
 
+def test_bench_and_report_from_the_command_line(tiny_plan: Path, tmp_path: Path) -> None:
+    """Two calls for parts of a suite: the page and suite.json hold both, chance.json keeps what it knew of other streams."""
+
+    def fedkeel(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fedkeel.cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert "main" in fedkeel("bench").stdout
+    folder = tmp_path / "out" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "chance.json").write_text('{"other": {"t": {"majority": 0.5, "rows": 2}}}')
+    first = fedkeel("bench", str(tiny_plan), "--methods", "plain", "--out", "out", "--jobs", "1")
+    assert first.returncode == 0, first.stderr
+    assert "[1/1] tiny-plain-s1: finished" in first.stdout
+    second = fedkeel("bench", str(tiny_plan), "--methods", "near,broken", "--out", "out", "--jobs", "2")
+    assert second.returncode == 1
+    assert "1 of 2 runs failed: tiny-broken-s1" in second.stderr
+    page = (folder / "report.html").read_text()
+    assert all(f">{method}" in page for method in ("plain (reference)", "near", "broken"))
+    assert json.loads((folder / "chance.json").read_text()).keys() == {"other", "tiny"}
+    again = fedkeel("report", "out/tiny")
+    assert (again.returncode, again.stdout) == (0, "report: out/tiny/report.html\n")
+    nothing = fedkeel("report", ".")
+    assert "neither suite.json nor recipe.toml" in nothing.stderr
+
+
 def test_chance_is_the_commonest_answer_of_each_task(tiny_plan: Path) -> None:
     runs, _ = runs_of(load_plan(str(tiny_plan)))
     # of the 6 test rows with a label, by number 11, 23, 35, 47, 59, 71: colours 2, 2, 2, … of 0, 1, 2

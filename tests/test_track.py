@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import struct
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from test_run import Silent, adapter_of, go, rows_of, same
+from test_run import Silent, adapter_of, go, killed_while_saving, rows_of, same
 
 import fedkeel.track
 from fedkeel.config import ConfigError, load_recipe
@@ -108,20 +106,7 @@ def test_what_sites_make_together_by_hand() -> None:
 
 def test_a_killed_run_goes_on_in_an_event_file_with_every_row_once(tiny_overrides: list[str], tmp_path: Path) -> None:
     """kill -9 while rows lie in rows.jsonl that are done again; then an interruption; then to the end."""
-    script = (
-        "import os, signal, sys; sys.path.insert(0, 'tests')\n"
-        "from test_run import go\n"
-        "import fedkeel.folder as folder\n"
-        "real = folder.append_lines\n"
-        "def append(path, lines):\n"
-        "    size = real(path, lines)\n"
-        "    if sum('bytes_up' in line for line in open(path)) > 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return size\n"
-        "folder.append_lines = append\n"
-        f"go({[*tiny_overrides, *BASE]!r})\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed_while_saving([*tiny_overrides, *BASE])
     folder = RunFolder(tmp_path / "tiny")
     saved = folder.rows_file.read_bytes()[: folder.state()["rows_bytes"]].decode().splitlines()
     assert shown(folder.path) == expected([json.loads(line) for line in saved])  # live: what was saved was shown

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedkeel import __version__
-from fedkeel.config import Recipe, check_one_model, load_recipe, to_toml
+from fedkeel.config import Recipe, check_one_model, cores, load_recipe, to_toml
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def _recipe(arguments: Sequence[str]) -> Recipe:
     recipe = load_recipe(path, arguments[1:] if path else arguments)
     if recipe.threads:
         return recipe
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return dataclasses.replace(recipe, threads=min(cores, 8))
+    return dataclasses.replace(recipe, threads=min(cores(), 8))
 
 
 @app.callback(invoke_without_command=True)
@@ -263,7 +262,7 @@ def measure(
         from fedkeel.measure import Settings, measures_table
         from fedkeel.measure import measure as measure_runs
 
-    named = tuple(FAMILIES) if families is None else tuple(f for f in families.split(",") if f)
+    named = tuple(FAMILIES) if families is None else tuple(_names(families))
     settings = Settings(named, draws, rows, tuple(general or ()), general_rows, unseen, unseen_tasks_file, states)
     torch.set_num_threads(threads)
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -387,7 +386,9 @@ def bench(
         from fedkeel.report import write_suite_report
 
         with console.status("reading the data, for chance levels"):
-            write_atomic(folder / "chance.json", json.dumps(chance(runs), indent=1) + "\n")
+            path = folder / "chance.json"  # also of other streams, if another call ran those
+            known = json.loads(path.read_text()) if path.exists() else {}
+            write_atomic(path, json.dumps({**known, **chance(runs)}, indent=1) + "\n")
         console.print(f"report: {write_suite_report(folder)}", markup=False, highlight=False)
     if failed:
         raise FedKeelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkeel.aggregate import AGGREGATORS, first_rows
 from fedkeel.codecs import make_codec, with_residual
-from fedkeel.config import STRUCTURES, Recipe, Train
+from fedkeel.config import STRUCTURES, LoraConfig, Recipe, Train
 from fedkeel.data import Example, batch_indices, batches_per_epoch, collate
 from fedkeel.messages import NOTHING_UNSENT, difference, factors_down, names_of, pack, read_counts, unpack_global, unsent
 from fedkeel.model import Model
@@ -286,6 +286,21 @@ class Kept:
         return replace(self, residual=residual, personal=personal)
 
 
+def layout_of(initial: Adapter, lora: LoraConfig, rank: int) -> Adapter:
+    """What the adapter of a site of `rank` looks like (0: of the recipe's, as `initial` is)."""
+    return first_rows(initial, rank, lora.scale(rank)) if rank else initial
+
+
+def modules_left_out(recipe: Recipe, paths: Iterable[str]) -> Callable[[str, int], frozenset[str]]:
+    """(site, round) -> the modules of `paths` that `structure.hold` leaves out of that site's round; without it none."""
+    structure, modules = recipe.structure, list(paths)
+
+    def out(site: str, round: int) -> frozenset[str]:
+        return left_out(modules, structure.branch, recipe.seed, site, round) if structure.hold else frozenset()
+
+    return out
+
+
 def answer(
     payload: bytes,
     model: Model,
@@ -306,7 +321,7 @@ def answer(
     federation, structure = recipe.federation, recipe.structure
     rule = AGGREGATORS[federation.rule]
     assert model.initial is not None
-    like = model.initial if not kept.rank else first_rows(model.initial, kept.rank, recipe.lora.scale(kept.rank))
+    like = layout_of(model.initial, recipe.lora, kept.rank)
     header, state = unpack_global(payload, "global", like, names_of(like, factors_down(rule)), federation.codec_down)
     if header.get("unsent", NOTHING_UNSENT) != unsent(like, rule):
         raise SiteError(
@@ -316,7 +331,7 @@ def answer(
     model.replay(state.shifts, header["shifts"]["first"])
     start = kept.adapter(state.adapter)
     model.write(start)
-    out = left_out(like.lora, structure.branch, recipe.seed, site, state.round) if structure.hold else frozenset()
+    out = modules_left_out(recipe, like.lora)(site, state.round)
     trained = names_of(like, rule.trained(state.round), out)
     sent = trained & names_of(like, rule.shared)
     total = read_counts(header.get("tasks"))

@@ -10,9 +10,10 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ class LoraConfig:
     def one_rank(self) -> bool:
         """Whether the adapters of all sites are of `rank`."""
         return set(self.site_ranks) <= {self.rank}
+
+    def ranks(self, sites: Iterable[str]) -> dict[str, int]:
+        """site -> rank of its adapter, `site_ranks` gone through in the order of the names; empty where all are of `rank`."""
+        if self.one_rank:
+            return {}
+        return {name: self.site_ranks[n % len(self.site_ranks)] for n, name in enumerate(sorted(sites))}
 
     def scale(self, rank: int) -> float:
         """What the product of the factors of an adapter of `rank` is multiplied by: α/r, or α/√r under rsLoRA."""
@@ -257,6 +264,11 @@ class Recipe:
 
 
 BASELINES = ("base", "local", "centralised")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fields(cls: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
@@ -588,13 +600,14 @@ def make_recipe(tree: Mapping[str, Any], data: bool = True) -> Recipe:
     return recipe
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value of a recipe as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return repr(value)
 
 
@@ -604,8 +617,8 @@ def to_toml(recipe: Recipe) -> str:
     for f in dataclasses.fields(recipe):
         value = getattr(recipe, f.name)
         if dataclasses.is_dataclass(value):
-            inner = [f"{g.name} = {_toml_value(getattr(value, g.name))}" for g in dataclasses.fields(value)]
+            inner = [f"{g.name} = {toml_value(getattr(value, g.name))}" for g in dataclasses.fields(value)]
             tables.append("\n".join([f"[{f.name}]", *inner]))
         else:
-            lines.append(f"{f.name} = {_toml_value(value)}")
+            lines.append(f"{f.name} = {toml_value(value)}")
     return "\n\n".join(["\n".join(lines), *tables]) + "\n"

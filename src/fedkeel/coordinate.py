@@ -26,16 +26,17 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from fedkeel.aggregate import AGGREGATORS, first_rows
+from fedkeel.aggregate import AGGREGATORS
+from fedkeel.client import layout_of, modules_left_out
 from fedkeel.codecs import EnvelopeError, open_envelope
 from fedkeel.config import ConfigError, Recipe
+from fedkeel.evaluate import over_tasks
 from fedkeel.files import write_atomic
 from fedkeel.folder import RunFolder
 from fedkeel.messages import MEMORY, pack_global
 from fedkeel.metrics import macro
-from fedkeel.run import Carrier, Leg, Stage, Watch, round_rows
+from fedkeel.run import Carrier, Leg, Stage, Watch, round_rows, tell_failures
 from fedkeel.server import FederationError, run_round
-from fedkeel.structure import left_out
 from fedkeel.types import Adapter, FedKeelError, Global, Lora, Row
 from fedkeel.work import digest_of
 
@@ -126,11 +127,7 @@ def pooled(leg: Leg, round: int, split: str, sums: Mapping[str, Any], run: str) 
     for task, measures in means.items():
         found += [row(name, value, task=task) for name, value in measures.items()]
         found.append(row("rows", totals[task]["score"][1], "rows", task))
-    for name in ("score", "accuracy", "rouge_l", "exact_match"):
-        per_task = {task: measures[name] for task, measures in means.items() if name in measures}
-        if per_task:
-            found.append(row(name, macro(per_task)))
-    return found + rows
+    return [*found, *(row(name, value) for name, value in over_tasks(means).items()), *rows]
 
 
 def _read_sums(header: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -231,16 +228,10 @@ class _Federation:
     def rounds(self, current: Global, initial: Adapter) -> Global:
         recipe = self.recipe
         leg = self.leg("federated", recipe.federation.rounds)
-        ranks = recipe.lora.site_ranks if not recipe.lora.one_rank else ()
-        of_site = {name: ranks[n % len(ranks)] for n, name in enumerate(self.names) if ranks}
-        layouts = {name: first_rows(initial, rank, recipe.lora.scale(rank)) for name, rank in of_site.items()}
-        transport = self.sites.transport(leg.rounds, of_site, self.kept)
-
-        def out(site: str, round: int) -> frozenset[str]:
-            structure = recipe.structure
-            held = structure.hold
-            return left_out(list(initial.lora), structure.branch, recipe.seed, site, round) if held else frozenset()
-
+        ranks = recipe.lora.ranks(self.names)
+        layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in ranks.items()}
+        transport = self.sites.transport(leg.rounds, ranks, self.kept)
+        out = modules_left_out(recipe, initial.lora)
         while current.round < leg.rounds:
             self.watch.leg(leg.name, f"round {current.round + 1} of {leg.rounds}")
             begin, elsewhere = time.process_time(), transport.cpu
@@ -248,9 +239,7 @@ class _Federation:
             cpu = time.process_time() - begin + transport.cpu - elsewhere
             current = result.state
             rows = round_rows(leg, 0, result, recipe.name, cpu)
-            for site, text in sorted(result.failures.items()):
-                told = f"site {site} failed and was left out (the quorum holds): {text.strip()}"
-                self.watch.note(f"round {current.round}: {told}")
+            tell_failures(self.watch, result)
             self.watch.round(leg.name, current.round, leg.rounds, result)
             # before anybody is shown it: a base shift that sites hold must not be made again
             self.save(leg, current, rows)

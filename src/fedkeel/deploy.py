@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkeel import __version__
-from fedkeel.config import Recipe, make_recipe, read_tree, to_toml
+from fedkeel.config import Recipe, make_recipe, read_tree, to_toml, toml_value
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
@@ -467,24 +467,21 @@ services:
     }
 
 
-def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # of text and lists of text, JSON is TOML
-
-
 def _site(name: str, number: int, recipe: Recipe, address: str) -> dict[str, str]:
     data = recipe.data
     if data.source == "pydocs":
         rows = f'# root = "/srv/fedkeel/{name}"  # a folder of Python files; without it, the library of this Python\n'
     elif data.source == "hub":
-        rows = f"dataset = {_toml(data.dataset)}  # an id in this machine's cache, or a folder\nsubset = {_toml(data.subset)}\n"
+        rows = f"dataset = {toml_value(data.dataset)}  # an id in this machine's cache, or a folder\n"
+        rows += f"subset = {toml_value(data.subset)}\n"
     else:
-        files = _toml(list(data.files) or ["rows.jsonl"])
+        files = toml_value(data.files or ("rows.jsonl",))
         rows = f'root = "/srv/fedkeel/{name}"\nfiles = {files}  # JSON Lines, relative to root; docs/recipes.md has the forms\n'
         if data.tasks_file:
-            rows += f"tasks_file = {_toml(data.tasks_file)}  # relative to root; the same content at every site\n"
+            rows += f"tasks_file = {toml_value(data.tasks_file)}  # relative to root; the same content at every site\n"
     base = "" if recipe.model.base == EMBEDDED else f"/srv/fedkeel/models/{Path(recipe.model.base).name}"
     if base:
-        model = f"base = {_toml(base)}  # a folder in Hugging Face layout, the same at every site"
+        model = f"base = {toml_value(base)}  # a folder in Hugging Face layout, the same at every site"
     else:
         model = '# base = "/srv/fedkeel/models/NAME"  # this recipe uses the embedded keel-nano: nothing to set'
     site = f"""\
@@ -534,8 +531,9 @@ services:
 DOCKERFILE = f"""\
 # First FedKeel's wheel beside this file: pip wheel --no-deps -w image/ PATH. Then: docker build -t fedkeel:{__version__} image/
 FROM python:3.11-slim
-COPY fedkeel-*.whl /tmp/
-RUN pip install --no-cache-dir "$(ls /tmp/fedkeel-*.whl)[flower]" && rm /tmp/fedkeel-*.whl
+WORKDIR /build
+COPY fedkeel-*.whl ./
+RUN pip install --no-cache-dir "$(ls ./fedkeel-*.whl)[flower]" && rm ./fedkeel-*.whl
 """
 
 

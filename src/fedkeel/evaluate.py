@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,6 +233,16 @@ def _generate(
 def overall(scored: Sequence[Scored]) -> float:
     """The mean over tasks of their `score`, each task counting the same."""
     return macro({task: metrics["score"] for task, metrics in task_table(scored).items()})
+
+
+def over_tasks(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the tasks that have it, each task counting the same. table: of `task_table`."""
+    found = {}
+    for name in ("score", "accuracy", "rouge_l", "exact_match"):
+        per_task = {task: metrics[name] for task, metrics in table.items() if name in metrics}
+        if per_task:
+            found[name] = macro(per_task)
+    return found
 
 
 def task_table(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:

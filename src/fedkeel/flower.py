@@ -493,9 +493,10 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 def resources(recipe: Recipe, sites: int) -> tuple[int, dict[str, float]]:
     """(workers, what Ray reserves for one): a worker has the recipe's threads, and on CUDA a device of its own."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from fedkeel.config import cores
+
     needs = {"num_cpus": float(recipe.threads), "num_gpus": 1.0 if recipe.model.device.startswith("cuda") else 0.0}
-    return min(max(1, cores // recipe.threads), sites), needs
+    return min(max(1, cores() // recipe.threads), sites), needs
 
 
 def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> None:

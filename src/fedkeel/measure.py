@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkeel.aggregate import AGGREGATORS, first_rows
-from fedkeel.client import Kept
+from fedkeel.aggregate import AGGREGATORS
+from fedkeel.client import Kept, layout_of, modules_left_out
 from fedkeel.config import Data, Distill, LoraConfig, Recipe, Structure, Train, load_recipe
 from fedkeel.config import Federation as FederationConfig
 from fedkeel.damage import FAMILIES, STRENGTHS, check, family_index, outcomes
@@ -38,7 +38,6 @@ from fedkeel.rng import derive
 from fedkeel.run import Prepared, prepare, serve, served
 from fedkeel.server import run_round
 from fedkeel.sources import read_rows, unique_ids
-from fedkeel.structure import left_out
 from fedkeel.types import FedKeelError, Record, Reply, Row
 
 # family of damage -> structures that disturb the same thing while training
@@ -466,14 +465,9 @@ def _compared(run: _Run) -> list[Row]:
         run.watch("states", stages + 1 + sorted(examples).index(reply.site), total)
 
     # The last round once more, with its learning rate, now from the final model; what the server makes of it is not used.
-    ranks = () if recipe.lora.one_rank else recipe.lora.site_ranks
-    kept = {n: Kept(rank=ranks[k % len(ranks)]) for k, n in enumerate(sorted(run.prepared.sites.rows)) if ranks}
-    layouts = {n: first_rows(model.initial, k.rank, recipe.lora.scale(k.rank)) for n, k in kept.items() if n in examples}
-    paths, structure = list(model.initial.lora), recipe.structure
-
-    def out(site: str, round: int) -> frozenset[str]:
-        return left_out(paths, structure.branch, recipe.seed, site, round) if structure.hold else frozenset()
-
+    kept = {name: Kept(rank=rank) for name, rank in recipe.lora.ranks(run.prepared.sites.rows).items()}
+    layouts = {name: layout_of(model.initial, recipe.lora, k.rank) for name, k in kept.items() if name in examples}
+    out = modules_left_out(recipe, model.initial.lora)
     by_stage = {name: [()] * (stages - 1) + [encoded] for name, encoded in examples.items()}
     transport = LocalTransport(model, by_stage, recipe, rounds, look, kept)
     everyone = replace(recipe.federation, sites_per_round=0, quorum=1.0, deadline=math.inf, max_update_norm=math.inf)
@@ -518,10 +512,7 @@ def _kept(folder: Path, adapter: str) -> dict[str, dict[str, Any]]:
 
 def _rows(parts: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """All rows in order, the means over families of damage among them."""
-    found = {
-        part: [Row(**{**row, "value": math.nan if row["value"] is None else row["value"]}) for row in held["rows"]]
-        for part, held in parts.items()
-    }
+    found = {part: [Row.from_json(row) for row in held["rows"]] for part, held in parts.items()}
     rows = [row for part in found.values() for row in part]
     families = {part.removeprefix("damage/"): rows for part, rows in found.items() if part.startswith("damage/") and rows}
     return rows + (_over_families(found["damage"][0], families) if families else [])

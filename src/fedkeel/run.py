@@ -21,16 +21,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedkeel.aggregate import AGGREGATORS, blend, first_rows, folded
-from fedkeel.client import Kept, injection_of, steps_a_round
+from fedkeel.aggregate import AGGREGATORS, blend, folded
+from fedkeel.client import Kept, injection_of, layout_of, modules_left_out, steps_a_round
 from fedkeel.codecs import make_codec
 from fedkeel.config import ConfigError, Recipe, check_one_model
 from fedkeel.data import Example, Formatter
-from fedkeel.evaluate import Scored, choose, overall, score, task_table
+from fedkeel.evaluate import Scored, choose, over_tasks, overall, score, task_table
 from fedkeel.folder import RunFolder
 from fedkeel.local import LocalTransport
 from fedkeel.messages import factors_down, names_of, pack, pack_global
-from fedkeel.metrics import macro
 from fedkeel.model import Model, kind_of, load_config
 from fedkeel.server import RoundResult, run_round
 from fedkeel.sites import (
@@ -43,7 +42,6 @@ from fedkeel.sites import (
     unseen_sites,
 )
 from fedkeel.sources import load_records
-from fedkeel.structure import left_out
 from fedkeel.track import Tracks
 from fedkeel.types import Adapter, Global, Lora, Record, Reply, Row, Transport
 
@@ -266,10 +264,7 @@ def _score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[S
     rows = []
     for task, metrics in table.items():
         rows += [row(n, v, "rows" if n == "rows" else "share", task) for n, v in metrics.items()]
-    for name in ("score", "accuracy", "rouge_l", "exact_match"):
-        per_task = {task: metrics[name] for task, metrics in table.items() if name in metrics}
-        if per_task:
-            rows.append(row(name, macro(per_task)))
+    rows += [row(name, value) for name, value in over_tasks(table).items()]
     if len(leg.stages) > 1:
         for came in range(stage + 1):
             of_stage = [s for s in scored if prepared.arrival[s.record.id] == came]
@@ -332,6 +327,13 @@ def round_rows(leg: Leg, stage: int, result: RoundResult, run: str, cpu: float) 
         rows += [row(name, size, "bytes", site) for site, size in sorted(sizes.items())]
     rows += [row("failed", 1, "rounds", site) for site in sorted(result.failures)]
     return rows
+
+
+def tell_failures(watch: Watch, result: RoundResult) -> None:
+    """A note for each site that a round went on without."""
+    for site, text in sorted(result.failures.items()):
+        told = f"site {site} failed and was left out (the quorum holds): {text.strip()}"
+        watch.note(f"round {result.state.round}: {told}")
 
 
 def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, like: Adapter) -> Adapter:
@@ -418,12 +420,16 @@ class _Run:
         one = TRAIN_COST * batch * sum(steps_a_round(at.recipe.train, len(rows)) for rows in at.rows.values() if rows)
         scored = len(self.curve_rows[stage]) if leg.method == "federated" else 0
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
-        judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
-        tested = len(self.test_rows[stage]) + len(self.unseen_rows[stage]) + judged * len(self.curve_rows[stage])
+        tested = len(self.test_rows[stage]) + len(self.unseen_rows[stage]) + len(self._judged_by(leg, stage))
         return one, leg.rounds * one + points * scored, tested
 
     def _curve_point(self, leg: Leg, round: int) -> bool:
         return leg.method == "federated" and round % self.prepared.recipe.evaluation.every == 0
+
+    def _judged_by(self, leg: Leg, stage: int) -> Sequence[Record]:
+        """Validation rows beside the test rows: the centralised leg has no curve, and at its end tuning judges it by them, as a
+        reference must not be worse for another's learning rate."""
+        return self.curve_rows[stage] if leg.method == "centralised" and stage + 1 == len(leg.stages) else ()
 
     def total_work(self, legs: Sequence[Leg]) -> float:
         """In row-equivalents."""
@@ -438,9 +444,8 @@ class _Run:
         if state["leg"] != leg.name:
             state.update(leg=leg.name, round=0, tested=0)
         self.model.rewind()
-        lora = self.prepared.recipe.lora
-        ranks = lora.site_ranks if leg.method == "federated" and not lora.one_rank else ()
-        self.kept = {name: Kept(rank=ranks[n % len(ranks)]) for n, name in enumerate(sorted(self.prepared.sites.rows)) if ranks}
+        ranks = self.prepared.recipe.lora.ranks(self.prepared.sites.rows) if leg.method == "federated" else {}
+        self.kept = {name: Kept(rank=rank) for name, rank in ranks.items()}
         current = Global(0, self.initial)
         if state["round"]:
             current = folder.read_checkpoint(leg.name, state["round"], self.initial)
@@ -483,13 +488,8 @@ class _Run:
         by_stage = {name: [()] * stage + [rows] for name, rows in held.items()}
         carrier = self.engine.connect(leg.rounds, self.kept, site_done) if self.engine and leg.method == "federated" else None
         transport = carrier or LocalTransport(self.model, by_stage, recipe, leg.rounds, site_done, self.kept)
-        ranks = {name: kept.rank for name, kept in self.kept.items() if kept.rank}
-        layouts = {name: first_rows(self.initial, rank, recipe.lora.scale(rank)) for name, rank in ranks.items()}
-        amount, paths = recipe.structure.branch, list(self.initial.lora)
-
-        def out(site: str, round: int) -> frozenset[str]:
-            return left_out(paths, amount, recipe.seed, site, round) if recipe.structure.hold else frozenset()
-
+        layouts = {n: layout_of(self.initial, recipe.lora, kept.rank) for n, kept in self.kept.items() if kept.rank}
+        out = modules_left_out(recipe, self.initial.lora)
         where = f" of stage {stage + 1}" if len(leg.stages) > 1 else ""
         remembers = bool(stage and recipe.distill.weight and recipe.distill.memory)
         while current.round < end:
@@ -507,9 +507,7 @@ class _Run:
             if remembers and not done:
                 current = dataclasses.replace(current, memory=self._served(leg, stage - 1))
             rows = round_rows(leg, stage, result, self.prepared.recipe.name, cpu)
-            for site, text in sorted(result.failures.items()):
-                told = f"site {site} failed and was left out (the quorum holds): {text.strip()}"
-                self.watch.note(f"round {current.round}: {told}")
+            tell_failures(self.watch, result)
             if self.curve_rows[stage] and self._curve_point(leg, current.round):
                 self.watch.leg(leg.name, f"round {done + 1}{where}: scoring validation rows")
                 scored = self._score(leg, stage, current, self.curve_rows[stage], self.prepared.stages[stage])
@@ -571,9 +569,8 @@ class _Run:
         scored = self._score(leg, stage, current, self.test_rows[stage], self.prepared.stages[stage])
         seconds = time.perf_counter() - begin
         rows = _score_rows(leg, stage, current.round, "test", scored, self.prepared)
-        if leg.method == "centralised" and stage + 1 == len(leg.stages) and self.curve_rows[stage]:
-            # no curve, but what tuning judges it by: a reference must not be worse for another's learning rate
-            held_out = self._score(leg, stage, current, self.curve_rows[stage], self.prepared.stages[stage])
+        if judged_by := self._judged_by(leg, stage):
+            held_out = self._score(leg, stage, current, judged_by, self.prepared.stages[stage])
             rows += _score_rows(leg, stage, current.round, "validation", held_out, self.prepared)
         if self.unseen_rows[stage]:
             apart = self._score(leg, stage, current, self.unseen_rows[stage], self.prepared.unseen[stage])

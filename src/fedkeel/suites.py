@@ -18,21 +18,23 @@ import sys
 import time
 import tomllib
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from multiprocessing import get_all_start_methods, get_context
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fedkeel.config import ConfigError, Recipe, known_keys, load_recipe, to_toml
+from fedkeel.config import ConfigError, Recipe, cores, known_keys, load_recipe, to_toml
 from fedkeel.files import write_atomic
 from fedkeel.metrics import mean
-from fedkeel.report import read_rows
+from fedkeel.report import read_rows, same_value
 from fedkeel.types import FedKeelError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+    from multiprocessing.process import BaseProcess
 
 PLANS = Path(__file__).parent / "plans"
 POLL = 0.5  # seconds between looks at the processes
@@ -114,7 +116,7 @@ class Planned:
     leg: str = "federated"
 
 
-def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def _known(given: Iterable[str], known: Sequence[str], where: str) -> None:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -162,18 +164,9 @@ def _as_text(value: Any) -> str:
 
 def _value_of(key: str, overrides: Sequence[str]) -> str:
     """What `key` has under these overrides, as an override writes it. Raises ConfigError on an unknown key."""
-    if key not in known_keys():
-        near = difflib.get_close_matches(key, known_keys(), 1)
-        raise ConfigError(f"knobs: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    _known([key], list(known_keys()), "knobs")
     given = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == key]
     return given[-1] if given else _as_text(attrgetter(key)(Recipe()))
-
-
-def _same_value(a: str, b: str) -> bool:
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        return a == b
 
 
 def _method(tree: Any, streams: Sequence[str], methods: Sequence[str], where: str) -> Method:
@@ -250,7 +243,7 @@ def load_plan(name: str, tuned: Path | None = None) -> Plan:
                 _value_of(key, [*tree.get("set", []), *stream.get("set", []), *of.get("set", [])])
                 for stream in streams.values()
             ]
-            if all(_same_value(text, value) for value in own):  # the reference itself is this point of the curve
+            if all(same_value(text, value) for value in own):  # the reference itself is this point of the curve
                 knobs[key][text] = reference
                 continue
             knobs[key][text] = f"{key}={text}"
@@ -454,12 +447,11 @@ class Watch(Protocol):
 
 def jobs_for(memory_each: float = 2e9) -> int:
     """Runs at a time: one a core, as far as free memory allows `memory_each` bytes for each; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(OSError, StopIteration):  # Linux tells what is free, caches counted as free
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
-    return max(1, min(cores, int(free // memory_each)))
+    return max(1, min(cores(), int(free // memory_each)))
 
 
 def _die_with(parent: int) -> None:
@@ -481,7 +473,7 @@ def _work(arguments: Sequence[str], log: str) -> None:
     runpy.run_module("fedkeel.cli", run_name="__main__")
 
 
-def _processes() -> BaseContext:
+def _processes() -> ForkServerContext | SpawnContext:
     """Processes that begin with the libraries loaded, where the system can fork: that is a tenth of a short run."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
@@ -497,11 +489,11 @@ class _Job:
     begin: float
 
 
-def _start(context: BaseContext, run: Planned, out: Path) -> _Job:
+def _start(context: ForkServerContext | SpawnContext, run: Planned, out: Path) -> _Job:
     resume = ["--resume"] if (out / run.name / "state.json").exists() else []
     arguments = [*run.overrides, f"out={out}", *resume]
     # not a daemon: those may not have processes of their own, and a federation may
-    process = context.Process(target=_work, args=(arguments, str(out / f"{run.name}.log")))  # type: ignore[attr-defined]
+    process = context.Process(target=_work, args=(arguments, str(out / f"{run.name}.log")))
     process.start()
     return _Job(run, process, time.perf_counter())
 

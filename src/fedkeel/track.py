@@ -204,8 +204,7 @@ def read_history(path: Path) -> Iterator[Row]:
     """The Rows of a run so far; a value that was not finite is NaN."""
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            told = json.loads(line)
-            yield Row(**{**told, "value": math.nan if told["value"] is None else told["value"]})
+            yield Row.from_json(json.loads(line))
 
 
 class Tracks:

@@ -186,6 +186,14 @@ class Row:
         row["value"] = self.value if math.isfinite(self.value) else None
         return row
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Row:
+        """The Row of an object that `as_json` made; null becomes NaN. Raises TypeError on other keys, and looks at no type."""
+        row: dict[str, Any] = {**told}
+        if row.get("value", 0.0) is None:
+            row["value"] = math.nan
+        return cls(**row)
+
 
 @dataclass(frozen=True)
 class Request:

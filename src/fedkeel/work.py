@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkeel.aggregate import AGGREGATORS, first_rows, folded
-from fedkeel.client import Kept, answer
+from fedkeel.aggregate import AGGREGATORS, folded
+from fedkeel.client import Kept, answer, layout_of
 from fedkeel.codecs import open_envelope
 from fedkeel.config import SHIFTING, Recipe, make_recipe
 from fedkeel.data import Example, Formatter
@@ -218,7 +218,7 @@ class Work:
         kept = Kept(rank=rank).restored(store.read(before))
         federation = self.recipe.federation
         if federation.rule in SHIFTING:
-            like = first_rows(self.initial, rank, self.recipe.lora.scale(rank)) if rank else self.initial
+            like = layout_of(self.initial, self.recipe.lora, rank)
             names = names_of(like, factors_down(AGGREGATORS[federation.rule]))
             told, state = unpack_global(payload, "global", like, names, federation.codec_down)
             first = int(told["shifts"]["first"])

@@ -15,6 +15,7 @@ from fedkeel.report.page import render
 from fedkeel.report.plots import Curve, curve_points, learning_curve
 from fedkeel.report.run_page import LONG, run_page
 from fedkeel.report.suite_page import suite_markdown, write_suite_report
+from fedkeel.report.suite_tables import same_value
 from fedkeel.report.tables import (
     METHODS,
     Table,
@@ -187,6 +188,7 @@ __all__ = [
     "learning_curve",
     "method_table",
     "read_rows",
+    "same_value",
     "site_table",
     "stage_table",
     "suite_markdown",

@@ -185,6 +185,13 @@ def heat_figure(heat: Heat) -> Figure:
     return Figure(heat.key, heat.title, heat.grids[0].finding, spec, heat_table(heat))
 
 
+def figures_of(chart: Chart | Heat | None, styles: Mapping[str, Style]) -> tuple[Figure, ...]:
+    """The one figure of a chart or heat map; none where there is nothing to show."""
+    if chart is None:
+        return ()
+    return (heat_figure(chart),) if isinstance(chart, Heat) else (chart_figure(chart, styles),)
+
+
 def _heat_trace(heat: Heat, grid: Grid, ends: tuple[float, float]) -> dict[str, Any]:
     shown = [["" if v is None else number(v, heat.digits) for v in line] for line in grid.cells]
     hover = [

@@ -273,6 +273,11 @@ def gates(rows: Sequence[Row]) -> Chart | None:
     )  # fmt: skip
 
 
+def family_place(family: str) -> tuple[int, str]:
+    """A key that puts families in the order of DAMAGE, and those that it lacks behind them by name."""
+    return list(DAMAGE).index(family) if family in DAMAGE else len(DAMAGE), family
+
+
 def damage_names(measures: Sequence[Row]) -> dict[str, dict[str, float]]:
     """family -> what was measured of it -> value: `ssi`, `trained`, and `{strength}/score` and its like."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
@@ -307,7 +312,7 @@ def stability(measures: Sequence[Row]) -> Chart | None:
     """Score under damage, a panel a family, those that training did not use first."""
     found = damage_names(measures)
     clean = clean_score(measures)
-    order = sorted(found, key=lambda f: (bool(found[f].get("trained")), list(DAMAGE).index(f) if f in DAMAGE else 99, f))
+    order = sorted(found, key=lambda f: (bool(found[f].get("trained")), *family_place(f)))
     panels: list[Panel] = []
     lines: list[tuple[str, ...]] = []
     rules: list[int] = []

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from fedkeel import metrics
+from fedkeel.metrics import mean
 from fedkeel.types import Row
 
 Matrix = dict[int, dict[int, float]]  # R[after stage][stage that the rows came with], both from 0
@@ -19,17 +20,13 @@ def last_stage(rows: Sequence[Row], leg: str) -> int:
     return max((r.stage for r in rows if r.method == leg and r.split == "test"), default=0)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def by_task(rows: Sequence[Row], leg: str, stage: int, split: str = "test") -> dict[str, float]:
     """task -> score after `stage`, over the sites' models if there are several."""
     found: dict[str, list[float]] = defaultdict(list)
     for r in rows:
         if (r.method, r.name, r.split, r.stage) == (leg, "score", split, stage) and r.task:
             found[r.task].append(r.value)
-    return {task: _mean(values) for task, values in sorted(found.items())}
+    return {task: mean(values) for task, values in sorted(found.items())}
 
 
 def final_score(rows: Sequence[Row], leg: str, left_out: Collection[str] = ()) -> float | None:
@@ -38,10 +35,10 @@ def final_score(rows: Sequence[Row], leg: str, left_out: Collection[str] = ()) -
     stage = last_stage(rows, leg)
     if left_out:
         kept = [score for task, score in by_task(rows, leg, stage).items() if task not in left_out]
-        return _mean(kept) if kept else None
+        return mean(kept) if kept else None
     key = (leg, "score", "test", stage, "")
     scores = [r.value for r in rows if (r.method, r.name, r.split, r.stage, r.task) == key]
-    return _mean(scores) if scores else None
+    return mean(scores) if scores else None
 
 
 def tasks_by_stage(rows: Sequence[Row], leg: str) -> list[list[str]] | None:
@@ -70,7 +67,7 @@ def stage_matrix(rows: Sequence[Row], leg: str = "federated", left_out: Collecti
     for r in rows:
         if (r.method, r.split) == (leg, "test") and r.name.startswith("score_of_stage_"):
             found[r.stage][int(r.name.rpartition("_")[2]) - 1].append(r.value)
-    matrix = {s: {i: _mean(v) for i, v in sorted(line.items())} for s, line in sorted(found.items())}
+    matrix = {s: {i: mean(v) for i, v in sorted(line.items())} for s, line in sorted(found.items())}
     stages = tasks_by_stage(rows, leg) if left_out else None
     if not matrix or stages is None:
         return matrix
@@ -78,7 +75,7 @@ def stage_matrix(rows: Sequence[Row], leg: str = "federated", left_out: Collecti
     matrix = {}
     for s in sorted({*kept, len(stages) - 1} if kept else ()):
         scores = by_task(rows, leg, s)
-        matrix[s] = {i: _mean([scores[t] for t in tasks]) for i, tasks in kept.items() if i <= s}
+        matrix[s] = {i: mean([scores[t] for t in tasks]) for i, tasks in kept.items() if i <= s}
     return matrix
 
 
@@ -118,7 +115,7 @@ def measured(rows: Sequence[Row], name: str) -> float | None:
 def mean_cka(rows: Sequence[Row], name: str) -> float | None:
     """The mean of NAME/{tap} over taps, stages and sites; None if it was not measured."""
     found = [r.value for r in rows if r.name.startswith(f"{name}/")]
-    return _mean(found) if found else None
+    return mean(found) if found else None
 
 
 def split_score(rows: Sequence[Row], split: str) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedkeel.report import run_charts as charts
 from fedkeel.report.charts import Chart, Heat
-from fedkeel.report.figures import chart_figure, heat_figure, run_styles
+from fedkeel.report.figures import figures_of, run_styles
 from fedkeel.report.page import Block, Code, Folded, Page, Section, Text
 from fedkeel.report.tables import (
     Table,
@@ -35,9 +35,7 @@ def run_page(
     styles = run_styles()
 
     def figure(chart: Chart | Heat | None) -> tuple[Block, ...]:
-        if chart is None:
-            return ()
-        return (heat_figure(chart),) if isinstance(chart, Heat) else (chart_figure(chart, styles),)
+        return figures_of(chart, styles)
 
     sites = charts.sites(rows)
     traffic = traffic_table(rows)

@@ -19,6 +19,7 @@ from fedkeel.report.run_charts import (
     damage_curve,
     damage_names,
     fairness_lines,
+    family_place,
     gate_curve,
     natural,
     sent,
@@ -38,17 +39,19 @@ def _methods(results: Sequence[Result]) -> list[Result]:
     return [r for r in results if not r.line.baseline and r.line.runs]
 
 
+def over_seeds(x: float | str, values: Sequence[float]) -> Point:
+    """The mean of the seeds' values at x, ± sd if they are several."""
+    mean, sd = mean_and_sd(values)
+    return Point(x, mean, mean - sd, mean + sd) if len(values) > 1 else Point(x, mean)
+
+
 def pooled(curves: Sequence[Mapping[float | str, float]]) -> tuple[Point, ...]:
     """One curve a seed to one curve: at every x that any seed has, the mean of those that have it, ± sd if they are several."""
     held: dict[float | str, list[float]] = defaultdict(list)
     for curve in curves:
         for x, y in curve.items():
             held[x].append(y)
-    found = []
-    for x, values in held.items():
-        mean, sd = mean_and_sd(values)
-        found.append(Point(x, mean, mean - sd, mean + sd) if len(values) > 1 else Point(x, mean))
-    return tuple(found)
+    return tuple(over_seeds(x, values) for x, values in held.items())
 
 
 def _series(results: Sequence[Result], read: Callable[[SuiteRun], Mapping[float | str, float]]) -> tuple[Series, ...]:
@@ -175,7 +178,7 @@ def stability(results: Sequence[Result]) -> Chart | None:
                 ))  # fmt: skip
     if not families:
         return None
-    order = sorted(families, key=lambda f: (any(s.apart for s in families[f]), list(DAMAGE).index(f) if f in DAMAGE else 99, f))
+    order = sorted(families, key=lambda f: (any(s.apart for s in families[f]), *family_place(f)))
     panels = []
     for family in order:
         some = sum(s.apart for s in families[family])
@@ -251,10 +254,14 @@ def _ordered(series: Sequence[Series]) -> tuple[Series, ...]:
     return tuple(Series(s.name, tuple(sorted(s.points, key=lambda p: natural(str(p.x))))) for s in series)
 
 
+def _gate_of(name: str) -> Callable[[SuiteRun], dict[float | str, float]]:
+    return lambda run: {p.x: p.y for p in gate_curve(run.rows, name)}
+
+
 def gates(results: Sequence[Result]) -> Chart | None:
     panels = []
     for name, title in GATES.items():
-        series = _series(results, lambda run, at=name: {p.x: p.y for p in gate_curve(run.rows, at)})  # type: ignore[misc]
+        series = _series(results, _gate_of(name))
         if series:
             panels.append(Panel(title, ROUND, "share" if name == "dropped" else "weight", series))
     if not panels:
@@ -277,8 +284,7 @@ def square(suite: Suite, stream: str, results: Sequence[Result]) -> Chart | None
     first, second = suite.factors
 
     def at(x: str, key: str) -> Point:
-        mean, sd = mean_and_sd([100 * one[key] for one in found.values()])
-        return Point(x, mean, mean - sd, mean + sd) if len(found) > 1 else Point(x, mean)
+        return over_seeds(x, [100 * one[key] for one in found.values()])
 
     without, with_ = f"without {first}", f"with {first}"
     series = (
@@ -298,8 +304,7 @@ def parts(suite: Suite, results: Sequence[Result]) -> Chart | None:
     found = []
     for r, gains in parts_of(suite, results):
         if gains:
-            mean, sd = mean_and_sd([100 * v for v in gains])
-            found.append(Point(r.line.name, mean, mean - sd, mean + sd) if len(gains) > 1 else Point(r.line.name, mean))
+            found.append(over_seeds(r.line.name, [100 * v for v in gains]))
     if not found:
         return None
     best = max(found, key=lambda p: p.y)
@@ -322,9 +327,7 @@ def knob(suite: Suite, stream: str, results: Sequence[Result], key: str, number_
         for value, r, own in knob_lines(suite, results, key):
             held = [100 * v for v in of(r)]
             if held:
-                mean, sd = mean_and_sd(held)
-                x = float(value) if numeric else value
-                point = Point(x, mean, mean - sd, mean + sd) if len(held) > 1 else Point(x, mean)
+                point = over_seeds(float(value) if numeric else value, held)
                 found[False].append(point)
                 found[True] += [point] if own else []
         if found[False]:

@@ -10,7 +10,7 @@ from fedkeel.report import suite_charts as charts
 from fedkeel.report import suite_tables as tables
 from fedkeel.report.chance import Chance
 from fedkeel.report.charts import Chart, Heat
-from fedkeel.report.figures import chart_figure, heat_figure, styles_of
+from fedkeel.report.figures import figures_of, styles_of
 from fedkeel.report.page import Block, Folded, Page, Section, Text, render
 from fedkeel.report.results import Result, results_of
 from fedkeel.report.suite import BASELINES, Suite, chances_of, lines_of, read_suite, streams_of
@@ -108,9 +108,7 @@ def _stream_section(suite: Suite, stream: _Stream, number: int) -> Section:
     styles = styles_of([*METHODS.values(), *methods], suite.reference)
 
     def figure(chart: Chart | Heat | None) -> tuple[Block, ...]:
-        if chart is None:
-            return ()
-        return (heat_figure(chart),) if isinstance(chart, Heat) else (chart_figure(chart, styles),)
+        return figures_of(chart, styles)
 
     def table(made: Table) -> tuple[Block, ...]:
         return (made,) if made.lines else ()

@@ -277,7 +277,7 @@ def knob_lines(suite: Suite, results: Sequence[Result], key: str) -> list[tuple[
     found = [(value, by_name[method], False) for value, method in suite.knobs[key].items() if method in by_name]
     own = knob_value(suite, results, key)
     if suite.reference in by_name and own:
-        found = [one for one in found if not _equal(one[0], own)]
+        found = [one for one in found if not same_value(one[0], own)]
         found.append((own, by_name[suite.reference], True))
     return sorted(found, key=lambda one: (as_number(one[0]) is None, as_number(one[0]) or 0.0, one[0]))
 
@@ -289,7 +289,8 @@ def as_number(text: str) -> float | None:
         return None
 
 
-def _equal(a: str, b: str) -> bool:
+def same_value(a: str, b: str) -> bool:
+    """Whether two values of a key, as text, are one: as numbers, where both are numbers."""
     x, y = as_number(a), as_number(b)
     return x == y if x is not None and y is not None else a == b
 

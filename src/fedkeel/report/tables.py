@@ -105,10 +105,7 @@ def read_lines(path: Path) -> list[str]:
 
 def _row(line: str, where: str) -> Row:
     try:
-        read = json.loads(line)
-        if isinstance(read, dict) and "value" in read and read["value"] is None:
-            read["value"] = math.nan
-        row = Row(**read)
+        row = Row.from_json(json.loads(line))
     except (json.JSONDecodeError, TypeError) as error:
         raise FedKeelError(f"{where}: not a row of a run: {error}") from error
     kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
