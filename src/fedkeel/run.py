@@ -105,7 +105,7 @@ def prepare(recipe: Recipe, alone: str = "") -> Prepared:
             raise ConfigError(
                 f"model.base = {recipe.model.base!r} is a classifier, and no row of the data has labels; use a causal base"
             )
-        classes = tuple(sorted({label for r in records for label in r.labels}))
+        classes = tuple(sorted({label for labels in {r.labels for r in records} for label in labels}))
     arrival = {r.id: at for r, at in zip(records, arrivals(records, recipe), strict=True) if at >= 0}
     if len(arrival) < len(records):
         notes.append(f"{len(records) - len(arrival)} rows left out: no stage of the stream names their task or label group")

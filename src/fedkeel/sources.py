@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def _messages(row: Mapping[str, Any], place: str) -> tuple[tuple[str, str], ...]
     return tuple(read)
 
 
+@lru_cache(maxsize=1024)
+def _spoken(labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Labels as words. Remembered: a task's labels are the same in each of its rows, and there may be hundreds."""
+    return tuple(label.replace("_", " ") for label in labels)
+
+
 def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], config: Data) -> Record:
     """One row of any known form as a Record.
 
@@ -90,7 +97,8 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
     """
     task = _text(row.get("task"), place, "task") or "default"
     about = meta.get("tasks", {}).get(task, {})
-    labels = tuple(str(v).replace("_", " ") for v in about.get("labels") or ())
+    listed = tuple(map(str, about.get("labels") or ()))
+    labels = _spoken(listed)
     instruction = _text(row.get("instruction"), place, "instruction") or config.instruction or about.get("instruction", "")
     messages: tuple[tuple[str, str], ...] = ()
     if "messages" in row or "conversations" in row:
@@ -101,7 +109,7 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
         instruction = instruction or "Classify the text."
     elif "output" in row and ("instruction" in row or "input" in row):
         text, output = _text(row.get("input"), place, "input"), _text(row["output"], place, "output")
-        labels = tuple(str(v) for v in about.get("labels") or ())
+        labels = listed
     else:
         raise DataError(
             f"{place}: keys {sorted(row)} are of no known form; use text+label, instruction+input+output, or messages"
@@ -220,7 +228,8 @@ def read_rows(config: Data) -> list[Record]:
     read = [replace(r, labels=own[r.task]) if r.task in own else r for r in read]
     dropped = {*config.drop_labels, *(label.replace("_", " ") for label in config.drop_labels)}
     if dropped:
-        read = [replace(r, labels=tuple(v for v in r.labels if v not in dropped)) for r in read]
+        left = {labels: tuple(v for v in labels if v not in dropped) for labels in {r.labels for r in read}}
+        read = [replace(r, labels=left[r.labels]) for r in read]
     return read
 
 
