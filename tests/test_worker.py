@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,26 @@ def test_a_worker_is_started_once_and_again_when_it_dies(site: SiteFile, tiny_ov
     fourth, _ = ask(site, request(tiny_overrides), b"", SECONDS)
     assert fourth["worker"] != third["worker"]
     assert stop(site)
+    assert not stop(site)
+
+
+def test_one_who_says_stop_and_goes_away_is_obeyed(site: SiteFile, tiny_overrides: list[str]) -> None:
+    pid = ask(site, request(tiny_overrides), b"", SECONDS)[0]["worker"]
+    with socket.socket(socket.AF_UNIX) as plain:
+        plain.connect(str(site.socket))
+        connection = Connection(plain.detach())
+    key = site.key.read_bytes()
+    answer_challenge(connection, key)
+    deliver_challenge(connection, key)
+    os.kill(pid, signal.SIGSTOP)  # so that it reads the word only after whoever said it has gone
+    connection.send_bytes(json.dumps({"kind": "stop"}).encode())
+    connection.send_bytes(b"")
+    connection.close()
+    os.kill(pid, signal.SIGCONT)
+    end = time.monotonic() + SECONDS
+    while site.socket.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
     assert not stop(site)
 
 

@@ -113,7 +113,8 @@ def serve(site: SiteFile) -> None:
                     continue
                 header, payload = _receive(connection)
                 if header.get("kind") == "stop":
-                    _send(connection, {"pid": os.getpid()}, b"")
+                    with contextlib.suppress(ConnectionError):  # it ends whether or not anybody still listens
+                        _send(connection, {"pid": os.getpid()}, b"")
                     return
                 told, out = handle(header, payload, site)
                 _send(connection, {**told, "worker": os.getpid()}, out)
@@ -228,7 +229,9 @@ def stop(site: SiteFile, seconds: float = 10.0) -> bool:
         return False
     with connection, contextlib.suppress(EOFError, ConnectionError):
         _send(connection, {"kind": "stop"}, b"")
-        if not connection.poll(seconds):
+        if connection.poll(seconds):
+            _receive(connection)
+        else:
             end(site)
     return True
 
