@@ -1,21 +1,18 @@
 """Real processes on the loopback: SuperLink with TLS and site authentication, three sites with private files, one adapter.
 
-Only the gate of docs/deploy.md is left out: sites dial SuperLink itself. Slow, as every message starts a process of Flower's.
+Slow, as every message starts a process of Flower's, and a site that has gone is waited for until the round's deadline.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -24,173 +21,65 @@ from test_run import adapter_of, go, rows_of, same
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
 
 from conftest import tiny_rows
+from loopback import SECONDS, Deployment, deployed
+from wire import Wire
 
-import fedkeel
-from fedkeel.config import load_recipe, to_toml
-from fedkeel.deploy import app_recipe, init
+import fedkeel.run
+from fedkeel.deploy import certificate, new_key, ssh_pair
 from fedkeel.folder import RunFolder
-from fedkeel.sitefile import read_site
-from fedkeel.worker import stop
+from fedkeel.types import Reply, Request
 
 SITES = ("ward-0", "ward-1", "ward-2")
-SECONDS = 1800.0  # on a machine that has other work too
 
 pytestmark = pytest.mark.deployment
 
 
-def free_port() -> int:
-    """One whose successor is free too, as far as can be known."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
+def wards(tmp_path: Path, overrides: list[str], base: Path, **more: Any) -> AbstractContextManager[Deployment]:
+    rows = {name: [row for row in tiny_rows() if row["department"] == name] for name in SITES}
+    return deployed(tmp_path / "deployment", overrides, rows, {"colour": ["red", "green", "blue"]}, base, **more)
 
 
-class Deployment:
-    """A folder that `deploy init` wrote, filled in for three sites of this machine, and the processes started from it."""
-
-    def __init__(self, folder: Path, overrides: list[str], base: Path) -> None:
-        self.folder = folder
-        recipe = load_recipe(None, overrides)
-        (folder.parent / "recipe.toml").write_text(to_toml(recipe))
-        self.port = free_port()
-        travels, _ = app_recipe(folder.parent / "recipe.toml")
-        init(folder, travels, SITES, ["localhost"], self.port, base)
-        self.recipe = travels
-        self.environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(Path(fedkeel.__file__).parents[1]),
-        }
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        for number, name in enumerate(SITES):
-            at = folder / f"site-{name}"
-            rows = [json.dumps(row) + "\n" for row in tiny_rows() if row["department"] == name]
-            (at / "rows.jsonl").write_text("".join(rows))
-            (at / "tasks.json").write_text(json.dumps({"colour": {"labels": ["red", "green", "blue"]}}))
-            text = f'name = "{name}"\nthreads = 1\nstate = "state"\n[model]\nbase = "{base}"\n[data]\nroot = "."\n[worker]\n'
-            # a path of pytest's is long, and a socket's is short
-            (at / "site.toml").write_text(
-                text + f'key = "worker.key"\nsocket = "{gettempdir()}/fk-{self.port}-{number}.sock"\n'
-            )
-            start = (at / "start.sh").read_text()
-            start = start.replace(f":{self.port} ", f":{self.port + 1} ").replace(
-                f"--port {9094 + number}", f"--port {free_port()}"
-            )
-            (at / "start.sh").write_text(start)
-
-    def start(self, name: str, script: str) -> None:
-        log = (self.folder / f"{name}.log").open("ab")
-        self.processes[name] = subprocess.Popen(
-            [str(self.folder / script)], env=self.environment, stdout=log, stderr=log, start_new_session=True
-        )
-
-    def flwr(self, *arguments: str) -> str:
-        command = [str(self.folder / "coordinator" / "flwr.sh"), *arguments]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=SECONDS)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def up(self) -> None:
-        """SuperLink, with the sites' keys registered."""
-        self.start("superlink", "coordinator/start.sh")
-        end = time.monotonic() + SECONDS
-        while True:
-            with socket.socket() as probe:
-                if not probe.connect_ex(("127.0.0.1", self.port + 1)):
-                    break
-            assert self.processes["superlink"].poll() is None, (self.folder / "superlink.log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.5)
-        command = [str(self.folder / "coordinator" / "register.sh")]
-        subprocess.run(command, env=self.environment, check=True, timeout=SECONDS, capture_output=True)
-
-    def begin(self) -> str:
-        """Start a run; its id."""
-        told = json.loads(self.flwr("run", str(self.folder / "app"), "here", "--format", "json"))
-        return str(told["run-id"])
-
-    def end(self, run: str) -> str:
-        """Wait for a run's end; its status, as Flower tells it."""
-        end, status = time.monotonic() + SECONDS, ""
-        while time.monotonic() < end:
-            told = json.loads(self.flwr("list", "--format", "json"))
-            status = next(str(r["status"]) for r in told["runs"] if str(r["run-id"]) == run)
-            if status.startswith("finished"):
-                return status
-            time.sleep(10)
-        raise AssertionError(f"still {status}\n{self.log()}")
-
-    def until_round(self, round: int) -> None:
-        """Wait until the coordinator has finished a round."""
-        end = time.monotonic() + SECONDS
-        while not (self.results.path / "state.json").exists() or self.results.state()["round"] < round:
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.2)
-
-    def kill(self, word: str) -> int:
-        """SIGKILL to Flower's processes of this deployment whose command line holds `word`; they have sessions of their own."""
-        found = 0
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                # by its port, or by the folder
-                if word in line and (f"127.0.0.1:{self.port + 1} " in line or str(self.folder) in line):
-                    os.kill(int(path.name), signal.SIGKILL)
-                    found += 1
-            except OSError:
-                continue
-        return found
-
-    def log(self) -> str:
-        """What all processes said."""
-        return "".join(f"=== {p.name}\n{p.read_text(errors='replace')[-6000:]}\n" for p in sorted(self.folder.glob("*.log")))
-
-    @property
-    def results(self) -> RunFolder:
-        out = Path(self.recipe.out)
-        return RunFolder((out if out.is_absolute() else self.folder / "coordinator" / "state" / out) / self.recipe.name)
-
-    def down(self) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-        for process in self.processes.values():
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-        self.kill("flwr-serverapp")  # one may outlive its SuperLink
-        self.kill("flower-superexec")
-        for name in SITES:
-            stop(read_site(self.folder / f"site-{name}" / "site.toml"), 5.0)
+def start_sites(there: Deployment) -> None:
+    for name in SITES:
+        there.start(name, f"site-{name}/start.sh")
 
 
-@contextmanager
-def deployed(folder: Path, overrides: list[str], base: Path) -> Iterator[Deployment]:
-    found = Deployment(folder, overrides, base)
-    try:
-        yield found
-    finally:
-        found.down()
+def losses(folder: RunFolder) -> dict[str, list[int]]:
+    """site -> the rounds that it took part in."""
+    found: dict[str, list[int]] = {name: [] for name in SITES}
+    for row in rows_of(folder):
+        if row["name"] == "loss" and row["site"]:
+            found[row["site"]].append(row["round"])
+    return found
+
+
+def twin(overrides: list[str], took: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """The same federation in this process, where a site is away in the rounds that `took` does not name."""
+
+    class Away(fedkeel.run.LocalTransport):
+        turn = 0
+
+        def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
+            self.turn += 1
+            there = [r for r in requests if self.turn in took[r.site]]
+            gone = [Reply(r.site, error="away") for r in requests if r not in there]
+            return [*super().exchange(there, deadline), *gone]
+
+    monkeypatch.setattr(fedkeel.run, "LocalTransport", Away)
+    return go([*overrides, "name=twin"])[1]
 
 
 def test_three_sites_end_in_the_bits_of_one_process(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
     kept = ["federation.codec_up=topk=0.25+int4", "evaluation.baselines=[]", "evaluation.test_rows=0", "evaluation.every=9"]
     overrides = [*tiny_overrides, *kept]
     _, here, _ = go([*overrides, "name=here"])
-    with deployed(tmp_path / "deployment", overrides, tiny_base) as there:
+    with wards(tmp_path, overrides, tiny_base) as there:
         there.up()
-        for name in SITES:
-            there.start(name, f"site-{name}/start.sh")
-        status = there.end(there.begin())
-        assert status == "finished:completed", there.log()
+        start_sites(there)
+        code, told = there.run()
+        assert code == 0, told + there.log()
         workers = {name: (there.folder / f"site-{name}" / "state").exists() for name in SITES}
+    assert "round 3 of 3: 3 sites" in told
     assert all(workers.values())
     assert same(adapter_of(here.path), adapter_of(there.results.path))
     assert there.results.state()["finished"]
@@ -207,18 +96,182 @@ def test_killed_workers_and_coordinators_change_no_bit(tiny_overrides: list[str]
     few = ["evaluation.baselines=[]", "evaluation.test_rows=1", "evaluation.every=9", "federation.rounds=5"]
     overrides = [*tiny_overrides, *few, "federation.codec_up=topk=0.25+int4"]
     _, here, _ = go([*overrides, "name=here"])
-    with deployed(tmp_path / "deployment", overrides, tiny_base) as there:
+    with wards(tmp_path, overrides, tiny_base) as there:
         there.up()
-        for name in SITES:
-            there.start(name, f"site-{name}/start.sh")
+        start_sites(there)
         there.begin()
         there.until_round(1)
-        worker = read_site(there.folder / "site-ward-0" / "site.toml").socket.with_suffix(".lock")
-        os.kill(int(worker.read_text()), signal.SIGKILL)
+        os.kill(there.worker("ward-0"), signal.SIGKILL)
         there.until_round(2)
         assert there.kill("flwr-serverapp")
         done = there.results.state()["round"]
-        assert there.end(there.begin()) == "finished:completed", there.log()
+        code, told = there.run()
+        assert code == 0, told + there.log()
     assert 2 <= done < 5
     assert same(adapter_of(here.path), adapter_of(there.results.path))
-    assert [r["round"] for r in rows_of(there.results) if (r["name"], r["site"]) == ("loss", "ward-0")] == [1, 2, 3, 4, 5]
+    assert losses(there.results)["ward-0"] == [1, 2, 3, 4, 5]
+
+
+RAISES = """
+import os, sys
+if "fedkeel.worker" in sys.orig_argv and os.path.exists({flag!r}):
+    import fedkeel.client
+    def train_round(*given, **more):
+        raise ZeroDivisionError("nobody is in this ward")
+    fedkeel.client.train_round = train_round
+"""
+
+
+FEW = [
+    "evaluation.baselines=[]", "evaluation.test_rows=1", "evaluation.every=9", "federation.rounds=6", "federation.quorum=0.6",
+    "federation.deadline=45", "federation.codec_up=topk=0.25+int4",
+]  # fmt: skip
+
+
+def test_sites_that_die_raise_and_come_back(
+    tiny_overrides: list[str], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three sites are enough; one is not. What the sites keep is what a federation in one process would have."""
+    flag = tmp_path / "raise"
+    with wards(tmp_path, [*tiny_overrides, *FEW], tiny_base) as there:
+        (tmp_path / "hook").mkdir()
+        (tmp_path / "hook" / "sitecustomize.py").write_text(RAISES.format(flag=str(flag)))
+        script = there.folder / "site-ward-1" / "start.sh"
+        hook = f'export PYTHONPATH="{tmp_path / "hook"}:$PYTHONPATH"\nexec '
+        script.write_text(script.read_text().replace("exec ", hook))
+        there.up()
+        start_sites(there)
+        run = there.begin()
+        there.until_round(1)
+        there.lose("ward-2")  # in round 2, or on its way to it
+        there.until_round(3)  # two rounds without it: the quorum holds
+        there.lose("ward-1")
+        assert there.end(run) == "finished:failed"
+        told = there.flwr("log", run, "here", "--show")
+        assert "1 of 3 sites answered well" in told, told
+        assert "ward-1" in told
+        assert "ward-2" in told
+        assert "no answer within 45 s" in told or "its SuperNode is down" in told
+        stood = there.results.state()["round"]
+        assert stood >= 3
+
+        flag.touch()
+        there.start("ward-1", "site-ward-1/start.sh")
+        code, told = there.run()
+        assert code == 1, told
+        assert "ZeroDivisionError: nobody is in this ward" in told  # the traceback, at the coordinator
+        assert there.results.state()["round"] == stood  # the checkpoint of the round before stands
+
+        flag.unlink()
+        there.stop_worker("ward-1")
+        there.start("ward-2", "site-ward-2/start.sh")
+        code, told = there.run()
+        assert code == 0, told + there.log()
+    took = losses(there.results)
+    assert took["ward-0"] == took["ward-1"] == [1, 2, 3, 4, 5, 6]
+    assert {1, 6} <= set(took["ward-2"])  # it came back
+    assert not {2, 3} & set(took["ward-2"])
+    assert same(adapter_of(there.results.path), adapter_of(twin([*tiny_overrides, *FEW], took, monkeypatch).path))
+
+
+def test_strangers_are_refused(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    """A key that is not registered, another authority, plain text, and a key that was revoked."""
+    with wards(tmp_path, tiny_overrides, tiny_base) as there:
+        there.up()
+        there.start("ward-0", "site-ward-0/start.sh")
+        there.until_online(1)
+
+        def refused(name: str, *replaced: tuple[str, str], **files: bytes) -> str:
+            """What a copy of ward-1 says that has other files and another line of arguments."""
+            copy = there.folder / name
+            shutil.copytree(there.folder / "site-ward-1", copy)
+            for file, content in files.items():
+                (copy / file.replace("_", ".")).write_bytes(content)
+            script = (copy / "start.sh").read_text()
+            for old, new in (*replaced, ("flower-supernode ", "flower-supernode --max-retries 1 ")):
+                assert old in script
+                script = script.replace(old, new)
+            (copy / "start.sh").write_text(script)
+            done = subprocess.run(
+                [str(copy / "start.sh")], env=there.environment, capture_output=True, text=True, timeout=SECONDS
+            )
+            assert done.returncode != 0
+            assert there.online() == 1
+            return done.stdout + done.stderr
+
+        private, _ = ssh_pair(new_key(), "stranger")
+        print(refused("unknown", node_key=private))
+        key = new_key()
+        other = certificate("another authority", key, 9)
+        from cryptography.hazmat.primitives.serialization import Encoding
+
+        print(refused("authority", ca_pem=other.public_bytes(Encoding.PEM)))
+        plain = ('--root-certificates "$here/ca.pem"', "--insecure")
+        print(refused("plain", plain))
+        there.start("ward-1", "site-ward-1/start.sh")
+        there.until_online(2)
+        there.revoke("ward-1")
+        there.processes["ward-1"].wait(SECONDS)
+        print((there.folder / "ward-1.log").read_text())
+        assert there.online() == 1
+        raise AssertionError
+
+
+@pytest.fixture
+def cut_off() -> Iterator[tuple[dict[str, Wire], dict[str, list[str]]]]:
+    """Four network namespaces, the coordinator's at 10.77.0.1: each site's wire to it, and how to run a command in each."""
+    if os.geteuid() or not shutil.which("ip") or not Path("/dev/net/tun").exists():
+        pytest.skip("network namespaces need root, iproute2 and /dev/net/tun")
+
+    def ip(*arguments: str) -> None:
+        done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no network namespaces on this machine: ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+    mark = f"fk{os.getpid()}"
+    with ExitStack() as stack:
+        spaces = {name: f"{mark}-{name}" for name in ("coordinator", *SITES)}
+        for space in spaces.values():
+            ip("netns", "add", space)
+            stack.callback(subprocess.run, ["ip", "netns", "del", space])
+            ip("-n", space, "link", "set", "lo", "up")
+        hub = spaces["coordinator"]
+        ip("-n", hub, "addr", "add", "10.77.0.1/32", "dev", "lo")
+        wires = {}
+        for number, name in enumerate(SITES):
+            device, address = f"wire{number}", f"10.77.0.{10 + number}/32"
+            wires[name] = Wire(hub, spaces[name], device, 0.02, number)
+            stack.callback(wires[name].close)
+            ip("-n", spaces[name], "addr", "add", address, "dev", device)
+            for space, there in ((hub, address), (spaces[name], "10.77.0.1/32")):
+                ip("-n", space, "link", "set", device, "up")
+                ip("-n", space, "route", "add", there, "dev", device)
+        yield wires, {name: ["ip", "netns", "exec", space] for name, space in spaces.items()}
+
+
+def test_lost_packets_and_a_partition_lose_nothing(
+    tiny_overrides: list[str], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    cut_off: tuple[dict[str, Wire], dict[str, list[str]]],
+) -> None:  # fmt: skip
+    """One packet in fifty is lost; one site is cut off for a moment, then for longer than two rounds wait for it."""
+    wires, inside = cut_off
+    overrides = [*tiny_overrides, *FEW, "federation.rounds=10"]
+    with wards(tmp_path, overrides, tiny_base, host="10.77.0.1", inside=inside) as there:
+        there.up()
+        start_sites(there)
+        run = there.begin()
+        there.until_round(1)
+        wires["ward-2"].cut.set()
+        time.sleep(5)
+        wires["ward-2"].cut.clear()
+        there.until_round(2)
+        wires["ward-2"].cut.set()
+        there.until_round(4)
+        wires["ward-2"].cut.clear()
+        assert there.end(run) == "finished:completed", there.log()
+    assert all(wire.dropped and wire.carried > 100 for wire in wires.values())
+    took = losses(there.results)
+    assert took["ward-0"] == took["ward-1"] == list(range(1, 11))
+    assert {1, 2, 10} <= set(took["ward-2"])
+    assert len(took["ward-2"]) < 10
+    assert same(adapter_of(there.results.path), adapter_of(twin(overrides, took, monkeypatch).path))

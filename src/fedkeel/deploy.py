@@ -382,6 +382,24 @@ END
 exec flwr "$@"
 """
     )
+    whole = HERE.format(what="Starts a run, shows its log, and exits with 0 only if the federation really ended.") + (
+        r"""\
+told=$("$here/flwr.sh" run "$here/../app" here --format json)
+run=$(printf '%s' "$told" | sed -n 's/.*"run-id": *"\{0,1\}\([0-9][0-9]*\).*/\1/p')
+[ -n "$run" ] || { echo "the run was not taken: $told" >&2; exit 1; }
+echo "run $run; Ctrl-C ends this log and not the run, which ./flwr.sh stop $run does"
+trap 'exit 130' INT
+while :; do
+  "$here/flwr.sh" log "$run" here --stream || true # it may break off: what counts is the status
+  status=$("$here/flwr.sh" list --run-id "$run" --format json | sed -n 's/.*"status": *"\([^"]*\)".*/\1/p' | head -n 1)
+  case "$status" in
+    finished:completed) exit 0 ;;
+    finished:*) echo "the federation did not end: $status" >&2; exit 1 ;;
+  esac
+  sleep 5
+done
+"""
+    )
     register = HERE.format(what="Registers the public keys in keys/, once: the sites that may take part.") + (
         """\
 for key in "$here"/keys/*.pub; do
@@ -456,6 +474,7 @@ services:
     return {
         "start.sh": start,
         "flwr.sh": command,
+        "run.sh": whole,
         "register.sh": register,
         "gate.sh": gate,
         "gate.conf": conf,
@@ -560,8 +579,8 @@ Coordinator {joined(hosts[0], port)}; sites {", ".join(sites)}. The server certi
    `keys/`, once), then `./gate.sh`. Or the two units.
 5. **Each site, before round 1:** `fedkeel deploy check {PREFIX}/site-NAME/site.toml`: every line says ok.
 {note}6. **Each site:** `./start.sh`, or its unit. `./flwr.sh supernode list` at the coordinator shows it online.
-7. **Coordinator:** `./flwr.sh run ../app` starts the run. `./flwr.sh run` says 0 also for a run that fails later: look at
-   `./flwr.sh list` and `./flwr.sh log RUN_ID`.
+7. **Coordinator:** `./run.sh` starts the run, shows its log, and exits with 0 only if the federation really ended.
+   (`./flwr.sh run ../app` says 0 also for a run that fails later.)
 8. **To revoke a site:** `./flwr.sh supernode list`, then `./flwr.sh supernode unregister NODE_ID`, and delete its
    file in `keys/`.
 """
