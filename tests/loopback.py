@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -186,8 +187,8 @@ class Deployment:
 
     def revoke(self, site: str) -> None:
         """Take a site's key from the register."""
-        node = next(n for n in self.nodes() if n["name"] == site)
-        self.flwr("supernode", "unregister", str(node["node-id"]), "here")
+        said = (self.folder / f"{site}.log").read_text()
+        self.flwr("supernode", "unregister", re.findall(r"SuperNode ID: (\d+)", said)[-1], "here")
 
     def until_online(self, count: int) -> None:
         """Wait until so many SuperNodes are connected."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from test_run import adapter_of, go, rows_of, same
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
@@ -192,29 +193,33 @@ def test_strangers_are_refused(tiny_overrides: list[str], tiny_base: Path, tmp_p
                 assert old in script
                 script = script.replace(old, new)
             (copy / "start.sh").write_text(script)
-            done = subprocess.run(
-                [str(copy / "start.sh")], env=there.environment, capture_output=True, text=True, timeout=SECONDS
-            )
-            assert done.returncode != 0
+            said = there.folder / f"{name}.log"
+            with said.open("wb") as log:  # not a pipe: what it started may hold that open
+                process = subprocess.Popen(
+                    [str(copy / "start.sh")], env=there.environment, stdout=log, stderr=log, start_new_session=True
+                )
+            there.processes[name] = process
+            assert process.wait(SECONDS) != 0
             assert there.online() == 1
-            return done.stdout + done.stderr
+            return said.read_text()
 
         private, _ = ssh_pair(new_key(), "stranger")
-        print(refused("unknown", node_key=private))
-        key = new_key()
-        other = certificate("another authority", key, 9)
-        from cryptography.hazmat.primitives.serialization import Encoding
+        assert "[code: 2004] Failed to activate SuperNode" in refused("unknown", node_key=private)
+        authority = certificate("another authority", new_key(), 9).public_bytes(Encoding.PEM)
+        assert "CERTIFICATE_VERIFY_FAILED" in refused("authority", ca_pem=authority)
+        trust, key = '--root-certificates "$here/ca.pem"', '--auth-supernode-private-key "$here/node.key"'
+        assert "SuperNode authentication requires a secure TLS connection" in refused(
+            "key-in-plain-text", (trust, "--insecure")
+        )
+        assert "could not establish a connection" in refused("plain-text", (trust, "--insecure"), (key, ""))
 
-        print(refused("authority", ca_pem=other.public_bytes(Encoding.PEM)))
-        plain = ('--root-certificates "$here/ca.pem"', "--insecure")
-        print(refused("plain", plain))
         there.start("ward-1", "site-ward-1/start.sh")
         there.until_online(2)
         there.revoke("ward-1")
-        there.processes["ward-1"].wait(SECONDS)
-        print((there.folder / "ward-1.log").read_text())
+        assert there.processes["ward-1"].wait(SECONDS) != 0
+        assert "2004" in (there.folder / "ward-1.log").read_text()
         assert there.online() == 1
-        raise AssertionError
+        assert "[code: 2004] Failed to activate SuperNode" in refused("revoked")
 
 
 @pytest.fixture
