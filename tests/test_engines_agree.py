@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,4 +70,35 @@ def test_in_flowers_simulation_as_in_this_process(rule: str, tiny_overrides: lis
     recipe = load_recipe(None, [*overrides, "name=there"])
     there = RunFolder(Path(recipe.out) / recipe.name)
     simulate(prepare(recipe), there, Silent())
+    assert same(adapters(here), adapters(there))
+
+
+def command(overrides: list[str], *options: str) -> list[str]:
+    return [sys.executable, "-m", "fedkeel.cli", "run", "--engine", "flower-sim", *options, *overrides]
+
+
+@pytest.mark.simulation
+def test_the_commands_exit_status_says_whether_a_federation_ended(tiny_overrides: list[str]) -> None:
+    """0 at its end, 1 where a site raises, 130 on Ctrl-C, after which the run goes on to the same bits."""
+    pytest.importorskip("ray", reason="the extra fedkeel[flower-sim] is not installed")
+    overrides = [*tiny_overrides, "evaluation.baselines=[]"]
+    _, here, _ = go(overrides)
+    failed = subprocess.run(
+        command([*overrides, "name=failed", "federation.max_update_norm=1e-9"]), capture_output=True, text=True
+    )
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert "federation.max_update_norm" in failed.stderr + failed.stdout
+    there = RunFolder(here.path.with_name("there"))
+    with subprocess.Popen(command([*overrides, "name=there"]), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while not there.rows_file.exists() or not there.state()["round"]:  # until the first round has ended
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        told, _ = process.communicate()
+    assert process.returncode == 130, told.decode()
+    assert b"--resume --engine flower-sim" in told
+    assert not there.state()["finished"]
+    done = subprocess.run(command([*overrides, "name=there"], "--resume"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert there.state()["finished"]
     assert same(adapters(here), adapters(there))

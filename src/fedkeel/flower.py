@@ -540,6 +540,7 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
     app.main()(main)
     with tempfile.TemporaryDirectory(prefix="fk-", ignore_cleanup_errors=True) as home:
         os.environ["FLWR_HOME"] = home
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: they would stand back behind all else that runs
         init = {"num_cpus": workers * prepared.recipe.threads, "include_dashboard": False, "log_to_driver": False,
                 "_temp_dir": f"{home}/ray", "logging_level": logging.ERROR}  # fmt: skip
         crash: BaseException | None = None
