@@ -158,6 +158,7 @@ def test_sites_that_die_raise_and_come_back(
 
         flag.touch()
         there.start("ward-1", "site-ward-1/start.sh")
+        there.until_online(2)
         code, told = there.run()
         assert code == 1, told
         assert "ZeroDivisionError: nobody is in this ward" in told  # the traceback, at the coordinator
@@ -166,6 +167,7 @@ def test_sites_that_die_raise_and_come_back(
         flag.unlink()
         there.stop_worker("ward-1")
         there.start("ward-2", "site-ward-2/start.sh")
+        there.until_online(3)
         code, told = there.run()
         assert code == 0, told + there.log()
     took = losses(there.results)

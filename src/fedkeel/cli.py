@@ -112,6 +112,9 @@ def run(
     engine: Annotated[
         str, typer.Option(help="local: all sites in this process. flower-sim: in Flower's simulation, on as many cores as fit.")
     ] = "local",
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html and report.md; `fedkeel report` does so later.")
+    ] = True,
 ) -> None:
     """Run a federation and its baselines; without a recipe, the full defaults on the embedded model and data."""
     if engine not in ENGINES:
@@ -150,7 +153,7 @@ def run(
         again = " --engine flower-sim" if engine == "flower-sim" else ""
         console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume{again}", markup=False, highlight=False)
         raise typer.Exit(130) from None
-    report = write_report(folder.path)
+    page = write_report(folder.path).with_suffix(".html") if report else f"fedkeel report {folder.path}"
     rows = read_rows(folder.rows_file)
     console.print(method_table(rows).rich())
     if len(prepared.stages) > 1:
@@ -158,9 +161,7 @@ def run(
     tasks = task_table(rows)
     if len(tasks.lines) <= 20:
         console.print(tasks.rich())
-    console.print(
-        f"report: {report.with_suffix('.html')}\nadapter (PEFT): {folder.path / 'adapter'}", markup=False, highlight=False
-    )
+    console.print(f"report: {page}\nadapter (PEFT): {folder.path / 'adapter'}", markup=False, highlight=False)
 
 
 def finished(folder: Path) -> tuple[Recipe, Path]:

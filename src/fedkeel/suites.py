@@ -491,7 +491,7 @@ class _Job:
 
 def _start(context: ForkServerContext | SpawnContext, run: Planned, out: Path) -> _Job:
     resume = ["--resume"] if (out / run.name / "state.json").exists() else []
-    arguments = [*run.overrides, f"out={out}", *resume]
+    arguments = [*run.overrides, f"out={out}", "--no-report", *resume]  # the suite's report is what is read
     # not a daemon: those may not have processes of their own, and a federation may
     process = context.Process(target=_work, args=(arguments, str(out / f"{run.name}.log")))
     process.start()
