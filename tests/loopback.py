@@ -47,13 +47,13 @@ class Deployment:
 
     rows: site -> its rows, which become its `rows.jsonl`. labels: task -> its candidate labels. base: the folder of the base
     model, or None for the embedded one. host: where sites find the coordinator. inside: name of a site, or "coordinator" ->
-    what its commands begin with, such as `ip netns exec NAME`.
+    what its commands begin with, such as `ip netns exec NAME`. wait: seconds for all sites to be there before round 1.
     """
 
     def __init__(
         self, folder: Path, overrides: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, Any]]],
         labels: Mapping[str, Sequence[str]], base: Path | None, host: str = "localhost",
-        inside: Mapping[str, Sequence[str]] | None = None,
+        inside: Mapping[str, Sequence[str]] | None = None, wait: float = 600.0,
     ) -> None:  # fmt: skip
         self.folder, self.sites, self._inside = folder, tuple(rows), inside or {}
         recipe = load_recipe(None, overrides)
@@ -65,6 +65,8 @@ class Deployment:
             script = folder / "coordinator" / "start.sh"
             script.write_text(script.read_text().replace("--host 127.0.0.1", "--host 0.0.0.0"))
         self.recipe = travels
+        project = folder / "app" / "pyproject.toml"
+        project.write_text(re.sub(r"^wait = .*$", f"wait = {wait}", project.read_text(), flags=re.MULTILINE))
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -222,9 +224,9 @@ class Deployment:
 
 
 @contextmanager
-def deployed(*given: Any) -> Iterator[Deployment]:
+def deployed(*given: Any, **more: Any) -> Iterator[Deployment]:
     """A `Deployment` whose processes are ended afterwards."""
-    found = Deployment(*given)
+    found = Deployment(*given, **more)
     try:
         yield found
     finally:

@@ -134,7 +134,7 @@ def test_sites_that_die_raise_and_come_back(
 ) -> None:
     """Two of three sites are enough; one is not. What the sites keep is what a federation in one process would have."""
     flag = tmp_path / "raise"
-    with wards(tmp_path, [*tiny_overrides, *FEW], tiny_base) as there:
+    with wards(tmp_path, [*tiny_overrides, *FEW], tiny_base, wait=90.0) as there:
         (tmp_path / "hook").mkdir()
         (tmp_path / "hook" / "sitecustomize.py").write_text(RAISES.format(flag=str(flag)))
         script = there.folder / "site-ward-1" / "start.sh"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from fedkeel.report.suite_tables import (
     square_table,
     task_table,
 )
+from fedkeel.report.tables import points_with_sd
 from fedkeel.rng import numpy_generator
 from fedkeel.types import FedKeelError, Row
 
@@ -314,6 +316,22 @@ def test_retention_by_hand(suite: Suite) -> None:
     table = retention_table("s", results_of(suite, "s"))
     assert table.header == ("method", "KL to base, nats", "CKA to stage ends")
     assert table.lines == (("keel", "0.250", "0.850"), ("plain", "–", "–"))
+
+
+def test_the_participation_gap_is_of_each_seed(suite: Suite) -> None:
+    results = {r.line.name: r for r in results_of(suite, "s")}
+    keel = results["keel"]
+    unseen = (0.25, 0.5)
+    runs = [
+        replace(run, rows=(*run.rows, Row(run.name, "federated", run.seed, 9, "score", score, "share", split="unseen-sites")))
+        for run, score in zip(keel.line.runs, unseen, strict=False)
+    ]
+    finals = [final_score(run.rows, "federated") for run in runs]
+    gaps = [final - score for final, score in zip(finals, unseen, strict=False)]
+    table = retention_table("s", [replace(keel, line=replace(keel.line, runs=tuple(runs))), results["plain"]])
+    assert table.header[-2:] == ("unseen sites", "participation gap")
+    assert table.lines[0][-1] == points_with_sd(gaps)
+    assert table.lines[1][-2:] == ("–", "–")
 
 
 @pytest.mark.parametrize(

@@ -323,6 +323,7 @@ clientapp = "fedkeel.flower:client_app"
 
 [tool.flwr.app.config]
 sites = "{",".join(sites)}"
+wait = {min(600.0, recipe.federation.deadline)} # seconds to wait for all of them before round 1; after that the quorum decides
 """
     licence = (
         "This app folder (pyproject.toml, recipe.toml, manifest.json) was written by FedKeel and is licensed under the\n"

@@ -401,7 +401,8 @@ def _app_file(name: str) -> Path:
 
 
 def coordinator(grid: Grid, context: Context) -> None:
-    """A deployment's coordinator. The app's config holds `sites`, joined by commas; recipe.toml lies in the app's folder.
+    """A deployment's coordinator. The app's config holds `sites`, joined by commas, and `wait`, the seconds that it waits for
+    them at most before round 1; recipe.toml lies in the app's folder.
 
     The run's folder is `out`/`name` of the recipe, below the working directory of SuperLink. If it holds a run of the same
     recipe that has not ended, the run goes on from its last round.
@@ -415,11 +416,11 @@ def coordinator(grid: Grid, context: Context) -> None:
     names = [name for name in str(context.run_config.get("sites", "")).split(",") if name]
     if not names or len(set(names)) < len(names):
         raise FlowerError("the app's config must hold `sites`: the names of all sites, joined by commas, each once")
+    seconds = float(context.run_config.get("wait", 600.0))
     watch = _Lines()
 
     def meet(run: str) -> Courier:
         courier = Courier(grid, text, run)
-        seconds = min(float(context.run_config.get("wait", 600.0)), recipe.federation.deadline)
         watch.leg("federated", f"waiting for {len(names)} sites, at most {seconds:.0f} s")
         courier.greet(lambda found: set(names) <= set(found), seconds)
         for trouble in courier.troubles:

@@ -266,25 +266,6 @@ def _sorted(scores: Sequence[float]) -> list[float]:
     return sorted(scores)
 
 
-def drift_ratio(changes: ArrayLike, weights: Sequence[float]) -> float:
-    """Γ = Σ_k p_k ‖Δ_k‖² / ‖Σ_k p_k Δ_k‖², ≥ 1: 1 where all sites moved alike, K where K equally weighted ones moved at right
-    angles by equal lengths, infinite where they cancel.
-
-    changes: (K, d), what each site changed. weights: K numbers ≥ 0 with sum 1. A run's Rows `drift/<block>` are Γ − 1
-    of that block, see `aggregate.drift`. Raises ValueError on other shapes, or where nobody moved.
-    Source: METHOD §6; gradient diversity in Yin et al. 2018, arXiv:1706.05699.
-    """
-    import numpy as np
-
-    moved, shares = np.asarray(changes, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-    if moved.ndim != 2 or shares.shape != moved.shape[:1] or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
-        raise ValueError(f"one weight ≥ 0 a site, with sum 1, for changes (K, d); not {moved.shape} and {list(weights)}")
-    alone, together = float(shares @ (moved**2).sum(1)), float(((shares @ moved) ** 2).sum())
-    if not alone:
-        raise ValueError("no site changed anything: the ratio is 0 / 0")
-    return alone / together if together else math.inf
-
-
 def bytes_to_target(scores: Sequence[float], sent: Sequence[float], target: float) -> float | None:
     """Bytes sent until the first score that reaches `target`; None where none does.
 
@@ -314,13 +295,3 @@ def interaction(neither: float, first: float, second: float, both: float) -> flo
     Source: the interaction contrast of a 2 × 2 design (Fisher 1935, The Design of Experiments).
     """
     return both - first - second + neither
-
-
-def normalised_score(score: float, low: float, high: float) -> float:
-    """How far `score` is from `low`, the base model's, to `high`, the centralised model's: 0 at the one, 1 at the other.
-
-    Not held within [0, 1]: a score may be below or above both. Raises ValueError unless low < high.
-    """
-    if not low < high:
-        raise ValueError(f"the lower reference is below the higher one, not {low} and {high}")
-    return (score - low) / (high - low)

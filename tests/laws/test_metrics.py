@@ -18,7 +18,6 @@ from fedkeel.metrics import (
     bottom_decile,
     bytes_to_target,
     consistency,
-    drift_ratio,
     exact_match,
     forgetting,
     interaction,
@@ -27,7 +26,6 @@ from fedkeel.metrics import (
     macro,
     mean,
     normalise,
-    normalised_score,
     participation_gap,
     perplexity_ratio,
     retention_ratio,
@@ -316,19 +314,6 @@ def test_participation_gap_by_hand() -> None:
         participation_gap(80, 0.5)
 
 
-def test_drift_ratio_by_hand() -> None:
-    assert drift_ratio([[1.0, 2.0], [1.0, 2.0]], [0.3, 0.7]) == pytest.approx(1.0)
-    assert drift_ratio([[3.0, 0.0], [0.0, 3.0]], [0.5, 0.5]) == pytest.approx(2.0)
-    # (¼ · 16 + ¾ · 4) / ((¼ · 4)² + (¾ · 2)²)
-    assert drift_ratio([[4.0, 0.0], [0.0, 2.0]], [0.25, 0.75]) == pytest.approx(7 / 3.25)
-    assert drift_ratio([[1.0], [-1.0]], [0.5, 0.5]) == math.inf
-    with pytest.raises(ValueError, match="0 / 0"):
-        drift_ratio([[0.0], [0.0]], [0.5, 0.5])
-    for weights in ([0.5], [0.5, 0.6], [1.5, -0.5]):
-        with pytest.raises(ValueError, match="sum 1"):
-            drift_ratio([[1.0], [1.0]], weights)
-
-
 def test_what_a_target_and_a_step_cost_by_hand() -> None:
     assert bytes_to_target([0.2, 0.5, 0.4, 0.6], [10, 20, 30, 40], 0.5) == 20
     assert bytes_to_target([0.2, 0.5], [10, 20], 0.55) is None
@@ -341,10 +326,6 @@ def test_what_a_target_and_a_step_cost_by_hand() -> None:
         step_cost([1.0], [0.0])
 
 
-def test_interaction_and_normalised_score_by_hand() -> None:
+def test_interaction_by_hand() -> None:
     assert interaction(0.5, 0.625, 0.75, 0.875) == 0.0
     assert interaction(0.5, 0.5, 0.5, 0.75) == 0.25
-    assert normalised_score(0.75, 0.5, 1.0) == 0.5
-    assert normalised_score(0.25, 0.5, 1.0) == -0.5
-    with pytest.raises(ValueError, match="below the higher"):
-        normalised_score(0.5, 0.8, 0.8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedkeel.metrics import step_cost
+from fedkeel.metrics import participation_gap, step_cost
 from fedkeel.report.chance import MARK, RULE, Chance
 from fedkeel.report.interval import COVERAGE, RESAMPLES
 from fedkeel.report.results import Result, interaction
@@ -319,13 +319,15 @@ def retention_table(stream: str, results: Sequence[Result]) -> Table:
         kl, ratio = ([v for m in measures if (v := measured(m, n)) is not None] for n in ("kl_to_base", "perplexity_ratio"))
         cka, site = ([v for m in measures if (v := mean_cka(m, n)) is not None] for n in ("state_cka", "site_cka"))
         tasks = [v for m in measures if (v := split_score(m, "unseen")) is not None]
-        sites = [v for run in r.line.runs if (v := split_score(run.rows, "unseen-sites")) is not None]
-        seen = [v for run in r.line.runs if (v := final_score(run.rows, r.line.leg)) is not None] if sites else []
+        both = [(final_score(run.rows, r.line.leg), split_score(run.rows, "unseen-sites")) for run in r.line.runs]
+        pairs = [(seen, unseen) for seen, unseen in both if seen is not None and unseen is not None]
+        gaps = [participation_gap(seen, unseen) for seen, unseen in pairs]
+        apart = (points_with_sd([unseen for _, unseen in pairs]), points_with_sd(gaps))
         cells = (with_sd(kl, 3), with_sd(ratio, 3), with_sd(cka, 3), with_sd([1 - v for v in site], 3))
-        lines.append((r.line.name, *cells, points_with_sd(tasks), points_with_sd(sites), points_with_sd(seen)))
+        lines.append((r.line.name, *cells, points_with_sd(tasks), *apart))
     header = (
         "method", "KL to base, nats", "perplexity ratio", "CKA to stage ends", "1 − CKA of sites", "unseen tasks",
-        "unseen sites", "sites that trained",
+        "unseen sites", "participation gap",
     )  # fmt: skip
     shown = [k for k in range(len(header)) if k == 0 or any(line[k] != MISSING for line in lines)]
     if len(shown) == 1:
@@ -333,7 +335,8 @@ def retention_table(stream: str, results: Sequence[Result]) -> Table:
     notes = (
         "KL and perplexity: fine-tuned against base on held-out general text; a ratio above 1 is worse than the base. CKA: "
         "mean over layers and stages on fixed prompts, 1 where nothing moved; 1 − CKA of sites: how far a local round moves "
-        "a site. Unseen tasks: scores on tasks that no site trained on. Scores in points. Mean ± sd over seeds.",
+        "a site. Unseen tasks: scores on tasks that no site trained on. Participation gap: final score on rows of sites that "
+        "trained, less that on rows of sites that did not. Scores in points. Mean ± sd over seeds.",
     )
     short = tuple(tuple(line[k] for k in shown) for line in lines)
     return Table(f"{stream}: retention and generalisation", tuple(header[k] for k in shown), short, notes)

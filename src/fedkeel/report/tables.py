@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedkeel.metrics import bytes_to_target
 from fedkeel.types import FedKeelError, Row
 
 if TYPE_CHECKING:
@@ -273,15 +274,16 @@ def traffic_table(rows: Sequence[Row]) -> Table:
     title = "Traffic to a target score"
     if not scores or any(r.stage for r in rows) or max(scores.values()) <= 0:
         return Table(title, header, ())
-    lines = []
+    rounds, lines = sorted(scores), []
     for share in SHARES:
         target = share * max(scores.values())
-        reached = min(round for round, score in scores.items() if score >= target)
-        up, down = (
-            sum(r.value for r in rows if r.method == "federated" and r.name == name and r.round <= reached)
-            for name in ("bytes_up", "bytes_down")
-        )
-        lines.append((f"{share:.0%}", points(scores[reached]), str(reached), human_bytes(up), human_bytes(down)))
+        reached = next(round for round in rounds if scores[round] >= target)
+        sent = []
+        for name in ("bytes_up", "bytes_down"):
+            of = [(r.round, r.value) for r in rows if (r.method, r.name) == ("federated", name)]
+            by = [sum(value for round, value in of if round <= point) for point in rounds]
+            sent.append(bytes_to_target([scores[point] for point in rounds], by, target) or 0.0)
+        lines.append((f"{share:.0%}", points(scores[reached]), str(reached), *map(human_bytes, sent)))
     note = "Of the federation, on validation rows; bytes of all sites since the start, as serialised, headers included."
     return Table(title, header, tuple(lines), (note,))
 
