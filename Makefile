@@ -10,7 +10,7 @@ run: .venv/installed
 	$(BIN)/fedkeel run recipes/quickstart.toml --fresh
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: format lint types test
 
