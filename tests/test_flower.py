@@ -223,6 +223,21 @@ def test_a_node_that_comes_back_under_another_id_is_found(tiny_overrides: list[s
     assert len({answers[site][1] for site in SITES}) == 1  # type: ignore[index]
 
 
+def test_a_node_that_is_slow_to_say_hello_is_found_by_a_later_call(tiny_overrides: list[str], tmp_path: Path) -> None:
+    def slow(message: Message, reply: Message) -> list[tuple[int, Message]]:
+        return [(8 if message.metadata.dst_node_id == 893 else 0, reply)]  # looks, longer than one call looks
+
+    grid = FakeGrid(client_app, 3, slow)
+    courier = Courier(grid, to_toml(load_recipe(None, tiny_overrides)), "r6", tmp_path)
+    calls = 0
+    while "ward-1" not in courier.nodes:
+        courier.greet(lambda found: set(SITES) <= set(found), 0.2)
+        calls += 1
+        assert calls < 20
+    assert calls > 1
+    assert [m.metadata.dst_node_id for m in grid.sent].count(893) == 1  # it was asked once
+
+
 def test_a_message_over_the_limit_is_not_sent(tiny_overrides: list[str], tmp_path: Path) -> None:
     grid = FakeGrid(client_app, 3)
     courier = Courier(grid, to_toml(load_recipe(None, tiny_overrides)), "r4", tmp_path, limit=1000)

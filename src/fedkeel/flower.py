@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from fedkeel.run import Prepared, Watch
 
 LIMIT = 128 * 2**20  # bytes of one payload: Flower's stores hold every message in memory or SQLite, at about 30 MB/s
+HELLO = 120.0  # seconds that an answer to hello is waited for, over rounds: a site that comes back may load its base first
 STYPE = "fedkeel"
 KINDS = {"hello": "query", "train": "train", "evaluate": "evaluate", "start": "query", "export": "query"}  # Flower's categories
 ERRORS = {  # of Flower, by its codes
@@ -128,6 +129,7 @@ class Courier:
         self.hellos: dict[str, dict[str, Any]] = {}
         self.vet: Callable[[str, Mapping[str, Any]], str] = lambda site, hello: ""
         self.troubles: list[str] = []  # what nodes said that could not say hello
+        self._greeted: dict[str, tuple[int, str, float]] = {}  # message -> node, request, when it is given up
         self.cpu = 0.0
 
     def _send(self, node: int, kind: str, header: Mapping[str, Any], payload: Array | None, seconds: float) -> str:
@@ -183,26 +185,30 @@ class Courier:
     def greet(self, enough: Callable[[Mapping[str, int]], bool], seconds: float) -> None:
         """Ask every node that is there who it is, until `enough` says so of the sites found or the time is over.
 
-        Raises FlowerError if two nodes say that they are one site.
+        A node that has not answered by then is not asked anew in the next call: its answer is still waited for, so that a site
+        that needs longer than one call to start is found in the end. Raises FlowerError if two nodes claim one site.
         """
         end = time.monotonic() + seconds
-        pending: dict[str, tuple[int, str]] = {}
-        asked: set[int] = set()  # in this call: one that failed, or took too long, is asked again in the next
+        asked: set[int] = set()  # in this call: one that failed is asked again in the next
         self.troubles = []
         while True:
-            present = set(self._grid.get_node_ids())
+            present, now = set(self._grid.get_node_ids()), time.monotonic()
             for site in [site for site, node in self.nodes.items() if node not in present]:
                 del self.nodes[site]  # it went away, and may come back under another id
-            if enough(self.nodes) or time.monotonic() >= end:
+            if enough(self.nodes) or now >= end:
                 return
-            for node in sorted(present - asked - set(self.nodes.values())):
+            for message, (node, _, over) in list(self._greeted.items()):
+                if node not in present or now >= over:
+                    del self._greeted[message]
+            known = set(self.nodes.values()) | {node for node, _, _ in self._greeted.values()}
+            for node in sorted(present - asked - known):
                 asked.add(node)
                 identity = secrets.token_hex(8)
-                sent = self._send(node, "hello", {"id": identity, "site": ""}, None, end - time.monotonic())
-                pending[sent] = node, identity
-            for (node, identity), message in self._collect(pending, min(end, time.monotonic() + 1.0)):
+                sent = self._send(node, "hello", {"id": identity, "site": ""}, None, HELLO)
+                self._greeted[sent] = node, identity, now + HELLO
+            for (node, identity, _), reply in self._collect(self._greeted, min(end, time.monotonic() + 1.0)):
                 try:
-                    header, _ = self._open(message, identity, "")
+                    header, _ = self._open(reply, identity, "")
                     site, hello = str(header["site"]), dict(header["hello"])
                 except (FlowerError, SiteFailure, KeyError, TypeError, ValueError) as error:
                     self.troubles.append(f"node {node}: {error}")
@@ -213,7 +219,7 @@ class Courier:
                         f"site.toml must be of one site only"
                     )
                 self.nodes[site], self.hellos[site] = node, hello
-            if not pending:
+            if not self._greeted:
                 time.sleep(max(0.0, min(0.2, end - time.monotonic())))
 
     def find(self, names: Sequence[str], seconds: float) -> None:
