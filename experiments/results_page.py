@@ -195,6 +195,25 @@ def step_cost_table(file: str) -> Table:
     return Table(STEP_COST[file], header, tuple(lines))
 
 
+def engines() -> dict[str, Any]:
+    """The last line of the committed output of benchmarks/engines.py."""
+    found: dict[str, Any] = json.loads((ROOT / "results" / "engines" / "cpu.txt").read_text().splitlines()[-1])
+    return found
+
+
+def engines_table() -> Table:
+    """Seconds and memory by engine and number of sites, and their ratios to one process."""
+    lines = [
+        (
+            str(r["sites"]), r["engine"], f"{r['first']:.2f}", f"{r['round']:.2f}", f"{r['ratio']:.2f}", f"{r['whole']:.0f}",
+            f"{r['mb']:.0f}", f"{r['mb_ratio']:.2f}",
+        )
+        for r in engines()["results"]
+    ]  # fmt: skip
+    header = ("sites", "engine", "first round, s", "a round, s", "against local", "whole run, s", "peak MB", "against local, peak")
+    return Table("Engines", header, tuple(lines))
+
+
 def streams() -> str:
     """The part of docs/results.md on the method."""
     cost = step_cost("cpu.txt")
@@ -210,6 +229,11 @@ def streams() -> str:
         f"# Results of the exchange\n\n{TEXT['exchange']}\n",
         *(flat_section(p) for p in FLAT if p.startswith("exchange-")),
     ]
+    told = engines()
+    parts.append(
+        f"# Engines\n\n{TEXT['engines']}\n\n`benchmarks/engines.py`, {told['rounds']} rounds, {told['cores']} cores, repeats: "
+        f"{told['repeats']}; [output](../results/engines/cpu.txt).\n\n{_below(engines_table())}\n"
+    )
     parts.append(f"# Tuning\n\n{TEXT['tuning']}\n")
     parts += [stream_section("tuning", plan, "validation") for plan in TUNING]
     parts += [flat_section(p) for p in FLAT if not p.startswith("exchange-")]

@@ -92,6 +92,9 @@ def test_damage_and_cost_tables_hold_every_line() -> None:
     assert len(costs) > 20
     for row in costs:
         assert f"| {row['base']} | {row['variant']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" in text
+    for row in results_page.engines()["results"]:
+        first = f"{row['first']:.2f} | {row['round']:.2f} | {row['ratio']:.2f}"
+        assert f"| {row['sites']} | {row['engine']} | {first} |" in text
 
 
 @pytest.mark.skipif(not (ROOT / "../shared/data").is_dir(), reason="the plans name ../shared/data, which is not here")
