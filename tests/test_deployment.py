@@ -129,6 +129,7 @@ FEW = [
 ]  # fmt: skip
 
 
+@pytest.mark.faults
 def test_sites_that_die_raise_and_come_back(
     tiny_overrides: list[str], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +256,7 @@ def cut_off() -> Iterator[tuple[dict[str, Wire], dict[str, list[str]]]]:
         yield wires, {name: ["ip", "netns", "exec", space] for name, space in spaces.items()}
 
 
+@pytest.mark.faults
 def test_lost_packets_and_a_partition_lose_nothing(
     tiny_overrides: list[str], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     cut_off: tuple[dict[str, Wire], dict[str, list[str]]],
