@@ -210,7 +210,16 @@ def engines_table() -> Table:
         )
         for r in engines()["results"]
     ]  # fmt: skip
-    header = ("sites", "engine", "first round, s", "a round, s", "against local", "whole run, s", "peak MB", "against local, peak")
+    header = (
+        "sites",
+        "engine",
+        "first round, s",
+        "a round, s",
+        "against local",
+        "whole run, s",
+        "peak MB",
+        "memory against local",
+    )
     return Table("Engines", header, tuple(lines))
 
 

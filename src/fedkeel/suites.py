@@ -8,13 +8,14 @@ killed suite continues where it was and a run that cannot work stops nothing but
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import difflib
 import json
 import os
 import runpy
+import select
 import signal
 import sys
+import threading
 import time
 import tomllib
 from collections import Counter, defaultdict, deque
@@ -454,17 +455,28 @@ def jobs_for(memory_each: float = 2e9) -> int:
     return max(1, min(cores(), int(free // memory_each)))
 
 
-def _die_with(parent: int) -> None:
-    """On Linux: when the process that started this one is killed, so is this one, and no run goes on unseen."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before the line above
-            os.kill(os.getpid(), signal.SIGKILL)
+def _die_with(suite: int) -> None:
+    """On Linux: when the process `suite` is killed, so is this one, at once, and no run goes on unseen.
+
+    The parent of this process is the server that forked it, which dies too, but only after it has put its libraries away.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        handle = os.pidfd_open(suite)
+    except ProcessLookupError:  # it died before this line
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wait() -> None:
+        select.select([handle], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-def _work(arguments: Sequence[str], log: str) -> None:
+def _work(suite: int, arguments: Sequence[str], log: str) -> None:
     """A run in a process of its own: `fedkeel run` with these arguments, everything it prints in `log`."""
-    _die_with(os.getppid())
+    _die_with(suite)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "ab", buffering=0) as told:
         for stream in (1, 2):
@@ -493,7 +505,7 @@ def _start(context: ForkServerContext | SpawnContext, run: Planned, out: Path) -
     resume = ["--resume"] if (out / run.name / "state.json").exists() else []
     arguments = [*run.overrides, f"out={out}", "--no-report", *resume]  # the suite's report is what is read
     # not a daemon: those may not have processes of their own, and a federation may
-    process = context.Process(target=_work, args=(arguments, str(out / f"{run.name}.log")))
+    process = context.Process(target=_work, args=(os.getpid(), arguments, str(out / f"{run.name}.log")))
     process.start()
     return _Job(run, process, time.perf_counter())
 
