@@ -173,6 +173,11 @@ def test_suite_scores_recomputed_from_rows_by_hand(suite: str) -> None:
             scores = by_stage(rows, "federated", "")
             last = max(stage for stage, _ in scores)
             tasks = task_scores(rows, "federated")
+            if out >= set(tasks[last]):  # nothing is left to average
+                line = next(x for x in section.splitlines() if x.startswith((f"| {run['method']} |", f"| {run['method']} (")))
+                assert line.split("|")[header.index("final score")].strip() == "–"
+                checked += 1
+                continue
             last_score = mean(score for task, score in tasks[last].items() if task not in out)
             if out:
                 stages = tomllib.loads((at / "recipe.toml").read_text())["stream"]["stages"]
