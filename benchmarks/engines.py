@@ -5,8 +5,8 @@
 keel-nano, the same rows, steps and messages on every engine; engines take turns, so that a machine whose speed drifts does not
 favour one. The deployment (real processes with TLS and site keys on the loopback, each site with its own worker) is run with
 the smallest number of sites only: its sites would be machines. The first round loads base models, so it stands apart from the
-median of the others; `start` is what passes before it. Memory is the most that all processes of an engine held at a time, as
-proportional set size: a page that many of them share counts once. Needs fedkeel[flower-sim], and Linux.
+median of the others; the whole run has the engine's start in it. Memory is the most that all processes of an engine held at a
+time, as proportional set size: a page that many of them share counts once. Needs fedkeel[flower-sim], and Linux.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def seconds_of(folder: Path) -> list[float]:
 
 
 def run(engine: str, sites: int, rounds: int) -> dict[str, Any]:
-    """One federation: seconds before the first round, of the first, the median of the others, and MB."""
+    """One federation: seconds of the first round, the median of the others, of the whole run, and MB."""
     rows = rows_of(sites)
     with tempfile.TemporaryDirectory(prefix="fk-") as given, marked() as memory:
         folder = Path(given)
@@ -115,16 +115,15 @@ def run(engine: str, sites: int, rounds: int) -> dict[str, Any]:
                 code, told = there.run()
                 whole = time.perf_counter() - begin
                 done = there.results.path
-                taken = seconds_of(done) if code == 0 else []
         else:
             command = [sys.executable, "-m", "fedkeel.cli", "run", "--engine", engine, *overrides]
             begin = time.perf_counter()
             ended = subprocess.run(command, capture_output=True, text=True)
             whole = time.perf_counter() - begin
             code, told, done = ended.returncode, ended.stdout + ended.stderr, folder / "runs" / "bench"
-            taken = seconds_of(done) if code == 0 else []
         if code:
             raise SystemExit(f"{engine}, {sites} sites: exit status {code}\n{told}")
+        taken = seconds_of(done)
     return {"first": taken[0], "round": statistics.median(taken[1:]), "whole": whole, "mb": memory.most / 1e6}
 
 

@@ -179,10 +179,15 @@ def _spread(shares: list[float]) -> str:
 STEP_COST = {"cpu.txt": "What a step costs", "cpu-avx2.txt": "The same on the second machine"}
 
 
-def step_cost(file: str) -> dict[str, Any]:
-    """The last line of a committed output of benchmarks/step_cost.py."""
-    found: dict[str, Any] = json.loads((ROOT / "results" / "step-cost" / file).read_text().splitlines()[-1])
+def figures_of(output: Path) -> dict[str, Any]:
+    """The last line of a benchmark's output."""
+    found: dict[str, Any] = json.loads(output.read_text().splitlines()[-1])
     return found
+
+
+def step_cost(file: str) -> dict[str, Any]:
+    """The figures of a committed output of benchmarks/step_cost.py."""
+    return figures_of(ROOT / "results" / "step-cost" / file)
 
 
 def step_cost_table(file: str) -> Table:
@@ -196,9 +201,8 @@ def step_cost_table(file: str) -> Table:
 
 
 def engines() -> dict[str, Any]:
-    """The last line of the committed output of benchmarks/engines.py."""
-    found: dict[str, Any] = json.loads((ROOT / "results" / "engines" / "cpu.txt").read_text().splitlines()[-1])
-    return found
+    """The figures of the committed output of benchmarks/engines.py."""
+    return figures_of(ROOT / "results" / "engines" / "cpu.txt")
 
 
 def engines_table() -> Table:
