@@ -227,6 +227,26 @@ def engines_table() -> Table:
     return Table("Engines", header, tuple(lines))
 
 
+def warm_site() -> dict[str, Any]:
+    """The figures of the committed output of benchmarks/warm_site.py."""
+    return figures_of(ROOT / "results" / "engines" / "warm.txt")
+
+
+def warm_site_table() -> Table:
+    """Seconds of a round in a worker that holds its base, and in a fresh one, by base."""
+    lines = [
+        (
+            r["base"], f"{r['megabytes']:.0f}" if r["megabytes"] else "–", f"{r['warm']:.1f}", f"{r['cold']:.1f}",
+            f"{r['load']:.1f}", "–" if r["from_disk"] is None else f"{r['from_disk']:.1f}", f"{100 * r['share']:.0f} %",
+            f"{r['hidden_at']:.0f}",
+        )
+        for r in warm_site()["results"]
+    ]  # fmt: skip
+    header = ("base", "MB on disk", "a warm round, s", "a cold one, s", "load, s", "load from disk, s", "load in a cold round",
+              "a warm round that makes it a tenth, s")  # fmt: skip
+    return Table("A warm worker", header, tuple(lines))
+
+
 def streams() -> str:
     """The part of docs/results.md on the method."""
     cost = step_cost("cpu.txt")
@@ -246,6 +266,8 @@ def streams() -> str:
     parts.append(
         f"# Engines\n\n{TEXT['engines']}\n\n`benchmarks/engines.py`, {told['rounds']} rounds, {told['cores']} cores, repeats: "
         f"{told['repeats']}; [output](../results/engines/cpu.txt).\n\n{_below(engines_table())}\n"
+        f"{TEXT['warm site']}\n\n`benchmarks/warm_site.py`, {warm_site()['steps']} steps of 4 rows, repeats: "
+        f"{warm_site()['repeats']}; [output](../results/engines/warm.txt).\n\n{_below(warm_site_table())}\n"
     )
     parts.append(f"# Tuning\n\n{TEXT['tuning']}\n")
     parts += [stream_section("tuning", plan, "validation") for plan in TUNING]

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
@@ -21,7 +21,8 @@ from typing import Any
 
 import fedkeel
 from fedkeel.config import load_recipe, to_toml
-from fedkeel.deploy import app_recipe, init
+from fedkeel.deploy import MEMBERS, app_recipe, init
+from fedkeel.flower import read_members
 from fedkeel.folder import RunFolder
 from fedkeel.sitefile import SiteFile, read_site
 from fedkeel.worker import stop
@@ -110,6 +111,13 @@ class Deployment:
         command = [*self._inside.get("coordinator", ()), str(self.folder / "coordinator" / script), *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=SECONDS)
 
+    def _until(self, true: Callable[[], bool], pause: float) -> None:
+        """Look every `pause` seconds until it is so."""
+        end = time.monotonic() + SECONDS
+        while not true():
+            assert time.monotonic() < end, self.log()
+            time.sleep(pause)
+
     def flwr(self, *arguments: str) -> str:
         done = self._told("flwr.sh", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -118,13 +126,14 @@ class Deployment:
     def up(self) -> None:
         """SuperLink, with the sites' keys registered."""
         self.start("coordinator", "coordinator/start.sh")
-        end = time.monotonic() + SECONDS
-        while self._told("flwr.sh", "list", "here").returncode:  # until it answers
+
+        def answers() -> bool:
             assert self.processes["coordinator"].poll() is None, self.log()
-            assert time.monotonic() < end
-            time.sleep(0.5)
+            return not self._told("flwr.sh", "list", "here").returncode
+
+        self._until(answers, 0.5)
         done = self._told("register.sh")
-        assert "not registered" not in done.stderr, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def begin(self) -> str:
         """Start a run; its id."""
@@ -138,21 +147,18 @@ class Deployment:
 
     def end(self, run: str) -> str:
         """Wait for a run's end; its status, as Flower tells it."""
-        end, status = time.monotonic() + SECONDS, ""
-        while time.monotonic() < end:
+
+        def status() -> str:
             told = json.loads(self.flwr("list", "--format", "json"))
-            status = next(str(r["status"]) for r in told["runs"] if str(r["run-id"]) == run)
-            if status.startswith("finished"):
-                return status
-            time.sleep(10)
-        raise AssertionError(f"still {status}\n{self.log()}")
+            return next(str(r["status"]) for r in told["runs"] if str(r["run-id"]) == run)
+
+        self._until(lambda: status().startswith("finished"), 10)
+        return status()
 
     def until_round(self, round: int) -> None:
         """Wait until the coordinator has finished a round."""
-        end = time.monotonic() + SECONDS
-        while not (self.results.path / "state.json").exists() or self.results.state()["round"] < round:
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.2)
+        state = self.results.path / "state.json"
+        self._until(lambda: state.exists() and self.results.state()["round"] >= round, 0.2)
 
     def kill(self, word: str) -> int:
         """SIGKILL to Flower's processes of this deployment whose command line holds `word`; they have sessions of their own."""
@@ -183,21 +189,21 @@ class Deployment:
         found: list[dict[str, Any]] = json.loads(self.flwr("supernode", "list", "here", "--format", "json"))["nodes"]
         return found
 
+    def members(self) -> dict[str, int]:
+        """Which node each site's key was registered as."""
+        return read_members(self.folder / "coordinator" / "state" / MEMBERS) or {}
+
     def online(self) -> int:
         """SuperNodes that are connected."""
         return sum(node["status"] == "online" for node in self.nodes())
 
     def revoke(self, site: str) -> None:
         """Take a site's key from the register."""
-        said = (self.folder / f"{site}.log").read_text()
-        self.flwr("supernode", "unregister", re.findall(r"SuperNode ID: (\d+)", said)[-1], "here")
+        self.flwr("supernode", "unregister", str(self.members()[site]), "here")
 
     def until_online(self, count: int) -> None:
         """Wait until so many SuperNodes are connected."""
-        end = time.monotonic() + SECONDS
-        while self.online() < count:
-            assert time.monotonic() < end, self.log()
-            time.sleep(1)
+        self._until(lambda: self.online() >= count, 1)
 
     def log(self) -> str:
         """What all processes said."""

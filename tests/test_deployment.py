@@ -80,7 +80,10 @@ def test_three_sites_end_in_the_bits_of_one_process(tiny_overrides: list[str], t
         code, told = there.run()
         assert code == 0, told + there.log()
         workers = {name: (there.folder / f"site-{name}" / "state").exists() for name in SITES}
+        assert set(there.members()) == set(SITES)
+        assert set(there.members().values()) == {int(node["node-id"]) for node in there.nodes()}
     assert "round 3 of 3: 3 sites" in told
+    assert "believed" not in told
     assert all(workers.values())
     assert same(adapter_of(here.path), adapter_of(there.results.path))
     assert there.results.state()["finished"]
@@ -176,6 +179,28 @@ def test_sites_that_die_raise_and_come_back(
     assert {1, 6} <= set(took["ward-2"])  # it came back
     assert not {2, 3} & set(took["ward-2"])
     assert same(adapter_of(there.results.path), adapter_of(twin([*tiny_overrides, *FEW], took, monkeypatch).path))
+
+
+@pytest.mark.faults
+def test_a_member_that_takes_the_name_of_another_is_asked_for_nothing(
+    tiny_overrides: list[str], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ward-0 is away, and ward-1's key says that it is ward-0: it takes part under neither name."""
+    overrides = [*tiny_overrides, *FEW, "federation.quorum=0.3", "federation.rounds=2"]
+    with wards(tmp_path, overrides, tiny_base, wait=90.0) as there:
+        there.up()
+        file = there.folder / "site-ward-1" / "site.toml"
+        file.write_text(file.read_text().replace('name = "ward-1"', 'name = "ward-0"'))
+        for name in ("ward-1", "ward-2"):
+            there.start(name, f"site-{name}/start.sh")
+        code, told = there.run()
+        assert code == 0, told + there.log()
+        node, owner = (there.members()[name] for name in ("ward-1", "ward-0"))
+    said = f"node {node} says that it is site 'ward-0', and is not believed: that name's key was registered as node {owner}"
+    assert f"note: {said}" in told
+    took = losses(there.results)
+    assert took == {"ward-0": [], "ward-1": [], "ward-2": [1, 2]}
+    assert same(adapter_of(there.results.path), adapter_of(twin(overrides, took, monkeypatch).path))
 
 
 def test_strangers_are_refused(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:

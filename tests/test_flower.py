@@ -21,7 +21,7 @@ import fedkeel.client
 import fedkeel.local
 import fedkeel.work
 from fedkeel.config import load_recipe, to_toml
-from fedkeel.flower import Courier, FlowerError, Simulation, client_app
+from fedkeel.flower import Courier, FlowerError, Simulation, client_app, read_members
 from fedkeel.folder import RunFolder
 from fedkeel.run import execute, prepare
 from fedkeel.server import FederationError
@@ -206,11 +206,45 @@ def test_names_are_looked_up(tiny_overrides: list[str], tmp_path: Path) -> None:
         courier.find([*SITES, "ward-7"], 5)
     assert courier.nodes == {"ward-0": 900, "ward-1": 893, "ward-2": 886}
     answers = courier.ask("train", {"ward-7": ({}, b"x")}, 0.5)
-    assert "no node says that it is this site" in str(answers["ward-7"])
+    assert "no node that is this site" in str(answers["ward-7"])
     grid = FakeGrid(client_app, 3)
     grid.nodes[893] = 0
     with pytest.raises(FlowerError, match="two nodes say that they are site 'ward-0'"):
         Courier(grid, text, "r2", tmp_path).find(SITES, 5)
+
+
+def test_a_name_is_its_keys(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """The node of ward-1's key says that it is ward-0: it is asked for nothing, whether or not ward-0 is there."""
+    text = to_toml(load_recipe(None, tiny_overrides))
+    grid = FakeGrid(client_app, 3)
+    grid.nodes[893] = 0
+    courier = Courier(grid, text, "r7", tmp_path, members={"ward-0": 900, "ward-1": 893, "ward-2": 886})
+    courier.greet(lambda found: set(SITES) <= set(found), 2)
+    assert courier.nodes == {"ward-0": 900, "ward-2": 886}
+    said = "node 893 says that it is site 'ward-0', and is not believed: that name's key was registered as node 900"
+    assert courier.troubles == [said]
+    del grid.nodes[900]
+    before = len(grid.sent)
+    answers = courier.ask("start", {"ward-0": ({}, b""), "ward-2": ({}, b"")}, 5)
+    assert str(answers["ward-0"]) == f"no node that is this site: its SuperNode is down, or its name is another; {said}"
+    assert not isinstance(answers["ward-2"], FedKeelError)
+    kinds = [(m.metadata.dst_node_id, m.metadata.message_type) for m in grid.sent[before:]]
+    assert kinds.count((886, "query")) == 1  # the request
+    assert {kind for node, kind in kinds if node == 893} == {"query"}  # who are you?
+    stranger = Courier(FakeGrid(client_app, 3), text, "r8", tmp_path, members={"ward-0": 900})
+    stranger.greet(lambda found: set(SITES) <= set(found), 2)
+    assert stranger.nodes == {"ward-0": 900}
+    assert sum("registered as no node" in trouble for trouble in stranger.troubles) == 2
+
+
+def test_members_are_read_as_register_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "members"
+    assert read_members(path) is None
+    path.write_text("12 ward-0\n7 ward-1\n18446744073709551615 ward-0\n")
+    assert read_members(path) == {"ward-0": 18446744073709551615, "ward-1": 7}
+    path.write_text("12 ward-0\nward-1 7\n")
+    with pytest.raises(FlowerError, match=r"members, line 2: .* not 'ward-1 7'"):
+        read_members(path)
 
 
 def test_a_node_that_comes_back_under_another_id_is_found(tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ AUTHORITY_DAYS, SERVER_DAYS = 1826, 398
 EARLY = datetime.timedelta(hours=1)  # certificates are valid from this long ago: a site's clock may be behind
 FLOWER = "1.41.0"  # the extra fedkeel[flower] allows 1.41.x
 RUNTIME_PORT = 9094  # of the first site's SuperNode, on its loopback address; the next sites count on, to share a machine
+MEMBERS = "members"  # in the coordinator's state: a line "NODE_ID NAME" for each key that was registered
 SITE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 DNS_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
@@ -323,7 +324,7 @@ clientapp = "fedkeel.flower:client_app"
 
 [tool.flwr.app.config]
 sites = "{",".join(sites)}"
-wait = {min(600.0, recipe.federation.deadline)} # seconds to wait for all of them before round 1; after that the quorum decides
+wait = 600.0 # seconds to wait for all of them before round 1; after that the quorum decides
 """
     licence = (
         "This app folder (pyproject.toml, recipe.toml, manifest.json) was written by FedKeel and is licensed under the\n"
@@ -384,8 +385,7 @@ exec flwr "$@"
 """
     )
     whole = HERE.format(what="Starts a run, shows its log, and exits with 0 only if the federation really ended.") + (
-        r"""\
-told=$("$here/flwr.sh" run "$here/../app" here --format json)
+        r"""told=$("$here/flwr.sh" run "$here/../app" here --format json)
 run=$(printf '%s' "$told" | sed -n 's/.*"run-id": *"\{0,1\}\([0-9][0-9]*\).*/\1/p')
 [ -n "$run" ] || { echo "the run was not taken: $told" >&2; exit 1; }
 echo "run $run; Ctrl-C ends this log and not the run, which ./flwr.sh stop $run does"
@@ -401,11 +401,23 @@ while :; do
 done
 """
     )
-    register = HERE.format(what="Registers the public keys in keys/, once: the sites that may take part.") + (
-        """\
-for key in "$here"/keys/*.pub; do
-  "$here/flwr.sh" supernode register "$key" --name "$(basename "$key" .pub)" || echo "not registered: $key" >&2
+    register = HERE.format(
+        what="Registers keys/NAME.pub of the sites named, or of all: they may take part, under that name."
+    ) + (
+        rf"""[ $# -gt 0 ] || for key in "$here"/keys/*.pub; do set -- "$@" "$(basename "$key" .pub)"; done
+failed=0
+for name in "$@"; do
+  told=$("$here/flwr.sh" supernode register "$here/keys/$name.pub" --name "$name" --format json 2>&1) || true
+  node=$(printf '%s' "$told" | sed -n 's/.*"node-id": *"\{{0,1\}}\([0-9][0-9]*\).*/\1/p')
+  if [ -n "$node" ]; then
+    echo "$node $name" >> "$here/state/{MEMBERS}"
+    echo "$name: registered, node $node"
+  else
+    echo "not registered: $name: $told" >&2
+    failed=1
+  fi
 done
+exit $failed
 """
     )
     gate = HERE.format(what="Starts the gate: nginx, in the foreground.") + (
@@ -577,7 +589,7 @@ Coordinator {joined(hosts[0], port)}; sites {", ".join(sites)}. The server certi
    0600. When all parts are copied, keep `ca/` and delete the rest of this folder.
 3. **Each site** fills in `site.toml` and the base's folder.
 4. **Coordinator:** open port {port} to the sites' addresses; `./start.sh` (SuperLink), then `./register.sh` (the public keys in
-   `keys/`, once), then `./gate.sh`. Or the two units.
+   `keys/`, once: whoever holds the key of `keys/NAME.pub` is site NAME, and nobody else), then `./gate.sh`. Or the two units.
 5. **Each site, before round 1:** `fedkeel deploy check {PREFIX}/site-NAME/site.toml`: every line says ok.
 {note}6. **Each site:** `./start.sh`, or its unit. `./flwr.sh supernode list` at the coordinator shows it online.
 7. **Coordinator:** `./run.sh` starts the run, shows its log, and exits with 0 only if the federation really ended.

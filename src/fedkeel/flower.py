@@ -45,6 +45,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 
+from fedkeel.deploy import MEMBERS  # noqa: E402
 from fedkeel.types import FedKeelError, Reply, Request  # noqa: E402
 
 if TYPE_CHECKING:
@@ -118,13 +119,14 @@ class Courier:
 
     def __init__(
         self, grid: Grid, recipe: str, run: str, state: Path | None = None, stopped: threading.Event | None = None,
-        limit: int = LIMIT,
+        limit: int = LIMIT, members: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
         """recipe: TOML, sent along with every request. run: names this run. state: of a simulation, where sites keep what they
-        keep. stopped: set from another thread, it ends the waiting. limit: bytes of a payload."""
+        keep. stopped: set from another thread, it ends the waiting. limit: bytes of a payload. members: site -> the node that
+        its key was registered as, and no other may say that it is this site; None: a node is believed."""
         self._grid, self._recipe, self._run, self._state = grid, recipe, run, state
         self._stopped = stopped or threading.Event()
-        self._limit = limit
+        self._limit, self._members = limit, members
         self.nodes: dict[str, int] = {}
         self.hellos: dict[str, dict[str, Any]] = {}
         self.vet: Callable[[str, Mapping[str, Any]], str] = lambda site, hello: ""
@@ -213,6 +215,11 @@ class Courier:
                 except (FlowerError, SiteFailure, KeyError, TypeError, ValueError) as error:
                     self.troubles.append(f"node {node}: {error}")
                     continue
+                if self._members is not None and self._members.get(site) != node:
+                    key = f"node {self._members[site]}" if site in self._members else "no node"
+                    said = f"node {node} says that it is site {site!r}, and is not believed"
+                    self.troubles.append(f"{said}: that name's key was registered as {key}")
+                    continue
                 if site in self.nodes:
                     raise FlowerError(
                         f"two nodes say that they are site {site!r} (nodes {self.nodes[site]} and {node}); the name in "
@@ -250,7 +257,8 @@ class Courier:
             identity = secrets.token_hex(8)
             try:
                 if site not in self.nodes:
-                    raise FlowerError("no node says that it is this site: its SuperNode is down, or its name is another")
+                    told = "".join(f"; {trouble}" for trouble in self.troubles if repr(site) in trouble)
+                    raise FlowerError(f"no node that is this site: its SuperNode is down, or its name is another{told}")
                 if refused := self.vet(site, self.hellos[site]):
                     raise FlowerError(refused)
                 if len(payload) > self._limit:
@@ -406,9 +414,26 @@ def _app_file(name: str) -> Path:
     return found[0]
 
 
+def read_members(path: Path) -> dict[str, int] | None:
+    """site -> the node that its key was registered as, from the lines "NODE_ID NAME" that `register.sh` writes; of a name that
+    stands there twice, the last. None where there is no such file. Raises FlowerError naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    found = {}
+    for number, line in enumerate(lines, 1):
+        node, _, name = line.partition(" ")
+        if not (node.isascii() and node.isdigit() and name):
+            raise FlowerError(f"{path.absolute()}, line {number}: a node's number and a site's name belong there, not {line!r}")
+        found[name] = int(node)
+    return found
+
+
 def coordinator(grid: Grid, context: Context) -> None:
     """A deployment's coordinator. The app's config holds `sites`, joined by commas, and `wait`, the seconds that it waits for
-    them at most before round 1; recipe.toml lies in the app's folder.
+    them at most before round 1; recipe.toml lies in the app's folder. Which key a site's name belongs to stands in `members`,
+    below the working directory of SuperLink.
 
     The run's folder is `out`/`name` of the recipe, below the working directory of SuperLink. If it holds a run of the same
     recipe that has not ended, the run goes on from its last round.
@@ -424,9 +449,14 @@ def coordinator(grid: Grid, context: Context) -> None:
         raise FlowerError("the app's config must hold `sites`: the names of all sites, joined by commas, each once")
     seconds = float(context.run_config.get("wait", 600.0))
     watch = _Lines()
+    members = read_members(Path(MEMBERS))
+    if members is None:
+        watch.note(f"sites are believed what they are called: {Path(MEMBERS).absolute()}, which register.sh writes, is missing")
+    elif unknown := sorted(set(names) - set(members)):
+        watch.note(f"no key was registered for {', '.join(unknown)}: ./register.sh")
 
     def meet(run: str) -> Courier:
-        courier = Courier(grid, text, run)
+        courier = Courier(grid, text, run, members=members)
         watch.leg("federated", f"waiting for {len(names)} sites, at most {seconds:.0f} s")
         courier.greet(lambda found: set(names) <= set(found), seconds)
         for trouble in courier.troubles:
