@@ -48,17 +48,17 @@ class Deployment:
 
     rows: site -> its rows, which become its `rows.jsonl`. labels: task -> its candidate labels. base: the folder of the base
     model, or None for the embedded one. host: where sites find the coordinator. inside: name of a site, or "coordinator" ->
-    what its commands begin with, such as `ip netns exec NAME`. wait: seconds for all sites to be there before round 1.
+    what its commands begin with, such as `ip netns exec NAME`. wait: seconds for all sites to be there before round 1. recipe:
+    a recipe's file, before the overrides.
     """
 
     def __init__(
         self, folder: Path, overrides: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, Any]]],
         labels: Mapping[str, Sequence[str]], base: Path | None, host: str = "localhost",
-        inside: Mapping[str, Sequence[str]] | None = None, wait: float = 600.0,
+        inside: Mapping[str, Sequence[str]] | None = None, wait: float = 600.0, recipe: Path | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.sites, self._inside = folder, tuple(rows), inside or {}
-        recipe = load_recipe(None, overrides)
-        (folder.parent / "recipe.toml").write_text(to_toml(recipe))
+        (folder.parent / "recipe.toml").write_text(to_toml(load_recipe(recipe, overrides)))
         self.port = free_port()
         travels, _ = app_recipe(folder.parent / "recipe.toml")
         init(folder, travels, self.sites, [host], self.port, base)

@@ -5,6 +5,7 @@ Slow, as every message starts a process of Flower's, and a site that has gone is
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -26,10 +27,13 @@ from loopback import SECONDS, Deployment, deployed
 from wire import Wire
 
 import fedkeel.run
+from fedkeel.config import load_recipe
 from fedkeel.deploy import certificate, new_key, ssh_pair
 from fedkeel.folder import RunFolder
+from fedkeel.pydocs import records
 from fedkeel.types import Reply, Request
 
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 SITES = ("ward-0", "ward-1", "ward-2")
 
 pytestmark = pytest.mark.deployment
@@ -70,20 +74,34 @@ def twin(overrides: list[str], took: dict[str, list[int]], monkeypatch: pytest.M
     return go([*overrides, "name=twin"])[1]
 
 
-def test_three_sites_end_in_the_bits_of_one_process(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
-    kept = ["federation.codec_up=topk=0.25+int4", "evaluation.baselines=[]", "evaluation.test_rows=0", "evaluation.every=9"]
-    overrides = [*tiny_overrides, *kept]
-    _, here, _ = go([*overrides, "name=here"])
-    with wards(tmp_path, overrides, tiny_base) as there:
+def test_the_quickstart_at_three_sites_ends_in_the_bits_of_one_process(tmp_path: Path) -> None:
+    """The recipe itself but for its rounds and where rows are: three areas of the library, each in a private file."""
+    told = load_recipe(QUICKSTART)
+    rows: dict[str, list[dict[str, str]]] = {area: [] for area in ("files", "network", "text")}
+    for r in records(None, told.seed, 96, told.data.tasks):
+        if r.site in rows:
+            row = {"id": r.id, "task": r.task, "instruction": r.instruction, "input": r.input, "output": r.output}
+            rows[r.site].append({**row, "split": r.split, "site": r.site})
+    labels = {"kind": ["class", "function"]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for of in rows.values() for row in of))
+    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": {task: {"labels": of} for task, of in labels.items()}}))
+    overrides = [
+        "name=there", f"out={tmp_path}", "threads=1", "data.source=jsonl", f"data.root={tmp_path}", 'data.files=["rows.jsonl"]',
+        "data.tasks_file=tasks.json", "data.site_column=site", "federation.rounds=3", "evaluation.baselines=[]",
+        "evaluation.test_rows=0", "evaluation.validation_rows=1", "evaluation.every=9",
+    ]  # fmt: skip
+    _, here, _ = go([*overrides, "name=here"], recipe=QUICKSTART)
+    with deployed(tmp_path / "deployment", overrides, rows, labels, None, recipe=QUICKSTART) as there:
         there.up()
-        start_sites(there)
-        code, told = there.run()
-        assert code == 0, told + there.log()
-        workers = {name: (there.folder / f"site-{name}" / "state").exists() for name in SITES}
-        assert set(there.members()) == set(SITES)
+        for name in rows:
+            there.start(name, f"site-{name}/start.sh")
+        code, told_there = there.run()
+        assert code == 0, told_there + there.log()
+        workers = {name: (there.folder / f"site-{name}" / "state").exists() for name in rows}
+        assert set(there.members()) == set(rows)
         assert set(there.members().values()) == {int(node["node-id"]) for node in there.nodes()}
-    assert "round 3 of 3: 3 sites" in told
-    assert "believed" not in told
+    assert "round 3 of 3: 3 sites" in told_there
+    assert "believed" not in told_there
     assert all(workers.values())
     assert same(adapter_of(here.path), adapter_of(there.results.path))
     assert there.results.state()["finished"]
@@ -92,6 +110,7 @@ def test_three_sites_end_in_the_bits_of_one_process(tiny_overrides: list[str], t
         wanted = [r for r in rows_of(folder) if (r["name"], r["task"], r["split"], r["site"]) == ("score", "", "test", "")]
         return [r["value"] for r in wanted]
 
+    assert len(score(here)) == 1
     assert score(there.results) == pytest.approx(score(here))
 
 

@@ -60,11 +60,13 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def go(overrides: list[str], watch: Silent | None = None, **options: bool) -> tuple[Recipe, RunFolder, Model]:
-    recipe = load_recipe(None, overrides)
-    folder = RunFolder(Path(recipe.out) / recipe.name)
-    model = execute(prepare(recipe), folder, watch or Silent(), **options)
-    return recipe, folder, model
+def go(
+    overrides: list[str], watch: Silent | None = None, recipe: Path | None = None, **options: bool
+) -> tuple[Recipe, RunFolder, Model]:
+    meant = load_recipe(recipe, overrides)
+    folder = RunFolder(Path(meant.out) / meant.name)
+    model = execute(prepare(meant), folder, watch or Silent(), **options)
+    return meant, folder, model
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
