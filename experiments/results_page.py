@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from fedkeel.files import write_atomic
-from fedkeel.report import Table, method_table, read_rows, suite_markdown, task_table
+from fedkeel.report import Table, kept_picture, method_table, read_rows, suite_markdown, task_table
 from stream_table import flat_table_of, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +84,15 @@ def suite_names() -> list[str]:
     return [name for name in order if (ROOT / "results" / "suites" / name / "suite.json").exists()]
 
 
+def _with_pictures(suite: str, text: str) -> str:
+    """A suite's sections with the pictures that are committed beside its rows, before the table of scores."""
+    for stream in PICTURES if suite == "main" else ():
+        words = f"{stream}: what each method learnt, and what it kept of it, as in the table below"
+        picture = f"![{words}](../results/suites/main/{stream}.svg)"
+        text = text.replace(f"### {stream}: scores\n", f"{picture}\n\n### {stream}: scores\n")
+    return text
+
+
 def suites() -> str:
     """The part of docs/results.md on the suites: their tables as `fedkeel report` computes them."""
     parts = []
@@ -92,7 +102,7 @@ def suites() -> str:
         parts.append(
             f"# {told['title']}\n\n{TEXT[f'suite {name}']}\n\n{told['note']}\n\nPlan: [src/fedkeel/plans/{name}.toml]"
             f"(../src/fedkeel/plans/{name}.toml); commit {_commits(folder)}: [recipes and rows](../results/suites/{name}). "
-            f"How it is compared: [evidence.md](evidence.md).\n\n{suite_markdown(folder)}"
+            f"How it is compared: [evidence.md](evidence.md).\n\n{_with_pictures(name, suite_markdown(folder))}"
         )
     return "\n".join(parts)
 
@@ -287,14 +297,44 @@ def readme_table() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+PICTURES = ("clinc150", "cl15")  # streams of the main suite
+
+
 def readme_streams() -> str:
-    """The second table of the README: final score and forgetting of the main methods with MiniLM."""
-    table = table_of(ROOT / "results" / "streams" / "minilm", "test")
-    methods = ("fedit", "fedprox-b", "fedntd", "fedgkd", "fedit-average", "full")
-    lines = [(line[0], line[2], line[3], line[5]) for name in methods for line in table.lines if line[0] == name]
-    header = ("method", table.header[2], table.header[3], table.header[5])
-    rule = ("---", "---:", "---:", "---:")
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+    """The second table of the README: a few methods of the main suite on CLINC150, as the suite's own table has them."""
+    text = suite_markdown(ROOT / "results" / "suites" / "main").split("### clinc150: scores\n", 1)[1].split("\n- ", 1)[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+    keep = [lines[0].index(name) for name in ("method", "final score", "95 % interval", "forgetting", "step cost")]
+    methods = ("fedit (reference)", "fedprox", "fedgkd", "ffa-lora", "fedex-lora", "fedit-average", "guided", "full")
+    lines[0] = ["against fedit, 95 % interval" if cell == "95 % interval" else cell for cell in lines[0]]
+    shown = [*lines[:2], *(line for name in methods for line in lines if line[0] == name)]
+    return "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in shown)
+
+
+def contents(text: str) -> str:
+    """A list of links to the sections of a page of Markdown, its first two levels."""
+    found, seen = [], Counter[str]()
+    for line in text.splitlines():
+        level, _, title = line.partition(" ")
+        if level and set(level) == {"#"}:
+            mark = "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+            unique = f"{mark}-{seen[mark]}" if seen[mark] else mark  # as hosts of Markdown number headings of one name
+            seen[mark] += 1
+            if len(level) < 3:
+                found.append((level, f"[{title}](#{unique})"))
+    lines: list[str] = []
+    for level, link in found:
+        if level == "#":
+            lines.append(f"* {link}")
+        else:
+            lines[-1] += f"{':' if lines[-1].count('](') == 1 else ','} {link}"
+    return "\n".join(lines) + "\n"
+
+
+def whole() -> str:
+    """docs/results.md."""
+    text = "\n".join([suites(), page(), streams()])
+    return f"{contents(text)}\n{text}"
 
 
 def readme() -> str:
@@ -308,5 +348,7 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
-    write_atomic(ROOT / "docs" / "results.md", "\n".join([suites(), page(), streams()]))
+    for stream in PICTURES:
+        kept_picture(ROOT / "results" / "suites" / "main", stream, ROOT / "results" / "suites" / "main" / f"{stream}.svg")
+    write_atomic(ROOT / "docs" / "results.md", whole())
     write_atomic(ROOT / "README.md", readme())

@@ -146,6 +146,13 @@ def test_suite_pictures_by_hand(tmp_path: Path) -> None:
     assert points == {
         "full": 10.0, "guided": 5.0, ODD: 2.0, "train.lr=0.1": 3.0, "train.lr=0.4": -3.0, "base": -48.0, "centralised": 27.0
     }  # fmt: skip
+    # A 80 when learnt and 50 in the end, B 70, each but A's first shifted; the base has one stage, so nothing to keep
+    kept = suite_charts.kept(results)
+    assert kept is not None
+    learnt, left = ({p.x: round(p.y, 6) for p in s.points} for s in kept.panels[0].series)
+    assert list(left) == ["full", "guided", "train.lr=0.1", ODD, "plain", "train.lr=0.4"]
+    assert (learnt["full"], left["full"], learnt["plain"], left["plain"]) == (81.5, 73.0, 76.5, 63.0)
+    assert kept.finding == "full ends best, with 73.0 points, 81.5 when learnt; the least is forgotten under full, 17.0 points."
     square = suite_charts.square(suite, "s", results)
     assert square is not None
     # without guidance 63 and 65, with it 68 and 73: 73 − 68 − 65 + 63

@@ -194,12 +194,14 @@ def test_a_stage_whose_tasks_are_all_left_out() -> None:
     assert stream_numbers(stage_matrix(rows))["bwt"] == pytest.approx((-0.4 - 0.1) / 2)
     without_b = stage_matrix(rows, "federated", ("B",))
     assert without_b == {0: {0: 0.8}, 2: {0: 0.4, 2: 0.9}}
-    assert stream_numbers(without_b) == pytest.approx({"learnt": 0.85, "bwt": -0.4, "forgetting": 0.4, "retention": 0.5})
+    assert stream_numbers(without_b) == pytest.approx(
+        {"learnt": 0.85, "final": 0.65, "bwt": -0.4, "forgetting": 0.4, "retention": 0.5}
+    )
     # without the last task, what came last still tells what is left of the others
     without_c = stage_matrix(rows, "federated", ("C",))
     assert without_c == {0: {0: 0.8}, 1: {0: 0.5, 1: 0.7}, 2: {0: 0.4, 1: 0.6}}
     assert stream_numbers(without_c) == pytest.approx(
-        {"learnt": 0.75, "bwt": -0.25, "forgetting": 0.25, "retention": (0.5 + 6 / 7) / 2}
+        {"learnt": 0.75, "final": 0.5, "bwt": -0.25, "forgetting": 0.25, "retention": (0.5 + 6 / 7) / 2}
     )
     assert final_score(rows, "federated", ("C",)) == pytest.approx(0.5)
     assert stage_matrix(rows, "federated", ("A", "B", "C")) == {}

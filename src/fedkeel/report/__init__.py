@@ -14,7 +14,7 @@ from fedkeel.files import write_atomic
 from fedkeel.report.page import render
 from fedkeel.report.plots import Curve, curve_points, learning_curve
 from fedkeel.report.run_page import LONG, run_page
-from fedkeel.report.suite_page import suite_markdown, write_suite_report
+from fedkeel.report.suite_page import kept_picture, suite_markdown, write_suite_report
 from fedkeel.report.suite_tables import same_value
 from fedkeel.report.tables import (
     METHODS,
@@ -185,6 +185,7 @@ __all__ = [
     "Table",
     "curve_points",
     "human_bytes",
+    "kept_picture",
     "learning_curve",
     "method_table",
     "read_rows",

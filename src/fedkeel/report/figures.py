@@ -76,6 +76,8 @@ OWN = {  # series that are no method
     "a site of a seed": Style("@0", "solid", "circle"),
     "mean": Style("@1", "solid", "diamond"),
     "part": Style("@0", "solid", "circle"),
+    "when learnt": Style("@0", "solid", "circle"),
+    "after the last stage": Style("@0", "solid", "circle"),
     "value": Style("@0", "solid", "circle"),
     "reference's value": Style("@1", "solid", "diamond"),
 }

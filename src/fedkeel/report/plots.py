@@ -1,4 +1,4 @@
-"""The picture of one run: what it learnt, what it sent, and how its methods compare."""
+"""Pictures that stand alone: of one run, what it learnt and sent and how its methods compare; of a suite, what is kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel.files import write_atomic
+from fedkeel.report.charts import Chart
 from fedkeel.report.tables import METHODS, byte_unit, check_one_run, last_by_site, lowest, mean_and_sd, number
 from fedkeel.types import FedKeelError, Row
 
@@ -80,10 +81,6 @@ def learning_curve(rows: Sequence[Row], path: Path) -> None:
 
     A panel without data is left out. Raises FedKeelError if there is nothing to draw at all.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     curve = curve_points(rows)
     panels: list[Callable[[Any, Curve], None]] = [
         draw
@@ -96,14 +93,56 @@ def learning_curve(rows: Sequence[Row], path: Path) -> None:
         raise FedKeelError(f"{path}: nothing to draw yet, no round is finished and nothing is scored")
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
+
+    def whole(figure: Any) -> None:
+        for index, draw in enumerate(panels):
+            draw(figure.add_subplot(lines, columns, index + 1), curve)
+
+    _save(whole, (4.6 * columns, 3.1 * lines), path)
+
+
+def draw_rows(chart: Chart, path: Path) -> None:
+    """Draw a chart of kind `rows` with two series, from the first's value of a row to the second's, as `learning_curve` does.
+
+    The first is hollow; bars are `low` and `high` of the second.
+    """
+    (panel,) = chart.panels
+    first, second = panel.series
+
+    def whole(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for height, (begin, end) in enumerate(zip(reversed(first.points), reversed(second.points), strict=True)):
+            axes.plot([begin.y, end.y], [height, height], color="#b8d4e6", linewidth=3, solid_capstyle="round")
+            if math.isfinite(end.low):
+                sides = [[end.y - end.low], [end.high - end.y]]
+                axes.errorbar(end.y, height, xerr=sides, color="black", linewidth=1, capsize=2.5)
+            axes.annotate(number(end.y), (end.y, height), (0, 6), textcoords="offset points", ha="center", fontsize=7.5)
+        heights = range(len(first.points) - 1, -1, -1)
+        colour = COLOURS["federated"]
+        axes.plot([p.y for p in first.points], heights, "o", markerfacecolor="white", markeredgecolor=colour, label=first.name)
+        axes.plot([p.y for p in second.points], heights, "o", color=colour, label=f"{second.name}, {chart.spread}", zorder=3)
+        axes.set_yticks(heights, [str(p.x) for p in first.points])
+        axes.set_ylim(-0.6, len(first.points) - 0.2)
+        axes.grid(False, axis="y")
+        axes.set_title(chart.title)
+        axes.set_xlabel(f"{panel.title.lower()}, {panel.x}")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.05), ncols=2, borderaxespad=0)
+
+    _save(whole, (6.6, 0.9 + 0.3 * len(first.points)), path)
+
+
+def _save(draw: Callable[[Any], None], size: tuple[float, float], path: Path) -> None:
+    """Write the figure that `draw` draws. size: inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the user's own style: the same picture everywhere
         matplotlib.rcParams.update(STYLE)
         layout = ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09)  # inches around each panel
-        figure = Figure(figsize=(4.6 * columns, 3.1 * lines), dpi=110, layout=layout, facecolor="white")
-        for index, draw in enumerate(panels):
-            axes = figure.add_subplot(lines, columns, index + 1)
-            draw(axes, curve)
+        figure = Figure(figsize=size, dpi=110, layout=layout, facecolor="white")
+        draw(figure)
         drawn = io.BytesIO()
         form = path.suffix.removeprefix(".")
         figure.savefig(drawn, format=form, metadata={"Date": None} if form == "svg" else None)

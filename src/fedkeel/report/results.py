@@ -80,7 +80,7 @@ def _result(line: Line, reference: Line | None, stream: str, left_out: Collectio
 
     return Result(
         line, final, {seed: score - against[seed] for seed, score in final.items() if compared and seed in against}, interval,
-        {name: tuple(n[name] for n in numbers if name in n) for name in ("learnt", "bwt", "forgetting", "retention")},
+        {name: tuple(n[name] for n in numbers if name in n) for name in ("learnt", "final", "bwt", "forgetting", "retention")},
         tuple(map(metrics.worst, own)), tuple(map(metrics.bottom_decile, own)),
         tuple(metrics.spread(values) for values in own if len(values) > 1),
         known([measured(r.measures, "damage/held_out_ssi") for r in federated]),

@@ -80,7 +80,7 @@ def stage_matrix(rows: Sequence[Row], leg: str = "federated", left_out: Collecti
 
 
 def stream_numbers(matrix: Matrix) -> dict[str, float]:
-    """learnt, bwt, forgetting and retention of a stream (see metrics.py), those that have a value."""
+    """learnt, final, bwt, forgetting and retention of a stream (see metrics.py), those that have a value."""
     order = sorted(matrix)
     triangle = [[matrix[s].get(i, math.nan) for i in order if i <= s] for s in order]
     judged = bool(order) and order[-1] in matrix[order[-1]]
@@ -97,6 +97,9 @@ def stream_numbers(matrix: Matrix) -> dict[str, float]:
     for name, (measure, table) in measures.items():
         with contextlib.suppress(ValueError):  # a stage not scored, one stage alone, or nothing above 0 to keep
             found[name] = measure(table)
+    last = list(matrix[order[-1]].values()) if order else []
+    if last and all(map(math.isfinite, last)):
+        found["final"] = metrics.mean(last)  # not `average_final`: a stage that is left out is no part of it
     return found
 
 

@@ -34,6 +34,8 @@ from fedkeel.report.suite_tables import as_number, knob_lines, knob_table, parts
 from fedkeel.report.tables import MISSING, Table, mean_and_sd, number, points, signed
 from fedkeel.types import Row
 
+LEARNT, LEFT = "when learnt", "after the last stage"
+
 
 def _methods(results: Sequence[Result]) -> list[Result]:
     return [r for r in results if not r.line.baseline and r.line.runs]
@@ -148,6 +150,27 @@ def differences(suite: Suite, results: Sequence[Result]) -> Chart | None:
     table = Table(title, ("method", "seeds", "difference, points", spread), tuple(lines))
     panel = Panel("Final test score", f"difference to {suite.reference}, points", "", tuple(s for s in series if s.points))
     return Chart("differences", title, told, (panel,), "rows", spread, "bars", (0.0,), table=table)
+
+
+def kept(results: Sequence[Result]) -> Chart | None:
+    """What was learnt and what is left of it in the end, a row a method from the one that ends best, and then baselines."""
+    ends = {}
+    for r in results:
+        if r.stream["forgetting"]:
+            of = {key: over_seeds(r.line.name, [100 * v for v in r.stream[key]]) for key in ("learnt", "final", "forgetting")}
+            ends[r.line.name] = (r.line.baseline, of)
+    methods = {name: of for name, (baseline, of) in ends.items() if not baseline}
+    if not methods:
+        return None
+    best, least = max(methods, key=lambda m: methods[m]["final"].y), min(methods, key=lambda m: methods[m]["forgetting"].y)
+    end, begin, lost = (number(methods[m][key].y) for m, key in ((best, "final"), (best, "learnt"), (least, "forgetting")))
+    told = f"{best} ends best, with {end} points, {begin} when learnt; the least is forgotten under {least}, {lost} points."
+    order = [of for _, of in sorted(ends.values(), key=lambda one: (one[0], -one[1]["final"].y))]
+    learnt, left = (tuple(of[key] for of in order) for key in ("learnt", "final"))
+    panel = Panel("Mean score over the stages", "points", "", (Series(LEARNT, learnt, apart=True), Series(LEFT, left)))
+    notes = ("Means over stages of what their own rows score; the table of scores has means over tasks.",)
+    title = "What is learnt, and what is kept of it"
+    return Chart("kept", title, told, (panel,), "rows", "± sd over seeds", "bars", notes=notes)
 
 
 def stages(results: Sequence[Result], left_out: Collection[str]) -> Heat | None:

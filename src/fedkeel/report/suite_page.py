@@ -12,9 +12,11 @@ from fedkeel.report.chance import Chance
 from fedkeel.report.charts import Chart, Heat
 from fedkeel.report.figures import figures_of, styles_of
 from fedkeel.report.page import Block, Folded, Page, Section, Text, render
+from fedkeel.report.plots import draw_rows
 from fedkeel.report.results import Result, results_of
 from fedkeel.report.suite import BASELINES, Suite, chances_of, lines_of, read_suite, streams_of
 from fedkeel.report.tables import METHODS, Table, escape
+from fedkeel.types import FedKeelError
 
 
 def write_suite_report(folder: Path) -> Path:
@@ -31,6 +33,17 @@ def write_suite_report(folder: Path) -> Path:
     page = folder / "report.html"
     write_atomic(page, render(_page(suite, streams)))
     return page
+
+
+def kept_picture(folder: Path, stream: str, path: Path) -> None:
+    """Draw into `path` (.svg or .png) what each method of a stream learnt, and what it kept of it; as the page's figure.
+
+    Raises FedKeelError if something in the suite's folder is malformed, or nothing of a stream with stages is there.
+    """
+    chart = charts.kept(_judged(read_suite(folder), stream).results)
+    if chart is None:
+        raise FedKeelError(f"{folder}: no finished run of {stream!r} that is scored over stages")
+    draw_rows(chart, path)
 
 
 def suite_markdown(folder: Path) -> str:
@@ -129,7 +142,7 @@ def _stream_section(suite: Suite, stream: _Stream, number: int) -> Section:
         ("learning", "Learning curves", figure(charts.learning(results))),
         ("stages", "Score by stage", figure(charts.stages(results, stream.left_out))),
         ("stability", "Stability under damage", figure(charts.stability(results))),
-        ("kept", "Retention", table(tables.retention_table(name, results))),
+        ("kept", "Retention", (*figure(charts.kept(results)), *table(tables.retention_table(name, results)))),
         ("traffic", "Traffic", figure(charts.traffic(results))),
         ("sites", "Sites", figure(sites[0]) if sites else ()),
         ("drift", "Drift", figure(charts.drift(results))),
