@@ -18,8 +18,10 @@ from fedkeel.report.charts import Chart, Heat, Panel, Point, Series, chart_table
 from fedkeel.report.figures import chart_figure, heat_figure, run_styles, styles_of
 from fedkeel.report.page import Page, Section, Text, render
 from fedkeel.report.results import results_of
+from fedkeel.report.run_numbers import held_out, under_damage
 from fedkeel.report.suite import read_suite
 from fedkeel.report.tables import Table
+from fedkeel.types import Row
 
 RUN = one_leg("demo", 1, 0.1)
 
@@ -167,9 +169,30 @@ def test_suite_pictures_by_hand(tmp_path: Path) -> None:
     assert stability is not None
     assert [p.title for p in stability.panels] == ["noise, held out", "bits, held out", "heads, trained on by 2 of 6"]
     assert {s.name for s in stability.panels[2].series if s.apart} == {"full", ODD}
+    # heads is no held-out family of this suite, as two methods used it: noise and bits, each 5 and 10 points below
+    assert held_out(run.measures for run in suite.runs) == ["noise", "bits"]
+    assert all(r.held_out_fall == pytest.approx((0.075, 0.075)) for r in results if r.line.runs and not r.line.baseline)
     drift = suite_charts.drift(results)
     assert drift is not None
     assert [p.x for p in drift.panels[0].series[0].points] == ["layer.2", "layer.10"]
+
+
+def test_runs_are_compared_on_damage_that_none_of_them_trained_on() -> None:
+    def damage(trained: str, **scores: float) -> list[Row]:
+        told = [("damage/clean", 0.9)]
+        for family, score in scores.items():
+            told += [(f"damage/{family}/trained", float(family == trained)), (f"damage/{family}/ssi", score)]
+            told.append((f"damage/{family}/0.5/score", score))
+        return [one_row("r", 1, name, value, split="test") for name, value in told]
+
+    plain = damage("", heads=0.3, noise=0.8, bits=0.7)
+    disturbed = damage("heads", heads=0.6, noise=0.8, skip=0.2)
+    assert held_out([plain, [], disturbed]) == ["noise"]  # heads was used by one, bits and skip measured in one alone
+    assert held_out([plain]) == ["heads", "noise", "bits"]
+    assert held_out([[]]) == []
+    assert under_damage(plain, ["noise"]) == pytest.approx((0.8, 0.1))
+    assert under_damage(plain, ["heads", "noise"]) == pytest.approx((0.55, 0.35))
+    assert under_damage(plain, []) == under_damage([], ["noise"]) == (None, None)
 
 
 def test_no_two_styles_are_the_same() -> None:

@@ -64,7 +64,9 @@ def make(folder: Path, packed: bool = False) -> Path:
     p2 = two_stages("p2", 2, 0.8, (0.6, 0.8), {"a": 0.6, "b": 0.8}) + cost("p2", 2, 3)
     write_run(folder / "p1", p1, packed, scores=per_row(0.4, 0.6))
     write_run(folder / "p2", p2, packed, scores=per_row(0.5, 0.7))
-    measures = [one_row("k1", 1, f"damage/held_out_{n}", v, split="test") for n, v in (("ssi", 0.93), ("fall", 0.05))]
+    damage = {"clean": 0.7, "bits/trained": 0.0, "bits/ssi": 0.93, "bits/8/score": 0.68, "bits/4/score": 0.62}
+    damage |= {"heads/trained": 1.0, "heads/ssi": 0.5, "heads/0.1/score": 0.3}
+    measures = [one_row("k1", 1, f"damage/{n}", v, split="test") for n, v in damage.items()]
     measures.append(one_row("k1", 1, "kl_to_base", 0.25, "nats", split="general"))
     measures += [one_row("k1", 1, f"state_cka/{n}", v, "ratio", stage=s) for n, s, v in (("0", 0, 0.8), ("1", 0, 0.9))]
     k1 = two_stages("k1", 1, 0.8, (0.7, 0.7), {"a": 0.6, "b": 0.6}) + cost("k1", 1, 6)

@@ -34,6 +34,7 @@ from fedkeel.local import LocalTransport
 from fedkeel.metrics import kl_divergence, linear_cka, mean, perplexity_ratio
 from fedkeel.model import Model
 from fedkeel.report import Table
+from fedkeel.report.run_numbers import held_out, under_damage
 from fedkeel.rng import derive
 from fedkeel.run import Prepared, prepare, serve, served
 from fedkeel.server import run_round
@@ -575,7 +576,11 @@ def _told(watch: Callable[[Path, str, int, int], None], folder: Path) -> Watch:
 
 
 def measures_table(found: Mapping[Path, Measured]) -> Table:
-    """A line a run, with what all its rows come to; a column that no run has is left out."""
+    """A line a run, with what all its rows come to; a column that no run has is left out.
+
+    Held-out damage is that of families which the training of none of the runs had used, so that lines can be compared.
+    """
+    families = held_out(measured.rows for measured in found.values())
 
     def cells(rows: Sequence[Row]) -> dict[str, str]:
         own = [r for r in rows if not r.task]
@@ -589,14 +594,15 @@ def measures_table(found: Mapping[Path, Measured]) -> Table:
             return mean(values) if values else None
 
         stages = max(r.stage for r in rows)
+        ssi, fall = under_damage(own, families)
         shares = {
             "undamaged": mean_of("damage/clean"),
-            "held-out damage: mean fall": mean_of("damage/held_out_fall"),
+            "held-out damage: mean fall": fall,
             "unseen tasks": mean_of("score", split="unseen"),
             "unseen tasks: base": mean_of("score", "base", split="unseen"),
         }
         ratios = {
-            "SSI held out": mean_of("damage/held_out_ssi"),
+            "SSI held out": ssi,
             "SSI trained on": mean_of("damage/trained_ssi"),
             "KL to base": mean_of("kl_to_base"),
             "perplexity ratio": mean_of("perplexity_ratio"),
@@ -615,8 +621,9 @@ def measures_table(found: Mapping[Path, Measured]) -> Table:
     )  # fmt: skip
     header = [name for name in order if any(name in line for line in lines.values())]
     body = tuple((run, *(line.get(name, "–") for name in header)) for run, line in lines.items())
+    over = f"over the families that no run here had used in training ({', '.join(families)}), and " if families else ""
     notes = (
-        "Scores and falls in points of 100. SSI: stability index under damage, apart for the families that training used. "
+        f"Scores and falls in points of 100. SSI: stability index under damage, {over}over those that the run had used. "
         "CKA: with the final model, mean over tapped blocks.",
         *(f"{folder.name}: {note}." for folder, measured in found.items() for note in measured.notes),
     )

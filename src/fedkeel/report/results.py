@@ -11,10 +11,11 @@ from fedkeel.report.run_numbers import (
     Matrix,
     cpu_seconds,
     final_score,
-    measured,
+    held_out,
     own_scores,
     stage_matrix,
     stream_numbers,
+    under_damage,
 )
 from fedkeel.report.suite import Line, Suite, lines_of
 from fedkeel.report.tables import mean_and_sd, rounds_done, total
@@ -24,8 +25,8 @@ from fedkeel.report.tables import mean_and_sd, rounds_done, total
 class Result:
     """A line and its numbers, one value a seed that has it. final: seed -> score. ahead: seed -> score − the reference's.
 
-    interval: of `ahead`, None without row scores. spread: standard deviation over sites. cost: processor seconds
-    of every round of every seed.
+    interval: of `ahead`, None without row scores. spread: standard deviation over sites. held_out_ssi, held_out_fall: over the
+    families of damage that no line's training had used. cost: processor seconds of every round of every seed.
     """
 
     line: Line
@@ -54,7 +55,8 @@ def results_of(suite: Suite, stream: str, left_out: Collection[str] = ()) -> lis
     lines without a score come last in their group. left_out: tasks that no average holds, see chance.py."""
     lines = lines_of(suite, stream)
     reference = next((line for line in lines if line.method == suite.reference and not line.baseline), None)
-    found = [_result(line, reference, stream, left_out) for line in lines]
+    families = held_out(run.measures for line in lines for run in line.runs)
+    found = [_result(line, reference, stream, left_out, families) for line in lines]
     return sorted(found, key=lambda r: (not r.line.baseline, r.mean is None, -(r.mean or 0.0)))
 
 
@@ -63,7 +65,9 @@ def _row_scores(line: Line, left_out: Collection[str]) -> dict[int, Scores]:
     return {seed: scores for seed, scores in kept.items() if scores}
 
 
-def _result(line: Line, reference: Line | None, stream: str, left_out: Collection[str]) -> Result:
+def _result(
+    line: Line, reference: Line | None, stream: str, left_out: Collection[str], families: Collection[str]
+) -> Result:  # fmt: skip
     final = _finals(line, left_out)
     against = _finals(reference, left_out) if reference else {}
     compared = reference is not None and reference != line
@@ -74,6 +78,7 @@ def _result(line: Line, reference: Line | None, stream: str, left_out: Collectio
     numbers = [stream_numbers(stage_matrix(r.rows, line.leg, left_out)) for r in line.runs]
     own = [list(found.values()) for r in line.runs if (found := own_scores(r.rows, line.leg))]
     federated = [] if line.baseline else list(line.runs)
+    damaged = [under_damage(r.measures, families) for r in federated]
 
     def known(values: Sequence[float | None]) -> tuple[float, ...]:
         return tuple(v for v in values if v is not None)
@@ -83,8 +88,7 @@ def _result(line: Line, reference: Line | None, stream: str, left_out: Collectio
         {name: tuple(n[name] for n in numbers if name in n) for name in ("learnt", "final", "bwt", "forgetting", "retention")},
         tuple(map(metrics.worst, own)), tuple(map(metrics.bottom_decile, own)),
         tuple(metrics.spread(values) for values in own if len(values) > 1),
-        known([measured(r.measures, "damage/held_out_ssi") for r in federated]),
-        known([measured(r.measures, "damage/held_out_fall") for r in federated]),
+        known([ssi for ssi, _ in damaged]), known([fall for _, fall in damaged]),
         tuple(rounds_done(r.rows) for r in federated),
         known([total(r.rows, "federated", "bytes_up") for r in federated]),
         known([total(r.rows, "federated", "bytes_down") for r in federated]),

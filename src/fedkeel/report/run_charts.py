@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from fedkeel import metrics
 from fedkeel.report.charts import Chart, Grid, Heat, Panel, Point, Series
-from fedkeel.report.run_numbers import Matrix, last_stage, own_scores, stage_matrix, stream_numbers
+from fedkeel.report.run_numbers import Matrix, clean_score, damage_names, last_stage, own_scores, stage_matrix, stream_numbers
 from fedkeel.report.tables import METHODS, MISSING, Table, human_bytes, mean_and_sd, number, points, rounds_done, signed
 from fedkeel.types import Row
 
@@ -276,20 +276,6 @@ def gates(rows: Sequence[Row]) -> Chart | None:
 def family_place(family: str) -> tuple[int, str]:
     """A key that puts families in the order of DAMAGE, and those that it lacks behind them by name."""
     return list(DAMAGE).index(family) if family in DAMAGE else len(DAMAGE), family
-
-
-def damage_names(measures: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """family -> what was measured of it -> value: `ssi`, `trained`, and `{strength}/score` and its like."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    for r in measures:
-        parts = r.name.split("/", 2)
-        if parts[0] == "damage" and len(parts) == 3:
-            found[parts[1]][parts[2]] = r.value
-    return dict(found)
-
-
-def clean_score(measures: Sequence[Row]) -> float | None:
-    return next((r.value for r in measures if r.name == "damage/clean"), None)
 
 
 def strengths(named: Mapping[str, float], family: str) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from fedkeel import metrics
@@ -113,6 +113,36 @@ def measured(rows: Sequence[Row], name: str) -> float | None:
     """The value over all tasks and sites of a measure of the federated model; None if it was not measured."""
     found = [r.value for r in rows if (r.method, r.name, r.task, r.site) == ("federated", name, "", "")]
     return found[-1] if found else None
+
+
+def damage_names(measures: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """family -> what was measured of it -> value: `ssi`, `trained`, and `{strength}/score` and its like."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for r in measures:
+        parts = r.name.split("/", 2)
+        if parts[0] == "damage" and len(parts) == 3:
+            found[parts[1]][parts[2]] = r.value
+    return dict(found)
+
+
+def clean_score(measures: Sequence[Row]) -> float | None:
+    return next((r.value for r in measures if r.name == "damage/clean"), None)
+
+
+def held_out(runs: Iterable[Sequence[Row]]) -> list[str]:
+    """The families of damage that were measured in all of the runs where any was, and that the training of none had used: only
+    over these can runs be compared, as some families cost more than others. runs: the measures of each."""
+    found = [named for measures in runs if (named := damage_names(measures))]
+    return [family for family in (found[0] if found else ()) if all(family in n and not n[family]["trained"] for n in found)]
+
+
+def under_damage(measures: Sequence[Row], families: Collection[str]) -> tuple[float | None, float | None]:
+    """(SSI, the clean score less the damaged one), means over `families`, the second over all their strengths; None without."""
+    clean, named = clean_score(measures), damage_names(measures)
+    index = [named[family]["ssi"] for family in families if "ssi" in named.get(family, {})]
+    scores = [v for family in families for name, v in named.get(family, {}).items() if name.endswith("/score")]
+    fall = None if clean is None or not scores else clean - metrics.mean(scores)
+    return metrics.mean(index) if index else None, fall
 
 
 def mean_cka(rows: Sequence[Row], name: str) -> float | None:

@@ -15,9 +15,7 @@ from fedkeel.report.run_charts import (
     ROUND,
     blocks,
     cka_by_tap,
-    clean_score,
     damage_curve,
-    damage_names,
     fairness_lines,
     family_place,
     gate_curve,
@@ -28,7 +26,7 @@ from fedkeel.report.run_charts import (
     strengths,
     validation,
 )
-from fedkeel.report.run_numbers import own_scores
+from fedkeel.report.run_numbers import clean_score, damage_names, own_scores
 from fedkeel.report.suite import Suite, SuiteRun
 from fedkeel.report.suite_tables import as_number, knob_lines, knob_table, parts_of, square_table
 from fedkeel.report.tables import MISSING, Table, mean_and_sd, number, points, signed

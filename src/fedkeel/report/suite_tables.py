@@ -9,7 +9,7 @@ from fedkeel.metrics import participation_gap, step_cost
 from fedkeel.report.chance import MARK, RULE, Chance
 from fedkeel.report.interval import COVERAGE, RESAMPLES
 from fedkeel.report.results import Result, interaction
-from fedkeel.report.run_numbers import by_task, final_score, last_stage, mean_cka, measured, split_score
+from fedkeel.report.run_numbers import by_task, final_score, held_out, last_stage, mean_cka, measured, split_score
 from fedkeel.report.suite import BASELINES, Line, Suite
 from fedkeel.report.tables import (
     FAILED,
@@ -142,9 +142,10 @@ def _score_notes(
             "the sites, rounded up; sd over sites with n − 1. All their tasks count."
         )
     if any(r.held_out_ssi for r in results):
+        families = ", ".join(held_out(run.measures for r in results for run in r.line.runs))
         notes.append(
-            "Held-out: damage of families that training did not use. SSI: area under score against strength, 1 where no damage "
-            "cost anything. Fall: clean score less damaged score, in points."
+            f"Held-out: damage of families that the training of no method here used ({families}). SSI: area under score "
+            "against strength, 1 where no damage cost anything. Fall: clean score less damaged score, in points."
         )
     notes.append(
         "MB (10⁶ bytes) of all sites and rounds, as serialised. Local steps are those of a site and round. Trials: settings "
