@@ -242,6 +242,41 @@ def test_scripts_are_shell_and_name_the_right_files(folder: Path) -> None:
         assert part in text
 
 
+# answers as `flwr supernode register --format json` does; a key is known after its first registration
+FLWR = """#!/bin/sh
+[ "$1 $2" = "supernode register" ] && [ "$4 $6 $7" = "--name --format json" ] || exit 9
+if grep -qx "$3" "$0.known" 2>/dev/null; then
+  echo '{"success": false, "error-message": "public key already in use"}'; exit 1
+fi
+echo "$3" >> "$0.known"
+printf '{\\n  "success": true,\\n  "node-id": "1844674407370955%s"\\n}\\n' "$(wc -l < "$0.known")"
+"""
+
+
+def test_register_binds_each_name_to_the_node_of_its_key(folder: Path, tmp_path: Path) -> None:
+    """All at once, one that comes later by its name, and one whose key is there already, which is told and changes nothing."""
+    at = tmp_path / "coordinator"
+    shutil.copytree(folder / "coordinator", at)
+    (at / "flwr.sh").write_text(FLWR)
+    members = at / "state" / "members"
+
+    def register(*names: str) -> subprocess.CompletedProcess[str]:
+        ordered = {**os.environ, "LC_ALL": "C"}
+        return subprocess.run([at / "register.sh", *names], capture_output=True, text=True, env=ordered)
+
+    (at / "keys" / "clinic-b.pub").rename(tmp_path / "clinic-b.pub")
+    assert register().returncode == 0
+    assert members.read_text() == "18446744073709551 Ward_3.x\n18446744073709552 clinic-a\n"
+    (tmp_path / "clinic-b.pub").rename(at / "keys" / "clinic-b.pub")
+    assert register("clinic-b").stdout == "clinic-b: registered, node 18446744073709553\n"
+    again = register("clinic-a")
+    assert again.returncode == 1
+    assert again.stderr.startswith("not registered: clinic-a: ")
+    assert "public key already in use" in again.stderr
+    assert members.read_text().endswith("\n18446744073709553 clinic-b\n")
+    assert len(members.read_text().splitlines()) == 3
+
+
 def test_hashes_are_of_the_files_that_matter(tiny_base: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
