@@ -122,7 +122,7 @@ def main() -> None:
             row = {
                 "base": shape, "megabytes": round(megabytes, 1), "warm": round(statistics.median(taken["warm"]), 2),
                 "cold": round(statistics.median(taken["cold"]), 2), "load": round(load, 2),
-                "share": round(load / statistics.median(taken["cold"]), 2),
+                "share": round(statistics.median((c - w) / c for w, c in zip(taken["warm"], taken["cold"], strict=True)), 2),
                 "from_disk": round(disk, 2) if base != "keel-nano" else None, "hidden_at": round(9 * load, 1),
             }  # fmt: skip
             results.append(row)

@@ -21,10 +21,9 @@ from typing import Any
 
 import fedkeel
 from fedkeel.config import load_recipe, to_toml
-from fedkeel.deploy import MEMBERS, app_recipe, init
-from fedkeel.flower import read_members
+from fedkeel.deploy import app_recipe, init
 from fedkeel.folder import RunFolder
-from fedkeel.sitefile import SiteFile, read_site
+from fedkeel.sitefile import MEMBERS, SiteFile, read_members, read_site
 from fedkeel.worker import stop
 
 SECONDS = 1800.0  # on a machine that has other work too

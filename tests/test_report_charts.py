@@ -8,6 +8,7 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from fedkeel.report.page import Page, Section, Text, render
 from fedkeel.report.results import results_of
 from fedkeel.report.run_numbers import held_out, under_damage
 from fedkeel.report.suite import read_suite
+from fedkeel.report.suite_tables import score_table
 from fedkeel.report.tables import Table
 from fedkeel.types import Row
 
@@ -193,6 +195,16 @@ def test_runs_are_compared_on_damage_that_none_of_them_trained_on() -> None:
     assert under_damage(plain, ["noise"]) == pytest.approx((0.8, 0.1))
     assert under_damage(plain, ["heads", "noise"]) == pytest.approx((0.55, 0.35))
     assert under_damage(plain, []) == under_damage([], ["noise"]) == (None, None)
+
+
+def test_a_table_says_where_no_damage_was_held_out_of_all(tmp_path: Path) -> None:
+    suite = read_suite(whole_suite(tmp_path))
+    only_heads = [r for r in damages("r", 1, 0.7, True) if "/noise/" not in r.name and "/bits/" not in r.name]
+    suite = replace(suite, runs=[replace(run, measures=only_heads) for run in suite.runs])
+    table = score_table(suite, "s", results_of(suite, "s"), {})
+    assert not {"held-out SSI", "held-out fall"} & set(table.header)
+    assert any("of no family that every method's training had left alone" in note for note in table.notes)
+    assert not any("Not measured" in note and "held-out" in note for note in table.notes)
 
 
 def test_no_two_styles_are_the_same() -> None:

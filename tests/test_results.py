@@ -123,8 +123,6 @@ def test_damage_and_cost_tables_hold_every_line() -> None:
     for row in results_page.warm_site()["results"]:
         told = next(line for line in text.splitlines() if line.startswith(f"| {row['base']} | ") and line.count("|") == 9)
         assert [float(cell) for cell in told.split(" | ")[2:5]] == [round(row[key], 1) for key in ("warm", "cold", "load")]
-        # a warm round of that length and the load: the load is a tenth
-        assert row["load"] / (row["load"] + row["hidden_at"]) == pytest.approx(0.1, abs=2e-3)
 
 
 @pytest.mark.skipif(not (ROOT / "../shared/data").is_dir(), reason="the plans name ../shared/data, which is not here")

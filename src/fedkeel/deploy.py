@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkeel import __version__
 from fedkeel.config import Recipe, make_recipe, read_tree, to_toml, toml_value
+from fedkeel.sitefile import MEMBERS
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ AUTHORITY_DAYS, SERVER_DAYS = 1826, 398
 EARLY = datetime.timedelta(hours=1)  # certificates are valid from this long ago: a site's clock may be behind
 FLOWER = "1.41.0"  # the extra fedkeel[flower] allows 1.41.x
 RUNTIME_PORT = 9094  # of the first site's SuperNode, on its loopback address; the next sites count on, to share a machine
-MEMBERS = "members"  # in the coordinator's state: a line "NODE_ID NAME" for each key that was registered
 SITE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 DNS_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 

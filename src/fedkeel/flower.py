@@ -45,7 +45,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 
-from fedkeel.deploy import MEMBERS  # noqa: E402
+from fedkeel.sitefile import MEMBERS, read_members  # noqa: E402
 from fedkeel.types import FedKeelError, Reply, Request  # noqa: E402
 
 if TYPE_CHECKING:
@@ -119,11 +119,11 @@ class Courier:
 
     def __init__(
         self, grid: Grid, recipe: str, run: str, state: Path | None = None, stopped: threading.Event | None = None,
-        limit: int = LIMIT, members: Mapping[str, int] | None = None,
+        limit: int = LIMIT, members: Callable[[], Mapping[str, int] | None] = lambda: None,
     ) -> None:  # fmt: skip
         """recipe: TOML, sent along with every request. run: names this run. state: of a simulation, where sites keep what they
-        keep. stopped: set from another thread, it ends the waiting. limit: bytes of a payload. members: site -> the node that
-        its key was registered as, and no other may say that it is this site; None: a node is believed."""
+        keep. stopped: set from another thread, it ends the waiting. limit: bytes of a payload. members: looked up at
+        each greeting: site -> the node that its key was registered as, and no other is this site; None: a node is believed."""
         self._grid, self._recipe, self._run, self._state = grid, recipe, run, state
         self._stopped = stopped or threading.Event()
         self._limit, self._members = limit, members
@@ -191,6 +191,7 @@ class Courier:
         that needs longer than one call to start is found in the end. Raises FlowerError if two nodes claim one site.
         """
         end = time.monotonic() + seconds
+        members = self._members()  # a key may have been registered since
         asked: set[int] = set()  # in this call: one that failed is asked again in the next
         self.troubles = []
         while True:
@@ -215,8 +216,8 @@ class Courier:
                 except (FlowerError, SiteFailure, KeyError, TypeError, ValueError) as error:
                     self.troubles.append(f"node {node}: {error}")
                     continue
-                if self._members is not None and self._members.get(site) != node:
-                    key = f"node {self._members[site]}" if site in self._members else "no node"
+                if members is not None and members.get(site) != node:
+                    key = f"node {members[site]}" if site in members else "no node"
                     said = f"node {node} says that it is site {site!r}, and is not believed"
                     self.troubles.append(f"{said}: that name's key was registered as {key}")
                     continue
@@ -414,22 +415,6 @@ def _app_file(name: str) -> Path:
     return found[0]
 
 
-def read_members(path: Path) -> dict[str, int] | None:
-    """site -> the node that its key was registered as, from the lines "NODE_ID NAME" that `register.sh` writes; of a name that
-    stands there twice, the last. None where there is no such file. Raises FlowerError naming the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return None
-    found = {}
-    for number, line in enumerate(lines, 1):
-        node, _, name = line.partition(" ")
-        if not (node.isascii() and node.isdigit() and name):
-            raise FlowerError(f"{path.absolute()}, line {number}: a node's number and a site's name belong there, not {line!r}")
-        found[name] = int(node)
-    return found
-
-
 def coordinator(grid: Grid, context: Context) -> None:
     """A deployment's coordinator. The app's config holds `sites`, joined by commas, and `wait`, the seconds that it waits for
     them at most before round 1; recipe.toml lies in the app's folder. Which key a site's name belongs to stands in `members`,
@@ -456,7 +441,7 @@ def coordinator(grid: Grid, context: Context) -> None:
         watch.note(f"no key was registered for {', '.join(unknown)}: ./register.sh")
 
     def meet(run: str) -> Courier:
-        courier = Courier(grid, text, run, members=members)
+        courier = Courier(grid, text, run, members=lambda: read_members(Path(MEMBERS)))
         watch.leg("federated", f"waiting for {len(names)} sites, at most {seconds:.0f} s")
         courier.greet(lambda found: set(names) <= set(found), seconds)
         for trouble in courier.troubles:

@@ -34,7 +34,7 @@ from fedkeel.local import LocalTransport
 from fedkeel.metrics import kl_divergence, linear_cka, mean, perplexity_ratio
 from fedkeel.model import Model
 from fedkeel.report import Table
-from fedkeel.report.run_numbers import held_out, under_damage
+from fedkeel.report.run_numbers import damage_names, held_out, under_damage
 from fedkeel.rng import derive
 from fedkeel.run import Prepared, prepare, serve, served
 from fedkeel.server import run_round
@@ -578,9 +578,12 @@ def _told(watch: Callable[[Path, str, int, int], None], folder: Path) -> Watch:
 def measures_table(found: Mapping[Path, Measured]) -> Table:
     """A line a run, with what all its rows come to; a column that no run has is left out.
 
-    Held-out damage is that of families which the training of none of the runs had used, so that lines can be compared.
+    Held-out damage is that of families which the training of none of the runs had used, and the other that of families which
+    all had used: some families cost more than others, and lines are there to be compared.
     """
     families = held_out(measured.rows for measured in found.values())
+    named = [damage_names(measured.rows) for measured in found.values()]
+    disturbed = [family for family in (named[0] if named else ()) if all(n.get(family, {}).get("trained") for n in named)]
 
     def cells(rows: Sequence[Row]) -> dict[str, str]:
         own = [r for r in rows if not r.task]
@@ -603,7 +606,7 @@ def measures_table(found: Mapping[Path, Measured]) -> Table:
         }
         ratios = {
             "SSI held out": ssi,
-            "SSI trained on": mean_of("damage/trained_ssi"),
+            "SSI trained on": under_damage(own, disturbed)[0],
             "KL to base": mean_of("kl_to_base"),
             "perplexity ratio": mean_of("perplexity_ratio"),
             "CKA: earlier stages": mean_of("state_cka/", last=False),
@@ -623,7 +626,7 @@ def measures_table(found: Mapping[Path, Measured]) -> Table:
     body = tuple((run, *(line.get(name, "–") for name in header)) for run, line in lines.items())
     over = f"over the families that no run here had used in training ({', '.join(families)}), and " if families else ""
     notes = (
-        f"Scores and falls in points of 100. SSI: stability index under damage, {over}over those that the run had used. "
+        f"Scores and falls in points of 100. SSI: stability index under damage, {over}over those that all had. "
         "CKA: with the final model, mean over tapped blocks.",
         *(f"{folder.name}: {note}." for folder, measured in found.items() for note in measured.notes),
     )

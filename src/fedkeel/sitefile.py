@@ -1,4 +1,4 @@
-"""site.toml: what a site of a deployment says of itself, and keeps to itself."""
+"""What a site is: site.toml, which says it of itself and stays there, and `members`, by which a coordinator knows it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from fedkeel.types import FedKeelError
 
+MEMBERS = "members"  # in the coordinator's state: a line "NODE_ID NAME" for each key that was registered
 LONGEST_SOCKET = 100  # bytes; the system allows 107
 PLACES = ("root", "files", "tasks_file", "site_column", "dataset", "subset")  # keys of [data] that say where rows are
 
@@ -92,3 +93,25 @@ def read_site(path: Path) -> SiteFile:
         str(absolute(base)) if base.startswith((".", "~", "/")) else base, data, worker.get("warm", True) is True, where,
         absolute(text(worker, "key", str(state / "worker.key"))), number(worker, "idle", 3600.0),
     )  # fmt: skip
+
+
+def read_members(path: Path) -> dict[str, int] | None:
+    """site -> the node that its key was registered as, from the lines "NODE_ID NAME" that `register.sh` writes; of a name that
+    stands there twice, the last. None where there is no such file. Raises SiteFileError naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SiteFileError(
+            f"{path.absolute()} cannot be read: {error}; register.sh writes it, run as SuperLink's user"
+        ) from error
+    found = {}
+    for number, line in enumerate(lines, 1):
+        node, _, name = line.partition(" ")
+        if not (node.isascii() and node.isdigit() and name):
+            raise SiteFileError(
+                f"{path.absolute()}, line {number}: a node's number and a site's name belong there, not {line!r}"
+            )
+        found[name] = int(node)
+    return found

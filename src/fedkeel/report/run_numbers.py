@@ -133,7 +133,9 @@ def held_out(runs: Iterable[Sequence[Row]]) -> list[str]:
     """The families of damage that were measured in all of the runs where any was, and that the training of none had used: only
     over these can runs be compared, as some families cost more than others. runs: the measures of each."""
     found = [named for measures in runs if (named := damage_names(measures))]
-    return [family for family in (found[0] if found else ()) if all(family in n and not n[family]["trained"] for n in found)]
+    return [
+        family for family in (found[0] if found else ()) if all(family in n and not n[family].get("trained") for n in found)
+    ]
 
 
 def under_damage(measures: Sequence[Row], families: Collection[str]) -> tuple[float | None, float | None]:

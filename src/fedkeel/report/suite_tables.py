@@ -9,7 +9,7 @@ from fedkeel.metrics import participation_gap, step_cost
 from fedkeel.report.chance import MARK, RULE, Chance
 from fedkeel.report.interval import COVERAGE, RESAMPLES
 from fedkeel.report.results import Result, interaction
-from fedkeel.report.run_numbers import by_task, final_score, held_out, last_stage, mean_cka, measured, split_score
+from fedkeel.report.run_numbers import by_task, damage_names, final_score, held_out, last_stage, mean_cka, measured, split_score
 from fedkeel.report.suite import BASELINES, Line, Suite
 from fedkeel.report.tables import (
     FAILED,
@@ -155,6 +155,10 @@ def _score_notes(
     out = [task for task, chance in chances.items() if chance.out]
     if out:
         notes.append(f"At chance, kept out of averages: {', '.join(out)}; see the table of tasks.")
+    damaged = [run.measures for r in results for run in r.line.runs if damage_names(run.measures)]
+    if damaged and not held_out(damaged):
+        notes.append("Damage was measured, but of no family that every method's training had left alone: see the figure.")
+        missing = [name for name in missing if not name.startswith("held-out")]
     if missing:
         notes.append(f"Not measured here: {', '.join(missing)}.")
     told = set()
