@@ -43,11 +43,8 @@ def test_pictures_hold_what_is_left_in_the_end(stream: str) -> None:
     for method in methods:
         finals = []
         for folder in (ROOT / "results" / "suites" / "main").glob(f"{stream}-{method}-s[0-9]"):
-            lines = gzip.decompress((folder / "rows.jsonl.gz").read_bytes()).decode().splitlines()
-            rows = [json.loads(line) for line in lines]
-            end = [r for r in rows if (r["method"], r["split"], r["site"], r["stage"]) == ("federated", "test", "", 3)]
-            of = {int(r["name"][-1]) - 1: r["value"] for r in end if r["name"].startswith("score_of_stage_")}
-            finals.append(mean(value for at, value in of.items() if order[at] not in out))
+            scores = by_stage(raw_rows(folder), "federated", "")
+            finals.append(mean(score for (after, of), score in scores.items() if after == 3 and order[of] not in out))
         assert f"{100 * mean(finals):.1f}" in drawn, method
 
 

@@ -32,8 +32,6 @@ from fedkeel.report.suite_tables import as_number, knob_lines, knob_table, parts
 from fedkeel.report.tables import MISSING, Table, mean_and_sd, number, points, signed
 from fedkeel.types import Row
 
-LEARNT, LEFT = "when learnt", "after the last stage"
-
 
 def _methods(results: Sequence[Result]) -> list[Result]:
     return [r for r in results if not r.line.baseline and r.line.runs]
@@ -165,7 +163,8 @@ def kept(results: Sequence[Result]) -> Chart | None:
     told = f"{best} ends best, with {end} points, {begin} when learnt; the least is forgotten under {least}, {lost} points."
     order = [of for _, of in sorted(ends.values(), key=lambda one: (one[0], -one[1]["final"].y))]
     learnt, left = (tuple(of[key] for of in order) for key in ("learnt", "final"))
-    panel = Panel("Mean score over the stages", "points", "", (Series(LEARNT, learnt, apart=True), Series(LEFT, left)))
+    series = (Series("when learnt", learnt, apart=True), Series("after the last stage", left))
+    panel = Panel("Mean score over the stages", "points", "", series)
     notes = ("Means over stages of what their own rows score; the table of scores has means over tasks.",)
     title = "What is learnt, and what is kept of it"
     return Chart("kept", title, told, (panel,), "rows", "± sd over seeds", "bars", notes=notes)

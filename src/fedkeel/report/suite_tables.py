@@ -141,11 +141,12 @@ def _score_notes(
             "Sites: scores on a site's own test rows after the last stage; bottom decile is the mean of the lowest tenth of "
             "the sites, rounded up; sd over sites with n − 1. All their tasks count."
         )
+    measures = [run.measures for r in results for run in r.line.runs]
+    families = held_out(measures)
     if any(r.held_out_ssi for r in results):
-        families = ", ".join(held_out(run.measures for r in results for run in r.line.runs))
         notes.append(
-            f"Held-out: damage of families that the training of no method here used ({families}). SSI: area under score "
-            "against strength, 1 where no damage cost anything. Fall: clean score less damaged score, in points."
+            f"Held-out: damage of families that the training of no method here used ({', '.join(families)}). SSI: area under "
+            "score against strength, 1 where no damage cost anything. Fall: clean score less damaged score, in points."
         )
     notes.append(
         "MB (10⁶ bytes) of all sites and rounds, as serialised. Local steps are those of a site and round. Trials: settings "
@@ -155,8 +156,7 @@ def _score_notes(
     out = [task for task, chance in chances.items() if chance.out]
     if out:
         notes.append(f"At chance, kept out of averages: {', '.join(out)}; see the table of tasks.")
-    damaged = [run.measures for r in results for run in r.line.runs if damage_names(run.measures)]
-    if damaged and not held_out(damaged):
+    if not families and any(map(damage_names, measures)):
         notes.append("Damage was measured, but of no family that every method's training had left alone: see the figure.")
         missing = [name for name in missing if not name.startswith("held-out")]
     if missing:
