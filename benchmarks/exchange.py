@@ -21,8 +21,8 @@ from collections.abc import Iterator
 import torch
 from machine import resident
 
-from fedkeel.aggregate import AGGREGATORS, Options
-from fedkeel.codecs import make_codec
+from fedkeel.exchange.codecs import make_codec
+from fedkeel.method.aggregate import AGGREGATORS, Options
 from fedkeel.rng import seed_torch
 from fedkeel.types import Adapter, Lora, Update
 

@@ -19,16 +19,19 @@ from pathlib import Path
 
 import torch
 
-from fedkeel.client import learning_rate
-from fedkeel.config import Recipe, load_recipe
-from fedkeel.data import Example, Formatter, batch_indices, collate
-from fedkeel.folder import RunFolder
-from fedkeel.local import LocalTransport
-from fedkeel.model import Model
-from fedkeel.run import Leg, Stage, round_rows
-from fedkeel.server import run_round
-from fedkeel.sites import make_sites
-from fedkeel.sources import load_records
+from fedkeel.data.batches import batch_indices, collate
+from fedkeel.data.format import Example, Formatter
+from fedkeel.data.sites import make_sites
+from fedkeel.data.sources import load_records
+from fedkeel.federation.local import LocalTransport
+from fedkeel.federation.server import run_round
+from fedkeel.federation.train import learning_rate
+from fedkeel.model.lora import Model
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Recipe
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.legs import Leg, Stage
+from fedkeel.run.rows import round_rows
 from fedkeel.types import Global
 
 

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from machine import resident
 
-from fedkeel.client import train_round
-from fedkeel.config import Recipe, load_recipe
-from fedkeel.data import Example
-from fedkeel.model import Model
+from fedkeel.data.format import Example
+from fedkeel.federation.train import train_round
+from fedkeel.model.lora import Model
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Recipe
 from fedkeel.rng import numpy_generator, seed_torch
 from fedkeel.types import Adapter, Global, Lora
 
@@ -60,7 +61,7 @@ def base_of(shape: str, folder: Path) -> str:
         return shape
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fedkeel.model import load_tokenizer
+    from fedkeel.model.load import load_tokenizer
 
     hidden, inner, layers, heads, groups, vocabulary = SHAPES[shape]
     tokenizer = load_tokenizer(load_recipe(None).model)

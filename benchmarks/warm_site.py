@@ -2,10 +2,10 @@
 
     python benchmarks/warm_site.py [--shapes keel-nano llama-20m llama-0.5b] [--repeats 3] [--steps 2]
 
-Both rounds are real requests to `fedkeel.worker` over its socket, with the same bytes and the same steps; before a cold one
-the worker is told to stop, so that an interpreter starts, imports torch, reads base and tokenizer, hashes the base and encodes
-the rows. "from disk": the files of the base were dropped from the page cache before. They take turns; load is the median over
-the repeats of (cold - warm of the same repeat). MB: of the base's folder, of which the embedded keel-nano has none.
+Both rounds are real requests to `fedkeel.engines.worker` over its socket, with the same bytes and the same steps; before a
+cold one the worker is told to stop, so that an interpreter starts, imports torch, reads base and tokenizer, hashes the base and
+encodes the rows. "from disk": the files of the base were dropped from the page cache before. They take turns; load is the
+median over the repeats of (cold - warm of the same repeat). MB: of the base's folder, of which the embedded keel-nano has none.
 "hidden at": the seconds that a warm round must take for the load to be a tenth of the cold one. Flower's own process a message
 comes on top of both (benchmarks/engines.py). Needs Linux.
 """
@@ -23,13 +23,13 @@ from pathlib import Path
 
 from step_cost import SHAPES, base_of
 
-from fedkeel.aggregate import AGGREGATORS
-from fedkeel.config import load_recipe, to_toml
-from fedkeel.coordinate import read_start
-from fedkeel.messages import factors_down, names_of, pack_global
-from fedkeel.sitefile import SiteFile, read_site
+from fedkeel.engines.coordinate import read_start
+from fedkeel.engines.sitefile import SiteFile, read_site
+from fedkeel.engines.worker import ask, stop
+from fedkeel.exchange.messages import factors_down, names_of, pack_global
+from fedkeel.method.aggregate import AGGREGATORS
+from fedkeel.recipe.load import load_recipe, to_toml
 from fedkeel.types import Global
-from fedkeel.worker import ask, stop
 
 ROWS = 64
 COLOURS = ["red", "green", "blue", "white"]

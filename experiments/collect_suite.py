@@ -14,8 +14,8 @@ import json
 import re
 from pathlib import Path
 
+from fedkeel.evidence.suites.runs import finished
 from fedkeel.files import write_atomic
-from fedkeel.suites import finished
 
 PACKED = ("rows.jsonl", "scores.jsonl", "measures.jsonl")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedkeel.aggregate import AGGREGATORS, Options, weights
+from fedkeel.exchange.messages import factors_down
 from fedkeel.files import write_atomic
-from fedkeel.messages import factors_down
+from fedkeel.method.aggregate import AGGREGATORS, Options, weights
 from fedkeel.types import Adapter, Lora, Update
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "exchange.md"

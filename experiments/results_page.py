@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from fedkeel.evidence.report import Table, kept_picture, method_table, read_rows, suite_markdown, task_table
 from fedkeel.files import write_atomic
-from fedkeel.report import Table, kept_picture, method_table, read_rows, suite_markdown, task_table
 from stream_table import flat_table_of, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,9 +100,11 @@ def suites() -> str:
         folder = ROOT / "results" / "suites" / name
         told = json.loads((folder / "suite.json").read_text())
         parts.append(
-            f"# {told['title']}\n\n{TEXT[f'suite {name}']}\n\n{told['note']}\n\nPlan: [src/fedkeel/plans/{name}.toml]"
-            f"(../src/fedkeel/plans/{name}.toml); commit {_commits(folder)}: [recipes and rows](../results/suites/{name}). "
-            f"How it is compared: [evidence.md](evidence.md).\n\n{_with_pictures(name, suite_markdown(folder))}"
+            f"# {told['title']}\n\n{TEXT[f'suite {name}']}\n\n{told['note']}\n\nPlan: "
+            f"[src/fedkeel/evidence/suites/plans/{name}.toml]"
+            f"(../src/fedkeel/evidence/suites/plans/{name}.toml); commit {_commits(folder)}: "
+            f"[recipes and rows](../results/suites/{name}). How it is "
+            f"compared: [evidence.md](evidence.md).\n\n{_with_pictures(name, suite_markdown(folder))}"
         )
     return "\n".join(parts)
 

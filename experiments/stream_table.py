@@ -15,8 +15,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from fedkeel.metrics import average_final, average_learnt, backward_transfer, forgetting
-from fedkeel.report.tables import Table, mean_and_sd, points
+from fedkeel.evidence.report.tables import Table, mean_and_sd, points
+from fedkeel.scores.metrics import average_final, average_learnt, backward_transfer, forgetting
 
 HEADER = ("method", "seeds", "final score", "when learnt", "backward transfer", "forgetting", "MB up", "training s")
 

@@ -20,11 +20,11 @@ from tempfile import gettempdir
 from typing import Any
 
 import fedkeel
-from fedkeel.config import load_recipe, to_toml
-from fedkeel.deploy import app_recipe, init
-from fedkeel.folder import RunFolder
-from fedkeel.sitefile import MEMBERS, SiteFile, read_members, read_site
-from fedkeel.worker import stop
+from fedkeel.deploy.init import app_recipe, init
+from fedkeel.engines.sitefile import MEMBERS, SiteFile, read_members, read_site
+from fedkeel.engines.worker import stop
+from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.run.folder import RunFolder
 
 SECONDS = 1800.0  # on a machine that has other work too
 

@@ -20,9 +20,10 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fedkeel.config import LoraConfig
-from fedkeel.config import Model as ModelConfig
-from fedkeel.model import Model, quiet
+from fedkeel.model.load import quiet
+from fedkeel.model.lora import Model
+from fedkeel.recipe.schema import LoraConfig
+from fedkeel.recipe.schema import Model as ModelConfig
 
 LAYERS, HEADS, HIDDEN, INNER = 2, 4, 32, 48
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from fedkeel.config import load_recipe
+from fedkeel.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))

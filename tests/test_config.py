@@ -14,22 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkeel.aggregate import AGGREGATORS, OPTIMISERS, WEIGHTINGS
-from fedkeel.codecs import CODECS
-from fedkeel.config import (
-    BASELINES,
-    CASTS,
-    QUANTIZERS,
-    ConfigError,
-    Data,
-    Evaluation,
-    Federation,
-    LoraConfig,
-    Recipe,
-    known_keys,
-    load_recipe,
-    to_toml,
-)
+from fedkeel.exchange.codecs import CODECS
+from fedkeel.method.aggregate import AGGREGATORS, OPTIMISERS, WEIGHTINGS
+from fedkeel.recipe.load import known_keys, load_recipe, to_toml
+from fedkeel.recipe.schema import BASELINES, CASTS, QUANTIZERS, Data, Evaluation, Federation, LoraConfig, Recipe
+from fedkeel.recipe.settings import ConfigError
 
 
 def read(recipe: Recipe, key: str) -> Any:
@@ -317,7 +306,7 @@ def test_any_text_survives_toml(text: str) -> None:
 
 def test_reading_a_recipe_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from fedkeel.config import load_recipe; load_recipe(None, ['lora.rank=4']);"
+        "import sys; from fedkeel.recipe.load import load_recipe; load_recipe(None, ['lora.rank=4']);"
         "print(sorted({'torch', 'numpy', 'transformers', 'peft', 'safetensors', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,17 +12,17 @@ from test_run import adapter_of, go, rows_of, same
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
 
-from conftest import tiny_rows
 from flower_grid import FakeGrid, Twist
 from flwr.app import Context, RecordDict
+from tiny import tiny_rows
 
-from fedkeel.config import load_recipe, to_toml
-from fedkeel.coordinate import alone, pooled, reference_of
-from fedkeel.flower import client_app, server_app
-from fedkeel.folder import RunFolder
-from fedkeel.run import Leg, Stage
-from fedkeel.server import FederationError
-from fedkeel.sitefile import SiteFileError, read_site
+from fedkeel.engines.coordinate import alone, pooled, reference_of
+from fedkeel.engines.flower.apps import client_app, server_app
+from fedkeel.engines.sitefile import SiteFileError, read_site
+from fedkeel.federation.server import FederationError
+from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.legs import Leg, Stage
 
 SITES = ("ward-0", "ward-1", "ward-2")
 KEPT = "federation.codec_up=topk=0.25+int4"

@@ -16,14 +16,25 @@ import torch
 from shapes import ARCHITECTURES, HEADS, INNER, LAYERS, make, randomise
 from torch import Tensor, nn
 
-from fedkeel import damage
-from fedkeel.config import Evaluation, LoraConfig
-from fedkeel.damage import FAMILIES, STRENGTHS, DamageError, compare, damaged, family_index, outcomes, quantised, stability
-from fedkeel.data import Formatter, collate
-from fedkeel.evaluate import Scored, score, task_table
-from fedkeel.model import Model
+from fedkeel.data.batches import collate
+from fedkeel.data.format import Formatter
+from fedkeel.model.lora import Model
+from fedkeel.model.places import Place
+from fedkeel.recipe.schema import Evaluation, LoraConfig
 from fedkeel.rng import counter_normal, derive, numpy_generator
-from fedkeel.structure.places import Place
+from fedkeel.scores import damage
+from fedkeel.scores.damage import (
+    FAMILIES,
+    STRENGTHS,
+    DamageError,
+    compare,
+    damaged,
+    family_index,
+    outcomes,
+    quantised,
+    stability,
+)
+from fedkeel.scores.evaluate import Scored, score, task_table
 from fedkeel.types import Record
 
 SEED = 5

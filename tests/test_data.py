@@ -11,8 +11,9 @@ import pytest
 import torch
 from shapes import ENDS, tokenizer
 
-from fedkeel.data import Batch, Example, Formatter, batch_indices, batches_per_epoch, collate
-from fedkeel.sources import DataError
+from fedkeel.data.batches import Batch, batch_indices, batches_per_epoch, collate
+from fedkeel.data.format import Example, Formatter
+from fedkeel.data.sources import DataError
 from fedkeel.types import Record
 
 TEMPLATED = ["llama2", "llama3", "chatml"]

@@ -26,9 +26,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from tls import serving
 
 from fedkeel import cli
-from fedkeel.config import load_recipe, make_recipe
-from fedkeel.deploy import DeployError, app_recipe, base_hashes, check_hosts, check_sites, init
-from fedkeel.sitefile import read_site
+from fedkeel.deploy.init import app_recipe, check_hosts, check_sites, init
+from fedkeel.deploy.manifest import DeployError, base_hashes
+from fedkeel.engines.sitefile import read_site
+from fedkeel.recipe.load import load_recipe, make_recipe
 
 SITES = ("clinic-a", "clinic-b", "Ward_3.x")
 RECIPE = """

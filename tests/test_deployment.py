@@ -22,15 +22,15 @@ from test_run import adapter_of, go, rows_of, same
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
 
-from conftest import tiny_rows
 from loopback import SECONDS, Deployment, deployed
+from tiny import tiny_rows
 from wire import Wire
 
-import fedkeel.run
-from fedkeel.config import load_recipe
-from fedkeel.deploy import certificate, new_key, ssh_pair
-from fedkeel.folder import RunFolder
-from fedkeel.pydocs import records
+import fedkeel.run.loop
+from fedkeel.data.pydocs import records
+from fedkeel.deploy.keys import certificate, new_key, ssh_pair
+from fedkeel.recipe.load import load_recipe
+from fedkeel.run.folder import RunFolder
 from fedkeel.types import Reply, Request
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
@@ -61,7 +61,7 @@ def losses(folder: RunFolder) -> dict[str, list[int]]:
 def twin(overrides: list[str], took: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """The same federation in this process, where a site is away in the rounds that `took` does not name."""
 
-    class Away(fedkeel.run.LocalTransport):
+    class Away(fedkeel.run.loop.LocalTransport):
         turn = 0
 
         def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
@@ -70,7 +70,7 @@ def twin(overrides: list[str], took: dict[str, list[int]], monkeypatch: pytest.M
             gone = [Reply(r.site, error="away") for r in requests if r not in there]
             return [*super().exchange(there, deadline), *gone]
 
-    monkeypatch.setattr(fedkeel.run, "LocalTransport", Away)
+    monkeypatch.setattr(fedkeel.run.loop, "LocalTransport", Away)
     return go([*overrides, "name=twin"])[1]
 
 
@@ -137,11 +137,11 @@ def test_killed_workers_and_coordinators_change_no_bit(tiny_overrides: list[str]
 
 RAISES = """
 import os, sys
-if "fedkeel.worker" in sys.orig_argv and os.path.exists({flag!r}):
-    import fedkeel.client
+if "fedkeel.engines.worker" in sys.orig_argv and os.path.exists({flag!r}):
+    import fedkeel.federation.train
     def train_round(*given, **more):
         raise ZeroDivisionError("nobody is in this ward")
-    fedkeel.client.train_round = train_round
+    fedkeel.federation.train.train_round = train_round
 """
 
 

@@ -16,10 +16,12 @@ pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
 
 from flower_grid import FakeGrid
 
-from fedkeel.config import load_recipe
-from fedkeel.flower import Simulation, client_app, simulate
-from fedkeel.folder import RunFolder
-from fedkeel.run import execute, prepare
+from fedkeel.engines.flower.apps import client_app
+from fedkeel.engines.flower.simulation import Simulation, simulate
+from fedkeel.recipe.load import load_recipe
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.loop import execute
+from fedkeel.run.prepare import prepare
 
 # the default rule; what a lossy codec left out is kept at the sites; a factor stays there; the base moves
 RULES = {

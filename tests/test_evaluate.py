@@ -12,12 +12,13 @@ import pytest
 import torch
 from shapes import ARCHITECTURES, CAUSAL, ENCODERS, SEQ2SEQ, make, randomise
 
-from fedkeel import evaluate
-from fedkeel.config import Evaluation
-from fedkeel.data import Example, Formatter, collate
-from fedkeel.evaluate import Scored, choose, label_log_likelihoods, score, task_table
-from fedkeel.model import Model
+from fedkeel.data.batches import collate
+from fedkeel.data.format import Example, Formatter
+from fedkeel.model.lora import Model
+from fedkeel.recipe.schema import Evaluation
 from fedkeel.rng import derive
+from fedkeel.scores import evaluate
+from fedkeel.scores.evaluate import Scored, choose, label_log_likelihoods, score, task_table
 from fedkeel.types import Record
 
 LANGUAGE = CAUSAL + SEQ2SEQ

@@ -17,20 +17,26 @@ from test_run import Silent, adapter_of, go, rows_of, same, without_time
 from torch import Tensor
 from training import assert_loads_in_peft
 
-import fedkeel.server
-from fedkeel import config
-from fedkeel.aggregate import AGGREGATORS, first_rows, folded, truncated
-from fedkeel.aggregate.rule import BOTH
-from fedkeel.client import Kept, answer
-from fedkeel.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
-from fedkeel.config import ConfigError, Federation, load_recipe
-from fedkeel.data import Formatter
-from fedkeel.folder import RunFolder
-from fedkeel.messages import names_of, pack, pack_global, unpack_global
-from fedkeel.model import Model, ModelError
-from fedkeel.run import prepare, trained_model
-from fedkeel.server import FederationError, run_round, screen
-from fedkeel.structure import left_out
+import fedkeel.federation.server
+from fedkeel.data.format import Formatter
+from fedkeel.exchange.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
+from fedkeel.exchange.messages import names_of, pack, pack_global, unpack_global
+from fedkeel.federation.client import answer
+from fedkeel.federation.kept import Kept
+from fedkeel.federation.screen import screen
+from fedkeel.federation.server import FederationError, run_round
+from fedkeel.method.aggregate import AGGREGATORS, first_rows, folded, truncated
+from fedkeel.method.aggregate.rule import BOTH
+from fedkeel.method.structure import left_out
+from fedkeel.model.load import ModelError
+from fedkeel.model.lora import Model
+from fedkeel.recipe import schema as config
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Federation
+from fedkeel.recipe.settings import ConfigError
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.prepare import prepare
+from fedkeel.run.served import trained_model
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Update
 
 ONE_MODEL = [name for name, rule in AGGREGATORS.items() if not rule.personal]
@@ -505,15 +511,15 @@ def test_replies_too_large_to_be_held_together_are_decoded_anew_to_the_same_bits
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     like, decoded, held = make_adapter(0), [], {}
-    real = fedkeel.server.screen
+    real = fedkeel.federation.server.screen
 
     def counting(reply: Reply, *more: Any) -> Update:
         decoded.append(reply.site)
         return real(reply, *more)
 
-    monkeypatch.setattr(fedkeel.server, "screen", counting)
+    monkeypatch.setattr(fedkeel.federation.server, "screen", counting)
     for small in (2**28, 0):
-        monkeypatch.setattr(fedkeel.server, "SMALL", small)
+        monkeypatch.setattr(fedkeel.federation.server, "SMALL", small)
         sites = Pretend(like, factors="b" if rule == "alternate" else "ab")
         held[small] = run_round(Global(0, like), sites, list("abc"), Federation(rule=rule), 1)
         assert (decoded == list("abc")) == bool(small)
@@ -570,18 +576,18 @@ def test_checkpoints_without_what_they_promise_are_refused(tiny_overrides: list[
 
 
 def test_the_ledger_holds_the_length_of_every_message(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import fedkeel.run
+    import fedkeel.run.loop
 
     seen: list[tuple[str, int, int]] = []
 
-    class Listening(fedkeel.run.LocalTransport):
+    class Listening(fedkeel.run.loop.LocalTransport):
         def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
             replies = super().exchange(requests, deadline)
             by_site: Mapping[str, Reply] = {r.site: r for r in replies}
             seen.extend((r.site, len(r.payload), len(by_site[r.site].payload)) for r in requests)
             return replies
 
-    monkeypatch.setattr(fedkeel.run, "LocalTransport", Listening)
+    monkeypatch.setattr(fedkeel.run.loop, "LocalTransport", Listening)
     _, folder, _ = go(quick(tiny_overrides, "stack", "federation.codec_up=int4"))
     rows = rows_of(folder)
     down = [(r["site"], int(r["value"])) for r in rows if r["name"] == "bytes_down"]

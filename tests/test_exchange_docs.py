@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import exactness
-from fedkeel.aggregate import AGGREGATORS
+from fedkeel.method.aggregate import AGGREGATORS
 
 
 def test_the_page_holds_the_table_as_it_is_now() -> None:

@@ -12,22 +12,27 @@ from test_run import Silent, adapter_of, go, same
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
 
-from conftest import tiny_rows
 from flower_grid import FakeGrid, Twist
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
+from tiny import tiny_rows
 
-import fedkeel.client
-import fedkeel.local
-import fedkeel.work
-from fedkeel.config import load_recipe, to_toml
-from fedkeel.flower import Courier, FlowerError, Simulation, client_app
-from fedkeel.folder import RunFolder
-from fedkeel.run import execute, prepare
-from fedkeel.server import FederationError
-from fedkeel.sitefile import read_members
+import fedkeel.engines.work
+import fedkeel.exchange.messages
+import fedkeel.federation.client
+import fedkeel.federation.local
+from fedkeel.engines.flower.apps import client_app
+from fedkeel.engines.flower.courier import Courier, FlowerError
+from fedkeel.engines.flower.simulation import Simulation
+from fedkeel.engines.sitefile import read_members
+from fedkeel.engines.store import Store
+from fedkeel.engines.work import handle
+from fedkeel.federation.server import FederationError
+from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.loop import execute
+from fedkeel.run.prepare import prepare
 from fedkeel.types import FedKeelError
-from fedkeel.work import Store, handle
 
 SITES = ["ward-0", "ward-1", "ward-2"]
 
@@ -115,13 +120,13 @@ def test_a_site_starts_from_what_was_accepted(
     there = run([*overrides, "name=there"], tmp_path, of("ward-1", lambda message, reply: [], round=2))
 
     def raising(payload: bytes, *arguments: Any) -> bytes:
-        made = fedkeel.client.answer(payload, *arguments)
-        _, state = fedkeel.client.unpack_global(payload, "global", arguments[0].initial)
+        made = fedkeel.federation.client.answer(payload, *arguments)
+        _, state = fedkeel.exchange.messages.unpack_global(payload, "global", arguments[0].initial)
         if arguments[2] == "ward-1" and state.round == 1:
             raise RuntimeError("lost")
         return made
 
-    monkeypatch.setattr(fedkeel.local, "answer", raising)
+    monkeypatch.setattr(fedkeel.federation.local, "answer", raising)
     watch = Silent()
     _, here, _ = go([*overrides, "evaluation.baselines=[]"], watch)
     assert [list(r.failures) for _, r in watch.results] == [[], ["ward-1"], []]
@@ -139,9 +144,9 @@ def test_a_disk_that_lost_what_was_kept_costs_one_round(tiny_overrides: list[str
     recipe = load_recipe(None, [*tiny_overrides, "federation.codec_up=int4", "federation.quorum=0.6"])
     prepared = prepare(recipe)
     grid = FakeGrid(client_app, 3, of("ward-1", wiped, round=1))
-    from fedkeel.flower import FlowerTransport
-    from fedkeel.model import Model
-    from fedkeel.server import run_round
+    from fedkeel.engines.flower.courier import FlowerTransport
+    from fedkeel.federation.server import run_round
+    from fedkeel.model.lora import Model
     from fedkeel.types import Global
 
     courier = Courier(grid, to_toml(recipe), "r0", tmp_path / "sites")
@@ -182,9 +187,9 @@ def test_a_site_that_raises_sends_its_traceback(
     def broken(payload: bytes, model: Any, stages: Any, site: str, *more: Any) -> bytes:
         if site == "ward-2":
             raise RuntimeError("the disk of ward 2 is full")
-        return fedkeel.client.answer(payload, model, stages, site, *more)
+        return fedkeel.federation.client.answer(payload, model, stages, site, *more)
 
-    monkeypatch.setattr(fedkeel.work, "answer", broken)
+    monkeypatch.setattr(fedkeel.engines.work, "answer", broken)
     with pytest.raises(FederationError) as stopped:
         run(tiny_overrides, tmp_path)
     assert "--- ward-2: Traceback (most recent call last)" in str(stopped.value)
@@ -194,7 +199,7 @@ def test_a_site_that_raises_sends_its_traceback(
 def test_a_round_that_changed_nothing_is_an_error(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedkeel.client, "_train_round", lambda *arguments: (1, {"loss": 1.0}))
+    monkeypatch.setattr(fedkeel.federation.train, "_train_round", lambda *arguments: (1, {"loss": 1.0}))
     with pytest.raises(FederationError, match="round 1 changed nothing"):
         run(tiny_overrides, tmp_path)
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from fedkeel.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
-from fedkeel.codecs.envelope import DTYPES, MAX_DIMENSIONS, MAX_NAME
+from fedkeel.exchange.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
+from fedkeel.exchange.codecs.envelope import DTYPES, MAX_DIMENSIONS, MAX_NAME
 
 EXAMPLES = int(os.environ.get("FEDKEEL_FUZZ", "400"))
 

@@ -1,4 +1,4 @@
-"""The layers: a file imports lower layers only. A new file belongs into the table below before its first commit."""
+"""The rooms of the house: a folder is a room, and imports run one way from room to room."""
 
 from __future__ import annotations
 
@@ -11,42 +11,33 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "fedkeel"
 
-LAYERS = (
+# from the ground up: a room imports those before it, and files of its own
+ROOMS = (
     ("types",),
-    ("rng", "files"),
-    ("objective", "structure", "aggregate", "codecs", "partition", "metrics"),
-    ("config", "pydocs", "sitefile"),
-    ("sources", "track"),
-    ("data", "messages", "sites"),
-    ("model", "folder"),
-    ("teacher",),
-    ("client", "server", "evaluate"),
-    ("damage",),
-    ("local",),
+    ("rng", "files", "tables"),
+    ("recipe",),
+    ("data",),
+    ("model",),
+    ("method",),
+    ("exchange",),
+    ("scores",),
+    ("federation",),
     ("run",),
-    ("work",),
-    ("worker", "coordinate"),
-    ("flower",),
+    ("engines",),
     ("deploy",),
-    ("sitecheck",),
-    ("report",),
-    ("measure",),
-    ("suites",),
-    ("display",),
+    ("evidence",),
+    ("display", "api"),
     ("cli",),
 )
 FREE = ("__init__", "__main__")
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PURE = LAYERS[2]
-# what the pure packages may import beside the standard library
-OUTSIDE = {name: {"torch", "numpy"} for name in PURE}
-OUTSIDE["codecs"] |= {"safetensors"}
-OUTSIDE["metrics"] |= {"rouge_score"}
+LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
+# what rooms of mathematics may import beside the standard library and the rooms below
+OUTSIDE = {"method": {"torch"}, "exchange": {"torch", "safetensors"}, "recipe": set(), "tables": set(), "types": {"torch"}}
 SEEDING = {"seed", "manual_seed", "manual_seed_all", "default_rng", "RandomState", "set_seed", "seed_all"}
 
 
 def unit(path: Path) -> str:
-    """The name in the table of a file of the package: its top folder or its own name."""
+    """The room of a file of the package: its top folder, or its own name."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -71,7 +62,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def offences(name: str, source: str, package: str = "fedkeel") -> list[str]:
-    """What breaks the layers in a file that belongs to the unit `name`."""
+    """What breaks the order of rooms in a file of the room `name`."""
     found = []
     tree = ast.parse(source)
     for full in imports(tree, package):
@@ -79,18 +70,18 @@ def offences(name: str, source: str, package: str = "fedkeel") -> list[str]:
         if top == "pickle" or full.startswith(("torch.load", "torch.serialization")):
             found.append(f"{full}: pickle")
         if top == "peft" and name != "model":
-            found.append(f"{full}: only model.py imports peft")
-        if top in ("flwr", "ray") and name != "flower":
-            found.append(f"{full}: only flower.py imports Flower")
+            found.append(f"{full}: only the room model imports peft")
+        if top in ("flwr", "ray") and package != "fedkeel.engines.flower":
+            found.append(f"{full}: only engines/flower imports Flower")
         if top == "fedkeel":
             other = rest[0]
             if name in FREE or other == name or other == "__version__":
                 continue
             if other not in LEVEL:
-                found.append(f"{full}: not in the table of layers")
+                found.append(f"{full}: in no room")
             elif LEVEL[other] >= LEVEL[name]:
-                found.append(f"{full}: {other} is no lower layer than {name}")
-        elif name in PURE and top not in sys.stdlib_module_names and top not in OUTSIDE[name]:
+                found.append(f"{full}: {other} is no room below {name}")
+        elif name in OUTSIDE and top not in sys.stdlib_module_names and top not in OUTSIDE[name]:
             found.append(f"{full}: not for {name}")
         if name != "rng" and rest and rest[-1] in SEEDING:
             found.append(f"{full}: only rng.py seeds")
@@ -107,61 +98,90 @@ def sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def test_every_file_has_a_layer() -> None:
+def test_every_file_has_a_room() -> None:
     assert len(sources()) > 20
     assert {unit(p) for p in sources()} - set(FREE) - set(LEVEL) == set()
-    assert len(LEVEL) == sum(map(len, LAYERS))
+    assert len(LEVEL) == sum(map(len, ROOMS))
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_file_imports_lower_layers_only(path: Path) -> None:
+def test_a_file_imports_rooms_below_only(path: Path) -> None:
     package = ".".join(("fedkeel", *path.relative_to(PACKAGE).parts[:-1]))
     assert offences(unit(path), path.read_text(encoding="utf-8"), package) == []
+
+
+def test_the_parts_of_the_method_do_not_know_each_other() -> None:
+    parts = ("objective", "structure", "aggregate")
+    for part in parts:
+        for path in (PACKAGE / "method" / part).glob("*.py"):
+            named = list(imports(ast.parse(path.read_text(encoding="utf-8")), f"fedkeel.method.{part}"))
+            assert not [n for n in named for other in parts if other != part and n.startswith(f"fedkeel.method.{other}")], path
+
+
+def module(path: Path) -> str:
+    return ".".join(("fedkeel", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_no_file_needs_itself() -> None:
+    """Imports make no circle, file by file, also those inside functions."""
+    files = {module(path): path for path in sources()}
+    needs = {}
+    for name, path in files.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        told = {full if full in files else full.rpartition(".")[0] for full in imports(ast.parse(path.read_text()), package)}
+        needs[name] = (told & set(files)) - {name}
+    while free := [name for name, of in needs.items() if not of & set(needs)]:
+        for name in free:
+            del needs[name]
+    assert not needs, {name: sorted(of & set(needs)) for name, of in needs.items()}
 
 
 @pytest.mark.parametrize(
     ("name", "source", "found"),
     [
-        ("types", "from fedkeel.files import write_atomic", 1),  # a sibling is no lower layer
-        ("aggregate", "from fedkeel.codecs import CODECS", 1),
-        ("aggregate", "from fedkeel.config import Federation", 1),
-        ("aggregate", "import peft", 2),  # not for it, and only model.py
-        ("aggregate", "from flwr.common import Parameters", 2),  # not for it, and only flower.py
+        ("types", "from fedkeel.files import write_atomic", 1),  # a sibling is no room below
+        ("method", "from fedkeel.exchange.codecs import CODECS", 1),
+        ("recipe", "import torch", 1),
+        ("method", "import peft", 2),  # not for it, and only for model
+        ("method", "from flwr.common import Parameters", 2),  # not for it, and only for engines/flower
         ("cli", "def f():\n    import flwr", 1),
         ("run", "import ray", 1),
-        ("metrics", "import safetensors.torch", 1),
-        ("server", "def f():\n    from fedkeel.model import Model, load\n    import fedkeel.run", 1),
-        ("server", "from fedkeel import run", 1),
-        ("server", "from . import run", 1),
-        ("server", "from .client import answer", 1),
+        ("exchange", "import transformers", 1),
+        ("federation", "def f():\n    from fedkeel.model import Model, load\n    import fedkeel.run", 1),
+        ("federation", "from fedkeel import run", 1),
+        ("federation", "from .. import run", 1),
+        ("federation", "from ..run import legs", 1),
         ("data", "if TYPE_CHECKING:\n    from fedkeel.model import Model", 1),
-        ("model", "def f():\n    from fedkeel import evaluate", 1),
+        ("model", "def f():\n    from fedkeel import scores", 1),
         ("run", "import fedkeel.unheard_of", 1),
-        ("codecs", "import pickle", 1),
+        ("exchange", "import pickle", 1),
         ("run", "def f():\n    from pickle import loads", 1),
         ("run", "import torch\ntorch.load('x')", 1),
-        ("client", "import torch\ndef f():\n    torch.manual_seed(3)", 1),
-        ("partition", "import numpy as np\nnp.random.default_rng(1)", 1),
-        ("partition", "import numpy as np\nnp.random.seed(1)", 1),
-        ("partition", "from numpy.random import default_rng", 1),
+        ("federation", "import torch\ndef f():\n    torch.manual_seed(3)", 1),
+        ("data", "import numpy as np\nnp.random.default_rng(1)", 1),
+        ("data", "import numpy as np\nnp.random.seed(1)", 1),
+        ("data", "from numpy.random import default_rng", 1),
     ],
 )
-def test_what_breaks_the_layers_is_caught(name: str, source: str, found: int) -> None:
-    assert len(offences(name, source)) == found
+def test_what_breaks_the_order_is_caught(name: str, source: str, found: int) -> None:
+    assert len(offences(name, source, f"fedkeel.{name}")) == found
 
 
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("aggregate", "from fedkeel.aggregate.common import Aggregate\nfrom fedkeel.types import Adapter\nimport torch, math"),
-        ("metrics", "def f():\n    from rouge_score.rouge_scorer import RougeScorer"),
-        ("model", "import peft\nfrom fedkeel.data import Batch"),
+        (
+            "method",
+            "from fedkeel.method.aggregate.common import Aggregate\nfrom fedkeel.types import Adapter\nimport torch, math",
+        ),
+        ("scores", "def f():\n    from rouge_score.rouge_scorer import RougeScorer"),
+        ("model", "import peft\nfrom fedkeel.data.batches import Batch"),
         ("rng", "import numpy as np\nnp.random.default_rng(1)"),
         ("cli", "from fedkeel import __version__, run"),
-        ("client", "from fedkeel.rng import seed_torch\nseed_torch(1)\nseed = 3"),
+        ("federation", "from fedkeel.rng import seed_torch\nseed_torch(1)\nseed = 3"),
     ],
 )
-def test_what_keeps_the_layers_passes(name: str, source: str) -> None:
+def test_what_keeps_the_order_passes(name: str, source: str) -> None:
     assert offences(name, source) == []
 
 

@@ -20,21 +20,29 @@ from shapes import base as shape
 from test_run import Silent
 from typer.testing import CliRunner
 
-from fedkeel import measure as measuring
 from fedkeel.cli import app
-from fedkeel.client import train_round
-from fedkeel.config import Recipe, load_recipe
-from fedkeel.damage import FAMILIES, STRENGTHS, damaged, family_index
-from fedkeel.data import Formatter
-from fedkeel.evaluate import choose, overall, score
-from fedkeel.folder import RunFolder
-from fedkeel.measure import TRAINED_BY, Measured, MeasureError, Settings, against_base, measure, measures_table
-from fedkeel.metrics import consistency
-from fedkeel.model import Model
-from fedkeel.objective.distill import linear_cka
-from fedkeel.report import read_rows
+from fedkeel.data.format import Formatter
+from fedkeel.evidence.measure import damage, general, unseen
+from fedkeel.evidence.measure import parts as measuring
+from fedkeel.evidence.measure.damage import TRAINED_BY
+from fedkeel.evidence.measure.general import against_base
+from fedkeel.evidence.measure.parts import measure
+from fedkeel.evidence.measure.run import Measured, MeasureError, Settings
+from fedkeel.evidence.measure.table import measures_table
+from fedkeel.evidence.report import read_rows
+from fedkeel.federation.train import train_round
+from fedkeel.method.objective.distill import linear_cka
+from fedkeel.model.lora import Model
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Recipe
 from fedkeel.rng import derive
-from fedkeel.run import execute, prepare, served, trained_model
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.loop import execute
+from fedkeel.run.prepare import prepare
+from fedkeel.run.served import served, trained_model
+from fedkeel.scores.damage import FAMILIES, STRENGTHS, damaged, family_index
+from fedkeel.scores.evaluate import choose, overall, score
+from fedkeel.scores.metrics import consistency
 from fedkeel.types import Row
 
 TEXT = "\n".join((
@@ -168,8 +176,8 @@ def test_general_text_against_the_base_and_the_adapter_that_peft_loads(
     folder = run(tiny_base, data, tmp_path, f"federation.rule={rule}", "data.max_length=24")
     text = tmp_path / "general.txt"
     text.write_text(TEXT)
-    monkeypatch.setattr(measuring, "LOGITS", 410 * 20)  # one or two texts at a time
-    monkeypatch.setattr(measuring, "DIVERGED", 410 * 3)
+    monkeypatch.setattr(general, "LOGITS", 410 * 20)  # one or two texts at a time
+    monkeypatch.setattr(general, "DIVERGED", 410 * 3)
     settings = Settings((), general=(text,), general_rows=0, states=False)
     got = values(measure([folder], settings)[folder].rows)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
@@ -248,7 +256,7 @@ def test_measuring_goes_on_where_it_was_and_ends_as_in_one_go(
     whole = shutil.copytree(folder, tmp_path / "whole")
     settings = replace(DAMAGE, general=(text,), states=True)
     expected = measure([whole], settings)[whole]
-    real = measuring.outcomes
+    real = damage.outcomes
 
     def cut(*args: Any, **more: Any) -> Any:
         if args[4] == "bits":
@@ -256,7 +264,7 @@ def test_measuring_goes_on_where_it_was_and_ends_as_in_one_go(
         return real(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measuring, "outcomes", cut)
+        patch.setattr(damage, "outcomes", cut)
         with pytest.raises(KeyboardInterrupt):
             measure([folder], settings)
     assert any(r.name.startswith("damage/modules/") for r in read_rows(folder / "measures.jsonl"))
@@ -334,7 +342,7 @@ def test_unseen_tasks_are_scored_before_and_after(kind: str, folder: Path, data:
             final = trained_model(prepare(recipe), folder).read()
             model.write(final)
         formatter = Formatter(model.tokenizer, model.kind, 64, classes=model.classes)
-        records = measuring._unseen_records(settings, prepare(recipe))
+        records = unseen._unseen_records(settings, prepare(recipe))
         assert sorted((r.task, r.input, r.labels) for r in records) == [
             ("mood", "the blue lamp breaks", ("glad", "very sad")),
             ("mood", "the red boat sings", ("glad", "very sad")),

@@ -29,18 +29,21 @@ from training import (
     whole_batch,
 )
 
-import fedkeel.client
-from fedkeel.client import backward_at_worst, guidance_weight
-from fedkeel.codecs import open_envelope
-from fedkeel.config import STRUCTURES, ConfigError, Recipe, load_recipe
-from fedkeel.data import Example
-from fedkeel.model import Model
-from fedkeel.objective.consistency import self_consistency, symmetric_kl
+import fedkeel.federation.train
+from fedkeel.data.format import Example
+from fedkeel.exchange.codecs import open_envelope
+from fedkeel.federation.server import FederationError
+from fedkeel.federation.teacher import Guide
+from fedkeel.federation.train import backward_at_worst, guidance_weight
+from fedkeel.method.objective.consistency import self_consistency, symmetric_kl
+from fedkeel.method.objective.distill import Guidance, distill
+from fedkeel.method.structure import Draw, Injection, StructureError
+from fedkeel.model.lora import Model
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import STRUCTURES, Recipe
+from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
-from fedkeel.run import prepare
-from fedkeel.server import FederationError
-from fedkeel.structure import Draw, Injection, StructureError
-from fedkeel.teacher import Guide
+from fedkeel.run.prepare import prepare
 from fedkeel.types import Forward, Global
 
 OFF = [
@@ -191,7 +194,7 @@ def test_the_weight_ramps_over_the_whole_run() -> None:
     batch = batches_of(examples, recipe_of(), range(2))[1]
     at = whole_batch(model, batch)
     forward = model.forward(at)
-    found = fedkeel.client.distill(replace(forward, teacher=guide(at, batch)), fedkeel.client.Guidance())
+    found = distill(replace(forward, teacher=guide(at, batch)), Guidance())
     (nn.functional.cross_entropy(forward.logits, at.targets) + 1.0 * found.loss).backward()
     descend(model, 0.002)
     assert agree(ramped, model.read().tensors(), given.tensors())
@@ -223,7 +226,7 @@ def test_guidance_every_second_step_carries_the_weight_of_both() -> None:
         forward = model.forward(at)
         loss = nn.functional.cross_entropy(forward.logits, at.targets)
         if step != 1:
-            found = fedkeel.client.distill(replace(forward, teacher=guide(at, batch)), fedkeel.client.Guidance()).loss
+            found = distill(replace(forward, teacher=guide(at, batch)), Guidance()).loss
             loss = loss + 2 * 0.7 * found
             told += float(found.detach()) * len(at.targets)
         loss.backward()
@@ -338,7 +341,7 @@ def test_self_takes_its_second_pass_every_nth_step(monkeypatch: pytest.MonkeyPat
         taken.append(1.0)
         return self_consistency(clean, perturbed)
 
-    monkeypatch.setattr(fedkeel.client, "self_consistency", counted)
+    monkeypatch.setattr(fedkeel.federation.train, "self_consistency", counted)
     for every, count in ((1, 6), (2, 3), (4, 2)):  # steps 6 to 11 of the stage: 8 only under 4, but for 8 … 11
         taken.clear()
         model, examples = setting("llama")
@@ -480,7 +483,7 @@ def test_no_hook_stays_where_a_round_breaks(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(forward: Forward) -> Tensor:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(fedkeel.client, "task_loss", broken)
+    monkeypatch.setattr(fedkeel.federation.train, "task_loss", broken)
     with pytest.raises(ZeroDivisionError):
         train(model, examples, recipe_of(*EVERY_STRUCTURE))
     assert hooks_of(model) == before

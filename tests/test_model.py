@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from shapes import ARCHITECTURES, CAUSAL, ENCODERS, HIDDEN, LAYERS, SEQ2SEQ, base, make, randomise, tokenizer
 from torch import Tensor, nn
 
-from fedkeel import model as model_module
-from fedkeel.config import LoraConfig
-from fedkeel.config import Model as ModelConfig
-from fedkeel.data import Batch, Example, Formatter, collate
-from fedkeel.model import Model, ModelError, kind_of, load_config, load_tokenizer, uses_bf16
+from fedkeel.data.batches import Batch, collate
+from fedkeel.data.format import Example, Formatter
+from fedkeel.model import load as model_module
+from fedkeel.model.load import ModelError, kind_of, load_config, load_tokenizer, uses_bf16
+from fedkeel.model.lora import Model
+from fedkeel.recipe.schema import LoraConfig
+from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.types import Adapter, Lora, Record
 
 CLASSES = ("sport", "business news", "science")

@@ -12,10 +12,11 @@ import transformers
 from shapes import ARCHITECTURES, HEADS, HIDDEN, INNER, LAYERS, make, randomise
 from torch import Tensor, nn
 
-from fedkeel.model import TARGETS, Model
-from fedkeel.structure import STRUCTURES, Injection, Place, Places, StructureError, find_places
-from fedkeel.structure.places import _MAPS
-from fedkeel.structure.weights import row_norms
+from fedkeel.method.structure import STRUCTURES, Injection, Place, Places, StructureError, find_places
+from fedkeel.method.structure.weights import row_norms
+from fedkeel.model.load import TARGETS
+from fedkeel.model.lora import Model
+from fedkeel.model.places import _MAPS
 
 SEQ2SEQ = ("t5", "t5:gated", "bart", "mt5", "mbart")
 GROUPED = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkeel import pydocs
+from fedkeel.data import pydocs
 from fedkeel.types import FedKeelError, Record
 
 SHELVES = '''"""Tools for keeping apples on wooden shelves."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedkeel.config import load_recipe
-from fedkeel.data import Formatter
-from fedkeel.model import load_tokenizer
-from fedkeel.run import prepare
+from fedkeel.data.format import Formatter
+from fedkeel.model.load import load_tokenizer
+from fedkeel.recipe.load import load_recipe
+from fedkeel.run.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"

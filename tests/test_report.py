@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkeel.report import (
+from fedkeel.evidence.report import (
     Table,
     curve_points,
     learning_curve,
@@ -24,7 +24,7 @@ from fedkeel.report import (
     traffic_table,
     write_report,
 )
-from fedkeel.report.tables import human_bytes
+from fedkeel.evidence.report.tables import human_bytes
 from fedkeel.types import FedKeelError, Row
 
 RECIPE = '[federation]\nrounds = 2\n\n[evaluation]\nbaselines = ["base", "local", "centralised"]\n'

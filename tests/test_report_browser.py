@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from suites import ODD, whole_run, whole_suite, write_plan
 
-from fedkeel.report import write_report, write_suite_report
+from fedkeel.evidence.report import write_report, write_suite_report
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed: the pages are not tried in a browser")
 from selenium import webdriver  # noqa: E402

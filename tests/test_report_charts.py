@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from suites import ODD, damages, one_leg, one_row, whole_run, whole_suite
 
-from fedkeel.report import run_charts, suite_charts, suite_markdown, write_report, write_suite_report
-from fedkeel.report.charts import Chart, Heat, Panel, Point, Series, chart_table, heat_table
-from fedkeel.report.figures import chart_figure, heat_figure, run_styles, styles_of
-from fedkeel.report.page import Page, Section, Text, render
-from fedkeel.report.results import results_of
-from fedkeel.report.run_numbers import held_out, under_damage
-from fedkeel.report.suite import read_suite
-from fedkeel.report.suite_tables import score_table
-from fedkeel.report.tables import Table
+from fedkeel.evidence.report import run_charts, suite_charts, suite_markdown, write_report, write_suite_report
+from fedkeel.evidence.report.charts import Chart, Heat, Panel, Point, Series, chart_table, heat_table
+from fedkeel.evidence.report.figures import chart_figure, heat_figure, run_styles, styles_of
+from fedkeel.evidence.report.page import Page, Section, Text, render
+from fedkeel.evidence.report.results import results_of
+from fedkeel.evidence.report.run_numbers import held_out, under_damage
+from fedkeel.evidence.report.suite import read_suite
+from fedkeel.evidence.report.suite_tables import score_table
+from fedkeel.evidence.report.tables import Table
 from fedkeel.types import Row
 
 RUN = one_leg("demo", 1, 0.1)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from suites import one_row, scored, write_plan, write_run
 
-from fedkeel.report.chance import chances
-from fedkeel.report.interval import paired_difference
-from fedkeel.report.results import Result, interaction, results_of
-from fedkeel.report.run_numbers import final_score, stage_matrix, stream_numbers, tasks_by_stage
-from fedkeel.report.suite import Suite, chances_of, lines_of, read_suite
-from fedkeel.report.suite_tables import (
+from fedkeel.evidence.report.chance import chances
+from fedkeel.evidence.report.interval import paired_difference
+from fedkeel.evidence.report.results import Result, interaction, results_of
+from fedkeel.evidence.report.run_numbers import final_score, stage_matrix, stream_numbers, tasks_by_stage
+from fedkeel.evidence.report.suite import Suite, chances_of, lines_of, read_suite
+from fedkeel.evidence.report.suite_tables import (
     chance_table,
     knob_table,
     method_list,
@@ -27,7 +27,7 @@ from fedkeel.report.suite_tables import (
     square_table,
     task_table,
 )
-from fedkeel.report.tables import points_with_sd
+from fedkeel.evidence.report.tables import points_with_sd
 from fedkeel.rng import numpy_generator
 from fedkeel.types import FedKeelError, Row
 

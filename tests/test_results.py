@@ -13,8 +13,9 @@ import pytest
 
 import results_page
 import sweep
-from fedkeel.config import load_recipe, to_toml
-from fedkeel.suites import load_plan, other_recipe, runs_of
+from fedkeel.evidence.suites.plan import load_plan
+from fedkeel.evidence.suites.runs import other_recipe, runs_of
+from fedkeel.recipe.load import load_recipe, to_toml
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,15 +18,21 @@ import transformers
 from safetensors.torch import load_file
 from training import assert_loads_in_peft
 
-import fedkeel.server
-from fedkeel.client import learning_rate, steps_a_round, train_round
-from fedkeel.config import ConfigError, Recipe, Train, load_recipe
-from fedkeel.data import Formatter, batch_indices, collate
-from fedkeel.folder import RunError, RunFolder
-from fedkeel.model import Model
-from fedkeel.run import Prepared, describe_model, execute, legs_of, payload_bytes, prepare
-from fedkeel.server import FederationError, RoundResult
-from fedkeel.sites import make_sites
+import fedkeel.federation.server
+from fedkeel.data.batches import batch_indices, collate
+from fedkeel.data.format import Formatter
+from fedkeel.data.sites import make_sites
+from fedkeel.federation.server import FederationError, RoundResult
+from fedkeel.federation.train import learning_rate, steps_a_round, train_round
+from fedkeel.model.lora import Model
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Recipe, Train
+from fedkeel.recipe.settings import ConfigError
+from fedkeel.run.dry import describe_model, payload_bytes
+from fedkeel.run.folder import RunError, RunFolder
+from fedkeel.run.legs import legs_of
+from fedkeel.run.loop import execute
+from fedkeel.run.prepare import Prepared, prepare
 from fedkeel.types import Adapter, FedKeelError, Global
 
 
@@ -205,7 +211,7 @@ def killed_while_saving(overrides: list[str]) -> None:
     script = (
         "import os, signal, sys; sys.path.insert(0, 'tests')\n"
         "from test_run import go\n"
-        "import fedkeel.folder as folder\n"
+        "import fedkeel.run.folder as folder\n"
         "real = folder.append_lines\n"
         "def append(path, lines):\n"
         "    size = real(path, lines)\n"
@@ -285,8 +291,8 @@ def test_svd_at_full_rank_is_the_dense_sum(tiny_overrides: list[str], monkeypatc
         updates.extend(came)
         return real(rule, reference, came, *more)
 
-    real = fedkeel.server._combine
-    monkeypatch.setattr(fedkeel.server, "_combine", listening)
+    real = fedkeel.federation.server._combine
+    monkeypatch.setattr(fedkeel.federation.server, "_combine", listening)
     go([*tiny_overrides, "lora.rank=12", "federation.rule=svd", "federation.rounds=1", "evaluation.baselines=[]"], watch)
     (_, result) = watch.results[0]
     total = sum(u.positions for u in updates)
@@ -348,16 +354,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_site(tiny_overrid
 
 
 def test_quorum_goes_on_without_a_broken_site(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import fedkeel.local
+    import fedkeel.federation.local
 
-    real = fedkeel.local.answer
+    real = fedkeel.federation.local.answer
 
     def answer(payload: bytes, model: Model, examples: list, site: str, *more: Any) -> bytes:
         if site == "ward-1":
             raise OSError("the disk of ward-1 is gone")
         return real(payload, model, examples, site, *more)
 
-    monkeypatch.setattr(fedkeel.local, "answer", answer)
+    monkeypatch.setattr(fedkeel.federation.local, "answer", answer)
     base = [*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=2"]
     with pytest.raises(FederationError, match=r"(?s)2 of 3 sites.*ward-1.*Traceback.*the disk of ward-1 is gone"):
         go(base)

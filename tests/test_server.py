@@ -14,11 +14,12 @@ import torch
 from builders import SHAPES, flat, make_adapter, numbers
 from torch import Tensor
 
-from fedkeel.aggregate import drift, weights
-from fedkeel.codecs import EnvelopeError, make_codec, open_envelope, seal
-from fedkeel.config import Federation
-from fedkeel.messages import SCHEMA, difference, layout, pack, pack_global, unpack, unpack_global
-from fedkeel.server import FederationError, RoundResult, run_round, sample_sites, screen
+from fedkeel.exchange.codecs import EnvelopeError, make_codec, open_envelope, seal
+from fedkeel.exchange.messages import SCHEMA, difference, layout, pack, pack_global, unpack, unpack_global
+from fedkeel.federation.screen import screen
+from fedkeel.federation.server import FederationError, RoundResult, run_round, sample_sites
+from fedkeel.method.aggregate import drift, weights
+from fedkeel.recipe.schema import Federation
 from fedkeel.types import Adapter, Global, Lora, Reply, Request, Update
 
 STATS = {"loss": 1.25}

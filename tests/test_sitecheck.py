@@ -16,15 +16,20 @@ import pytest
 
 pytest.importorskip("cryptography", reason="the extra fedkeel[deploy] is not installed")
 
-from conftest import tiny_rows
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from tiny import tiny_rows
 from tls import serving
 
-from fedkeel import cli, deploy, sitecheck
-from fedkeel.deploy import app_recipe, certificate, init, joined, new_key, pem, ssh_pair
-from fedkeel.sitecheck import CHECKS, check, split_address
+from fedkeel import cli
+from fedkeel.deploy import check as sitecheck
+from fedkeel.deploy import keys
+from fedkeel.deploy.check import CHECKS, check, split_address
+from fedkeel.deploy.init import app_recipe, init
+from fedkeel.deploy.keys import certificate, new_key, pem, ssh_pair
+from fedkeel.deploy.manifest import DeployError
+from fedkeel.deploy.parts import joined
 
 SITE = "ward-1"
 
@@ -225,7 +230,7 @@ def test_a_coordinator_under_another_name(site: Path, deployment: Path, tmp_path
 def test_dates_of_the_certificate(
     days: float, early: int, told: str, site: Path, deployment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deploy, "EARLY", datetime.timedelta(hours=early))
+    monkeypatch.setattr(keys, "EARLY", datetime.timedelta(hours=early))
     with serving(*_signed(deployment, tmp_path, days, ["localhost"])) as port:
         assert told in failures(site, port)["certificate"]
 
@@ -285,7 +290,7 @@ def test_a_worker_that_listens_is_left_alone(site: Path, port: int) -> None:
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:0", "host:65536", "host:x", "::1:80", "[::1]"])
 def test_bad_addresses(address: str) -> None:
-    with pytest.raises(deploy.DeployError, match="host:port belongs here"):
+    with pytest.raises(DeployError, match="host:port belongs here"):
         split_address(address)
 
 

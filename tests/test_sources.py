@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fedkeel.config import Data
-from fedkeel.sources import DataError, load_records, read_json_lines
+from fedkeel.data.sources import DataError, load_records, read_json_lines
+from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
 
 Row = dict[str, Any]

@@ -14,20 +14,27 @@ import torch
 from test_run import Silent, adapter_of, go, rows_of, same, without_time
 from training import same_bits
 
-import fedkeel.client
-import fedkeel.local
-from fedkeel.client import learning_rate
-from fedkeel.config import ConfigError, Recipe, load_recipe
-from fedkeel.data import Example, Formatter, batch_indices
-from fedkeel.evaluate import score
-from fedkeel.messages import unpack_global
-from fedkeel.metrics import mean
-from fedkeel.model import Model
-from fedkeel.report import write_report
+import fedkeel.federation.local
+import fedkeel.federation.train
+import fedkeel.run.loop
+from fedkeel.data.batches import batch_indices
+from fedkeel.data.format import Example, Formatter
+from fedkeel.data.sites import Sites, unseen_sites
+from fedkeel.data.stages import arrivals
+from fedkeel.evidence.report import write_report
+from fedkeel.exchange.messages import unpack_global
+from fedkeel.federation.server import RoundResult
+from fedkeel.federation.train import learning_rate
+from fedkeel.model.lora import Model
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
-from fedkeel.run import Prepared, describe_model, legs_of, payload_bytes, prepare
-from fedkeel.server import RoundResult
-from fedkeel.sites import Sites, arrivals, unseen_sites
+from fedkeel.run.dry import describe_model, payload_bytes
+from fedkeel.run.legs import legs_of
+from fedkeel.run.prepare import Prepared, prepare
+from fedkeel.scores.evaluate import score
+from fedkeel.scores.metrics import mean
 from fedkeel.types import Record
 
 DOMAINS = {
@@ -281,14 +288,14 @@ def test_no_prompt_names_a_label_that_is_yet_to_come(stream: list[str]) -> None:
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, bool, dict[str, int]]]:
     """(round, site, whether a memory came, counts that came) of every request of a run."""
     found: list[tuple[int, str, bool, dict[str, int]]] = []
-    real = fedkeel.local.answer
+    real = fedkeel.federation.local.answer
 
     def answer(payload: bytes, model: Model, stages: Any, site: str, *more: Any) -> bytes:
         header, state = unpack_global(payload, "global", model.read())
         found.append((state.round, site, state.memory is not None, header["tasks"]))
         return real(payload, model, stages, site, *more)
 
-    monkeypatch.setattr(fedkeel.local, "answer", answer)
+    monkeypatch.setattr(fedkeel.federation.local, "answer", answer)
     return found
 
 
@@ -419,14 +426,14 @@ def test_without_a_stream_no_row_speaks_of_stages(stream: list[str]) -> None:
 def test_every_method_is_scored_on_the_same_rows_of_each_stage(stream: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Baselines in a stream: base, local and centralised legs, one of them at a site that has nothing to learn at first."""
     scored: dict[tuple[str, int], list[tuple[str, tuple[str, ...]]]] = {}
-    real = fedkeel.run._score_rows
+    real = fedkeel.run.loop._score_rows
 
     def watched(leg: Any, stage: int, round: int, split: str, found: Any, prepared: Any) -> Any:
         if split == "test":
             scored[leg.name, stage] = [(s.record.id, s.record.labels) for s in found]
         return real(leg, stage, round, split, found, prepared)
 
-    monkeypatch.setattr(fedkeel.run, "_score_rows", watched)
+    monkeypatch.setattr(fedkeel.run.loop, "_score_rows", watched)
     limits = ["evaluation.test_rows=6", 'evaluation.baselines=["base","local","centralised"]']
     recipe, folder, _ = go([*stream, *GROUPS, *limits])
     legs = ["base", "federated", "local/north", "local/south", "local/east", "centralised"]
@@ -487,7 +494,9 @@ def test_learning_rate_and_batches_restart_and_ramps_do_not(stream: list[str], m
     weights: list[float] = []
     strengths: list[float] = []
     batches: list[list[str]] = []
-    real = {name: getattr(fedkeel.client, name) for name in ("learning_rate", "guidance_weight", "strength", "collate")}
+    real = {
+        name: getattr(fedkeel.federation.train, name) for name in ("learning_rate", "guidance_weight", "strength", "collate")
+    }
 
     def watched(name: str, kept: list[Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -501,10 +510,10 @@ def test_learning_rate_and_batches_restart_and_ramps_do_not(stream: list[str], m
         batches.append([e.record for e in examples])
         return real["collate"](examples, *more)
 
-    monkeypatch.setattr(fedkeel.client, "learning_rate", watched("learning_rate", rates))
-    monkeypatch.setattr(fedkeel.client, "guidance_weight", watched("guidance_weight", weights))
-    monkeypatch.setattr(fedkeel.client, "strength", watched("strength", strengths))
-    monkeypatch.setattr(fedkeel.client, "collate", collated)
+    monkeypatch.setattr(fedkeel.federation.train, "learning_rate", watched("learning_rate", rates))
+    monkeypatch.setattr(fedkeel.federation.train, "guidance_weight", watched("guidance_weight", weights))
+    monkeypatch.setattr(fedkeel.federation.train, "strength", watched("strength", strengths))
+    monkeypatch.setattr(fedkeel.federation.train, "collate", collated)
     method = ["distill.weight=2", "distill.ramp=0.5", "structure.rank=0.1", "structure.ramp=0.25", "structure.anneal=0.25"]
     one = ["partition.scheme=iid", "partition.sites=1", "train.warmup=0.5", "train.final_lr=0"]
     recipe, _, model = go([*stream, *TASKS, *method, *one])

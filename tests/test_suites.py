@@ -15,21 +15,13 @@ import pytest
 from test_run import rows_of, without_time
 
 import collect_suite
-from fedkeel.config import ConfigError, load_recipe
-from fedkeel.folder import RunFolder
-from fedkeel.suites import (
-    Planned,
-    chance,
-    execute,
-    final_score,
-    finished,
-    jobs_for,
-    load_plan,
-    plan_names,
-    runs_of,
-    trial_scores,
-    tuned_text,
-)
+from fedkeel.evidence.suites.plan import load_plan, plan_names
+from fedkeel.evidence.suites.pool import jobs_for
+from fedkeel.evidence.suites.runs import Planned, execute, finished, runs_of
+from fedkeel.evidence.suites.tuning import chance, final_score, trial_scores, tuned_text
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.settings import ConfigError
+from fedkeel.run.folder import RunFolder
 
 PLAN = """
 title = "Two methods"
@@ -318,7 +310,8 @@ def test_a_suite_killed_at_once_goes_on_and_ends_as_a_whole_one(tiny_plan: Path,
     """kill -9 of the suite's process, also while a run is on its way; no run survives it, and none is done twice."""
     script = tmp_path / "go.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom fedkeel.suites import execute, load_plan, runs_of\n"
+        "import sys\nfrom pathlib import Path\nfrom fedkeel.evidence.suites.plan import load_plan\n"
+        "from fedkeel.evidence.suites.runs import execute, runs_of\n"
         "from test_suites import Heard\n"
         "if __name__ == '__main__':\n"
         "    plan = load_plan(sys.argv[1])\n"

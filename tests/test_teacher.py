@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from training import apart, batches_of, other, recipe_of, setting, steady_base, train, whole_batch
 
-import fedkeel.client
-from fedkeel.config import Distill, load_recipe
-from fedkeel.data import Batch, Example
-from fedkeel.model import Model
-from fedkeel.structure import Injection
-from fedkeel.teacher import Guide, held_positions
+import fedkeel.federation.train
+from fedkeel.data.batches import Batch
+from fedkeel.data.format import Example
+from fedkeel.federation.teacher import Guide, held_positions
+from fedkeel.method.structure import Injection
+from fedkeel.model.lora import Model
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Distill
 from fedkeel.types import Adapter, Global, Teacher
 
 NAMES = ["llama", "distilbert", "t5", "gpt2"]  # one of each kind, and one that holds its maps transposed
@@ -98,7 +100,7 @@ def test_in_training_the_teacher_is_clean_while_the_student_is_disturbed(name: s
             heard.append((batch, teacher))
             return teacher
 
-    monkeypatch.setattr(fedkeel.client, "Guide", Listening)
+    monkeypatch.setattr(fedkeel.federation.train, "Guide", Listening)
     amounts = [f"structure.{name}={value}" for name, value in EVERYTHING.items()] + ["structure.adversary=0.5"]
     given = model.read()
     after, stats = train(model, examples, recipe_of("distill.weight=1", "train.local_steps=6", "distill.cache=0", *amounts))
@@ -303,7 +305,7 @@ def test_a_round_of_several_epochs_is_the_same_with_a_cache(name: str, monkeypat
             asked[self._config.cache] = asked.get(self._config.cache, 0) + 1
             return super()._asked(batch)
 
-    monkeypatch.setattr(fedkeel.client, "Guide", Watched)
+    monkeypatch.setattr(fedkeel.federation.train, "Guide", Watched)
     more = ["train.local_steps=0", "train.local_epochs=3", "distill.weight=2", "structure.rank=0.2", "train.lr=0.001"]
     ends = {}
     for cache in (0, 10_000):
@@ -324,7 +326,7 @@ def test_one_epoch_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             keeps.append(named["keep"])
             super().__init__(*arguments, **named)
 
-    monkeypatch.setattr(fedkeel.client, "Guide", Watched)
+    monkeypatch.setattr(fedkeel.federation.train, "Guide", Watched)
     model, examples = setting("llama")
     for epochs in (1, 2):
         train(model, examples, recipe_of("distill.weight=1", "train.local_steps=0", f"train.local_epochs={epochs}"))

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_rows
+from tiny import tiny_rows
 
-from fedkeel.config import load_recipe, to_toml
-from fedkeel.sitefile import SiteFile, read_site
-from fedkeel.worker import WorkerError, ask, stop
+from fedkeel.engines.sitefile import SiteFile, read_site
+from fedkeel.engines.worker import WorkerError, ask, stop
+from fedkeel.recipe.load import load_recipe, to_toml
 
 SECONDS = 300.0  # a slow machine starts an interpreter with torch in a minute
 

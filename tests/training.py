@@ -17,11 +17,13 @@ import torch
 import transformers
 from torch import Tensor
 
-import fedkeel.client
-from fedkeel.client import train_round
-from fedkeel.config import Recipe, load_recipe
-from fedkeel.data import Batch, Example, Formatter, batch_indices, collate
-from fedkeel.model import Model
+import fedkeel.federation.train
+from fedkeel.data.batches import Batch, batch_indices, collate
+from fedkeel.data.format import Example, Formatter
+from fedkeel.federation.train import train_round
+from fedkeel.model.lora import Model
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Recipe
 from fedkeel.types import Adapter, Global, Record
 
 CLASSES = ("sport", "business news", "science", "world")
@@ -118,7 +120,7 @@ def plain_descent() -> Iterator[None]:
         return torch.optim.SGD(parameters, lr=lr)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedkeel.client.torch.optim, "AdamW", descent)
+        patch.setattr(fedkeel.federation.train.torch.optim, "AdamW", descent)
         yield
 
 

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedkeel import __version__
-from fedkeel.config import Recipe, check_one_model, cores, load_recipe, to_toml
+from fedkeel.recipe.checks import check_one_model
+from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import cores
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedkeel.run import Prepared
+    from fedkeel.run.prepare import Prepared
 
 app = typer.Typer(
     add_completion=False,
@@ -64,8 +67,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def _print_plan(console: Console, prepared: Prepared) -> None:
     from rich.table import Table
 
-    from fedkeel.report import human_bytes
-    from fedkeel.run import describe_model, describe_sites, legs_of, payload_bytes
+    from fedkeel.evidence.report import human_bytes
+    from fedkeel.run.dry import describe_model, payload_bytes
+    from fedkeel.run.legs import legs_of
+    from fedkeel.run.prepare import describe_sites
 
     recipe = prepared.recipe
     console.print(to_toml(recipe), markup=False, highlight=False)
@@ -93,7 +98,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
 
 def _latest_unfinished(out: Path) -> list[str]:
     """The recipe of the unfinished run in `out` that was worked on last."""
-    from fedkeel.folder import RunFolder
+    from fedkeel.run.folder import RunFolder
 
     found = [p.parent for p in out.glob("*/state.json") if not RunFolder(p.parent).state()["finished"]]
     if not found:
@@ -126,15 +131,16 @@ def run(
     console = _console()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("loading libraries and data"):
-        from fedkeel.folder import RunFolder
-        from fedkeel.run import execute, prepare
+        from fedkeel.run.folder import RunFolder
+        from fedkeel.run.loop import execute
+        from fedkeel.run.prepare import prepare
 
         prepared = prepare(recipe)
     if dry_run:
         _print_plan(console, prepared)
         return
     from fedkeel.display import Display
-    from fedkeel.report import method_table, read_rows, stage_table, task_table, write_report
+    from fedkeel.evidence.report import method_table, read_rows, stage_table, task_table, write_report
 
     folder = RunFolder(Path(recipe.out) / recipe.name)
     stages = f" in each of {len(prepared.stages)} stages" if len(prepared.stages) > 1 else ""
@@ -144,7 +150,7 @@ def run(
     try:
         with Display(console, len(prepared.sites.rows)) as display:
             if engine == "flower-sim":
-                from fedkeel.flower import simulate
+                from fedkeel.engines.flower.simulation import simulate
 
                 simulate(prepared, folder, display, resume=resume, fresh=fresh)
             else:
@@ -194,10 +200,11 @@ def evaluate(
         from rich.progress import track
         from rich.table import Table
 
-        from fedkeel.data import Formatter
-        from fedkeel.evaluate import choose, score, task_table
+        from fedkeel.data.format import Formatter
         from fedkeel.files import write_atomic
-        from fedkeel.run import prepare, trained_model
+        from fedkeel.run.prepare import prepare
+        from fedkeel.run.served import trained_model
+        from fedkeel.scores.evaluate import choose, score, task_table
 
         torch.set_num_threads(recipe.threads)
         prepared = prepare(recipe)
@@ -259,9 +266,10 @@ def measure(
         import torch
         from rich.progress import Progress
 
-        from fedkeel.damage import FAMILIES
-        from fedkeel.measure import Settings, measures_table
-        from fedkeel.measure import measure as measure_runs
+        from fedkeel.evidence.measure.parts import measure as measure_runs
+        from fedkeel.evidence.measure.run import Settings
+        from fedkeel.evidence.measure.table import measures_table
+        from fedkeel.scores.damage import FAMILIES
 
     named = tuple(FAMILIES) if families is None else tuple(_names(families))
     settings = Settings(named, draws, rows, tuple(general or ()), general_rows, unseen, unseen_tasks_file, states)
@@ -296,7 +304,8 @@ def export(
     if not merged:
         shutil.copytree(adapter, target)
     else:
-        from fedkeel.run import prepare, trained_model
+        from fedkeel.run.prepare import prepare
+        from fedkeel.run.served import trained_model
 
         partial = target.with_name(target.name + ".partial")
         trained_model(prepare(recipe), run_folder).save_merged(partial)
@@ -307,7 +316,7 @@ def export(
 def _print_suites(console: Console) -> None:
     from rich.table import Table
 
-    from fedkeel.suites import load_plan, plan_names
+    from fedkeel.evidence.suites.plan import load_plan, plan_names
 
     table = Table(title="Suites", title_justify="left")
     for heading in ("name", "what it compares", "streams", "methods", "seeds"):
@@ -346,7 +355,10 @@ def bench(
     if not suite:
         _print_suites(console)
         return
-    from fedkeel.suites import chance, execute, jobs_for, load_plan, runs_of, trial_scores, tuned_text
+    from fedkeel.evidence.suites.plan import load_plan
+    from fedkeel.evidence.suites.pool import jobs_for
+    from fedkeel.evidence.suites.runs import execute, runs_of
+    from fedkeel.evidence.suites.tuning import chance, trial_scores, tuned_text
 
     plan = load_plan(suite, tuned)
     wanted = [*(overrides or [])]
@@ -384,7 +396,7 @@ def bench(
         write_atomic(folder / "tuned.toml", tuned_text(trial_scores(every, folder)))
         console.print(f"chosen by validation rows: {folder / 'tuned.toml'}", markup=False, highlight=False)
     else:
-        from fedkeel.report import write_suite_report
+        from fedkeel.evidence.report import write_suite_report
 
         with console.status("reading the data, for chance levels"):
             path = folder / "chance.json"  # also of other streams, if another call ran those
@@ -402,7 +414,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder or a suite's.", show_default=False)],
 ) -> None:
     """Write report.html and report.md of a run or a suite, as far as it has come."""
-    from fedkeel.report import write_report, write_suite_report
+    from fedkeel.evidence.report import write_report, write_suite_report
 
     if (folder / "suite.json").is_file():
         path = write_suite_report(folder)
@@ -434,7 +446,7 @@ def deploy_init(
     ] = None,
 ) -> None:
     """Write a deployment: the app, certificates of a private authority, a key a site, how to start; prints a check list."""
-    from fedkeel.deploy import app_recipe, init
+    from fedkeel.deploy.init import app_recipe, init
 
     travels, here = app_recipe(recipe, overrides or [])
     typer.echo(init(folder, travels, _names(sites), _names(host), port, base or here))
@@ -447,7 +459,7 @@ def deploy_check(
     coordinator: Annotated[str, typer.Option(help="host:port; without it, the manifest's.")] = "",
 ) -> None:
     """From a site, before round 1: network, certificate, clock, keys, disk, base, tokenizer, rows. Exit 1 if one fails."""
-    from fedkeel.sitecheck import check
+    from fedkeel.deploy.check import check
 
     failed = 0
     for finding in check(site, coordinator):

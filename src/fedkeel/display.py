@@ -19,8 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fedkeel.report import human_bytes
-from fedkeel.server import RoundResult
+from fedkeel.evidence.report import human_bytes
+from fedkeel.federation.server import RoundResult
 
 
 class _TimeLeft(ProgressColumn):

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedkeel.aggregate import AGGREGATORS, WEIGHTINGS, Aggregate, Options, Rule, blend, weights
-from fedkeel.aggregate.common import compress, exact_factors, mean_tensors, product_norm, singular
-from fedkeel.aggregate.exact import Stack, measured_error
-from fedkeel.aggregate.svd import ROW_NORM
-from fedkeel.messages import layout
+from fedkeel.exchange.messages import layout
+from fedkeel.method.aggregate import AGGREGATORS, WEIGHTINGS, Aggregate, Options, Rule, blend, weights
+from fedkeel.method.aggregate.common import compress, exact_factors, mean_tensors, product_norm, singular
+from fedkeel.method.aggregate.exact import Stack, measured_error
+from fedkeel.method.aggregate.svd import ROW_NORM
 from fedkeel.types import Adapter, Lora, Update
 
 RULES = pytest.mark.parametrize("rule", AGGREGATORS.values(), ids=AGGREGATORS.keys())

@@ -9,9 +9,9 @@ from builders import SHAPES, dense_of, make_adapter, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkeel.aggregate import gauge
-from fedkeel.aggregate.svd import ROW_NORM
-from fedkeel.messages import layout
+from fedkeel.exchange.messages import layout
+from fedkeel.method.aggregate import gauge
+from fedkeel.method.aggregate.svd import ROW_NORM
 from fedkeel.types import Adapter, Lora
 
 BOTH = pytest.mark.parametrize("trained", ["a", "b"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import flat, make_adapter, numbers
 
-from fedkeel.aggregate import OPTIMISERS, Rates, step
+from fedkeel.method.aggregate import OPTIMISERS, Rates, step
 from fedkeel.types import Adapter, Lora
 
 Arrays = dict[str, np.ndarray]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from builders import SHAPES, dense_of, dense_sum, flat, make_adapter, make_updates, numbers
 
-from fedkeel.aggregate import AGGREGATORS, Options, weights
-from fedkeel.aggregate import robust as module
-from fedkeel.aggregate.krum import distances
-from fedkeel.aggregate.robust import leading
+from fedkeel.method.aggregate import AGGREGATORS, Options, weights
+from fedkeel.method.aggregate import robust as module
+from fedkeel.method.aggregate.krum import distances
+from fedkeel.method.aggregate.robust import leading
 from fedkeel.types import Adapter, Lora, Update
 
 ROBUST = ("median", "trimmed", "krum")

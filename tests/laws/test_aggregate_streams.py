@@ -12,8 +12,8 @@ import pytest
 import torch
 from builders import dense_of, dense_sum, make_adapter, make_updates
 
-from fedkeel.aggregate import AGGREGATORS, Rule, drift, weights
-from fedkeel.aggregate.exact import PROBES, STACKED, Sketch, Stack, measure
+from fedkeel.method.aggregate import AGGREGATORS, Rule, drift, weights
+from fedkeel.method.aggregate.exact import PROBES, STACKED, Sketch, Stack, measure
 from fedkeel.rng import counter_normal, derive
 from fedkeel.types import Adapter, Update
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedkeel.codecs import (
+from fedkeel.exchange.codecs import (
     CODECS,
     Codec,
     CodecError,
@@ -32,7 +32,7 @@ from fedkeel.codecs import (
     seal,
     with_residual,
 )
-from fedkeel.codecs.envelope import DTYPES, HEADER_LIMIT, MAX_DIMENSIONS, MAX_NAME
+from fedkeel.exchange.codecs.envelope import DTYPES, HEADER_LIMIT, MAX_DIMENSIONS, MAX_NAME
 from fedkeel.rng import derive
 
 CASTS = ("fp32", "bf16", "fp16")

@@ -12,8 +12,8 @@ import torch
 from builders import numbers
 from torch import Tensor
 
-from fedkeel.objective.compress import TopK, compress, restore
-from fedkeel.objective.distill import (
+from fedkeel.method.objective.compress import TopK, compress, restore
+from fedkeel.method.objective.distill import (
     ALIGN,
     GOLD,
     REST,
@@ -235,7 +235,9 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch, rows: in
         return [result.loss.detach(), result.gold_gate, result.rest_gate, mine.grad]
 
     whole = found()
-    monkeypatch.setattr(sys.modules["fedkeel.objective.distill"], "BLOCK", (rows * 9, 0))  # a function shadows the module
+    monkeypatch.setattr(
+        sys.modules["fedkeel.method.objective.distill"], "BLOCK", (rows * 9, 0)
+    )  # a function shadows the module
     for one, other in zip(whole, found(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 

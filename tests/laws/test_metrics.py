@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkeel.metrics import (
+from fedkeel.method.objective.distill import linear_cka as trained_cka
+from fedkeel.scores.metrics import (
     average_final,
     average_learnt,
     backward_transfer,
@@ -35,7 +36,6 @@ from fedkeel.metrics import (
     step_cost,
     worst,
 )
-from fedkeel.objective.distill import linear_cka as trained_cka
 
 
 @pytest.mark.parametrize(

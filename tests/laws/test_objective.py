@@ -12,11 +12,11 @@ import torch
 from builders import numbers
 from torch import Tensor
 
-from fedkeel.objective import PAIRS, TERMS
-from fedkeel.objective.consistency import self_consistency, symmetric_kl
-from fedkeel.objective.distill import GOLD, REST, Guidance, distill
-from fedkeel.objective.proximal import proximal
-from fedkeel.objective.task import task_loss
+from fedkeel.method.objective import PAIRS, TERMS
+from fedkeel.method.objective.consistency import self_consistency, symmetric_kl
+from fedkeel.method.objective.distill import GOLD, REST, Guidance, distill
+from fedkeel.method.objective.proximal import proximal
+from fedkeel.method.objective.task import task_loss
 from fedkeel.types import Forward, Teacher
 
 Term = Callable[[Forward], Tensor]

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkeel import partition
+from fedkeel.data import partition
 
 Indices = list[list[int]]
 # name -> (keys, strata, sites, generator) -> indices by site

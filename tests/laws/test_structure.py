@@ -12,12 +12,12 @@ import torch
 from builders import numbers
 from torch import Tensor, nn
 
-from fedkeel.config import STRUCTURES as SETTINGS
+from fedkeel.method.structure import ADVERSARY, STRUCTURES, Branch, Draw, Injection, Place, Places, StructureError, strength
+from fedkeel.method.structure.draw import SHARED
+from fedkeel.method.structure.layers import depth_chance
+from fedkeel.method.structure.weights import row_norms
+from fedkeel.recipe.schema import STRUCTURES as SETTINGS
 from fedkeel.rng import counter_normal, counter_uniform, derive
-from fedkeel.structure import ADVERSARY, STRUCTURES, Branch, Draw, Injection, Place, Places, StructureError, strength
-from fedkeel.structure.draw import SHARED
-from fedkeel.structure.layers import depth_chance
-from fedkeel.structure.weights import row_norms
 
 WIDTH, INNER, RANK, SCALE, UNITS, BLOCKS = 24, 150, 3, 2.0, 4, 4
 AMOUNT = 0.4

@@ -9,9 +9,9 @@ import pytest
 import torch
 from builders import make_adapter, make_updates
 
-from fedkeel.aggregate import drift
-from fedkeel.aggregate.common import block_of
-from fedkeel.objective.trust import layer_trust, site_trust, task_trust, trusts
+from fedkeel.method.aggregate import drift
+from fedkeel.method.aggregate.common import block_of
+from fedkeel.method.objective.trust import layer_trust, site_trust, task_trust, trusts
 from fedkeel.types import Adapter, Lora, Update
 
 

@@ -1,0 +1,93 @@
+"""Who holds what, and when: records dealt to sites, and the stages of a task stream."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedkeel.data import partition
+from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import ConfigError
+from fedkeel.rng import derive, numpy_generator
+from fedkeel.types import Record
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The rows of every site, by split: sites[name][split] -> records sorted by id."""
+
+    rows: Mapping[str, Mapping[str, Sequence[Record]]]
+
+    def all(self, split: str) -> list[Record]:
+        """The rows of all sites together, sorted by id, so that no file order or site name matters."""
+        return sorted((r for held in self.rows.values() for r in held[split]), key=lambda r: r.id)
+
+    def only(self, names: Collection[str]) -> Sites:
+        """The sites of these names."""
+        return Sites({name: held for name, held in self.rows.items() if name in names})
+
+
+def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
+    """Deal the records to sites as the recipe's partition says.
+
+    Raises ConfigError if a site would have no training row, naming it, or if a natural split has no key to go by.
+    """
+    spec = recipe.partition
+    strata = [r.split for r in records]
+    rng = numpy_generator(recipe.seed, "partition")
+    if spec.scheme == "natural":
+        if not all(r.site for r in records):
+            raise ConfigError(
+                "partition.scheme = 'natural' needs a site for every row: set data.site_column to the column that names it, or "
+                "choose partition.scheme = 'dirichlet', 'iid', 'by-task' or 'quantity'"
+            )
+        held = partition.natural([r.site for r in records])
+    else:
+        if spec.scheme == "iid":
+            dealt = partition.iid(strata, spec.sites, rng)
+        elif spec.scheme == "quantity":
+            dealt = partition.quantity_skew(strata, spec.sites, spec.alpha, rng)
+        elif spec.scheme == "by-task":
+            try:
+                dealt = partition.by_task([r.task for r in records], spec.sites, rng)
+            except ValueError as error:
+                raise ConfigError(f"partition.scheme = 'by-task': {error}") from error
+        else:
+            keys = [(r.task, r.output if spec.over == "labels" and r.labels else "") for r in records]
+            dealt = partition.dirichlet(keys, strata, spec.sites, spec.alpha, rng)
+        width = len(str(spec.sites - 1))
+        held = {f"site-{k:0{width}d}": indices for k, indices in enumerate(dealt)}
+    sites: dict[str, dict[str, list[Record]]] = {}
+    for name, indices in held.items():
+        sites[name] = {s: [records[i] for i in indices if records[i].split == s] for s in ("train", "validation", "test")}
+        cap = recipe.data.rows_per_site
+        if cap and recipe.data.source != "pydocs":  # pydocs caps by itself, balanced over its tasks
+            hashed = sorted(sites[name]["train"], key=lambda r: derive(recipe.seed, "cap", r.id))[:cap]
+            sites[name]["train"] = sorted(hashed, key=lambda r: r.id)
+    empty = [name for name, held_rows in sites.items() if not held_rows["train"]]
+    if empty:
+        raise ConfigError(
+            f"site {', '.join(empty)} would have no training row under partition.scheme = {spec.scheme!r} "
+            f"(sites = {len(sites)}, alpha = {spec.alpha:g}, {len(records)} rows); use fewer sites, a larger alpha or more rows"
+        )
+    return Sites(sites)
+
+
+def unseen_sites(sites: Sites, recipe: Recipe) -> list[str]:
+    """The names of the evaluation.unseen_sites sites that take no part in training, drawn by the seed; sorted.
+
+    Raises ConfigError if none would be left to train, or if no row of theirs could be scored.
+    """
+    count, names = recipe.evaluation.unseen_sites, sorted(sites.rows)
+    if count >= len(names):
+        raise ConfigError(
+            f"evaluation.unseen_sites = {count} leaves none of {len(names)} sites to train; it is at most {len(names) - 1}"
+        )
+    order = numpy_generator(recipe.seed, "unseen-sites").permutation(len(names))
+    chosen = sorted(names[i] for i in order[:count])
+    if chosen and not any(sites.rows[name]["test"] for name in chosen):
+        raise ConfigError(
+            f"evaluation.unseen_sites = {count}: {', '.join(chosen)} would take no part in training, and without a test row "
+            f"there is nothing to score"
+        )
+    return chosen

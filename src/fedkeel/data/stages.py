@@ -1,0 +1,132 @@
+"""The stages of a task stream: when a row arrives, and what a site holds then."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+
+from fedkeel.data.sites import Sites
+from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import ConfigError
+from fedkeel.rng import derive
+from fedkeel.types import Record
+
+
+def stage_names(recipe: Recipe) -> list[list[str]]:
+    """The task and group names of each stage, as the recipe lists them; empty without a stream."""
+    return [[name.strip() for name in stage.split("+")] for stage in recipe.stream.stages]
+
+
+def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
+    """The stage in which each record arrives, from 0; −1 for a record that no stage names.
+
+    Raises ConfigError on a stage without training rows, a name that no record carries, or one that stands twice.
+    """
+    stages, order = stage_names(recipe), recipe.stream.order
+    if not stages:
+        return [0] * len(records)
+    tasks = {r.task for r in records}
+    missing = [name for names in stages for name in names if name not in tasks]
+    if order and missing:
+        raise ConfigError(
+            f"stream.order = {order!r} names {', '.join(missing[:5])}, and no row is of "
+            f"{'that task' if len(missing) == 1 else f'these {len(missing)} tasks'}: add the files to data.files, or list in "
+            f"data.tasks those that you have"
+        )
+    known = tasks | {r.group for r in records if r.group}
+    where: dict[str, int] = {}
+    for stage, names in enumerate(stages):
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)[:20])}"
+                raise ConfigError(f"stream.stages: no row is of a task or label group {name!r}; {hint}")
+            if name in where:
+                raise ConfigError(f"stream.stages: {name!r} stands twice; a task arrives once")
+            where[name] = stage
+    both = sorted({f"{r.group!r} of {r.task!r}" for r in records if r.group in where and r.task in where})
+    if both:
+        raise ConfigError(f"stream.stages names {both[0]} and the whole task too; name one of them")
+    found = [where.get(r.group or r.task, where.get(r.task, -1)) for r in records]
+    for stage, names in enumerate(stages):
+        if not any(at == stage and r.split == "train" for at, r in zip(found, records, strict=True)):
+            raise ConfigError(f"stream.stages: stage {stage + 1} ({' + '.join(names)}) has no training row")
+    return found
+
+
+def kept_between_stages(recipe: Recipe) -> str:
+    """What a site keeps of the rows of a stage once it is over, in words."""
+    count = recipe.stream.replay
+    if not count:
+        return "between stages a site keeps no row: what it learnt is in the adapter alone"
+    return f"between stages a site keeps up to {count} training rows of each stage, chosen by a hash of their id"
+
+
+def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[Sites]:
+    """The sites as they are in each stage of the stream; without one, a single stage with everything.
+
+    In stage s a site trains on the rows that arrive then and on those that it keeps of each earlier stage: the first
+    stream.replay of them by a hash of their id, so none by default. Validation and test rows are those of all stages up to s.
+    Candidate labels of a task are those seen up to s (class-incremental where a stage names label groups, task-incremental
+    where it names tasks), for kept rows too. A site may hold no training row in a stage and is then not asked.
+    arrival: record id -> stage, as `arrivals` finds it, for every record of the sites.
+    """
+    everything = [r for split in ("train", "validation", "test") for r in sites.all(split)]
+    born: dict[tuple[str, str], int] = {}  # when a label's first row arrives
+    for record in everything:
+        if record.labels:
+            label = record.task, record.output
+            born[label] = min(arrival[record.id], born.get(label, arrival[record.id]))
+    named = {name for names in stage_names(recipe) for name in names}
+    by_group = {r.task for r in everything if r.group and named and r.task not in named}
+
+    kept: set[str] = set()  # ids of the rows that some site keeps once their stage is over
+    for held in sites.rows.values():
+        for stage in range(len(recipe.stream.stages) - 1):
+            came = [r for r in held["train"] if arrival[r.id] == stage]
+            kept.update(r.id for r in sorted(came, key=lambda r: derive(recipe.seed, "replay", r.id))[: recipe.stream.replay])
+
+    def trains(record: Record, stage: int) -> bool:
+        return arrival[record.id] == stage or (arrival[record.id] < stage and record.id in kept)
+
+    @cache  # one answer for the many rows of a task
+    def seen(task: str, labels: tuple[str, ...], stage: int) -> tuple[str, ...]:
+        return tuple(v for v in labels if born.get((task, v), stage + 1) <= stage)
+
+    def at_stage(record: Record, stage: int) -> Record:
+        return replace(record, labels=seen(record.task, record.labels, stage)) if record.task in by_group else record
+
+    found = []
+    for stage in range(max(1, len(recipe.stream.stages))):
+        rows = {
+            name: {
+                split: [
+                    at_stage(r, stage) for r in records if (trains(r, stage) if split == "train" else arrival[r.id] <= stage)
+                ]
+                for split, records in held.items()
+            }
+            for name, held in sites.rows.items()
+        }
+        if not any(arrival[r.id] == stage for held in rows.values() for r in held["train"]):
+            raise ConfigError(
+                f"stream.stages: no site keeps a training row of stage {stage + 1}; raise data.rows_per_site "
+                f"(now {recipe.data.rows_per_site}) or put more tasks into the stage"
+            )
+        found.append(Sites(rows))
+    return found
+
+
+def check_stages_are_learnt(stages: Sequence[Sites], arrival: Mapping[str, int], recipe: Recipe) -> None:
+    """Raise ConfigError if no site that takes part holds a training row that arrives in some stage, naming the stage.
+
+    stages: the sites that take part, by stage.
+    """
+    for number, stage in enumerate(stages):
+        if not any(arrival[r.id] == number for r in stage.all("train")):
+            count, names = recipe.evaluation.unseen_sites, recipe.stream.stages[number]
+            raise ConfigError(
+                f"evaluation.unseen_sites = {count} takes every training row of stage {number + 1} ({names}) away: set it "
+                f"lower, or another seed or partition"
+            )

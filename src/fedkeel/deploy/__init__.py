@@ -1,0 +1,1 @@
+"""Several machines: keys, certificates, scripts and checks."""

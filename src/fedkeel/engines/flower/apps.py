@@ -1,0 +1,138 @@
+"""The two components of FedKeel's Flower app: a site's answers, and the coordinator of a deployment."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedkeel.engines.flower.courier import LIMIT, Courier, FlowerError, _array, _pack, _unpack
+from fedkeel.engines.sitefile import MEMBERS, read_members
+from fedkeel.types import FedKeelError
+
+SITE_FILE = "site-config"  # of --node-config: the path of site.toml
+
+
+# The two components of the app.
+
+client_app = ClientApp()
+server_app = ServerApp()
+
+
+def _answer(message: Message, context: Context) -> Message:
+    """A site's answer. In a simulation the node is a partition of the recipe's data; in a deployment it is what its own
+    site.toml says, and the warm worker there does the work."""
+    header, payload = _unpack(message)
+    where = context.node_config.get(SITE_FILE)
+    if where is not None:
+        from fedkeel.engines.sitefile import read_site
+        from fedkeel.engines.worker import ask
+
+        told: dict[str, Any] = {"run": header.get("run"), "id": header.get("id"), "site": header.get("site")}
+        try:
+            site = read_site(Path(str(where)))
+            if site.warm:
+                told, out = ask(site, header, payload, float(header["seconds"]))
+            else:
+                from fedkeel.engines.work import handle
+
+                told, out = handle(header, payload, site)
+        except FedKeelError as error:
+            told, out = {**told, "error": str(error)}, b""
+    else:
+        from fedkeel.engines.work import handle
+
+        if "partition-id" not in context.node_config:
+            raise FlowerError(
+                f"this node is neither of a simulation nor told its site: start the SuperNode with --node-config "
+                f"'{SITE_FILE}=\"/path/to/site.toml\"'"
+            )
+        partition = int(str(context.node_config["partition-id"]))
+        told, out = handle(header, payload, None, partition, Path(str(header["state"])))
+    if len(out) > LIMIT:
+        told, out = {**told, "error": f"an answer of {len(out):,} bytes is over the limit of {LIMIT:,}; not sent"}, b""
+    return Message(_pack(told, _array(out)), reply_to=message)
+
+
+for _category in (client_app.query, client_app.train, client_app.evaluate):
+    _category()(_answer)
+
+
+class _Lines:
+    """A `run.Watch` that prints lines: what a coordinator's log holds."""
+
+    def begin(self, total_work: float) -> None:
+        """See `run.Watch`."""
+
+    def leg(self, name: str, detail: str) -> None:
+        """See `run.Watch`."""
+        print(f"{name}: {detail}", flush=True)
+
+    def advance(self, work: float) -> None:
+        """See `run.Watch`."""
+
+    def round(self, leg: str, done: int, rounds: int, result: Any) -> None:
+        """See `run.Watch`."""
+        sent = sum(result.bytes_down.values()) + sum(result.bytes_up.values())
+        losses = [u.stats["loss"] for u in result.updates]
+        print(
+            f"round {done} of {rounds}: {len(result.updates)} sites, loss {sum(losses) / len(losses):.3f} nats, "
+            f"{result.seconds:.1f} s, {sent:,} bytes", flush=True,
+        )  # fmt: skip
+
+    def note(self, text: str) -> None:
+        """See `run.Watch`."""
+        print(f"note: {text}", flush=True)
+
+
+def _app_file(name: str) -> Path:
+    """A file of the Flower app that this process runs: Flower puts the app's folder into the path of imports."""
+    found = [Path(folder) / name for folder in sys.path if (Path(folder) / name).is_file()]
+    if not found:
+        raise FlowerError(f"the app holds no {name}; write one with: fedkeel deploy init")
+    return found[0]
+
+
+def coordinator(grid: Grid, context: Context) -> None:
+    """A deployment's coordinator. The app's config holds `sites`, joined by commas, and `wait`, the seconds that it waits for
+    them at most before round 1; recipe.toml lies in the app's folder. Which key a site's name belongs to stands in `members`,
+    below the working directory of SuperLink.
+
+    The run's folder is `out`/`name` of the recipe, below the working directory of SuperLink. If it holds a run of the same
+    recipe that has not ended, the run goes on from its last round.
+    """
+    from fedkeel.engines.coordinate import coordinate
+    from fedkeel.recipe.load import make_recipe
+    from fedkeel.run.folder import RunFolder
+
+    text = _app_file("recipe.toml").read_text(encoding="utf-8")
+    recipe = make_recipe(tomllib.loads(text), data=False)
+    names = [name for name in str(context.run_config.get("sites", "")).split(",") if name]
+    if not names or len(set(names)) < len(names):
+        raise FlowerError("the app's config must hold `sites`: the names of all sites, joined by commas, each once")
+    seconds = float(context.run_config.get("wait", 600.0))
+    watch = _Lines()
+    members = read_members(Path(MEMBERS))
+    if members is None:
+        watch.note(f"sites are believed what they are called: {Path(MEMBERS).absolute()}, which register.sh writes, is missing")
+    elif unknown := sorted(set(names) - set(members)):
+        watch.note(f"no key was registered for {', '.join(unknown)}: ./register.sh")
+
+    def meet(run: str) -> Courier:
+        courier = Courier(grid, text, run, members=lambda: read_members(Path(MEMBERS)))
+        watch.leg("federated", f"waiting for {len(names)} sites, at most {seconds:.0f} s")
+        courier.greet(lambda found: set(names) <= set(found), seconds)
+        for trouble in courier.troubles:
+            watch.note(trouble)
+        return courier
+
+    coordinate(recipe, names, RunFolder(Path(recipe.out) / recipe.name), watch, meet)
+    print("the federation has ended", flush=True)
+
+
+server_app.main()(coordinator)

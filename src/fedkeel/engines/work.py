@@ -1,0 +1,261 @@
+"""A site's work away from the coordinator: its data, its base model, and what it keeps on its disk between rounds.
+
+The rule of what is kept (residuals of a lossy codec, factors that stay at the site): a site never decides by itself which of
+its states holds. Each request names the state to start from, which is the one that the site wrote with the last answer that
+the coordinator took; a fresh state is written beside it under the request's own id, and older ones go. So a round
+that was lost, repeated, answered too late or cut off by the death of either end starts from what was truly accepted, and ends
+in the bits of `local.LocalTransport`, where what is kept moves on only once a site has answered in time. A site whose disk has
+lost the named state fails that round, loudly; the coordinator then lets it start from nothing.
+
+The log of base shifts (rules `stack` and `residual`) is kept too: the server sends a site only what it has not seen, and the
+next round may meet another process, whose base is fresh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+import tomllib
+import traceback
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkeel.data.format import Example, Formatter
+from fedkeel.engines.sitefile import SiteFile
+from fedkeel.engines.store import LostStateError, Store, WorkError, _checked, _write_shared
+from fedkeel.exchange.messages import (
+    factors_down,
+    layout,
+    names_of,
+    pack_global,
+    pack_tensors,
+    unpack_global,
+)
+from fedkeel.federation.client import answer
+from fedkeel.federation.kept import Kept, layout_of
+from fedkeel.method.aggregate import AGGREGATORS, folded
+from fedkeel.model.lora import Model
+from fedkeel.recipe.load import make_recipe
+from fedkeel.recipe.schema import SHIFTING, Recipe
+from fedkeel.run.prepare import prepare
+from fedkeel.scores.evaluate import choose, score
+from fedkeel.types import Adapter, FedKeelError, Global
+
+SPLITS = ("validation", "test")
+
+
+def localised(text: str, site: SiteFile) -> Recipe:
+    """The coordinator's recipe with this site's own paths, device and threads in place of what it says of them: where a site
+    reads its rows is not for the coordinator to say."""
+    tree = tomllib.loads(text)
+    tree["threads"] = site.threads
+    tree["model"] = {**tree.get("model", {}), "device": site.device} | ({"base": site.base} if site.base else {})
+    tree["data"] = {**tree.get("data", {}), "root": "", **site.data}
+    return make_recipe(tree)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types and bits of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        bits = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(bits)
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 over all that decides which tokens a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    told = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    rest = [tokenizer.chat_template, {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}]
+    return hashlib.sha256((told + json.dumps(rest, sort_keys=True)).encode()).hexdigest()
+
+
+class Work:
+    """One recipe in this process: its data, dealt; its base model, once, whatever the number of sites and rounds."""
+
+    def __init__(self, recipe: Recipe, alone: str = "") -> None:
+        """alone: the site that holds all of the data here; empty: the recipe's partition deals them to its sites."""
+        torch.set_num_threads(recipe.threads)
+        begin = time.perf_counter()
+        self.recipe = recipe
+        self.prepared = prepare(recipe, alone)
+        self.names = sorted(self.prepared.sites.rows)
+        self.model = Model(recipe.model, recipe.lora, recipe.seed, self.prepared.classes)
+        assert self.model.initial is not None
+        self.initial: Adapter = self.model.initial
+        self.formatter = Formatter(
+            self.model.tokenizer, self.model.kind, recipe.data.max_length, recipe.data.list_labels,
+            classes=self.prepared.classes,
+        )  # fmt: skip
+        frozen = {name: p for name, p in self.model.net.named_parameters() if not p.requires_grad}
+        self.base = digest_of(frozen)  # now: base shifts change it
+        self._examples: dict[str, list[list[Example]]] = {}
+        self._run = ""
+        self.seconds = time.perf_counter() - begin
+
+    def examples(self, site: str) -> list[list[Example]]:
+        """The site's encoded training rows of each stage."""
+        if site not in self._examples:
+            stages = [stage.rows[site]["train"] for stage in self.prepared.stages]
+            self._examples[site] = [self.formatter.encode_all(rows) for rows in stages]
+            if stages[0] and not any(self._examples[site]):
+                raise WorkError(
+                    f"site {site}: none of its rows fits into data.max_length = {self.recipe.data.max_length} tokens"
+                )
+        return self._examples[site]
+
+    def begin(self, run: str) -> None:
+        """Base shifts belong to a run: another one begins on the base as it was."""
+        if run != self._run:
+            self.model.rewind()
+            self._run = run
+
+    def hello(self, site: str) -> dict[str, Any]:
+        """What a coordinator checks before round 1: that this site would train the same thing as the others."""
+        versions = {name: metadata.version(name) for name in ("fedkeel", "torch", "transformers", "peft")}
+        rows = [{split: len(held) for split, held in stage.rows[site].items()} for stage in self.prepared.stages]
+        return {
+            "site": site,
+            "versions": versions,
+            "kind": self.model.kind,
+            "base": self.base,
+            "tokenizer": tokenizer_digest(self.model.tokenizer),
+            "layout": layout(self.initial),
+            "initial": digest_of(self.initial.tensors()),
+            "classes": hashlib.sha256(json.dumps(self.model.classes).encode()).hexdigest(),
+            "rows": rows,
+            "encoded": [len(stage) for stage in self.examples(site)],
+            "load_seconds": self.seconds,
+        }
+
+    def train(self, site: str, header: Mapping[str, Any], payload: bytes, store: Store) -> tuple[dict[str, Any], bytes]:
+        """One round of the site; header: `rounds` of a stage, `rank` (0: the recipe's), `kept` and `id`, see `Store`."""
+        rank, before = int(header["rank"]), str(header["kept"])
+        kept = Kept(rank=rank).restored(store.read(before))
+        federation = self.recipe.federation
+        if federation.rule in SHIFTING:
+            like = layout_of(self.initial, self.recipe.lora, rank)
+            names = names_of(like, factors_down(AGGREGATORS[federation.rule]))
+            told, state = unpack_global(payload, "global", like, names, federation.codec_down)
+            first = int(told["shifts"]["first"])
+            store.write_shifts(state.shifts, first)
+            if self.model.shifts < first:
+                self.model.replay(store.read_shifts(self.model.shifts, first), self.model.shifts)
+        update = answer(payload, self.model, self.examples(site), site, int(header["rounds"]), self.recipe, kept)
+        return {"kept": store.write(str(header["id"]), kept.tensors(), before)}, update
+
+    def evaluate(self, site: str, header: Mapping[str, Any], payload: bytes, store: Store) -> tuple[dict[str, Any], bytes]:
+        """Sums and counts of the site's held-out rows, by task and measure, under an adapter; no text leaves the site."""
+        split = header.get("split")
+        if split not in SPLITS:
+            raise WorkError(f"split {split!r}: one of {', '.join(SPLITS)} belongs here")
+        _, state = unpack_global(payload, "checkpoint", self.initial)
+        kept = Kept().restored(store.read(str(header["kept"])))
+        store.write_shifts(state.shifts, 0)
+        self.model.replay(state.shifts, 0)
+        self.model.write(kept.adapter(state.adapter))
+        evaluation = self.recipe.evaluation
+        limit = evaluation.test_rows if split == "test" else evaluation.validation_rows
+        rows = choose(self.prepared.stages[-1].rows[site][split], split, limit)
+        sums: dict[str, dict[str, list[float]]] = {}
+        for one in score(self.model, self.formatter, rows, evaluation):
+            of_task = sums.setdefault(one.record.task, {})
+            for name, value in {**one.metrics, "score": one.score}.items():
+                total = of_task.setdefault(name, [0.0, 0])
+                total[0], total[1] = total[0] + value, total[1] + 1
+        return {"sums": sums}, b""
+
+    def start(self) -> bytes:
+        """The adapter that a federation starts from, which is the same at every site of one seed and base."""
+        scales = {path: factors.scale for path, factors in self.initial.lora.items()}
+        return pack_global("checkpoint", Global(0, self.initial), "fp32", scales=scales)
+
+    def export(self, payload: bytes) -> bytes:
+        """The files of a PEFT folder of an adapter, by name, as bytes: what a coordinator without a base cannot make."""
+        _, state = unpack_global(payload, "checkpoint", self.initial)
+        self.model.write(state.adapter)
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save(Path(folder), folded(state.adapter, state.shifts) if state.shifts else None)
+            files = {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in Path(folder).iterdir()}
+        return pack_tensors(files, kind="export")
+
+
+_present: tuple[tuple[Recipe, str], Work] | None = None  # a process has memory for one base model
+
+
+def present(recipe: Recipe, alone: str) -> Work:
+    """The Work of this process, made anew where the last one was another recipe's."""
+    global _present
+    if _present is None or _present[0] != (recipe, alone):
+        _present = None  # the old base goes before the new one comes
+        _present = (recipe, alone), Work(recipe, alone)
+    return _present[1]
+
+
+def handle(
+    header: Mapping[str, Any], payload: bytes, site_file: SiteFile | None = None, partition: int = 0, state: Path | None = None
+) -> tuple[dict[str, Any], bytes]:
+    """Answer one request of a coordinator, whatever carried it; what goes wrong becomes `error` in the answer.
+
+    header: `kind` (hello, train, evaluate, start, export), `run`, `id`, `site` (empty: whoever it is), `recipe` (TOML) and
+    what the kind needs. site_file: of the site that this machine is. Without one, in a simulation, the recipe's partition
+    deals the data, the site is number `partition` of the sorted names, and `state` is the folder for what sites keep.
+    """
+    begin = time.process_time()
+    told: dict[str, Any] = {"run": header.get("run"), "id": header.get("id"), "site": header.get("site")}
+    try:
+        text, run, kind = str(header["recipe"]), _checked(header["run"]), header["kind"]
+        if site_file is not None:
+            work = present(localised(text, site_file), site_file.name)
+            site, root = site_file.name, site_file.state
+        else:
+            work = present(make_recipe(tomllib.loads(text)), "")
+            if not 0 <= partition < len(work.names):
+                raise WorkError(f"partition {partition} of {len(work.names)} sites")
+            site, root = work.names[partition], state or Path()
+        told["site"] = site
+        if header["site"] not in ("", site):
+            raise WorkError(f"the message is for site {header['site']!r}; this is {site!r}")
+        folder = root / run
+        mark = folder / "recipe.sha256"
+        seal = hashlib.sha256(text.encode()).hexdigest()
+        if kind == "hello":
+            if not mark.exists():
+                _write_shared(mark, seal)
+        elif not mark.exists():
+            raise WorkError(f"site {site} refuses a message of a foreign run: {run!r} has not said hello here")
+        if mark.read_text() != seal:
+            raise WorkError(f"site {site} refuses a message of a foreign run: the recipe of {run!r} was another when it began")
+        work.begin(run)
+        store = Store(folder, site)
+        more: dict[str, Any] = {}
+        out = b""
+        if kind == "hello":
+            more = {"hello": work.hello(site)}
+        elif kind == "train":
+            more, out = work.train(site, header, payload, store)
+        elif kind == "evaluate":
+            more, out = work.evaluate(site, header, payload, store)
+        elif kind == "start":
+            out = work.start()
+        elif kind == "export":
+            out = work.export(payload)
+        else:
+            raise WorkError(f"a message of kind {kind!r}")
+    except LostStateError as error:
+        return {**told, "error": str(error), "lost": True}, b""
+    except FedKeelError as error:
+        return {**told, "error": str(error)}, b""
+    except Exception:  # whatever it is, it is this site's failure, and the coordinator repeats the text
+        return {**told, "error": traceback.format_exc()}, b""
+    return {**told, **more, "cpu": time.process_time() - begin}, out

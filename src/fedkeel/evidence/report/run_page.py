@@ -1,0 +1,55 @@
+"""A run's page: which tables and figures, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedkeel.evidence.report import run_charts as charts
+from fedkeel.evidence.report.charts import Chart, Heat
+from fedkeel.evidence.report.figures import figures_of, run_styles
+from fedkeel.evidence.report.page import Block, Code, Folded, Page, Section, Text
+from fedkeel.evidence.report.tables import Table, final, method_table, site_table, task_table, traffic_table
+from fedkeel.types import Row
+
+LONG = 20  # lines; a table with more is folded away
+
+
+def foldable(table: Table) -> Block:
+    return Folded(table) if len(table.lines) > LONG else table
+
+
+def run_page(
+    rows: Sequence[Row], measures: Sequence[Row], recipe: str, environment: Mapping[str, Any], environment_table: Table,
+    summary: str, missing: Sequence[str],
+) -> Page:  # fmt: skip
+    """rows: of one run. recipe: its TOML. summary: a paragraph. missing: what a run that is not finished lacks."""
+    name = rows[0].run
+    styles = run_styles()
+
+    def figure(chart: Chart | Heat | None) -> tuple[Block, ...]:
+        return figures_of(chart, styles)
+
+    sites = charts.sites(rows)
+    traffic = traffic_table(rows)
+    tasks = task_table(rows)
+    kept = charts.kept_table(rows, measures)
+    found: list[tuple[str, str, tuple[Block, ...]]] = [
+        ("scores", "Scores", (method_table(rows), *((foldable(tasks),) if tasks.lines else ()))),
+        ("learning", "Learning curves", figure(charts.learning(rows))),
+        ("stages", "Score by stage", figure(charts.stages(rows))),
+        ("traffic", "Score against traffic", (*figure(charts.traffic(rows)), *((traffic,) if traffic.lines else ()))),
+        ("sites", "Sites", (*figure(sites[0]), sites[1], foldable(site_table(final(rows)))) if sites else ()),
+        ("drift", "Drift by layer", (*figure(charts.drift(rows)), *figure(charts.site_cka(measures)))),
+        ("gates", "Gates over time", figure(charts.gates(rows))),
+        ("stability", "Stability under damage", figure(charts.stability(measures))),
+        ("kept", "Retention and generalisation", (kept,) if kept.lines else ()),
+        ("how", "How it was run", (Code("Recipe", recipe.rstrip()), environment_table)),
+    ]
+    lead = [Text(f"This run is not finished. Still missing: {'; '.join(missing)}.", "warning")] if missing else []
+    lead.append(Text(summary, "lead"))
+    source = f"Run {name}, seed {rows[0].seed}, recipe.toml beside it, commit {environment.get('commit') or 'not known'}"
+    return Page(
+        name, "FedKeel · report of a run", tuple(lead), source,
+        tuple(Section(key, title, blocks) for key, title, blocks in found if blocks),
+    )  # fmt: skip

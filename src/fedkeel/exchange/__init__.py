@@ -1,0 +1,1 @@
+"""What travels: messages, their codecs, and the steps between training and aggregation."""

@@ -1,0 +1,238 @@
+"""The round loop, once: sample, send, screen, aggregate, checkpoint. It needs no model in memory, only adapters."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fedkeel.exchange.codecs import EnvelopeError
+from fedkeel.exchange.messages import factors_down, layout, names_of, pack_global, unpack_global, unsent
+from fedkeel.federation.screen import screen
+from fedkeel.method.aggregate import AGGREGATORS, Aggregate, Options, Rates, Rule, drift, gauge, step, truncated, weights
+from fedkeel.method.aggregate.common import exact_factors, product_norm
+from fedkeel.recipe.schema import Federation
+from fedkeel.rng import derive, numpy_generator
+from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Transport, Update
+
+SMALL = 2**28  # bytes of all replies of a round, up to which their decoded updates are held together
+
+
+class FederationError(FedKeelError):
+    """A federation that stopped: too few sites answered well, or a round changed nothing."""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One finished round.
+
+    bytes_down, bytes_up: site -> len(payload) as sent. updates: what the sites whose replies were used told, without their
+    adapters. failures: site -> what went
+    wrong there. error: what the rule lost, see `aggregate.Aggregate`. seconds: wall clock of the whole round.
+    """
+
+    state: Global
+    error: float
+    updates: Sequence[Update]
+    bytes_down: Mapping[str, int]
+    bytes_up: Mapping[str, int]
+    seconds: float
+    aggregation_seconds: float
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+
+def sample_sites(sites: Sequence[str], count: int, seed: int, round: int) -> list[str]:
+    """`count` sites of round `round`, without replacement, sorted; all of them if count is 0 or too large."""
+    ordered = sorted(sites)
+    if count == 0 or count >= len(ordered):
+        return ordered
+    chosen = numpy_generator(seed, "sites", round).choice(len(ordered), count, replace=False)
+    return [ordered[i] for i in sorted(chosen)]
+
+
+@dataclass(frozen=True)
+class _Anew:
+    """Replies as Updates in the order given, decoded each time they are gone through, so that one is held at a time."""
+
+    replies: Sequence[Reply]
+    decode: Callable[[Reply], Update]
+
+    def __iter__(self) -> Iterator[Update]:
+        return map(self.decode, self.replies)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What went down to some sites. payload: as sent. reference: what they then start from, after the codec."""
+
+    payload: bytes
+    reference: Adapter
+
+
+def _send(
+    state: Global, federation: Federation, rule: Rule, seed: int, tasks: Mapping[str, int], like: Adapter | None, held: int
+) -> _Sent:
+    """The message for sites with an adapter laid out as `like` (None: as the global one) that hold `held` base shifts."""
+    adapter = state.adapter if like is None else truncated(state.adapter, like)
+    sent = names_of(adapter, factors_down(rule))
+    key = derive(seed, "down", state.round)
+    memory = state.memory if like is None or state.memory is None else truncated(state.memory, like)
+    state = replace(state, adapter=adapter, memory=memory)
+    payload = pack_global(
+        "global", state, federation.codec_down, sent, key, held, tasks=dict(tasks), unsent=unsent(adapter, rule)
+    )  # fmt: skip
+    # The bytes are read back, not the tensors kept: what a site starts from is what the codec left of the global adapter.
+    _, back = unpack_global(payload, "global", adapter, sent, federation.codec_down)
+    return _Sent(payload, back.adapter)
+
+
+def _combine(
+    rule: Rule, reference: Adapter, updates: Iterable[Update], shares: Mapping[str, float], options: Options,
+    left_out: Mapping[str, frozenset[str]],
+) -> Aggregate:  # fmt: skip
+    """The rule over all modules; where sites left modules out, over those that trained a module, with their shares anew.
+
+    left_out: site -> modules. A module that nobody trained stays as it is.
+    """
+    if not any(left_out.values()):
+        return rule(reference, updates, shares, options)
+    held = list(updates)
+    groups: dict[frozenset[str], list[str]] = {}
+    for path in reference.lora:
+        groups.setdefault(frozenset(site for site in shares if path not in left_out[site]), []).append(path)
+    lora = dict(reference.lora)
+    lost = total = 0.0
+    for sites, paths in sorted(groups.items(), key=lambda item: item[1]):
+        if not sites:
+            continue
+        part = [replace(u, adapter=Adapter({p: u.adapter.lora[p] for p in paths})) for u in held if u.site in sites]
+        whole = sum(shares[site] for site in sites)
+        own = {site: shares[site] / whole for site in sorted(sites)}
+        found = rule(Adapter({p: reference.lora[p] for p in paths}), part, own, options)
+        lora |= found.adapter.lora
+        norm = sum(product_norm(*exact_factors(part, own, path)) ** 2 for path in paths)
+        lost, total = lost + found.error**2 * norm, total + norm
+    whole_tensors = [replace(u, adapter=Adapter({}, u.adapter.dense)) for u in held]
+    dense = rule(Adapter({}, reference.dense), whole_tensors, shares, options).adapter.dense
+    return Aggregate(Adapter(lora, dense), (lost / total) ** 0.5 if total else 0.0)
+
+
+def run_round(
+    state: Global, transport: Transport, sites: Sequence[str], federation: Federation, seed: int,
+    clock: Callable[[], float] = time.perf_counter,
+    layouts: Mapping[str, Adapter] | None = None,
+    hold: Callable[[str, int], frozenset[str]] = lambda site, round: frozenset(),
+) -> RoundResult:  # fmt: skip
+    """One round from `state` to the next.
+
+    layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the
+    modules that the site leaves out of this round.
+    Raises FederationError, with every failed site's own words, if fewer than quorum · sampled sites answered well, if no
+    update differs from what was sent, or if codec_down cannot hold the adapter.
+    """
+    begin = clock()
+    rule, layouts = AGGREGATORS[federation.rule], layouts or {}
+    sampled = sample_sites(sites, federation.sites_per_round, seed, state.round)
+    if rule.trained(0) != rule.trained(1):  # by turns: the factor that rests is made orthogonal
+        state = replace(state, adapter=gauge(state.adapter, "".join(rule.trained(state.round))))
+    total: Counter[str] = Counter()
+    for counted in state.counts.values():
+        total.update(counted)
+    tasks = dict(sorted(total.items()))
+    sent: dict[tuple[str, int], _Sent] = {}
+    to: dict[str, _Sent] = {}
+    for site in sampled:
+        like, held = layouts.get(site), state.held.get(site, 0)
+        which = (layout(like) if like else "", held)
+        try:
+            if which not in sent:
+                sent[which] = _send(state, federation, rule, seed, tasks, like, held)
+        except ValueError as error:  # a value over the range of the type that it should travel as
+            raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
+        to[site] = sent[which]
+    replies = transport.exchange([Request(site, to[site].payload) for site in sampled], federation.deadline)
+    left_out = {site: hold(site, state.round) for site in sampled}
+    shared = rule.trained(state.round) & rule.shared
+
+    def decode(reply: Reply) -> Update:
+        reference = to[reply.site].reference
+        names = names_of(reference, shared, left_out[reply.site])
+        log = len(state.shifts)
+        return screen(reply, state.round, reference, federation.max_update_norm, names, federation.codec_up, log)
+
+    answered = [r.site for r in replies]
+    if len(set(answered)) < len(answered) or not set(answered) <= set(sampled):
+        raise FederationError(f"round {state.round + 1}: replies from {sorted(answered)}, but each of {sampled} was asked once")
+    # Small ones are decoded once and held; of large ones only the numbers, so that memory does not grow with the sites.
+    small = sum(len(r.payload) for r in replies) <= SMALL
+    heads, good, failures = [], [], {}
+    whole: list[Update] = []
+    for reply in sorted(replies, key=lambda r: r.site):
+        try:
+            update = decode(reply)
+        except EnvelopeError as error:
+            failures[reply.site] = str(error)
+            continue
+        heads.append(replace(update, adapter=Adapter({})))
+        good.append(reply)
+        if small:
+            whole.append(update)
+    for site in set(sampled) - set(answered):
+        failures[site] = "no reply"
+    # a share, not a product: 0.55 · 20 is 11.000000000000002, and 11 of 20 are enough
+    if not heads or len(heads) / len(sampled) < federation.quorum:
+        told = "\n".join(f"--- {site}: {text.strip()}" for site, text in sorted(failures.items()))
+        raise FederationError(
+            f"round {state.round + 1} stopped: {len(heads)} of {len(sampled)} sites answered well, and federation.quorum = "
+            f"{federation.quorum:g} asks for at least {federation.quorum * len(sampled):g}. What failed:\n{told}"
+        )
+    # where factors stay at the sites, all that changed may be there: A has no gradient while B is 0
+    if not rule.personal and not any(u.stats["update_norm"] for u in heads):
+        raise FederationError(f"round {state.round + 1} changed nothing: every site sent back the adapter that it was given")
+    aggregation = clock()
+    shares = weights(heads, federation.weighting)
+    updates: Iterable[Update] = whole if small else _Anew(good, decode)
+    # Sites may start from other truncations of the global adapter; rules that allow it look at what came back alone.
+    reference = state.adapter if layouts else to[heads[0].site].reference
+    options = Options(federation.hostile, state.round)
+    try:
+        result = _combine(rule, reference, updates, shares, options, left_out)
+    except ValueError as error:
+        raise FederationError(f"round {state.round + 1}, federation.rule = {federation.rule!r}: {error}") from error
+    adapter, kept = step(federation.optimiser, reference, result.adapter, state.optimiser, Rates(federation.server_lr))
+    made = [*adapter.tensors().items(), *((path, t) for path, pair in result.shift.items() for t in pair)]
+    for name, tensor in made:
+        if not torch.isfinite(tensor).all():
+            raise FederationError(
+                f"round {state.round + 1}: {name} is not finite once the updates are combined; a smaller "
+                f"federation.max_update_norm keeps out what grew too large. The round before can be resumed"
+            )
+    # factors can be compared where all sites have them, of one rank
+    comparable = not layouts and not any(left_out.values())
+    disagreement = drift(reference, updates, shares) if comparable else {}
+    end = clock()
+    shifts = [*state.shifts, result.shift] if result.shift else state.shifts
+    answers = {u.site: u.held for u in heads}
+    return RoundResult(
+        Global(
+            state.round + 1,
+            adapter,
+            state.memory,
+            {**state.counts, **{u.site: u.tasks for u in heads}},
+            disagreement,
+            shifts,
+            # a site that failed may have lost its base: it is sent the whole log again, and passes over what it holds
+            {**state.held, **dict.fromkeys(failures, 0), **answers},
+            kept,
+        ),
+        result.error,
+        heads,
+        {site: len(to[site].payload) for site in sampled},
+        {r.site: len(r.payload) for r in replies},
+        end - begin,
+        end - aggregation,
+        failures,
+    )

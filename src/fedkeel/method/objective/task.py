@@ -1,0 +1,20 @@
+"""The task itself: cross-entropy at supervised positions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedkeel.method.objective.logits import wide
+from fedkeel.types import Forward
+
+
+def task_loss(forward: Forward) -> Tensor:
+    """Mean cross-entropy of `targets` under `logits`, in nats per supervised position; sums run as in `wide`.
+
+    Classes that a row does not allow carry logits of −inf; they take no part in the normalisation.
+    Raises ValueError if there is no position.
+    """
+    if not len(forward.targets):
+        raise ValueError("a micro-batch without supervised positions has no task loss")
+    return cross_entropy(wide(forward.logits), forward.targets)

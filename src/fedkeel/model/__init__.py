@@ -1,0 +1,1 @@
+"""A frozen base model with one adapter in it. The only room that imports peft."""

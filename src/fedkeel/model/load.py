@@ -1,0 +1,163 @@
+"""Finding and loading a base model: names, configuration, tokenizer, kind, and errors that say what would be right."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from fedkeel.recipe.schema import Model as ModelConfig
+from fedkeel.types import FedKeelError
+
+EMBEDDED = {"keel-nano": Path(__file__).parents[1] / "keel_nano"}
+
+# Attention and feed-forward maps by architecture, as suffixes of module paths (what PEFT matches).
+_SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+_T5 = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+_NEOX = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
+_BART = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+TARGETS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "smollm3",
+            "olmo2",
+            "granite",
+        ),
+        _SPLIT,
+    ),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "gpt_neox": _NEOX,
+    "bloom": ("query_key_value", "self_attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "opt": _BART,
+    **dict.fromkeys(("bart", "mbart"), _BART),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", *_BERT[3:]),
+    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin", "ffn.lin1", "ffn.lin2"),
+    "modernbert": ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+    **dict.fromkeys(("t5", "mt5"), _T5),
+}
+
+
+class ModelError(FedKeelError):
+    """A base model that cannot be loaded or used as asked."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loading prints bars and advice meant for another audience."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def base_location(base: str) -> str:
+    """A folder or hub id for `base`: the embedded model by name, an existing folder, else a hub id as it stands."""
+    if base in EMBEDDED:
+        return str(EMBEDDED[base])
+    if Path(base).expanduser().is_dir():
+        return str(Path(base).expanduser())
+    if base.startswith((".", "/", "~")):
+        raise ModelError(f"model.base = {base!r}: no such folder")
+    return base
+
+
+@contextmanager
+def _loading(base: str) -> Iterator[None]:
+    """One clear error for the many ways in which loading can fail, and no bars or advice from it."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model.base = {base!r} cannot be loaded: {reason}. Name the embedded model ({', '.join(EMBEDDED)}), a local "
+            f"folder in Hugging Face layout, or a hub id that this machine can reach or has in its cache"
+        ) from error
+
+
+def _load(call: Any, base: str, where: str, **options: Any) -> Any:
+    with _loading(base):
+        return call.from_pretrained(where, trust_remote_code=False, **options)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The base model's tokenizer, with a padding token."""
+    where = base_location(config.base)
+    tokenizer = _load(transformers.AutoTokenizer, config.base, where, **_revision(config, where))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"model.base = {config.base!r}: its tokenizer has neither a padding, end nor unknown token to pad with"
+        )
+    # Lengths are held by `Formatter`; the tokenizer's own warning about them would come for rows that are then cut.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
+def _revision(config: ModelConfig, where: str) -> dict[str, Any]:
+    return {"local_files_only": True} if Path(where).is_dir() else {"revision": config.revision}
+
+
+def load_config(config: ModelConfig) -> Any:
+    """The base model's own configuration; reads one small file."""
+    where = base_location(config.base)
+    return _load(transformers.AutoConfig, config.base, where, **_revision(config, where))
+
+
+def kind_of(config: ModelConfig, base_config: Any) -> str:
+    """`causal`, `seq2seq` or `classifier`: what `model.kind = "auto"` means for this base."""
+    if config.kind != "auto":
+        return config.kind
+    if base_config.is_encoder_decoder:
+        return "seq2seq"
+    names = " ".join(base_config.architectures or ())
+    causal = type(base_config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    encoder = type(base_config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if "ForCausalLM" in names or "LMHeadModel" in names or (causal and not encoder):
+        return "causal"
+    return "classifier"
+
+
+def targets_for(base_config: Any, asked: Sequence[str]) -> list[str] | str:
+    """The LoRA targets: `asked`, or attention and feed-forward maps of the architecture.
+
+    An architecture that TARGETS does not know gets every linear map of its blocks (PEFT's `all-linear`).
+    """
+    return list(asked) or list(TARGETS.get(base_config.model_type, ())) or "all-linear"
+
+
+def uses_bf16(precision: str, device: str) -> bool:
+    """Whether training runs under bf16 autocast: asked for, or `auto` and the machine computes in it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()

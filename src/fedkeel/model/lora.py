@@ -1,0 +1,468 @@
+"""One frozen base model with a LoRA adapter: load, run, read and write. The only file that imports peft.
+
+Logits are computed at supervised positions only: a hook in front of the output projection gathers the hidden states of
+those positions, so a (batch, time, V) tensor never exists, whatever the architecture does after the projection.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedkeel.data.batches import Batch
+from fedkeel.model.load import (
+    ModelError,
+    _load,
+    _loading,
+    _revision,
+    base_location,
+    kind_of,
+    load_config,
+    load_tokenizer,
+    quiet,
+    targets_for,
+    uses_bf16,
+)
+from fedkeel.model.places import Places, find_places
+from fedkeel.recipe.schema import LoraConfig
+from fedkeel.recipe.schema import Model as ModelConfig
+from fedkeel.rng import seed_torch
+from fedkeel.types import Adapter, Forward, Lora, Shift
+
+
+@dataclass(frozen=True)
+class _LabelText:
+    """Class scores of an encoder: 20 · cos(mean-pooled text, frozen mean-pooled label text), as CLIP and
+    sentence-transformers scale a cosine into logits."""
+
+    embeddings: Tensor  # (V, d), unit rows
+    scale: float = 20.0
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        return self.scale * nn.functional.normalize(pooled.float(), dim=-1) @ self.embeddings.T
+
+
+def _pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of a row's hidden states over its real tokens, (rows, d)."""
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def _folded(module: Any, x: Tensor) -> Tensor:
+    """(W0 + scale · B A) x + bias: the map of a LoRA layer with its branch folded in for this call alone.
+
+    The sum costs r multiplications a weight, whatever the number of tokens, and one matrix of the map's size at a time; the
+    branch costs four passes over activations.
+    """
+    base = module.get_base_layer()
+    a, b, scale = module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"]
+    if isinstance(base, Conv1D):  # holds its weight as (d_in, d_out)
+        return nn.functional.linear(x, torch.addmm(base.weight, a.T, b.T, alpha=scale).T, base.bias)
+    return nn.functional.linear(x, torch.addmm(base.weight, b, a, alpha=scale), base.bias)
+
+
+class Model:
+    """A base model with one adapter in it, on one device.
+
+    kind: `causal`, `seq2seq` or `classifier`. classes: the answers of a classifier, in the order of its logits.
+    """
+
+    def __init__(
+        self, config: ModelConfig, lora: LoraConfig, seed: int, classes: Sequence[str] = (), weights: bool = True
+    ) -> None:
+        """weights: False builds the same modules on torch's `meta` device, to count and name what would be trained.
+
+        Raises ModelError if the base cannot be loaded or LoRA has no place in it.
+        """
+        where = base_location(config.base)
+        base_config = load_config(config)
+        self.config = config
+        self.kind = kind_of(config, base_config)
+        self.tokenizer = load_tokenizer(config)
+        self.classes = tuple(classes)
+        self.device = torch.device(config.device)
+        self.bf16 = uses_bf16(config.precision, config.device)
+        self.linear_head = self.kind == "classifier" and config.head == "linear"
+        if self.kind == "classifier" and not self.classes:
+            raise ModelError("a classifier needs classification rows: no row of this data has labels")
+
+        task, auto = {
+            "causal": (peft.TaskType.CAUSAL_LM, transformers.AutoModelForCausalLM),
+            "seq2seq": (peft.TaskType.SEQ_2_SEQ_LM, transformers.AutoModelForSeq2SeqLM),
+            "classifier": (peft.TaskType.FEATURE_EXTRACTION, transformers.AutoModel),
+        }[self.kind]
+        options = _revision(config, where)
+        if self.linear_head:
+            task, auto = peft.TaskType.SEQ_CLS, transformers.AutoModelForSequenceClassification
+            options["num_labels"] = len(self.classes)
+        # A frozen base is best held in the type it computes in; on a CPU float32 weights are the faster source.
+        options["dtype"] = torch.bfloat16 if self.bf16 and self.device.type == "cuda" else torch.float32
+        seed_torch(seed, "fresh head")
+        self._load_base = partial(_load, auto, config.base, where, **options)
+        if weights:
+            base, info = self._load_base(output_loading_info=True)
+            # An encoder's checkpoint may lack a pooler or head; a language model that lacks a tensor would get a random one.
+            if self.kind != "classifier" and info["missing_keys"]:
+                lacking = ", ".join(sorted(info["missing_keys"])[:3])
+                raise ModelError(
+                    f"model.base = {config.base!r} lacks {len(info['missing_keys'])} tensors of a {self.kind} model "
+                    f"({lacking}); is it a language model, and whole?"
+                )
+        else:
+            if self.linear_head:
+                base_config.num_labels = len(self.classes)
+            with torch.device("meta"), _loading(config.base):
+                base = auto.from_config(base_config, trust_remote_code=False)
+        base.config.use_cache = False
+        if base.config.pad_token_id is None:
+            base.config.pad_token_id = self.tokenizer.pad_token_id
+        peft_config = peft.LoraConfig(
+            task_type=task,
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            use_rslora=lora.rslora,
+            lora_dropout=lora.dropout,
+            target_modules=targets_for(base_config, lora.targets),
+            # a checkpoint may lack the pooler (DeBERTa's always does): drawn afresh, it is part of the fresh head
+            modules_to_save=["pooler"] if self.linear_head else None,
+        )
+        seed_torch(seed, "adapter")
+        try:
+            with quiet():
+                self.net = peft.get_peft_model(base, peft_config)
+        except ValueError as error:
+            raise ModelError(f"LoRA cannot be put into {config.base!r} ({base_config.model_type}): {error}") from error
+        if weights:
+            self.net.to(self.device)
+        self.net.eval()
+        self._prefix = "base_model.model."
+        self._lora = {
+            name.removeprefix(self._prefix): module
+            for name, module in self.net.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        self._dense = {
+            name.removeprefix(self._prefix).replace(".modules_to_save.default", ""): parameter
+            for name, parameter in self.net.named_parameters()
+            if parameter.requires_grad and "lora_" not in name
+        }
+        self._slots = [parameter for _, parameter in sorted(self._tensors().items())]
+        # others (a quantised base, an embedding) keep their branch
+        self._foldable = [m for m in self._lora.values() if type(m.get_base_layer()) in (nn.Linear, Conv1D)]
+        self._gather: tuple[Tensor, Tensor] | None = None
+        if self.kind != "classifier":
+            projection = self.net.get_output_embeddings()
+            if projection is None:
+                raise ModelError(f"{config.base!r} ({base_config.model_type}) has no output projection to read logits from")
+            projection.register_forward_pre_hook(self._gather_positions)
+        self._ranks: dict[str, int] = {}  # of what was last written; empty before that, when all room is taken
+        self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
+        self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
+        similar = weights and self.kind == "classifier" and not self.linear_head
+        self._label_text = self._embed_labels() if similar else None
+
+    def _gather_positions(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """(rows, time, d) -> (1, N, d) in front of the output projection, while `forward` runs."""
+        if self._gather is None:
+            return None
+        return (inputs[0][self._gather].unsqueeze(0), *inputs[1:])
+
+    def _tensors(self) -> dict[str, nn.Parameter]:
+        """Every trained tensor under its name in `Adapter.tensors`."""
+        named = dict(self._dense)
+        for path, module in self._lora.items():
+            named[f"{path}.a"], named[f"{path}.b"] = module.lora_A["default"].weight, module.lora_B["default"].weight
+        return named
+
+    @cached_property
+    def places(self) -> Places:
+        """Where structures can be injected, and the blocks that hidden states are tapped at."""
+        branches = {path: (m, m.get_base_layer(), m.lora_A["default"], m.lora_B["default"]) for path, m in self._lora.items()}
+        base = self.net.get_base_model()
+        return find_places(base, base.config, branches)
+
+    @cached_property
+    def taps(self) -> tuple[str, ...]:
+        """Paths of the tapped blocks, at L/4, L/2, 3L/4 and L of the stack that predicts; empty if its blocks are not known."""
+        stack = [path for path, _ in self.places.stack]
+        depths = {max(1, round(len(stack) * share / 4)) for share in (1, 2, 3, 4)} if stack else set()
+        return tuple(stack[depth - 1] for depth in sorted(depths))
+
+    @contextmanager
+    def _tapped(self) -> Iterator[dict[str, Tensor]]:
+        """While it lasts, the outputs of the tapped blocks, by path, as the forward pass reaches them."""
+        found: dict[str, Tensor] = {}
+
+        def keep(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            found[path] = output[0] if isinstance(output, tuple) else output
+
+        blocks = dict(self.places.stack)
+        handles = [blocks[path].register_forward_hook(partial(keep, path)) for path in self.taps]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def park(self, adapter: Adapter) -> list[Tensor]:
+        """The tensors of `adapter` on this model's device, in the order in which `swapped` takes them; a lower rank padded."""
+        room, parked = self.read_shapes(), []
+        for name, tensor in sorted(adapter.tensors().items()):
+            whole = torch.zeros(room[name], device=self.device)
+            whole[tuple(slice(0, size) for size in tensor.shape)] = tensor.to(self.device)
+            parked.append(whole)
+        return parked
+
+    @contextmanager
+    def swapped(self, parked: Sequence[Tensor]) -> Iterator[None]:
+        """While it lasts, the model holds the tensors of `park`; pointers move, nothing is copied, no second base exists.
+
+        Each low-rank map is folded into its base map as the forward pass reaches it, see `_folded`: what this says differs
+        from a pass through the branches in rounding only, and costs a sixth less. Only for forward passes without gradient
+        and without adapter dropout, and not inside an autocast that outlives it (its casts are cached).
+        """
+        if [t.shape for t in parked] != [p.shape for p in self._slots]:
+            raise ModelError("the parked tensors are not those of an adapter of this model")
+        mine = [p.data for p in self._slots]
+        try:
+            for parameter, tensor in zip(self._slots, parked, strict=True):
+                parameter.data = tensor
+            for module in self._foldable:
+                module.forward = partial(_folded, module)
+            yield
+        finally:
+            for module in self._foldable:
+                module.__dict__.pop("forward", None)
+            for parameter, tensor in zip(self._slots, mine, strict=True):
+                parameter.data = tensor
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast where this model uses it."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    @torch.no_grad()
+    def _embed_labels(self) -> _LabelText:
+        """The classes' own words through the base without its adapter: computed once, then frozen."""
+        rows = []
+        with self.net.disable_adapter():
+            for text in self.classes:
+                inputs = self.tokenizer(text, return_tensors="pt").to(self.device)
+                hidden = self.net(**inputs).last_hidden_state
+                rows.append(_pool(hidden, inputs["attention_mask"])[0].float())
+        return _LabelText(nn.functional.normalize(torch.stack(rows), dim=-1))
+
+    def forward(self, batch: Batch, states: bool = False) -> Forward:
+        """Logits at the supervised positions of `batch`, on this model's device; see `types.Forward`.
+
+        states: also the hidden states there at each of `taps`; of a classifier, their mean over a row's real tokens.
+        """
+        if not states:
+            return self._forward(batch)
+        with self._tapped() as found:
+            forward = self._forward(batch)
+        hidden = [found[path] for path in self.taps]
+        if self.kind == "classifier":
+            mask = batch.inputs["attention_mask"].to(self.device)
+            return replace(forward, states=[_pool(h, mask) for h in hidden])
+        where = forward.rows, batch.columns.to(self.device)
+        return replace(forward, states=[h[where] for h in hidden])
+
+    def _forward(self, batch: Batch) -> Forward:
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
+        rows, columns, targets = (t.to(self.device) for t in (batch.rows, batch.columns, batch.targets))
+        if self.kind == "classifier":
+            out = self.net(**inputs)
+            if self._label_text is not None:
+                logits = self._label_text(_pool(out.last_hidden_state, inputs["attention_mask"]))
+            else:
+                logits = out.logits
+            if batch.allowed is not None:
+                logits = logits.float().masked_fill(~batch.allowed.to(self.device), float("-inf"))
+            return Forward(logits, targets, rows)
+        if self.kind == "seq2seq":
+            labels = inputs.pop("labels")
+            inputs["decoder_input_ids"] = self.shift_right(labels)
+        logits, _ = self.logits_at(inputs, rows, columns)
+        return Forward(logits, targets, rows)
+
+    def logits_at(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, Any]:
+        """(N, V) logits at the given positions of a language model, and the model's whole output (with its cache)."""
+        self._gather = (rows, columns)
+        try:
+            output = self.net(**inputs)
+        finally:
+            self._gather = None
+        return output.logits[0], output
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """Decoder inputs for target tokens: the start token, then all targets but the last; padding after the end."""
+        start, pad = self.net.config.decoder_start_token_id, self.net.config.pad_token_id
+        if start is None:
+            raise ModelError(f"{self.config.base!r}: its config has no decoder_start_token_id, which an encoder-decoder needs")
+        shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+        return shifted.masked_fill(shifted == -100, pad)
+
+    def accepts(self, argument: str) -> bool:
+        """Whether the base model's forward takes `argument`."""
+        return argument in inspect.signature(self.net.get_base_model().forward).parameters
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for p in self.net.parameters() if p.requires_grad]
+
+    @contextmanager
+    def training_only(self, names: Container[str]) -> Iterator[None]:
+        """While it lasts, of the adapter's tensors only those of `names` (see `Adapter.tensors`) are trained."""
+        frozen = [p for name, p in self._tensors().items() if name not in names]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def replay(self, entries: Sequence[Shift], first: int) -> None:
+        """Add entries `first`, `first` + 1, … of a federation's log of base shifts to the frozen maps; those that they hold
+        already are passed over. In a bf16 base each sum is rounded to bf16.
+
+        Raises ModelError if entries are missing in between, or a map is not one that can be shifted (a quantised one).
+        """
+        if first > self.shifts:
+            raise ModelError(
+                f"the base holds {self.shifts} base shifts and the message begins with number {first + 1}: ask for the log "
+                f"from its beginning"
+            )
+        for entry in entries[self.shifts - first :]:
+            for path, (left, right) in entry.items():
+                base = self._lora[path].get_base_layer()
+                if self._lora[path] not in self._foldable:
+                    raise ModelError(f"{path} is a {type(base).__name__}: a base shift needs a plain linear map")
+                change = left.to(self.device) @ right.to(self.device)
+                base.weight.copy_(base.weight.float() + (change.T if isinstance(base, Conv1D) else change))
+            self.shifts += 1
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Take every base shift out: the maps are read again, as taking sums off would leave rounding behind."""
+        if self.shifts:
+            fresh = self._load_base()
+            for path, module in self._lora.items():
+                module.get_base_layer().weight.copy_(fresh.get_submodule(path).weight)
+            self.shifts = 0
+
+    def train(self, mode: bool = True) -> None:
+        """Training mode (dropout on), or evaluation mode."""
+        self.net.train(mode)
+
+    def read(self) -> Adapter:
+        """A copy of the adapter, float32, on the CPU; of the rank of what was last written."""
+
+        def taken(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+        lora = {}
+        for path, m in self._lora.items():
+            rank = self._ranks.get(path)
+            a, b = m.lora_A["default"].weight[:rank], m.lora_B["default"].weight[:, :rank]
+            lora[path] = Lora(taken(a), taken(b), float(m.scaling["default"]))
+        return Adapter(lora, {path: taken(p) for path, p in self._dense.items()})
+
+    @torch.no_grad()
+    def write(self, adapter: Adapter) -> None:
+        """Put `adapter` in place of the present one, in place: no new modules, no second base.
+
+        An adapter of a lower rank fills the first rows; the others are 0 in both factors, where no gradient reaches them, so
+        that training is that of the lower rank. Raises ModelError if its modules or shapes do not fit.
+        """
+        room, given = self.read_shapes(), {name: tuple(t.shape) for name, t in adapter.tensors().items()}
+        ranks = {path: factors.a.shape[0] for path, factors in adapter.lora.items()}
+        need = dict(given)
+        for path, rank in ranks.items():
+            if f"{path}.a" in room and rank <= (most := room[f"{path}.a"][0]):
+                need[f"{path}.a"], need[f"{path}.b"] = (most, given[f"{path}.a"][1]), (given[f"{path}.b"][0], most)
+        if room != need:
+            odd = sorted(set(room.items()) ^ set(need.items()))[0][0]
+            raise ModelError(f"the adapter does not fit {self.config.base!r}: {odd} has {given.get(odd)}, not {room.get(odd)}")
+        self._ranks = ranks
+        for path, module in self._lora.items():
+            a, b, rank = module.lora_A["default"].weight, module.lora_B["default"].weight, ranks[path]
+            a[:rank].copy_(adapter.lora[path].a)
+            b[:, :rank].copy_(adapter.lora[path].b)
+            a[rank:].zero_()
+            b[:, rank:].zero_()
+            module.scaling["default"] = adapter.lora[path].scale
+        for path, parameter in self._dense.items():
+            parameter.copy_(adapter.dense[path])
+
+    def read_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that `read` gives, by the names of `Adapter.tensors`."""
+        return {name: tuple(parameter.shape) for name, parameter in self._tensors().items()}
+
+    def base_parameters(self) -> int:
+        """The number of frozen scalars."""
+        return sum(p.numel() for p in self.net.parameters() if not p.requires_grad)
+
+    def save(self, folder: Path, adapter: Adapter | None = None) -> None:
+        """The adapter in PEFT format; `PeftModel.from_pretrained(base, folder)` loads it.
+
+        adapter: what to write instead of the model's own, for the same maps but of whatever ranks.
+        An encoder's classes are written beside it, and with the `label-text` head their frozen embeddings, without which
+        the adapter's hidden states could not be turned into class scores.
+        """
+        if adapter is None and any(rank < self.net.peft_config["default"].r for rank in self._ranks.values()):
+            adapter = self.read()  # a site of a lower rank: its padding stays here
+        if adapter is None:
+            self.net.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            config = copy.deepcopy(self.net.peft_config["default"])
+            # one rank and scale for all maps, as servers of adapters expect: rows of 0 fill up, scales go into B
+            config.r = max(m.a.shape[0] for m in adapter.lora.values())
+            config.use_rslora, config.lora_alpha, config.inference_mode = False, config.r, True
+            config.save_pretrained(folder)
+            tensors = peft.get_peft_model_state_dict(self.net)
+            for path, factors in adapter.lora.items():
+                more, where = config.r - factors.a.shape[0], f"{self._prefix}{path}.lora"
+                tensors[f"{where}_A.weight"] = nn.functional.pad(factors.a, (0, 0, 0, more))
+                tensors[f"{where}_B.weight"] = nn.functional.pad(factors.scale * factors.b, (0, more))
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors"
+            )
+        self._save_classes(folder)
+
+    def _save_classes(self, folder: Path) -> None:
+        if self.classes and self.kind == "classifier":
+            head = "linear" if self._label_text is None else "label-text"
+            text = json.dumps({"head": head, "classes": self.classes}, indent=1, ensure_ascii=False)
+            (folder / "fedkeel_classes.json").write_text(text + "\n")
+            if self._label_text is not None:
+                save_file({"embeddings": self._label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")
+
+    def save_merged(self, folder: Path) -> None:
+        """Base and adapter in one, in Hugging Face layout, with the tokenizer and what `save` writes of an encoder's classes.
+
+        This object is of no further use after it.
+        """
+        merged = self.net.merge_and_unload()
+        merged.config.use_cache = True
+        merged.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self._save_classes(folder)

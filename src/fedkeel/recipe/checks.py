@@ -1,0 +1,187 @@
+"""What keys of a recipe demand of each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+
+from fedkeel.recipe.schema import BASELINES, MIXED, PERSONAL, SHIFTING, STEADY, STRUCTURES, Recipe
+from fedkeel.recipe.settings import ConfigError
+
+ORDERS = ("task_orders", "streams")  # where data.tasks_file keeps orders of tasks: name -> tasks
+
+
+def _orders(path: Path) -> dict[str, list[str]]:
+    """The orders of tasks that `path` names. Raises ConfigError naming the file, and the order where one is malformed."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} (data.tasks_file, for stream.order) cannot be read: {error}") from error
+    found: dict[str, list[str]] = {}
+    for key in ORDERS:
+        named = about.get(key, {}) if isinstance(about, dict) else {}
+        if not isinstance(named, dict):
+            raise ConfigError(f"{path}: under {key!r} belongs an object that holds, by name, a list of tasks")
+        for name, tasks in named.items():
+            if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+                raise ConfigError(f"{path}: {key}.{name} is not a list of tasks")
+            if name in found:
+                raise ConfigError(f"{path} names the order {name!r} twice, under each of {' and '.join(ORDERS)}")
+            found[name] = tasks
+    return found
+
+
+def _with_order(recipe: Recipe) -> Recipe:
+    """The recipe with stream.order written out as stream.stages, as it is again when such a recipe is read back.
+
+    Raises ConfigError if there is no such order, nothing of it is among data.tasks, or stream.stages says something else.
+    """
+    stream, data = recipe.stream, recipe.data
+    if not stream.order:
+        if stream.tasks_a_stage != 1:
+            raise ConfigError(
+                f"stream.tasks_a_stage = {stream.tasks_a_stage} groups the tasks of stream.order, which is not set"
+            )
+        return recipe
+    if not data.tasks_file:
+        raise ConfigError(f"stream.order = {stream.order!r} is looked up in data.tasks_file, which is not set")
+    path = Path(data.root) / data.tasks_file
+    orders = _orders(path)
+    if stream.order not in orders:
+        near = difflib.get_close_matches(stream.order, orders, 1)
+        known = f"known: {', '.join(orders)}" if orders else f"it has none, under any of {', '.join(ORDERS)}"
+        raise ConfigError(
+            f"stream.order = {stream.order!r} is not in {path}; " + (f"did you mean {near[0]!r}? " if near else "") + known
+        )
+    tasks = [task for task in orders[stream.order] if not data.tasks or task in data.tasks]
+    if not tasks:
+        raise ConfigError(f"stream.order = {stream.order!r} of {path} has none of data.tasks = {list(data.tasks)}")
+    size = stream.tasks_a_stage
+    stages = tuple(" + ".join(tasks[at : at + size]) for at in range(0, len(tasks), size))
+    if stream.stages and stream.stages != stages:
+        raise ConfigError(
+            f"stream.order = {stream.order!r}, stream.tasks_a_stage = {size} means stages {list(stages)}, and stream.stages is "
+            f"{list(stream.stages)}: set one of stream.order and stream.stages, and the other to nothing"
+        )
+    return dataclasses.replace(recipe, stream=dataclasses.replace(stream, stages=stages))
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Raise ConfigError unless the files or the data set are named, and the files are there."""
+    data = recipe.data
+    if data.source == "jsonl":
+        if not data.root:
+            raise ConfigError("data.root is not set: name the folder that holds the data, as in data.root=/path/to/data")
+        if not data.files:
+            raise ConfigError("data.files is empty: list the JSON Lines files, relative to data.root")
+        for name in (*data.files, *([data.tasks_file] if data.tasks_file else [])):
+            if not (Path(data.root) / name).is_file():
+                raise ConfigError(f"data file not found: {Path(data.root) / name} (data.root = {data.root!r})")
+    if data.source == "hub" and not data.dataset:
+        raise ConfigError("data.dataset is not set: name a Hugging Face data set id or a local folder")
+
+
+def _cross_check(recipe: Recipe) -> None:
+    train = recipe.train
+    if (train.local_steps > 0) == (train.local_epochs > 0):
+        raise ConfigError(
+            f"train.local_steps = {train.local_steps} and train.local_epochs = {train.local_epochs}: set exactly one above 0, "
+            f"and the other to 0"
+        )
+    if train.micro_batch_size > train.batch_size:
+        raise ConfigError(f"train.micro_batch_size = {train.micro_batch_size} is over train.batch_size = {train.batch_size}")
+    distill, structure = recipe.distill, recipe.structure
+    if structure.mode == "anchored" and not distill.weight:
+        raise ConfigError(
+            "structure.mode = 'anchored' takes its consistency from the distillation term: set distill.weight above 0, or "
+            "structure.mode = 'implicit'"
+        )
+    if structure.mode == "self" and not any(getattr(structure, name) for name in STRUCTURES):
+        raise ConfigError(
+            "structure.mode = 'self' compares a disturbed pass with a clean one, and no structure is asked for: set one above 0"
+        )
+    if train.sam and structure.adversary:
+        raise ConfigError(
+            "train.sam and structure.adversary both ascend before a step, and the adversary would mix the gradients of two "
+            "points: set one of them to 0"
+        )
+    if distill.weight and distill.align == "cka" and 0 < train.micro_batch_size < train.batch_size:
+        raise ConfigError(
+            "distill.align = 'cka' compares the positions of a whole batch, so train.micro_batch_size would change what is "
+            "minimised: set it to 0, or distill.align = 'cosine'"
+        )
+    _check_stream(recipe)
+    _check_exchange(recipe)
+    for baseline in recipe.evaluation.baselines:
+        if baseline not in BASELINES:
+            raise ConfigError(f"evaluation.baselines: {baseline!r} is not one of {', '.join(BASELINES)}")
+    if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
+        raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
+
+
+def _check_stream(recipe: Recipe) -> None:
+    if recipe.stream.replay and not recipe.stream.stages:
+        raise ConfigError(
+            f"stream.replay = {recipe.stream.replay} keeps rows of earlier stages, and there is one stage: set "
+            f"stream.stages or stream.order, or stream.replay = 0"
+        )
+
+
+def _check_exchange(recipe: Recipe) -> None:
+    """What a rule cannot do is an error before the first round, not in the seventh."""
+    federation, stream, lora, structure = recipe.federation, recipe.stream, recipe.lora, recipe.structure
+    rule = federation.rule
+    if rule in SHIFTING and (stream.average or (recipe.distill.weight and recipe.distill.memory)):
+        raise ConfigError(
+            f"federation.rule = {rule!r} moves the base itself, so what was served before is no adapter of today's base: set "
+            f"stream.average = 0 and distill.memory = 0, or a rule such as 'mean'"
+        )
+    if stream.average and not (rule in STEADY and lora.one_rank):
+        raise ConfigError(
+            f"stream.average = {stream.average:g} averages factors of several rounds, and rule {rule!r} finds them anew each "
+            f"round, in another basis: set it to 0, or use rule 'mean', 'freeze_a' or 'krum' with one rank for all sites"
+        )
+    if (federation.optimiser != "average" or federation.server_lr != 1.0) and not (rule in STEADY and lora.one_rank):
+        raise ConfigError(
+            f"federation.optimiser = {federation.optimiser!r}, server_lr = {federation.server_lr:g}: rule {rule!r} finds its "
+            f"factors anew each round, so their difference is no step to carry on; set 'average' and 1, or one of the rules "
+            f"{', '.join(STEADY)}"
+        )
+    if rule in PERSONAL and (stream.stages or recipe.distill.weight):
+        raise ConfigError(
+            f"federation.rule = {rule!r} leaves a factor at each site, so there is no one global model to learn from or to "
+            f"follow over stages: set distill.weight = 0 and no stream, or another rule"
+        )
+    if lora.site_ranks:
+        if max(lora.site_ranks) > lora.rank:
+            raise ConfigError(f"lora.site_ranks = {list(lora.site_ranks)}: none may be over lora.rank = {lora.rank}")
+        if rule not in MIXED and not lora.one_rank:
+            raise ConfigError(
+                f"lora.site_ranks = {list(lora.site_ranks)}: federation.rule = {rule!r} averages factors, which must be of one "
+                f"rank and scale; rules that take several: {', '.join(MIXED)}"
+            )
+    if federation.hostile and rule not in ("trimmed", "krum"):
+        raise ConfigError(
+            f"federation.hostile = {federation.hostile} says nothing to rule {rule!r}; only to 'trimmed' and 'krum'"
+        )
+    if structure.hold and not structure.branch:
+        raise ConfigError("structure.hold = true holds what structure.branch draws: set structure.branch above 0")
+    if structure.hold and rule in (*PERSONAL, *SHIFTING, "median", "trimmed", "krum"):
+        raise ConfigError(f"structure.hold = true leaves modules out of a round; federation.rule = {rule!r} needs them all")
+    others = any(getattr(structure, name) for name in STRUCTURES if name != "branch")
+    if structure.hold and structure.mode in ("self", "rdrop") and not others:
+        raise ConfigError(
+            f"structure.mode = {structure.mode!r} compares two draws, and what is held for a round is drawn once: set another "
+            f"structure above 0, or structure.mode = 'implicit'"
+        )
+
+
+def check_one_model(recipe: Recipe, adapters: Path) -> None:
+    """Raise ConfigError where a federation ends in no one model that could be loaded. adapters: the folder that they are in."""
+    if recipe.federation.rule in PERSONAL:
+        raise ConfigError(
+            f"federation.rule = {recipe.federation.rule!r} leaves one adapter a site, in {adapters}/SITE; there is no one "
+            f"model to load"
+        )

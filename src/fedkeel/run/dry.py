@@ -1,0 +1,48 @@
+"""What a run would take, told before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fedkeel.exchange.codecs import make_codec
+from fedkeel.exchange.messages import factors_down, names_of, pack, pack_global
+from fedkeel.method.aggregate import AGGREGATORS
+from fedkeel.model.lora import Model
+from fedkeel.recipe.schema import Recipe
+from fedkeel.run.prepare import Prepared
+from fedkeel.types import Adapter, Global, Lora
+
+
+def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tuple[int, int]:
+    """(down, up): bytes of one message each way for an adapter of these shapes, by sealing one of zeros.
+
+    True messages are a little longer: their headers carry names and numbers. In a stream with distill.memory the message
+    down holds two adapters from the second stage on, and that is the size given here. Base shifts come on top: of rank up
+    to that of all sites' adapters together, for every round that a site has not seen.
+    """
+    zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    paths = sorted(name[:-2] for name in zeros if name.endswith(".a") and f"{name[:-2]}.b" in zeros)
+    lora = {p: Lora(zeros[f"{p}.a"], zeros[f"{p}.b"], 1.0) for p in paths}
+    factors = {f"{p}.{x}" for p in paths for x in "ab"}
+    adapter = Adapter(lora, {n: t for n, t in zeros.items() if n not in factors})
+    stats = {"loss": 0.1234567890123456}
+    more = {"site": "site-0", "positions": 10_000, "stats": stats, "seconds": "00000000.000", "tasks": {}}
+    remembers = recipe.distill.weight and recipe.distill.memory and len(recipe.stream.stages) > 1
+    federation, state = recipe.federation, Global(0, adapter, adapter if remembers else None)
+    rule = AGGREGATORS[federation.rule]
+    down = pack_global("global", state, federation.codec_down, names_of(adapter, factors_down(rule)), tasks={}, unsent="0" * 16)
+    sent = names_of(adapter, rule.trained(0) & rule.shared)
+    changes = {name: t for name, t in adapter.tensors().items() if name in sent}
+    encoded = make_codec(federation.codec_up).encode(changes, 0)
+    up = pack("update", 0, adapter, encoded, federation.codec_up, held=0, **more)
+    return len(down), len(up)
+
+
+def describe_model(prepared: Prepared) -> tuple[int, int, dict[str, tuple[int, ...]]]:
+    """(frozen parameters, trainable parameters, adapter shapes) of the recipe's base, without reading its weights."""
+    recipe = prepared.recipe
+    model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes, weights=False)
+    shapes = model.read_shapes()
+    return model.base_parameters(), sum(p.numel() for p in model.parameters()), shapes

@@ -1,0 +1,196 @@
+"""A run's folder: recipe, rows, checkpoints, and the state to resume from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkeel.exchange.codecs import open_envelope
+from fedkeel.exchange.messages import pack_global, pack_shift, pack_tensors, read_counts, unpack_global, unpack_shift
+from fedkeel.files import append_lines, write_atomic
+from fedkeel.recipe.load import to_toml
+from fedkeel.recipe.schema import Recipe
+from fedkeel.run.track import Tracks
+from fedkeel.types import Adapter, FedKeelError, Global, Row
+
+
+class RunError(FedKeelError):
+    """A run folder that cannot be used as asked."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and, in a checkout of FedKeel, its commit."""
+    packages = ("fedkeel", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+    versions = {name: metadata.version(name) for name in packages}
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return {
+        "commit": commit,
+        "versions": versions,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+class RunFolder:
+    """`runs/<name>`: the resolved recipe, rows, checkpoints and the state to resume from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows_file = path / "rows.jsonl"
+        self.tracks: Tracks | None = None  # told of every row that is saved
+
+    @property
+    def _state_file(self) -> Path:
+        return self.path / "state.json"
+
+    def state(self) -> dict[str, Any]:
+        """{done: names of finished legs, leg, round: the last checkpoint, tested: stages of it that are scored, rows_bytes,
+        finished}."""
+        if not self._state_file.exists():
+            return {"done": [], "leg": "", "round": 0, "tested": 0, "rows_bytes": 0, "finished": False}
+        state: dict[str, Any] = json.loads(self._state_file.read_text())
+        return state
+
+    def check(self, recipe: Recipe, resume: bool, fresh: bool) -> None:
+        """Raise RunError if `open` would; touches nothing."""
+        if self._state_file.exists() and not fresh:
+            if not resume:
+                raise RunError(
+                    f"{self.path} holds a run already; continue it with --resume, replace it with --fresh, or set name=OTHER"
+                )
+            before, written = (self.path / "recipe.toml").read_text(), to_toml(recipe)
+            if before != written:
+                pairs = zip(before.splitlines(), written.splitlines(), strict=False)
+                changed = next((f"{a!r} became {b!r}" for a, b in pairs if a != b), "a key was added or removed")
+                raise RunError(f"{self.path} cannot be resumed with another recipe: {changed}")
+        elif resume:
+            raise RunError(f"{self.path} holds no run to resume")
+        elif self.path.exists():
+            found = {p.name for p in self.path.iterdir()}
+            if found and not found & {"recipe.toml", "state.json"}:
+                raise RunError(f"{self.path} exists and is not a run of FedKeel; set out= or name= to another folder")
+
+    def open(self, recipe: Recipe, resume: bool, fresh: bool) -> dict[str, Any]:
+        """Make the folder for a new run, or go back to the last whole state of an old one. Raises RunError."""
+        self.check(recipe, resume, fresh)
+        if self._state_file.exists() and not fresh:
+            state = self.state()
+            if self.rows_file.exists():  # rows written after the last checkpoint belong to work that is done again
+                os.truncate(self.rows_file, state["rows_bytes"])
+            return state
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        write_atomic(self.path / "recipe.toml", to_toml(recipe))
+        write_atomic(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+        state = self.state()
+        write_atomic(self._state_file, json.dumps(state))
+        return state
+
+    def save(self, state: dict[str, Any], rows: Sequence[Row]) -> None:
+        """Append rows and move the state on: the one point after which a resumed run continues."""
+        state["rows_bytes"] = append_lines(self.rows_file, [json.dumps(r.as_json(), allow_nan=False) for r in rows])
+        write_atomic(self._state_file, json.dumps(state))
+        if self.tracks and rows:
+            self.tracks.log(rows)
+
+    def write_scores(self, method: str, site: str, scores: Mapping[str, tuple[str, float]]) -> None:
+        """Keep the score of every final test row of a leg, in place of those it had: what paired comparisons resample.
+
+        scores: row id -> (task, score in [0, 1]).
+        """
+        path = self.path / "scores.jsonl"
+        held = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [line for line in held if (line["method"], line["site"]) != (method, site)]
+        lines += [
+            {"method": method, "site": site, "task": task, "id": row, "score": score} for row, (task, score) in scores.items()
+        ]
+        write_atomic(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def checkpoint(self, leg: str, round: int) -> Path:
+        """Where the adapter after `round` rounds of a leg lies."""
+        return self.path / "checkpoints" / leg / f"round-{round:04d}.fkl"
+
+    def _shift(self, leg: str, number: int) -> Path:
+        """One entry of the log of base shifts."""
+        return self.checkpoint(leg, number).with_name(f"shift-{number:04d}.fkl")
+
+    def _kept(self, leg: str, round: int) -> Path:
+        """The folder of what sites and server optimiser keep."""
+        return self.checkpoint(leg, round).with_name(f"kept-{round:04d}")
+
+    def write_checkpoint(self, leg: str, state: Global, kept: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        """Exact: float32, whatever the exchange rounds to. An entry of the log of base shifts is written once.
+
+        kept: what sites keep, by site and name.
+        """
+        for number, entry in enumerate(state.shifts, 1):
+            # the last one anew: it may lie there from a round that was cut off, and was done again with another outcome
+            if number == len(state.shifts) or not self._shift(leg, number).exists():
+                write_atomic(self._shift(leg, number), pack_shift(entry))
+        more: dict[str, Any] = {
+            "counts": {site: dict(told) for site, told in state.counts.items()},
+            "held": dict(state.held),
+            "log": len(state.shifts),
+            "kept": bool(kept or state.optimiser),
+        }
+        try:
+            if more["kept"]:
+                target = self._kept(leg, state.round)
+                for n, (site, tensors) in enumerate(sorted((kept or {}).items())):
+                    write_atomic(target / f"{n}.fkl", pack_tensors(tensors, kind="kept", site=site))
+                optimiser = pack_tensors(state.optimiser, kind="optimiser", sites=len(kept or {}))
+                write_atomic(target / "optimiser.fkl", optimiser)
+                # as large as the adapters of all sites together, and needed to go on from the last rounds only
+                shutil.rmtree(self._kept(leg, state.round - 2), ignore_errors=True)
+            write_atomic(self.checkpoint(leg, state.round), pack_global("checkpoint", state, "fp32", **more))
+        except ValueError as error:
+            raise RunError(
+                f"the checkpoint of round {state.round} cannot be written: {error}; the one before stands"
+            ) from error
+
+    def read_checkpoint(self, leg: str, round: int, like: Adapter) -> Global:
+        """What `write_checkpoint` wrote, without what its last rounds alone keep. Raises RunError."""
+        path = self.checkpoint(leg, round)
+        try:
+            header, state = unpack_global(path.read_bytes(), "checkpoint", like)
+            counts = {site: read_counts(held) for site, held in header["counts"].items()}
+            shifts = [unpack_shift(self._shift(leg, n + 1).read_bytes()) for n in range(int(header["log"]))]
+            held = read_counts(header["held"])
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise RunError(f"checkpoint {path} cannot be used: {error}; start over with --fresh") from error
+        return replace(state, counts=counts, shifts=shifts, held=held)
+
+    def read_kept(self, leg: str, round: int, like: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """(what sites keep, what the server's optimiser keeps) after `round`, one of the last two that were written; both
+        empty where nobody keeps anything. Raises RunError."""
+        target = self._kept(leg, round)
+        if not unpack_global(self.checkpoint(leg, round).read_bytes(), "checkpoint", like)[0].get("kept"):
+            return {}, {}
+        kept = {}
+        try:
+            header, optimiser = open_envelope((target / "optimiser.fkl").read_bytes())
+            for n in range(int(header["sites"])):
+                told, tensors = open_envelope((target / f"{n}.fkl").read_bytes())
+                kept[str(told["site"])] = tensors
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{target} cannot be used: {error}; start over with --fresh") from error
+        return kept, optimiser

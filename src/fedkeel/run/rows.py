@@ -1,0 +1,87 @@
+"""Rows of rounds and of scorings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedkeel.federation.server import RoundResult
+from fedkeel.run.legs import Leg
+from fedkeel.run.prepare import Prepared
+from fedkeel.scores.evaluate import Scored, over_tasks, overall, task_table
+from fedkeel.types import Row
+
+
+def _score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[Scored], prepared: Prepared) -> list[Row]:
+    """Rows of one scoring: per task, over all tasks, in a stream per stage that the rows came with, and per site on its own."""
+    run = prepared.recipe.name
+
+    def row(name: str, value: float, unit: str = "share", task: str = "", at: str = leg.site) -> Row:
+        return Row(run, leg.method, leg.seed, round, name, value, unit, site=at, stage=stage, task=task, split=split)
+
+    table = task_table(scored)
+    rows = []
+    for task, metrics in table.items():
+        rows += [row(n, v, "rows" if n == "rows" else "share", task) for n, v in metrics.items()]
+    rows += [row(name, value) for name, value in over_tasks(table).items()]
+    if len(leg.stages) > 1:
+        for came in range(stage + 1):
+            of_stage = [s for s in scored if prepared.arrival[s.record.id] == came]
+            if of_stage:
+                rows.append(row(f"score_of_stage_{came + 1}", overall(of_stage)))
+    by_id = {s.record.id: s for s in scored}
+    for name, held in prepared.stages[stage].rows.items():
+        own = [by_id[r.id] for r in held[split] if r.id in by_id]
+        if own and (leg.method != "local" or name == leg.site):
+            rows.append(row("own_score", overall(own), at=name))
+    return rows
+
+
+def _unseen_rows(leg: Leg, stage: int, round: int, scored: Sequence[Scored], prepared: Prepared) -> list[Row]:
+    """Rows of one scoring of the sites that take no part in training: over all tasks, and of each such site on its own, but
+    for a local model, whose rows are under the name of the site that it is of."""
+
+    def row(name: str, value: float, at: str) -> Row:
+        run = prepared.recipe.name
+        return Row(run, leg.method, leg.seed, round, name, value, "share", site=at, stage=stage, split="unseen-sites")
+
+    rows = [row("score", overall(scored), leg.site)]
+    by_id = {s.record.id: s for s in scored}
+    for name, held in prepared.unseen[stage].rows.items():
+        own = [by_id[r.id] for r in held["test"] if r.id in by_id]
+        if own and leg.method != "local":
+            rows.append(row("own_score", overall(own), name))
+    return rows
+
+
+UNITS = {"loss": "nats", "distill_loss": "nats", "structure_loss": "nats", "update_norm": "norm", "dropped": "share"}
+
+
+def round_rows(leg: Leg, stage: int, result: RoundResult, run: str, cpu: float) -> list[Row]:
+    """Rows of one round: what it took, what was sent, how far the sites disagreed by block, and what each site told.
+
+    A site's numbers keep their names (`loss`, `gate_a_mean`, `strength`, ...), but for its wall clock, `site_seconds`.
+    cpu: seconds of processor time of the round, all sites and the exchange: unlike wall clock, it says what a method costs on
+    a machine that has other work too.
+    """
+
+    def row(name: str, value: float, unit: str, site: str = "") -> Row:
+        return Row(run, leg.method, leg.seed, result.state.round, name, value, unit, site=site, stage=stage)
+
+    rows = [
+        row("aggregation_error", result.error, "share"),
+        row("seconds", result.seconds, "seconds"),
+        row("cpu_seconds", cpu, "seconds"),
+        row("aggregation_seconds", result.aggregation_seconds, "seconds"),
+    ]
+    rows += [row(f"drift/{block}", value, "ratio") for block, value in result.state.drift.items()]
+    for update in result.updates:
+        rows.append(row("positions", update.positions, "positions", update.site))
+        for name, value in sorted(update.stats.items()):
+            if name == "seconds":
+                rows.append(row("site_seconds", value, "seconds", update.site))
+            else:
+                rows.append(row(name, value, UNITS.get(name, "weight"), update.site))
+    for name, sizes in (("bytes_down", result.bytes_down), ("bytes_up", result.bytes_up)):
+        rows += [row(name, size, "bytes", site) for site, size in sorted(sizes.items())]
+    rows += [row("failed", 1, "rounds", site) for site in sorted(result.failures)]
+    return rows

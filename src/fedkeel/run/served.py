@@ -1,0 +1,45 @@
+"""What a federation serves, from its checkpoints."""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+
+from fedkeel.method.aggregate import blend
+from fedkeel.model.lora import Model
+from fedkeel.recipe.checks import check_one_model
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.prepare import Prepared
+from fedkeel.types import Adapter
+
+
+def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, like: Adapter) -> Adapter:
+    """What a leg serves after `stage` (from 0), from the checkpoints of the stages' ends: see `config.Stream.average`.
+
+    rounds: of one stage. share: 0 takes the stage as it ended.
+    """
+    first = 0 if share else stage
+    ends = (folder.read_checkpoint(leg, rounds * (s + 1), like).adapter for s in range(first, stage + 1))
+    return reduce(lambda before, end: blend(before, end, share), ends)
+
+
+def serve(model: Model, folder: RunFolder, prepared: Prepared) -> None:
+    """Put into the model what a finished federation serves: its adapter, and the base shifts below it.
+
+    Raises ConfigError where there is no such one model, as factors stayed at the sites.
+    """
+    assert model.initial is not None
+    recipe = prepared.recipe
+    check_one_model(recipe, folder.path / "adapter")
+    rounds, last = recipe.federation.rounds, len(prepared.stages) - 1
+    model.rewind()
+    model.replay(folder.read_checkpoint("federated", rounds * (last + 1), model.initial).shifts, 0)
+    model.write(served(folder, "federated", rounds, last, recipe.stream.average, model.initial))
+
+
+def trained_model(prepared: Prepared, folder: Path) -> Model:
+    """The model of a run with its federated adapter in it."""
+    recipe = prepared.recipe
+    model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
+    serve(model, RunFolder(folder), prepared)
+    return model

@@ -1,0 +1,1 @@
+"""What a model is worth: metrics, scoring, damage."""

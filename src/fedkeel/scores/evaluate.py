@@ -1,0 +1,260 @@
+"""A model's score on held-out rows: by the likelihood of each label's text, or by greedy decoding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkeel.data.batches import collate
+from fedkeel.data.format import Formatter
+from fedkeel.model.load import quiet
+from fedkeel.model.lora import Model
+from fedkeel.recipe.schema import Evaluation
+from fedkeel.rng import derive
+from fedkeel.scores.metrics import exact_match, macro, mean, rouge_l
+from fedkeel.types import Record
+
+# Sequences scored at once behind cached prompts: bounds memory however many labels a task has.
+SEQUENCES = 256
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row's outcome. metrics: `accuracy` for a classification row; `rouge_l` and `exact_match` for generation.
+
+    distribution: the probability of each of the record's labels, in their order, with sum 1: softmax of a classifier's
+    logits over the classes that the row allows, or of the log likelihoods of the labels' texts; empty for generation.
+    """
+
+    record: Record
+    prediction: str
+    metrics: dict[str, float]
+    distribution: tuple[float, ...] = ()
+
+    @property
+    def score(self) -> float:
+        """The metric that counts, in [0, 1]: accuracy, or ROUGE-L for generation."""
+        return self.metrics.get("accuracy", self.metrics.get("rouge_l", 0.0))
+
+
+def choose(records: Sequence[Record], split: str, limit: int) -> list[Record]:
+    """The rows of `split`, at most `limit` a task (0: all): the first by a hash of their ids, so the same for every method."""
+    ordered = sorted((r for r in records if r.split == split), key=lambda r: (r.task, derive(0, "evaluation", r.id)))
+    kept, count = [], 0
+    for index, record in enumerate(ordered):
+        count = count + 1 if index and ordered[index - 1].task == record.task else 1
+        if not limit or count <= limit:
+            kept.append(record)
+    return kept
+
+
+@torch.no_grad()
+def score(
+    model: Model,
+    formatter: Formatter,
+    records: Sequence[Record],
+    config: Evaluation,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[Scored]:
+    """Score every record, in the order given. advance: called with the number of rows after each batch."""
+    model.train(False)
+    labelled = [r for r in records if r.labels]
+    free = [r for r in records if not r.labels]
+    found: dict[str, Scored] = {}
+    with model.autocast():
+        if model.kind == "classifier":
+            _classify(model, formatter, labelled, config, found, advance)
+        else:
+            _by_likelihood(model, formatter, labelled, config, found, advance)
+            _generate(model, formatter, free, config, found, advance)
+    return [found[r.id] for r in records if r.id in found]
+
+
+def _classify(
+    model: Model, formatter: Formatter, records: Sequence[Record], config: Evaluation,
+    found: dict[str, Scored], advance: Callable[[int], None],
+) -> None:  # fmt: skip
+    pairs = sorted(((formatter.encode(r), r) for r in records), key=lambda p: (p[0].length, p[1].id))
+    for start in range(0, len(pairs), config.batch_size):
+        chunk = pairs[start : start + config.batch_size]
+        batch = collate([e for e, _ in chunk], model.kind, model.tokenizer.pad_token_id, len(model.classes))
+        logits = model.forward(batch).logits
+        chances = logits.float().softmax(-1).tolist()
+        for (example, record), index, row in zip(chunk, logits.argmax(-1).tolist(), chances, strict=True):
+            prediction = model.classes[index]
+            distribution = tuple(row[label] for label in example.allowed)
+            found[record.id] = Scored(record, prediction, {"accuracy": float(prediction == record.output)}, distribution)
+        advance(len(chunk))
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """(rows, T) tokens and mask, padded on the left, so that every prompt ends in the last column."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
+    return ids, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+
+
+@torch.no_grad()
+def label_log_likelihoods(
+    model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+) -> list[list[float]]:
+    """log p(answer | prompt) in nats, for each prompt and each of its candidate answers, end token included.
+
+    The prompts run once; the candidates then run batched behind their cached keys and values (an encoder-decoder: behind
+    its encoder's output). Must equal a plain forward of every (prompt, answer) pair; a test holds it to that.
+    """
+    flat = [(row, answer) for row, options in enumerate(answers) for answer in options]
+    score = _behind_encoder if model.kind == "seq2seq" else _behind_prompt
+    values = iter(score(model, prompts, flat))
+    return [[next(values) for _ in options] for options in answers]
+
+
+def _pick(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits)[n, tokens[n]], float32."""
+    return logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def _chunks(flat: Sequence[Any]) -> list[tuple[int, Sequence[Any]]]:
+    return [(start, flat[start : start + SEQUENCES]) for start in range(0, len(flat), SEQUENCES)]
+
+
+def _padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(rows, T) tokens padded on the right, and which are real."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*s, *[pad] * (width - len(s))] for s in sequences], device=device)
+    real = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
+    return ids, real
+
+
+def _behind_prompt(model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
+    pad, device = model.tokenizer.pad_token_id, model.device
+    ids, mask = (t.to(device) for t in _left_padded(prompts, pad))
+    lengths = mask.sum(1)
+    positions = model.accepts("position_ids")
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+    if positions:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = torch.arange(len(prompts), device=device)
+    first, output = model.logits_at(inputs, rows, torch.full_like(rows, ids.shape[1] - 1))
+    which = torch.tensor([row for row, _ in flat], device=device)
+    totals = _pick(first[which], torch.tensor([a[0] for _, a in flat], device=device))
+    longer = [n for n, (_, answer) in enumerate(flat) if len(answer) > 1]
+    for _, chunk in _chunks(longer):
+        index = torch.tensor(chunk, device=device)
+        tokens, real = _padded([flat[n][1] for n in chunk], pad, device)
+        step, keep = tokens[:, :-1], real[:, 1:].bool()
+        cache = copy.deepcopy(output.past_key_values)
+        cache.batch_select_indices(which[index])
+        inputs = {"input_ids": step, "past_key_values": cache, "use_cache": True}
+        inputs["attention_mask"] = torch.cat([mask[which[index]], real[:, :-1]], 1)
+        if positions:
+            inputs["position_ids"] = lengths[which[index], None] + torch.arange(step.shape[1], device=device)
+        at, columns = keep.nonzero(as_tuple=True)
+        logits, _ = model.logits_at(inputs, at, columns)
+        totals.index_add_(0, index[at], _pick(logits, tokens[:, 1:][keep]))
+    return totals.tolist()
+
+
+def _behind_encoder(model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
+    pad, device = model.tokenizer.pad_token_id, model.device
+    ids, mask = _padded(prompts, pad, device)
+    encoder = model.net.get_encoder()
+    hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    which = torch.tensor([row for row, _ in flat], device=device)
+    totals = torch.zeros(len(flat), device=device)
+    for start, chunk in _chunks(flat):
+        tokens, real = _padded([answer for _, answer in chunk], pad, device)
+        at, columns = real.nonzero(as_tuple=True)
+        rows = which[start : start + len(chunk)]
+        inputs: dict[str, Any] = {
+            "encoder_outputs": (hidden[rows],),
+            "attention_mask": mask[rows],
+            "decoder_input_ids": model.shift_right(tokens),
+            "use_cache": False,
+        }
+        logits, _ = model.logits_at(inputs, at, columns)
+        totals[start : start + len(chunk)].index_add_(0, at, _pick(logits, tokens[real.bool()]))
+    return totals.tolist()
+
+
+def _by_likelihood(
+    model: Model, formatter: Formatter, records: Sequence[Record], config: Evaluation,
+    found: dict[str, Scored], advance: Callable[[int], None],
+) -> None:  # fmt: skip
+    encoded = []
+    for record in records:
+        answers = [formatter.answer_ids(record, label) for label in record.labels]
+        encoded.append((formatter.prompt_ids(record, max(map(len, answers))), answers, record))
+    encoded.sort(key=lambda e: (len(e[0]), e[2].id))
+    for start in range(0, len(encoded), config.batch_size):
+        chunk = encoded[start : start + config.batch_size]
+        values = label_log_likelihoods(model, [e[0] for e in chunk], [e[1] for e in chunk])
+        for (_, _, record), scores in zip(chunk, values, strict=True):
+            prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
+            distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
+            found[record.id] = Scored(record, prediction, {"accuracy": float(prediction == record.output)}, distribution)
+        advance(len(chunk))
+
+
+def _generate(
+    model: Model, formatter: Formatter, records: Sequence[Record], config: Evaluation,
+    found: dict[str, Scored], advance: Callable[[int], None],
+) -> None:  # fmt: skip
+    encoded = [(formatter.prompt_ids(r, config.max_new_tokens), r) for r in records]
+    encoded.sort(key=lambda e: (len(e[0]), e[1].id))
+    for start in range(0, len(encoded), config.batch_size):
+        chunk = encoded[start : start + config.batch_size]
+        prompts, pad = [p for p, _ in chunk], model.tokenizer.pad_token_id
+        if model.kind == "seq2seq":  # an encoder may count positions from its first column
+            ids, mask = _padded(prompts, pad, model.device)
+        else:
+            ids, mask = (t.to(model.device) for t in _left_padded(prompts, pad))
+        # what ends an answer is the same whatever the answer; a template without an end marker has no such token
+        lasts = [{formatter.answer_ids(r, probe)[-1] for probe in ("x", "y")} for _, r in chunk]
+        ends = {model.tokenizer.eos_token_id}.union(*(last for last in lasts if len(last) == 1))
+        with quiet():
+            out = model.net.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, use_cache=True,
+                max_new_tokens=config.max_new_tokens, pad_token_id=pad,
+                eos_token_id=sorted(e for e in ends if e is not None),
+            )  # fmt: skip
+        new = out if model.kind == "seq2seq" else out[:, ids.shape[1] :]
+        for (_, record), tokens in zip(chunk, new, strict=True):
+            text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            references = record.references or (record.output,)
+            metrics = {"rouge_l": rouge_l(text, references), "exact_match": exact_match(text, references)}
+            found[record.id] = Scored(record, text, metrics)
+        advance(len(chunk))
+
+
+def overall(scored: Sequence[Scored]) -> float:
+    """The mean over tasks of their `score`, each task counting the same."""
+    return macro({task: metrics["score"] for task, metrics in task_table(scored).items()})
+
+
+def over_tasks(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the tasks that have it, each task counting the same. table: of `task_table`."""
+    found = {}
+    for name in ("score", "accuracy", "rouge_l", "exact_match"):
+        per_task = {task: metrics[name] for task, metrics in table.items() if name in metrics}
+        if per_task:
+            found[name] = macro(per_task)
+    return found
+
+
+def task_table(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
+    """Per task: the mean of each metric over its rows, `score` (accuracy, or ROUGE-L for generation) and `rows`."""
+    tasks: dict[str, list[Scored]] = {}
+    for one in scored:
+        tasks.setdefault(one.record.task, []).append(one)
+    table = {}
+    for task, rows in sorted(tasks.items()):
+        names = sorted({name for r in rows for name in r.metrics})
+        means = {name: mean([r.metrics[name] for r in rows if name in r.metrics]) for name in names}
+        table[task] = {**means, "score": mean([r.score for r in rows]), "rows": float(len(rows))}
+    return table
