@@ -22,7 +22,8 @@ import torch
 from machine import resident
 
 from fedkeel.exchange.codecs import make_codec
-from fedkeel.method.aggregate import AGGREGATORS, Options
+from fedkeel.method.aggregate import AGGREGATORS
+from fedkeel.method.aggregate.rule import Options
 from fedkeel.rng import seed_torch
 from fedkeel.types import Adapter, Lora, Update
 

@@ -23,7 +23,7 @@ import torch
 from machine import resident
 
 from fedkeel.data.format import Example
-from fedkeel.federation.train import train_round
+from fedkeel.federation.train import Round, train_round
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
@@ -110,7 +110,7 @@ class Bench:
         self.model.write(self.adapter)
         begin = time.perf_counter()
         # the second of four rounds: ramps are over, nothing is annealed yet
-        train_round(self.model, self.rows, "site", 4, recipe, Global(1, self.adapter), {"task": 10**6})
+        train_round(self.model, self.rows, Round("site", 4, recipe, Global(1, self.adapter), {"task": 10**6}))
         if recipe.model.device.startswith("cuda"):
             torch.cuda.synchronize()
         return time.perf_counter() - begin

@@ -28,7 +28,8 @@ from fedkeel.engines.sitefile import SiteFile, read_site
 from fedkeel.engines.worker import ask, stop
 from fedkeel.exchange.messages import factors_down, names_of, pack_global
 from fedkeel.method.aggregate import AGGREGATORS
-from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.settings import to_toml
 from fedkeel.types import Global
 
 ROWS = 64

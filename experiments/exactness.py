@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fedkeel.exchange.messages import factors_down
 from fedkeel.files import write_atomic
-from fedkeel.method.aggregate import AGGREGATORS, Options, weights
+from fedkeel.method.aggregate import AGGREGATORS, weights
+from fedkeel.method.aggregate.rule import Options
 from fedkeel.types import Adapter, Lora, Update
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "exchange.md"

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkeel import tables
+from fedkeel.exchange.channel import Channel, Feedback
+from fedkeel.exchange.codecs import Codec
+from fedkeel.method.aggregate.rule import Aggregator, aggregator
 from fedkeel.types import Adapter, Lora, Update
+
+AGGREGATORS: dict[str, Aggregator] = {name: aggregator(name) for name in tables.RULES}
 
 # (d_out, d_in) by module path: wide, tall and square, so that a transposed factor cannot pass
 SHAPES = {"layer.0.q": (10, 14), "layer.0.up": (24, 9), "layer.1.q": (12, 12)}
@@ -67,3 +73,12 @@ def safetensors_body(header: Any, data: bytes = b"") -> bytes:
     """The safetensors layout by hand: length, JSON, data. header: JSON values, or bytes to stand there as they are."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
+
+
+def with_residual(
+    codec: Codec, tensors: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None, key: int
+) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
+    """What travels of tensors and the residual of the last time, and the new residual."""
+    memory = {} if residual is None else {"residual": residual}
+    encoded, memory = Channel(codec, {"residual": Feedback()}).send(tensors, memory, key)
+    return encoded, memory["residual"]

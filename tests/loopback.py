@@ -23,7 +23,8 @@ import fedkeel
 from fedkeel.deploy.init import app_recipe, init
 from fedkeel.engines.sitefile import MEMBERS, SiteFile, read_members, read_site
 from fedkeel.engines.worker import stop
-from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.settings import to_toml
 from fedkeel.run.folder import RunFolder
 
 SECONDS = 1800.0  # on a machine that has other work too

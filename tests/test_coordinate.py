@@ -16,11 +16,13 @@ from flower_grid import FakeGrid, Twist
 from flwr.app import Context, RecordDict
 from tiny import tiny_rows
 
-from fedkeel.engines.coordinate import alone, pooled, reference_of
+from fedkeel.engines.coordinate import alone, reference_of
 from fedkeel.engines.flower.apps import client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
+from fedkeel.evidence.report.suite_charts import pooled
 from fedkeel.federation.server import FederationError
-from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.settings import to_toml
 from fedkeel.run.folder import RunFolder
 from fedkeel.run.legs import Leg, Stage
 

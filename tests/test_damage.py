@@ -23,18 +23,9 @@ from fedkeel.model.places import Place
 from fedkeel.recipe.schema import Evaluation, LoraConfig
 from fedkeel.rng import counter_normal, derive, numpy_generator
 from fedkeel.scores import damage
-from fedkeel.scores.damage import (
-    FAMILIES,
-    STRENGTHS,
-    DamageError,
-    compare,
-    damaged,
-    family_index,
-    outcomes,
-    quantised,
-    stability,
-)
+from fedkeel.scores.damage import DamageError, compare, damaged, family_index, outcomes, quantised, stability
 from fedkeel.scores.evaluate import Scored, score, task_table
+from fedkeel.tables import DAMAGES as FAMILIES
 from fedkeel.types import Record
 
 SEED = 5
@@ -401,11 +392,11 @@ def test_blocks_below_the_adapter_run_once_a_batch_and_say_the_same(name: str, f
     )
     undamaged = score(model, formatter, records(), config)
     once = len(calls)
-    found = [o[3:] for o in outcomes(model, formatter, config, undamaged, family, STRENGTHS[family][:2], 3, 7)]
+    found = [o[3:] for o in outcomes(model, formatter, config, undamaged, family, FAMILIES[family].strengths[:2], 3, 7)]
     kept = kind == "classifier" and FAMILIES[family].branches and name != "deberta-v2"  # which says more than states
     assert len(calls) == (2 if kept else 1 + len(found)) * once
     expected = []
-    for strength in STRENGTHS[family][:2]:
+    for strength in FAMILIES[family].strengths[:2]:
         for draw in range(3 if FAMILIES[family].random else 1):
             with damaged(model, family, strength, derive(7, draw)):
                 scored = score(model, formatter, records(), config)
@@ -434,6 +425,6 @@ def test_the_index_of_a_family_by_hand() -> None:
     expected = (x * (1.0 + 0.9) / 2 + (y - x) * (0.9 + 0.5) / 2) / y
     assert family_index("bits", {8.0: 0.9, 4.0: 0.5}, 1.0) == pytest.approx(expected)
     assert family_index("skip", {1.0: 0.5}, 1.0) == 0.75
-    assert family_index("heads", dict.fromkeys(STRENGTHS["heads"], 0.6), 0.6) == 1.0
+    assert family_index("heads", dict.fromkeys(FAMILIES["heads"].strengths, 0.6), 0.6) == 1.0
     with pytest.raises(DamageError, match="thunder"):
         family_index("thunder", {0.1: 1.0}, 1.0)

@@ -13,7 +13,7 @@ from shapes import ENDS, tokenizer
 
 from fedkeel.data.batches import Batch, batch_indices, batches_per_epoch, collate
 from fedkeel.data.format import Example, Formatter
-from fedkeel.data.sources import DataError
+from fedkeel.data.forms import DataError
 from fedkeel.types import Record
 
 TEMPLATED = ["llama2", "llama3", "chatml"]

@@ -21,26 +21,25 @@ import fedkeel.federation.server
 from fedkeel.data.format import Formatter
 from fedkeel.exchange.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
 from fedkeel.exchange.messages import names_of, pack, pack_global, unpack_global
-from fedkeel.federation.client import answer
+from fedkeel.federation.client import Site, answer
 from fedkeel.federation.kept import Kept
-from fedkeel.federation.screen import screen
-from fedkeel.federation.server import FederationError, run_round
-from fedkeel.method.aggregate import AGGREGATORS, first_rows, folded, truncated
-from fedkeel.method.aggregate.rule import BOTH
-from fedkeel.method.structure import left_out
+from fedkeel.federation.screen import Expected, screen
+from fedkeel.federation.server import FederationError, Roster, run_round
+from fedkeel.method.aggregate.layouts import first_rows, folded, truncated
+from fedkeel.method.structure.branch import left_out
 from fedkeel.model.load import ModelError
 from fedkeel.model.lora import Model
-from fedkeel.recipe import schema as config
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Federation
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.run.folder import RunFolder
 from fedkeel.run.prepare import prepare
 from fedkeel.run.served import trained_model
+from fedkeel.tables import RULES
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Update
 
-ONE_MODEL = [name for name, rule in AGGREGATORS.items() if not rule.personal]
-PERSONAL = [name for name, rule in AGGREGATORS.items() if rule.personal]
+ONE_MODEL = [name for name, rule in RULES.items() if not rule.personal]
+PERSONAL = [name for name, rule in RULES.items() if rule.personal]
 EXTRA = {"krum": ["federation.hostile=0"], "trimmed": ["federation.hostile=1"]}
 
 
@@ -53,14 +52,6 @@ def bytes_of(folder: RunFolder, name: str) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------------------ recipe and registry
-
-
-def test_what_a_recipe_can_name_is_what_there_is() -> None:
-    assert set(config.RULES) == set(AGGREGATORS)
-    assert {n for n, r in AGGREGATORS.items() if r.mixed} == set(config.MIXED)
-    assert {n for n, r in AGGREGATORS.items() if r.shifts} == set(config.SHIFTING)
-    assert {n for n, r in AGGREGATORS.items() if r.personal} == set(config.PERSONAL)
-    assert {n for n, r in AGGREGATORS.items() if r.keeps_basis} == set(config.STEADY)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +112,7 @@ def test_the_adapter_of_every_rule_loads_in_plain_peft(tiny_overrides: list[str]
     assert torch.equal(again.net(input_ids=ids).logits, model.net(input_ids=ids).logits)
     errors = [r["value"] for r in rows_of(folder) if r["name"] == "aggregation_error"]
     assert len(errors) == 3
-    assert (max(errors) < 1e-6) == AGGREGATORS[rule].exact
+    assert (max(errors) < 1e-6) == RULES[rule].exact
 
 
 @pytest.mark.parametrize("rule", PERSONAL)
@@ -212,7 +203,7 @@ def test_another_frozen_factor_at_the_site_is_refused_before_training(tiny_overr
     assert model.initial is not None
     payload = pack_global("global", Global(0, model.initial), "fp32", names_of(model.initial, "b"), tasks={}, unsent="0" * 16)
     with pytest.raises(FedKeelError, match="seed, base and fedkeel must be the same"):
-        answer(payload, model, [[]], "here", 1, recipe, Kept())
+        answer(payload, model, Site("here", [[]], 1, recipe), Kept())
 
 
 def test_a_codec_makes_messages_smaller_by_what_it_says(tiny_overrides: list[str]) -> None:
@@ -245,7 +236,7 @@ def test_error_feedback_keeps_what_was_not_sent_and_sends_it_later(tiny_override
     start = pack_global("global", Global(0, model.initial), "fp32", tasks={})
     kept, residual = Kept(), {n: torch.zeros_like(t) for n, t in model.initial.tensors().items()}
     for _ in range(2):  # the same round twice: the same change, so the second shows what was kept
-        payload = answer(start, model, [rows], name, 3, recipe, kept)
+        payload = answer(start, model, Site(name, [rows], 3, recipe), kept)
         change = {n: t - model.initial.tensors()[n] for n, t in model.read().tensors().items()}
         shapes = {n: tuple(t.shape) for n, t in change.items()}
         arrived = make_codec("topk=0.1+int4").decode(open_envelope(payload)[1], shapes)
@@ -258,7 +249,7 @@ def test_error_feedback_keeps_what_was_not_sent_and_sends_it_later(tiny_override
         residual = dict(kept.residual)
     without = replace(recipe, federation=replace(recipe.federation, error_feedback=False))
     nothing = Kept()
-    answer(start, model, [rows], name, 3, without, nothing)
+    answer(start, model, Site(name, [rows], 3, without), nothing)
     assert not nothing.residual
 
 
@@ -271,11 +262,13 @@ def test_a_site_goes_on_from_the_factor_that_it_kept(tiny_overrides: list[str], 
     formatter = Formatter(model.tokenizer, model.kind, recipe.data.max_length, recipe.data.list_labels)
     name, held = next(iter(prepared.sites.rows.items()))
     assert model.initial is not None
-    own, fresh = AGGREGATORS[rule].personal, model.initial.tensors()
+    own, fresh = RULES[rule].keeps, model.initial.tensors()
     mine = {n: 0.1 * numbers(i, *t.shape) for i, (n, t) in enumerate(fresh.items()) if n.endswith(f".{own}")}
-    payload = pack_global("global", Global(0, model.initial), "fp32", names_of(model.initial, BOTH - {own}), tasks={})
+    payload = pack_global(
+        "global", Global(0, model.initial), "fp32", names_of(model.initial, frozenset("ab") - {own}), tasks={}
+    )
     kept = Kept(personal=mine)
-    answer(payload, model, [formatter.encode_all(held["train"])], name, 3, recipe, kept)
+    answer(payload, model, Site(name, [formatter.encode_all(held["train"])], 3, recipe), kept)
     assert kept.personal.keys() == mine.keys()
     for n, tensor in mine.items():
         torch.testing.assert_close(kept.personal[n], tensor, rtol=0, atol=1e-6)
@@ -299,7 +292,7 @@ def test_a_lower_rank_in_a_larger_model_trains_as_a_model_of_that_rank(tiny_over
         like = first_rows(model.initial, 2, spec.lora.scale(2)) if rank else model.initial
         start = start or like.tensors()
         payload = pack_global("global", Global(0, like.with_tensors(start)), "fp32", tasks={})
-        sent = answer(payload, model, [formatter.encode_all(held["train"])], name, 3, spec, Kept(rank=rank))
+        sent = answer(payload, model, Site(name, [formatter.encode_all(held["train"])], 3, spec), Kept(rank=rank))
         changes.append(open_envelope(sent)[1])
     padded, built = changes
     assert padded.keys() == built.keys()
@@ -382,16 +375,16 @@ def test_a_site_that_missed_rounds_is_sent_what_it_missed_and_one_that_failed_al
     like = make_adapter(0)
     sites, federation = Pretend(like), Federation(rule="stack", quorum=0.3, sites_per_round=0)
     state = Global(0, like)
-    state = run_round(state, sites, ["a", "b", "c"], federation, 1).state
+    state = run_round(state, sites, Roster(["a", "b", "c"], federation, 1)).state
     assert all(announced(p, like) == (0, 0) for p in sites.requests.values())
-    state = run_round(state, sites, ["a", "b"], federation, 1).state
+    state = run_round(state, sites, Roster(["a", "b"], federation, 1)).state
     assert announced(sites.requests["a"], like) == (0, 1)
     sites.broken = ("b",)
-    state = run_round(state, sites, ["a", "b", "c"], federation, 1).state
+    state = run_round(state, sites, Roster(["a", "b", "c"], federation, 1)).state
     assert announced(sites.requests["a"], like) == (1, 1)
     assert announced(sites.requests["c"], like) == (0, 2)  # it missed a round
     sites.broken = ()
-    state = run_round(state, sites, ["a", "b", "c"], federation, 1).state
+    state = run_round(state, sites, Roster(["a", "b", "c"], federation, 1)).state
     assert announced(sites.requests["a"], like) == (2, 1)
     assert announced(sites.requests["b"], like) == (0, 3)  # it failed: nobody knows what it holds
     assert state.held == dict.fromkeys("abc", 3)
@@ -477,7 +470,7 @@ def test_modules_left_out_of_a_round_are_neither_sent_nor_averaged_in() -> None:
                 replies.append(Reply(site, pack("update", 0, like, sent, "fp32", **told)))
             return replies
 
-    result = run_round(Global(0, like), Some(), list("abc"), Federation(), 1, hold=lambda site, round: out[site])
+    result = run_round(Global(0, like), Some(), Roster(list("abc"), Federation(), 1, hold=lambda site, round: out[site]))
     now = result.state.adapter.tensors()
     for name, tensor in like.tensors().items():
         who = [s for s in "abc" if not any(name.startswith(p + ".") for p in out[s])]
@@ -503,7 +496,7 @@ def test_a_message_with_a_module_that_was_left_out_is_refused() -> None:
             ]
 
     with pytest.raises(FederationError, match=r"layer\.0\.q.* not a tensor"):
-        run_round(Global(0, like), All(), ["a"], Federation(), 1, hold=lambda site, round: frozenset({"layer.0.q"}))
+        run_round(Global(0, like), All(), Roster(["a"], Federation(), 1, hold=lambda site, round: frozenset({"layer.0.q"})))
 
 
 @pytest.mark.parametrize("rule", ["mean", "svd", "alternate"])
@@ -521,7 +514,7 @@ def test_replies_too_large_to_be_held_together_are_decoded_anew_to_the_same_bits
     for small in (2**28, 0):
         monkeypatch.setattr(fedkeel.federation.server, "SMALL", small)
         sites = Pretend(like, factors="b" if rule == "alternate" else "ab")
-        held[small] = run_round(Global(0, like), sites, list("abc"), Federation(rule=rule), 1)
+        held[small] = run_round(Global(0, like), sites, Roster(list("abc"), Federation(rule=rule), 1))
         assert (decoded == list("abc")) == bool(small)
         decoded.clear()
     together, anew = held.values()
@@ -556,8 +549,8 @@ def test_a_server_optimiser_steps_as_its_formula_says(tiny_overrides: list[str])
     points are those of the run, so Δ is read off its own rounds."""
     like = make_adapter(0)
     sites, federation = Pretend(like), Federation(optimiser="momentum", server_lr=0.5)
-    first = run_round(Global(0, like), sites, ["a", "b"], federation, 1).state
-    second = run_round(first, sites, ["a", "b"], federation, 1).state
+    first = run_round(Global(0, like), sites, Roster(["a", "b"], federation, 1)).state
+    second = run_round(first, sites, Roster(["a", "b"], federation, 1)).state
     for i, (name, tensor) in enumerate(like.tensors().items()):
         delta = sum(0.05 * numbers(ord(s) + i, *tensor.shape) for s in "ab")
         torch.testing.assert_close(first.adapter.tensors()[name], tensor + 0.5 * delta, rtol=0, atol=1e-5)
@@ -619,14 +612,14 @@ TOO_MUCH = {
 @pytest.mark.parametrize(("told", "error"), TOO_MUCH.values(), ids=TOO_MUCH.keys())
 def test_numbers_that_would_break_a_checkpoint_or_the_ledger_are_refused(told: dict[str, Any], error: str) -> None:
     with pytest.raises(EnvelopeError, match=error):
-        screen(reply_of(make_adapter(0), SMALL, **told), 0, make_adapter(0), float("inf"))
+        screen(reply_of(make_adapter(0), SMALL, **told), Expected(0, make_adapter(0)))
 
 
 def test_a_change_that_overflows_once_it_is_added_is_refused() -> None:
     like = make_adapter(0)
     large = like.with_tensors({n: torch.full_like(t, 3e38) for n, t in like.tensors().items()})
     with pytest.raises(EnvelopeError, match="not finite once the change is added"):
-        screen(reply_of(large, large.tensors()), 0, large, float("inf"))
+        screen(reply_of(large, large.tensors()), Expected(0, large))
 
 
 @pytest.mark.parametrize("rule", ["svd", "stack"])
@@ -638,7 +631,7 @@ def test_a_sum_that_overflows_stops_the_round_before_it_becomes_the_state(rule: 
             return [reply_of(like, {n: torch.full_like(t, 3e38) for n, t in like.tensors().items()})]
 
     with pytest.raises(FederationError, match="not finite once the updates are combined"):
-        run_round(Global(0, like), Huge(), ["a"], Federation(rule=rule), 1)
+        run_round(Global(0, like), Huge(), Roster(["a"], Federation(rule=rule), 1))
 
 
 def test_a_shift_left_by_a_round_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:

@@ -28,9 +28,10 @@ from fedkeel.engines.sitefile import read_members
 from fedkeel.engines.store import Store
 from fedkeel.engines.work import handle
 from fedkeel.federation.server import FederationError
-from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.settings import to_toml
+from fedkeel.run.execute import execute
 from fedkeel.run.folder import RunFolder
-from fedkeel.run.loop import execute
 from fedkeel.run.prepare import prepare
 from fedkeel.types import FedKeelError
 

@@ -24,25 +24,25 @@ from fedkeel.cli import app
 from fedkeel.data.format import Formatter
 from fedkeel.evidence.measure import damage, general, unseen
 from fedkeel.evidence.measure import parts as measuring
-from fedkeel.evidence.measure.damage import TRAINED_BY
 from fedkeel.evidence.measure.general import against_base
 from fedkeel.evidence.measure.parts import measure
 from fedkeel.evidence.measure.run import Measured, MeasureError, Settings
 from fedkeel.evidence.measure.table import measures_table
 from fedkeel.evidence.report import read_rows
-from fedkeel.federation.train import train_round
+from fedkeel.federation.train import Round, train_round
 from fedkeel.method.objective.distill import linear_cka
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
 from fedkeel.rng import derive
+from fedkeel.run.execute import execute
 from fedkeel.run.folder import RunFolder
-from fedkeel.run.loop import execute
 from fedkeel.run.prepare import prepare
 from fedkeel.run.served import served, trained_model
-from fedkeel.scores.damage import FAMILIES, STRENGTHS, damaged, family_index
+from fedkeel.scores.damage import damaged, family_index
 from fedkeel.scores.evaluate import choose, overall, score
 from fedkeel.scores.metrics import consistency
+from fedkeel.tables import DAMAGES as FAMILIES
 from fedkeel.types import Row
 
 TEXT = "\n".join((
@@ -115,7 +115,7 @@ def test_damage_is_scores_under_damage_apart_for_what_training_used(folder: Path
     falls, index = [], {}
     for family, draws in (("modules", 2), ("bits", 1)):
         scores = {}
-        for strength in STRENGTHS[family]:
+        for strength in FAMILIES[family].strengths:
             drawn = []
             for draw in range(draws):
                 with damaged(model, family, strength, derive(0, draw)):
@@ -149,8 +149,7 @@ def test_damage_is_scores_under_damage_apart_for_what_training_used(folder: Path
 
 
 def test_every_family_is_told_what_trains_on_it() -> None:
-    assert set(TRAINED_BY) == set(FAMILIES)
-    for structures in TRAINED_BY.values():
+    for structures in (entry.trained_by for entry in FAMILIES.values()):
         assert all(hasattr(Recipe().structure, name) for name in structures)
 
 
@@ -241,7 +240,7 @@ def test_states_of_stages_and_sites_against_one_row_at_a_time(folder: Path) -> N
         model.write(final)
         examples = formatter.encode_all(prepared.stages[-1].rows[site]["train"])
         with torch.enable_grad():
-            train_round(model, examples, site, 2, recipe, replace(state, round=3, adapter=final), {})
+            train_round(model, examples, Round(site, 2, recipe, replace(state, round=3, adapter=final)))
         after = states_of(model, formatter, records)
         assert value == pytest.approx(float(linear_cka(torch.tensor(after), torch.tensor(end))), abs=1e-5)
         assert value < 0.9999

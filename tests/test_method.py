@@ -29,21 +29,24 @@ from training import (
     whole_batch,
 )
 
-import fedkeel.federation.train
+from fedkeel import tables
 from fedkeel.data.format import Example
 from fedkeel.exchange.codecs import open_envelope
 from fedkeel.federation.server import FederationError
 from fedkeel.federation.teacher import Guide
-from fedkeel.federation.train import backward_at_worst, guidance_weight
-from fedkeel.method.objective.consistency import self_consistency, symmetric_kl
-from fedkeel.method.objective.distill import Guidance, distill
-from fedkeel.method.structure import Draw, Injection, StructureError
+from fedkeel.method.objective.ascent import backward_at_worst
+from fedkeel.method.objective.consistency import self_consistency, symmetric_kl, to_clean
+from fedkeel.method.objective.distill import Guidance, distill, guidance_weight
+from fedkeel.method.structure.draw import Draw
+from fedkeel.method.structure.inject import Injection
 from fedkeel.model.lora import Model
+from fedkeel.model.places import StructureError
 from fedkeel.recipe.load import load_recipe
-from fedkeel.recipe.schema import STRUCTURES, Recipe
+from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
 from fedkeel.run.prepare import prepare
+from fedkeel.tables import STRUCTURES
 from fedkeel.types import Forward, Global
 
 OFF = [
@@ -337,11 +340,11 @@ def test_consistency_against_two_forwards_by_hand(mode: str) -> None:
 def test_self_takes_its_second_pass_every_nth_step(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[float] = []
 
-    def counted(clean: Tensor, perturbed: Tensor) -> Tensor:
+    def counted(forward: Forward, options: Any) -> Tensor:
         taken.append(1.0)
-        return self_consistency(clean, perturbed)
+        return to_clean(forward, options)
 
-    monkeypatch.setattr(fedkeel.federation.train, "self_consistency", counted)
+    monkeypatch.setitem(tables.TERMS, "self", replace(tables.TERMS["self"], code=counted))
     for every, count in ((1, 6), (2, 3), (4, 2)):  # steps 6 to 11 of the stage: 8 only under 4, but for 8 … 11
         taken.clear()
         model, examples = setting("llama")
@@ -480,10 +483,10 @@ def test_no_hook_stays_where_a_round_breaks(monkeypatch: pytest.MonkeyPatch) -> 
     model, examples = setting("llama")
     before = hooks_of(model)
 
-    def broken(forward: Forward) -> Tensor:
+    def broken(forward: Forward, options: Any) -> Tensor:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(fedkeel.federation.train, "task_loss", broken)
+    monkeypatch.setitem(tables.TERMS, "task", replace(tables.TERMS["task"], code=broken))
     with pytest.raises(ZeroDivisionError):
         train(model, examples, recipe_of(*EVERY_STRUCTURE))
     assert hooks_of(model) == before

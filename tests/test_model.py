@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from shapes import ARCHITECTURES, CAUSAL, ENCODERS, HIDDEN, LAYERS, SEQ2SEQ, base, make, randomise, tokenizer
 from torch import Tensor, nn
 
+from fedkeel import tables
 from fedkeel.data.batches import Batch, collate
 from fedkeel.data.format import Example, Formatter
-from fedkeel.model import load as model_module
 from fedkeel.model.load import ModelError, kind_of, load_config, load_tokenizer, uses_bf16
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import LoraConfig
@@ -382,7 +382,7 @@ def test_a_model_without_weights_has_the_same_shapes_and_counts(name: str, head:
 
 def test_an_architecture_that_the_table_lacks_gets_every_linear_map_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     known = set(make("llama").read().lora)
-    monkeypatch.delitem(model_module.TARGETS, "llama")
+    monkeypatch.delitem(tables.ARCHITECTURES, "llama")
     assert set(make("llama").read().lora) == known
 
 

@@ -12,11 +12,11 @@ import transformers
 from shapes import ARCHITECTURES, HEADS, HIDDEN, INNER, LAYERS, make, randomise
 from torch import Tensor, nn
 
-from fedkeel.method.structure import STRUCTURES, Injection, Place, Places, StructureError, find_places
+from fedkeel import tables
+from fedkeel.method.structure.inject import Injection
 from fedkeel.method.structure.weights import row_norms
-from fedkeel.model.load import TARGETS
 from fedkeel.model.lora import Model
-from fedkeel.model.places import _MAPS
+from fedkeel.model.places import Place, Places, StructureError, find_places
 
 SEQ2SEQ = ("t5", "t5:gated", "bart", "mt5", "mbart")
 GROUPED = (
@@ -135,7 +135,8 @@ OTHER_NAMES = {
     "mt5": {"d_model": HIDDEN, "d_kv": 12, "d_ff": INNER, "num_layers": LAYERS, "num_heads": HEADS},
     "gemma3_text": {"head_dim": 16, "sliding_window": 4, "layer_types": ["full_attention"] * LAYERS},
 }  # fmt: skip
-UNSHAPED = sorted(set(_MAPS) - set(ARCHITECTURES))
+STRUCTURES = [name for name, entry in tables.STRUCTURES.items() if not entry.learns]
+UNSHAPED = sorted(set(tables.ARCHITECTURES) - set(ARCHITECTURES))
 
 
 @cache
@@ -154,7 +155,8 @@ def plain_of(name: str) -> nn.Module:
 
 
 def test_every_architecture_with_default_targets_is_known() -> None:
-    assert set(_MAPS) == set(TARGETS)
+    for maps in tables.ARCHITECTURES.values():
+        assert maps.targets and maps.added
 
 
 @torch.no_grad()
@@ -313,8 +315,7 @@ def test_gradients_reach_every_adapter_through_all_structures(name: str) -> None
     with injected(places_of(model), amounts) as injection:
         output = model.net(**inputs_of(model))
         (output.last_hidden_state if model.kind == "classifier" else output.logits).square().mean().backward()
-    adversary = injection.adversary
-    assert adversary is not None
+    adversary = injection.learners["adversary"]
     parameters = [*model.parameters(), *(b2 for b2, _ in adversary.pairs)]
     silent = [p for p in parameters if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     assert silent == []

@@ -15,7 +15,8 @@ import results_page
 import sweep
 from fedkeel.evidence.suites.plan import load_plan
 from fedkeel.evidence.suites.runs import other_recipe, runs_of
-from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.settings import to_toml
 
 ROOT = Path(__file__).parent.parent
 

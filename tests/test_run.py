@@ -23,15 +23,15 @@ from fedkeel.data.batches import batch_indices, collate
 from fedkeel.data.format import Formatter
 from fedkeel.data.sites import make_sites
 from fedkeel.federation.server import FederationError, RoundResult
-from fedkeel.federation.train import learning_rate, steps_a_round, train_round
+from fedkeel.federation.train import Round, learning_rate, steps_a_round, train_round
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe, Train
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.run.dry import describe_model, payload_bytes
+from fedkeel.run.execute import execute
 from fedkeel.run.folder import RunError, RunFolder
 from fedkeel.run.legs import legs_of
-from fedkeel.run.loop import execute
 from fedkeel.run.prepare import Prepared, prepare
 from fedkeel.types import Adapter, FedKeelError, Global
 
@@ -150,7 +150,7 @@ def test_micro_batches_add_up(tiny_overrides: list[str]) -> None:
         model = Model(recipe.model, recipe.lora, recipe.seed)
         examples = Formatter(model.tokenizer, "causal", 128).encode_all(prepared.sites.rows["ward-0"]["train"])
         assert len({e.positions for e in examples}) > 1
-        positions, stats = train_round(model, examples, "ward-0", 1, recipe, Global(0, model.read()), {})
+        positions, stats = train_round(model, examples, Round("ward-0", 1, recipe, Global(0, model.read())))
         ends.append((model.read().tensors(), positions, stats["loss"]))
     (a, n_a, loss_a), (b, n_b, loss_b) = ends
     assert n_a == n_b
@@ -306,7 +306,7 @@ def test_svd_at_full_rank_is_the_dense_sum(tiny_overrides: list[str], monkeypatc
 
 def test_budgets_of_the_legs(tiny_overrides: list[str]) -> None:
     prepared = prepare(load_recipe(None, tiny_overrides))
-    legs = {leg.name: leg for leg in legs_of(prepared)}
+    legs = {leg.name: leg for leg in legs_of(prepared.cast)}
     assert list(legs) == ["base", "federated", "local/ward-0", "local/ward-1", "local/ward-2", "centralised"]
     assert legs["base"].rounds == 0
     stages = {name: leg.stages[0] for name, leg in legs.items()}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedkeel.exchange.codecs import EnvelopeError, make_codec, open_envelope, seal
 from fedkeel.exchange.messages import SCHEMA, difference, layout, pack, pack_global, unpack, unpack_global
-from fedkeel.federation.screen import screen
-from fedkeel.federation.server import FederationError, RoundResult, run_round, sample_sites
+from fedkeel.federation.screen import Expected, screen
+from fedkeel.federation.server import FederationError, Roster, RoundResult, run_round, sample_sites
 from fedkeel.method.aggregate import drift, weights
 from fedkeel.recipe.schema import Federation
 from fedkeel.types import Adapter, Global, Lora, Reply, Request, Update
@@ -75,7 +75,7 @@ CHANGES = {site: change_of(100 * k) for k, site in enumerate(("a", "b", "c"), 1)
 
 
 def one_round(sites: Sites, **federation: Any) -> RoundResult:
-    return run_round(Global(4, sites.like), sites, list(sites.changes), Federation(**federation), seed=1)
+    return run_round(Global(4, sites.like), sites, Roster(list(sites.changes), Federation(**federation), 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- sampling
@@ -112,7 +112,7 @@ def test_every_site_has_its_turn() -> None:
 
 
 def test_a_good_reply_is_the_reference_plus_its_change() -> None:
-    update = screen(Reply("a", message()), 0, REFERENCE, float("inf"))
+    update = screen(Reply("a", message()), Expected(0, REFERENCE))
     old, change = REFERENCE.tensors(), change_of(7)
     for name, tensor in update.adapter.tensors().items():
         assert torch.equal(tensor, old[name] + change[name])
@@ -167,7 +167,7 @@ REFUSED = {
 @pytest.mark.parametrize(("reply", "told"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_reply_is_refused_for_what_is_wrong_with_it(reply: Reply, told: str) -> None:
     with pytest.raises(EnvelopeError) as caught:
-        screen(reply, 0, REFERENCE, float("inf"))
+        screen(reply, Expected(0, REFERENCE))
     assert told in str(caught.value)
 
 
@@ -176,9 +176,9 @@ def test_a_change_is_refused_by_its_length() -> None:
     change["layer.0.q.a"][0, :2] = torch.tensor([3.0, 0.0])
     change["head.weight"][1] = 4.0  # together 5
     reply = Reply("a", message(change=change))
-    assert screen(reply, 0, REFERENCE, 5.0).stats["update_norm"] == 5.0
+    assert screen(reply, Expected(0, REFERENCE, max_norm=5.0)).stats["update_norm"] == 5.0
     with pytest.raises(EnvelopeError, match=r"norm 5, over federation\.max_update_norm = 4\.99"):
-        screen(reply, 0, REFERENCE, 4.99)
+        screen(reply, Expected(0, REFERENCE, max_norm=4.99))
 
 
 JUNK: list[Any] = [None, True, 0, -1, 1.5, "", "x", [], ["fp32"], {}, {"a": 1}, 10**400, "9" * 5000]
@@ -192,12 +192,12 @@ def test_a_header_field_of_any_type_is_taken_or_refused_but_never_breaks_the_ser
     for junk in JUNK:
         payload = seal(header | {key: junk}, change_of(7))
         try:
-            screen(Reply("a", payload), 0, REFERENCE, float("inf"))
+            screen(Reply("a", payload), Expected(0, REFERENCE))
         except EnvelopeError:
             refused += 1
     without = seal({k: v for k, v in header.items() if k != key}, change_of(7))
     with pytest.raises(EnvelopeError):
-        screen(Reply("a", without), 0, REFERENCE, float("inf"))
+        screen(Reply("a", without), Expected(0, REFERENCE))
     assert refused >= len(JUNK) - 4  # seconds may be four of them: True, 0, −1, 1.5
 
 
@@ -228,7 +228,7 @@ def test_a_round_by_hand() -> None:
         "three": {"m.a": torch.tensor([[4.0]]), "m.b": torch.tensor([[0.0]]), "head": torch.tensor([1.0])},
     }
     sites = Sites(changes, like=start)  # positions by name: one 1, three 2, two 3
-    result = run_round(Global(6, start), sites, ["one", "two", "three"], Federation(), seed=1)
+    result = run_round(Global(6, start), sites, Roster(["one", "two", "three"], Federation(), 1))
     assert result.state.round == 7
     got = result.state.adapter
     # A: (1 · 5 + 2 · 5 + 3 · −3) / 6 = 1; B: (1 · 2 + 2 · 2 + 3 · 10) / 6 = 6; head: 10 + (1 + 2 − 3) / 6 = 10
@@ -238,10 +238,10 @@ def test_a_round_by_hand() -> None:
     assert got.lora["m"].scale == 0.5
     # exact: ½ (1 · 10 + 2 · 10 − 3 · 30) / 6 = −5; got ½ · 6 · 1 = 3: off by 8 of 5
     assert result.error == pytest.approx(8 / 5, rel=1e-6)
-    exact = run_round(Global(6, start), sites, list(changes), Federation(rule="svd"), seed=1)
+    exact = run_round(Global(6, start), sites, Roster(list(changes), Federation(rule="svd"), 1))
     assert exact.state.adapter.lora["m"].dense().item() == pytest.approx(-5.0, rel=1e-6)
     assert exact.error < 1e-6
-    uniform = run_round(Global(6, start), sites, list(changes), Federation(weighting="uniform"), seed=1)
+    uniform = run_round(Global(6, start), sites, Roster(list(changes), Federation(weighting="uniform"), 1))
     assert uniform.state.adapter.lora["m"].b.item() == pytest.approx(14 / 3, rel=1e-6)
 
 
@@ -347,11 +347,11 @@ def test_a_quorum_that_is_exactly_met_is_enough(count: int) -> None:
     for good in range(1, count + 1):
         sites = Sites(changes, like=like, reorder=lambda replies, good=good: replies[:good])
         quorum = good / count
-        assert len(run_round(Global(0, like), sites, names, Federation(quorum=quorum), 1).updates) == good
+        assert len(run_round(Global(0, like), sites, Roster(names, Federation(quorum=quorum), 1)).updates) == good
         if good > 1:
             fewer = replace(sites, reorder=lambda replies, good=good: replies[: good - 1])
             with pytest.raises(FederationError):
-                run_round(Global(0, like), fewer, names, Federation(quorum=quorum), 1)
+                run_round(Global(0, like), fewer, Roster(names, Federation(quorum=quorum), 1))
 
 
 def test_a_round_that_changed_nothing_is_an_error() -> None:
@@ -371,7 +371,7 @@ def test_a_global_adapter_that_the_codec_cannot_hold_stops_the_run_by_its_tensor
 
 def test_seconds_are_of_the_clock_that_was_given() -> None:
     ticks = iter([10.0, 17.0, 20.5])
-    result = run_round(Global(0, REFERENCE), Sites(CHANGES), list("abc"), Federation(), 1, clock=lambda: next(ticks))
+    result = run_round(Global(0, REFERENCE), Sites(CHANGES), Roster(list("abc"), Federation(), 1), lambda: next(ticks))
     assert (result.seconds, result.aggregation_seconds) == (10.5, 3.5)
 
 
@@ -440,7 +440,7 @@ def test_a_round_carries_counts_memory_and_drift() -> None:
     memory = make_adapter(5)
     counts = {"a": {"colour": 1, "old": 2}, "z": {"colour": 10, "echo": 20}}
     sites = Sites(CHANGES)
-    result = run_round(Global(4, REFERENCE, memory, counts), sites, list(CHANGES), Federation(), seed=1)
+    result = run_round(Global(4, REFERENCE, memory, counts), sites, Roster(list(CHANGES), Federation(), 1))
     header, sent = unpack_global(sites.requests[0].payload, "global", REFERENCE)
     assert header["tasks"] == {"colour": 11, "echo": 20, "old": 2}
     assert flat(sent.memory) == flat(memory)
@@ -451,7 +451,7 @@ def test_a_round_carries_counts_memory_and_drift() -> None:
     assert result.state.drift == drift(REFERENCE, updates, weights(result.updates, "positions"))
     assert set(result.state.drift) == {"layer.0", "layer.1"}
     again = Sites(CHANGES, like=result.state.adapter)
-    run_round(result.state, again, list(CHANGES), Federation(), seed=1)
+    run_round(result.state, again, Roster(list(CHANGES), Federation(), 1))
     header, sent = unpack_global(again.requests[0].payload, "global", REFERENCE)
     assert header["tasks"] == {"colour": 22, "echo": 38}
     assert sent.drift == result.state.drift
@@ -460,14 +460,14 @@ def test_a_round_carries_counts_memory_and_drift() -> None:
 def test_a_site_that_failed_keeps_its_counts() -> None:
     sites = broken(b=Reply("b", error="out of memory"))
     before = {"b": {"colour": 99}}
-    result = run_round(Global(4, REFERENCE, counts=before), sites, list("abc"), Federation(quorum=0.5), seed=1)
+    result = run_round(Global(4, REFERENCE, counts=before), sites, Roster(list("abc"), Federation(quorum=0.5), 1))
     assert result.state.counts == {"a": TASKS, "b": {"colour": 99}, "c": TASKS}
 
 
 def test_the_memory_goes_through_the_codec_too() -> None:
     sites = Sites({"a": CHANGES["a"]})
     plain = one_round(Sites({"a": CHANGES["a"]}))
-    result = run_round(Global(4, REFERENCE, make_adapter(5)), sites, ["a"], Federation(codec_down="bf16"), seed=1)
+    result = run_round(Global(4, REFERENCE, make_adapter(5)), sites, Roster(["a"], Federation(codec_down="bf16"), 1))
     _, sent = unpack_global(sites.requests[0].payload, "global", REFERENCE)
     rounded = {n: t.bfloat16().float() for n, t in make_adapter(5).tensors().items()}
     assert flat(sent.memory) == flat(REFERENCE.with_tensors(rounded))

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from fedkeel.data.sources import DataError, load_records, read_json_lines
+from fedkeel.data.forms import DataError
+from fedkeel.data.sources import load_records, read_json_lines
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fedkeel.run.loop
 import pytest
 import torch
 from test_run import Silent, adapter_of, go, rows_of, same, without_time
@@ -16,7 +17,6 @@ from training import same_bits
 
 import fedkeel.federation.local
 import fedkeel.federation.train
-import fedkeel.run.loop
 from fedkeel.data.batches import batch_indices
 from fedkeel.data.format import Example, Formatter
 from fedkeel.data.sites import Sites, unseen_sites
@@ -463,7 +463,7 @@ def test_budgets_of_the_legs_by_stage(stream: list[str]) -> None:
     """Two rounds of two steps: two sites take part in the first stage, three in the second."""
     every = ['evaluation.baselines=["base","local","centralised"]', *METHOD, "train.proximal=1"]
     prepared = prepared_of([*stream, *GROUPS, *every])
-    legs = {leg.name: leg for leg in legs_of(prepared)}
+    legs = {leg.name: leg for leg in legs_of(prepared.cast)}
     assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [8, 12]
     assert [s.recipe.train.local_steps for s in legs["local/north"].stages] == [4, 4]
     assert [set(s.rows) for s in legs["federated"].stages] == [{"north", "south"}, {"north", "south", "east"}]
@@ -475,13 +475,13 @@ def test_budgets_of_the_legs_by_stage(stream: list[str]) -> None:
             assert not stage.recipe.train.proximal
             assert stage.recipe.stream == prepared.recipe.stream
     epochs = prepared_of([*stream, *GROUPS, *every, "train.local_steps=0", "train.local_epochs=1"])
-    legs = {leg.name: leg for leg in legs_of(epochs)}
+    legs = {leg.name: leg for leg in legs_of(epochs.cast)}
     # rows north 8 | 12, south 4 | 6, east 0 | 6, in batches of 4, two rounds
     assert [s.recipe.train.local_steps for s in legs["local/north"].stages] == [4, 6]
     assert [s.recipe.train.local_steps for s in legs["local/south"].stages] == [2, 4]
     assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [6, 14]
     half = prepared_of([*stream, *GROUPS, *every, "federation.sites_per_round=1"])
-    legs = {leg.name: leg for leg in legs_of(half)}
+    legs = {leg.name: leg for leg in legs_of(half.cast)}
     assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [4, 4]
 
 
@@ -660,7 +660,7 @@ def test_unseen_sites_train_nowhere_and_their_test_rows_are_scored_apart(stream:
     (out,) = prepared.unseen[0].rows
     rows, last = rows_of(folder), len(prepared.stages) - 1
     ids = {r.id for held in prepared.unseen[-1].rows.values() for split in held.values() for r in split}
-    for leg in legs_of(prepared):
+    for leg in legs_of(prepared.cast):
         assert out not in leg.name
         assert not any(r.id in ids for stage in leg.stages for held in stage.rows.values() for r in held)
     assert {r["site"] for r in rows if r["name"] == "loss"} == {"all", *prepared.sites.rows}

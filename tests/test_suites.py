@@ -15,9 +15,9 @@ import pytest
 from test_run import rows_of, without_time
 
 import collect_suite
-from fedkeel.evidence.suites.plan import load_plan, plan_names
+from fedkeel.evidence.suites.plan import Planned, load_plan, plan_names
 from fedkeel.evidence.suites.pool import jobs_for
-from fedkeel.evidence.suites.runs import Planned, execute, finished, runs_of
+from fedkeel.evidence.suites.runs import execute, finished, runs_of
 from fedkeel.evidence.suites.tuning import chance, final_score, trial_scores, tuned_text
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError

@@ -15,7 +15,7 @@ import fedkeel.federation.train
 from fedkeel.data.batches import Batch
 from fedkeel.data.format import Example
 from fedkeel.federation.teacher import Guide, held_positions
-from fedkeel.method.structure import Injection
+from fedkeel.method.structure.inject import Injection
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Distill

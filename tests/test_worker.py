@@ -20,7 +20,8 @@ from tiny import tiny_rows
 
 from fedkeel.engines.sitefile import SiteFile, read_site
 from fedkeel.engines.worker import WorkerError, ask, stop
-from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.settings import to_toml
 
 SECONDS = 300.0  # a slow machine starts an interpreter with torch in a minute
 

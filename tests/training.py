@@ -20,7 +20,7 @@ from torch import Tensor
 import fedkeel.federation.train
 from fedkeel.data.batches import Batch, batch_indices, collate
 from fedkeel.data.format import Example, Formatter
-from fedkeel.federation.train import train_round
+from fedkeel.federation.train import Round, train_round
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
@@ -87,7 +87,7 @@ def train(
     """Tensors and stats after one round from `state` (default: round 0 from the model's own adapter)."""
     state = state or Global(0, model.read())
     model.write(state.adapter)
-    _, stats = train_round(model, examples, "here", rounds, recipe, state, total or {})
+    _, stats = train_round(model, examples, Round("here", rounds, recipe, state, total or {}))
     return model.read().tensors(), stats
 
 

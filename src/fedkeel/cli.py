@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedkeel import __version__
+from fedkeel import __version__, tables
 from fedkeel.recipe.checks import check_one_model
-from fedkeel.recipe.load import load_recipe, to_toml
+from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import cores
+from fedkeel.recipe.settings import cores, to_toml
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ RecipeArguments = Annotated[
     list[str] | None,
     typer.Argument(help="A recipe file (.toml), then key=value overrides such as train.lr=1e-3.", show_default=False),
 ]
-ENGINES = ("local", "flower-sim")
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", show_default=False)]
 
 
@@ -90,7 +89,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (down + up))}")
     rounds = recipe.federation.rounds * len(prepared.stages)
     facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(rounds * sites * (down + up))}")
-    facts.add_row("legs", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared))))
+    facts.add_row("legs", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared.cast))))
     console.print(facts)
     for note in prepared.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
@@ -115,15 +114,15 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace a run of the same name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, sites, parameters and bytes; do nothing.")] = False,
     engine: Annotated[
-        str, typer.Option(help="local: all sites in this process. flower-sim: in Flower's simulation, on as many cores as fit.")
+        str, typer.Option(help=f"Where the sites are. {'; '.join(f'{n}: {e.about}' for n, e in tables.ENGINES.items())}.")
     ] = "local",
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write report.html and report.md; `fedkeel report` does so later.")
     ] = True,
 ) -> None:
     """Run a federation and its baselines; without a recipe, the full defaults on the embedded model and data."""
-    if engine not in ENGINES:
-        raise FedKeelError(f"--engine {engine}: one of {', '.join(ENGINES)} belongs here")
+    if engine not in tables.ENGINES:
+        raise FedKeelError(f"--engine {engine}: one of {', '.join(tables.ENGINES)} belongs here")
     given = arguments or []
     if resume and not given:
         given = _latest_unfinished(Path("runs"))
@@ -132,7 +131,6 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("loading libraries and data"):
         from fedkeel.run.folder import RunFolder
-        from fedkeel.run.loop import execute
         from fedkeel.run.prepare import prepare
 
         prepared = prepare(recipe)
@@ -149,14 +147,9 @@ def run(
     )
     try:
         with Display(console, len(prepared.sites.rows)) as display:
-            if engine == "flower-sim":
-                from fedkeel.engines.flower.simulation import simulate
-
-                simulate(prepared, folder, display, resume=resume, fresh=fresh)
-            else:
-                execute(prepared, folder, display, resume=resume, fresh=fresh)
+            tables.ENGINES[engine].load()(prepared, folder, display, resume=resume, fresh=fresh)
     except KeyboardInterrupt:
-        again = " --engine flower-sim" if engine == "flower-sim" else ""
+        again = "" if engine == "local" else f" --engine {engine}"
         console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume{again}", markup=False, highlight=False)
         raise typer.Exit(130) from None
     page = write_report(folder.path).with_suffix(".html") if report else f"fedkeel report {folder.path}"
@@ -200,8 +193,8 @@ def evaluate(
         from rich.progress import track
         from rich.table import Table
 
-        from fedkeel.data.format import Formatter
         from fedkeel.files import write_atomic
+        from fedkeel.run.here import formatter_of
         from fedkeel.run.prepare import prepare
         from fedkeel.run.served import trained_model
         from fedkeel.scores.evaluate import choose, score, task_table
@@ -209,9 +202,7 @@ def evaluate(
         torch.set_num_threads(recipe.threads)
         prepared = prepare(recipe)
         model = trained_model(prepared, run_folder)
-        formatter = Formatter(
-            model.tokenizer, model.kind, recipe.data.max_length, recipe.data.list_labels, classes=prepared.classes
-        )
+        formatter = formatter_of(model, prepared)
         rows = choose(prepared.stages[-1].all(split), split, recipe.evaluation.test_rows)
     if not rows:
         raise FedKeelError(f"the data has no row of split {split!r}")
@@ -224,14 +215,14 @@ def evaluate(
     scored = score(model, formatter, rows, recipe.evaluation, advance)
     next(ticks, None)
     table = Table(title=f"{run_folder}: federated adapter on {split} rows", title_justify="left")
-    for heading in ("task", "rows", "score", "accuracy", "ROUGE-L", "exact match"):
+    for heading in ("task", "rows", "score", *(metric.title for metric in tables.METRICS.values())):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     found = task_table(scored)
     for task, metrics in found.items():
-        cells = [f"{100 * metrics[k]:.1f}" if k in metrics else "" for k in ("score", "accuracy", "rouge_l", "exact_match")]
+        cells = [f"{100 * metrics[k]:.1f}" if k in metrics else "" for k in ("score", *tables.METRICS)]
         table.add_row(task, f"{metrics['rows']:.0f}", *cells)
     mean = sum(m["score"] for m in found.values()) / len(found)
-    table.add_row("mean over tasks", f"{len(scored)}", f"{100 * mean:.1f}", "", "", "", style="bold")
+    table.add_row("mean over tasks", f"{len(scored)}", f"{100 * mean:.1f}", *[""] * len(tables.METRICS), style="bold")
     console.print(table)
     if predictions:
         lines = [
@@ -269,9 +260,8 @@ def measure(
         from fedkeel.evidence.measure.parts import measure as measure_runs
         from fedkeel.evidence.measure.run import Settings
         from fedkeel.evidence.measure.table import measures_table
-        from fedkeel.scores.damage import FAMILIES
 
-    named = tuple(FAMILIES) if families is None else tuple(_names(families))
+    named = None if families is None else tuple(_names(families))
     settings = Settings(named, draws, rows, tuple(general or ()), general_rows, unseen, unseen_tasks_file, states)
     torch.set_num_threads(threads)
     with Progress(console=console, disable=not console.is_terminal) as progress:

@@ -122,7 +122,8 @@ class Forward:
 
     logits: (N, V) of the student. targets: (N,) int64 in [0, V). rows: (N,) int64, the row of the micro-batch that a
     position belongs to. states: (N, d) hidden states of each tapped layer, from the lowest to the highest; empty where
-    nothing is tapped. teacher: None where nothing is distilled.
+    nothing is tapped. teacher: None where nothing is distilled. again, clean: (N, V) logits of a second disturbed pass, and of
+    an undisturbed one without gradient; None where no term asked for them.
     """
 
     logits: Tensor
@@ -130,6 +131,28 @@ class Forward:
     rows: Tensor
     states: Sequence[Tensor] = ()
     teacher: Teacher | None = None
+    again: Tensor | None = None
+    clean: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a term of weights may look at: the trained tensors now, and as they were when the round began, in one order."""
+
+    now: Sequence[Tensor]
+    start: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a term may return instead of a scalar. value: with gradient. told: what is logged of it; None: the value.
+
+    gates: (N,) numbers by name, without gradient, whose mean and quartiles are logged.
+    """
+
+    value: Tensor
+    told: Tensor | None = None
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from builders import SHAPES, dense_of, dense_sum, flat, make_adapter, make_updates, numbers
+from builders import AGGREGATORS, SHAPES, dense_of, dense_sum, flat, make_adapter, make_updates, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedkeel.exchange.messages import layout
-from fedkeel.method.aggregate import AGGREGATORS, WEIGHTINGS, Aggregate, Options, Rule, blend, weights
-from fedkeel.method.aggregate.common import compress, exact_factors, mean_tensors, product_norm, singular
+from fedkeel.method.aggregate.common import Aggregate, blend, compress, exact_factors, mean_tensors, product_norm, singular
 from fedkeel.method.aggregate.exact import Stack, measured_error
+from fedkeel.method.aggregate.rule import Aggregator, Options
 from fedkeel.method.aggregate.svd import ROW_NORM
+from fedkeel.method.aggregate.weighting import weights
+from fedkeel.tables import WEIGHTINGS
 from fedkeel.types import Adapter, Lora, Update
 
 RULES = pytest.mark.parametrize("rule", AGGREGATORS.values(), ids=AGGREGATORS.keys())
@@ -41,9 +43,9 @@ class Again:
             yield Update(u.site, u.adapter.with_tensors(tensors), u.positions)
 
 
-def obedient(rule: Rule, reference: Adapter, updates: Sequence[Update], round: int = 0) -> list[Update]:
+def obedient(rule: Aggregator, reference: Adapter, updates: Sequence[Update], round: int = 0) -> list[Update]:
     """The updates as a server gets them: what is not trained and sent in this round is as in the reference."""
-    sent = rule.trained(round) & rule.shared
+    sent = rule.entry.trained(round) & rule.entry.shared
     old = reference.tensors()
     rests = {name: t for name, t in old.items() if name.rpartition(".")[2] in {"a", "b"} - sent}
     return [Update(u.site, u.adapter.with_tensors(u.adapter.tensors() | rests), u.positions) for u in updates]
@@ -69,7 +71,7 @@ def same(one: Aggregate, two: Aggregate) -> bool:
 
 
 @RULES
-def test_the_order_of_replies_changes_no_bit(rule: Rule) -> None:
+def test_the_order_of_replies_changes_no_bit(rule: Aggregator) -> None:
     updates = make_updates(4)
     shares = weights(updates, "positions")
     first = rule(make_adapter(0), updates, shares)
@@ -82,17 +84,17 @@ def test_the_order_of_replies_changes_no_bit(rule: Rule) -> None:
 
 @RULES
 @pytest.mark.parametrize("round", [0, 1])
-def test_one_site_is_the_identity_on_the_product(rule: Rule, round: int) -> None:
+def test_one_site_is_the_identity_on_the_product(rule: Aggregator, round: int) -> None:
     """Where a factor does not travel: on the factor that does. Krum needs three sites, and here they are all alike."""
     reference = make_adapter(0, scale=1.5)
     sent = make_adapter(1, scale=1.5)
-    updates = obedient(rule, reference, [Update(f"site-{k}", sent, 100) for k in range(rule.least(0))], round)
+    updates = obedient(rule, reference, [Update(f"site-{k}", sent, 100) for k in range(rule.entry.least(0))], round)
     result = rule(reference, updates, weights(updates, "uniform"), Options(round=round))
     for path, factors in result.adapter.lora.items():
         expected = dense_of(updates[0].adapter.lora[path])
         np.testing.assert_allclose(got_dense(result, path), expected, atol=1e-6 * np.abs(expected).max())
-        if rule.personal:
-            (shared,) = rule.shared
+        if rule.entry.personal:
+            (shared,) = rule.entry.shared
             assert torch.equal(getattr(factors, shared), getattr(sent.lora[path], shared))
     torch.testing.assert_close(result.adapter.dense["head.weight"], sent.dense["head.weight"], rtol=1e-7, atol=0)
     assert result.error < 1e-6
@@ -100,33 +102,33 @@ def test_one_site_is_the_identity_on_the_product(rule: Rule, round: int) -> None
 
 @RULES
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_the_reported_error_is_the_error_against_the_dense_sum(rule: Rule, weighting: str) -> None:
+def test_the_reported_error_is_the_error_against_the_dense_sum(rule: Aggregator, weighting: str) -> None:
     updates = make_updates(5)
     shares = weights(updates, weighting)
     result = rule(make_adapter(0), updates, shares)
     assert result.error == pytest.approx(twin_error(result, updates, shares), rel=1e-6)
-    assert (result.error < 1e-6) if rule.shifts else (result.error > 0.01)
+    assert (result.error < 1e-6) if rule.entry.shifts else (result.error > 0.01)
 
 
 @RULES
 @pytest.mark.parametrize("round", [0, 1])
-def test_a_rule_errs_only_if_it_does_not_claim_to_be_exact(rule: Rule, round: int) -> None:
+def test_a_rule_errs_only_if_it_does_not_claim_to_be_exact(rule: Aggregator, round: int) -> None:
     reference = make_adapter(0)
     updates = obedient(rule, reference, make_updates(5), round)
     result = rule(reference, updates, weights(updates, "positions"), Options(round=round))
-    if rule.exact or rule.personal:
+    if rule.entry.exact or rule.entry.personal:
         assert result.error < 1e-6
     else:
         assert result.error > 0.01
-    assert bool(result.shift) == rule.shifts
+    assert bool(result.shift) == rule.entry.shifts
 
 
 ONE_RANK = {"alpha/r": ((3,), (8 / 3,)), "rsLoRA": ((3,), (8 / math.sqrt(3),))}
 SEVERAL = {"mixed": (MIXED_RANKS, MIXED_SCALES), "full": ((24, 3), (8 / 24, 8 / math.sqrt(3)))}
 EXACT = {
     f"{rule.name}, {name}": (rule, *case)
-    for rule in AGGREGATORS.values() if rule.exact
-    for name, case in (ONE_RANK | SEVERAL if rule.mixed else ONE_RANK).items()
+    for rule in AGGREGATORS.values() if rule.entry.exact
+    for name, case in (ONE_RANK | SEVERAL if rule.entry.mixed else ONE_RANK).items()
 }  # fmt: skip
 
 
@@ -134,11 +136,11 @@ EXACT = {
 @pytest.mark.parametrize("round", [0, 1])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_exact_rules_are_the_dense_sum(
-    rule: Rule, round: int, ranks: tuple[int, ...], scales: tuple[float, ...], weighting: str
+    rule: Aggregator, round: int, ranks: tuple[int, ...], scales: tuple[float, ...], weighting: str
 ) -> None:
     reference = make_adapter(0, ranks[0], scales[0])
     updates = make_updates(5, ranks, scales)
-    updates = updates if rule.mixed else obedient(rule, reference, updates, round)
+    updates = updates if rule.entry.mixed else obedient(rule, reference, updates, round)
     shares = weights(updates, weighting)
     result = rule(reference, updates, shares, Options(round=round))
     for path in SHAPES:
@@ -148,11 +150,11 @@ def test_exact_rules_are_the_dense_sum(
 
 
 @RULES
-def test_mixed_ranks_and_scales_are_taken_and_measured_or_refused_by_name(rule: Rule) -> None:
+def test_mixed_ranks_and_scales_are_taken_and_measured_or_refused_by_name(rule: Aggregator) -> None:
     updates = make_updates(5, MIXED_RANKS, MIXED_SCALES)
     shares = weights(updates, "positions")
     reference = make_adapter(0, 4, 8 / 4)
-    if rule.mixed:
+    if rule.entry.mixed:
         result = rule(reference, updates, shares)
         assert layout(result.adapter) == layout(reference)
         assert result.error == pytest.approx(twin_error(result, updates, shares), rel=1e-6)
@@ -163,9 +165,9 @@ def test_mixed_ranks_and_scales_are_taken_and_measured_or_refused_by_name(rule: 
 
 @RULES
 @pytest.mark.parametrize(("rank", "scale"), [(2, 2.0), (3, 4.0)])
-def test_one_odd_site_is_named_where_ranks_and_scales_must_be_equal(rule: Rule, rank: int, scale: float) -> None:
+def test_one_odd_site_is_named_where_ranks_and_scales_must_be_equal(rule: Aggregator, rank: int, scale: float) -> None:
     updates = [Update("odd-site", make_adapter(9, rank, scale), 5), *make_updates(2)]
-    if rule.mixed:
+    if rule.entry.mixed:
         assert rule(make_adapter(0), updates, weights(updates, "uniform")).error >= 0
     else:
         with pytest.raises(ValueError, match=r"odd-site.*layer\.0\.q"):
@@ -173,12 +175,12 @@ def test_one_odd_site_is_named_where_ranks_and_scales_must_be_equal(rule: Rule, 
 
 
 @RULES
-def test_a_small_change_of_the_sites_is_a_small_change_of_factors_that_keep_their_basis(rule: Rule) -> None:
+def test_a_small_change_of_the_sites_is_a_small_change_of_factors_that_keep_their_basis(rule: Aggregator) -> None:
     """Where it is not so, what a server optimiser carries from round to round would be noise."""
     reference = make_adapter(0)
     shown = rule(reference, obedient(rule, reference, near_sites(reference)), dict.fromkeys("pqr", 1 / 3)).adapter
     moved = max(float((t - reference.tensors()[name]).abs().max()) for name, t in shown.tensors().items())
-    if rule.keeps_basis:
+    if rule.entry.keeps_basis:
         assert 0 < moved < 1e-3
     elif rule.name != "alternate":  # there it is the gauge between two rounds that changes the basis
         assert moved > 0.1
@@ -194,14 +196,14 @@ def near_sites(reference: Adapter) -> list[Update]:
 
 def test_what_is_trained_and_sent() -> None:
     both = frozenset("ab")
-    trained = {name: [rule.trained(r) for r in range(4)] for name, rule in AGGREGATORS.items()}
+    trained = {name: [rule.entry.trained(r) for r in range(4)] for name, rule in AGGREGATORS.items()}
     assert trained.pop("freeze_a") == [frozenset("b")] * 4
     assert trained.pop("alternate") == [frozenset("b"), frozenset("a")] * 2
     assert all(rounds == [both] * 4 for rounds in trained.values())
-    shared = {name: rule.shared for name, rule in AGGREGATORS.items()}
+    shared = {name: rule.entry.shared for name, rule in AGGREGATORS.items()}
     assert (shared.pop("share_a"), shared.pop("share_b")) == (frozenset("a"), frozenset("b"))
     assert set(shared.values()) == {both}
-    assert all(rule.shared == both - {rule.personal} for rule in AGGREGATORS.values())
+    assert all(rule.entry.shared == both - {rule.entry.keeps} for rule in AGGREGATORS.values())
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_what_is_not_averaged_is_the_references_to_the_bit(name: str, round: int
 
 
 @RULES
-def test_the_result_is_laid_out_as_the_reference_and_the_inputs_stay_as_they_were(rule: Rule) -> None:
+def test_the_result_is_laid_out_as_the_reference_and_the_inputs_stay_as_they_were(rule: Aggregator) -> None:
     updates, reference = make_updates(3), make_adapter(0)
     before = [flat(u.adapter) for u in updates], flat(reference)
     result = rule(reference, updates, weights(updates, "uniform"))
@@ -243,7 +245,7 @@ def test_dense_parameters_are_averaged_with_the_weights(name: str) -> None:
 
 
 @RULES
-def test_a_sum_of_zero_has_no_error_and_can_still_be_trained(rule: Rule) -> None:
+def test_a_sum_of_zero_has_no_error_and_can_still_be_trained(rule: Aggregator) -> None:
     shapes = {"square": (6, 6), "few_outputs": (2, 9)}
     updates = [
         Update(f"site-{k}", Adapter({p: Lora(numbers(k, 3, i), torch.zeros(o, 3), 2.0) for p, (o, i) in shapes.items()}), 1)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from builders import flat, make_adapter, numbers
 
-from fedkeel.method.aggregate import OPTIMISERS, Rates, step
+from fedkeel.method.aggregate.optimise import Rates, step
+from fedkeel.tables import OPTIMISERS
 from fedkeel.types import Adapter, Lora
 
 Arrays = dict[str, np.ndarray]

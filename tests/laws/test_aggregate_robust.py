@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import torch
-from builders import SHAPES, dense_of, dense_sum, flat, make_adapter, make_updates, numbers
+from builders import AGGREGATORS, SHAPES, dense_of, dense_sum, flat, make_adapter, make_updates, numbers
 
-from fedkeel.method.aggregate import AGGREGATORS, Options, weights
-from fedkeel.method.aggregate import robust as module
 from fedkeel.method.aggregate.krum import distances
 from fedkeel.method.aggregate.robust import leading
+from fedkeel.method.aggregate.rule import Options
+from fedkeel.method.aggregate.weighting import weights
 from fedkeel.types import Adapter, Lora, Update
 
 ROBUST = ("median", "trimmed", "krum")
@@ -291,9 +291,9 @@ LEAST: Mapping[str, tuple[int, int, int]] = {"median": (1, 1, 1), "trimmed": (1,
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_too_few_sites_are_refused_by_the_name_of_the_rule(name: str) -> None:
     rule = AGGREGATORS[name]
-    assert tuple(rule.least(f) for f in range(3)) == LEAST.get(name, (1, 1, 1))
+    assert tuple(rule.entry.least(f) for f in range(3)) == LEAST.get(name, (1, 1, 1))
     for hostile in range(3):
-        enough = rule.least(hostile)
+        enough = rule.entry.least(hostile)
         updates = make_updates(enough)
         rule(make_adapter(0), updates, weights(updates, "uniform"), Options(hostile=hostile))
         fewer = updates[:-1]

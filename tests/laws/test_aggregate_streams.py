@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from builders import dense_of, dense_sum, make_adapter, make_updates
+from builders import AGGREGATORS, dense_of, dense_sum, make_adapter, make_updates
 
-from fedkeel.method.aggregate import AGGREGATORS, Rule, drift, weights
+from fedkeel.method.aggregate.drift import drift
 from fedkeel.method.aggregate.exact import PROBES, STACKED, Sketch, Stack, measure
+from fedkeel.method.aggregate.rule import Aggregator
+from fedkeel.method.aggregate.weighting import weights
 from fedkeel.rng import counter_normal, derive
 from fedkeel.types import Adapter, Update
 
@@ -198,7 +200,7 @@ REFUSED = {
 
 @RULES
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_added_is_refused_by_rule_and_site(rule: Rule, kind: str) -> None:
+def test_what_cannot_be_added_is_refused_by_rule_and_site(rule: Aggregator, kind: str) -> None:
     updates = [*make_updates(3), broken(kind)]
     with pytest.raises(ValueError, match=rf"rule {rule.name}: site bad: {REFUSED[kind]}"):
         rule(make_adapter(0), updates, weights(updates, "uniform"))
@@ -211,7 +213,7 @@ def test_drift_refuses_what_rules_refuse(kind: str) -> None:
 
 
 @RULES
-def test_a_stream_that_can_be_read_once_is_no_silent_zero(rule: Rule) -> None:
+def test_a_stream_that_can_be_read_once_is_no_silent_zero(rule: Aggregator) -> None:
     updates = make_updates(4)
     stream = iter(updates)
     shares = weights(stream, "uniform")
@@ -220,7 +222,7 @@ def test_a_stream_that_can_be_read_once_is_no_silent_zero(rule: Rule) -> None:
 
 
 @RULES
-def test_sites_out_of_order_twice_or_without_a_weight_are_refused(rule: Rule) -> None:
+def test_sites_out_of_order_twice_or_without_a_weight_are_refused(rule: Aggregator) -> None:
     class Stream:
         def __init__(self, *updates: Update) -> None:
             self.updates = updates

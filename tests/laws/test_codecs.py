@@ -13,27 +13,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from builders import crafted, numbers, safetensors_body
+from builders import crafted, numbers, safetensors_body, with_residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedkeel.exchange.codecs import (
-    CODECS,
-    Codec,
-    CodecError,
-    EnvelopeError,
-    Quantize,
-    Sparse,
-    envelope,
-    make_codec,
-    open_envelope,
-    quantize,
-    seal,
-    with_residual,
-)
+from fedkeel.exchange.codecs import Codec, CodecError, EnvelopeError, envelope, make_codec, open_envelope, quantize, seal
 from fedkeel.exchange.codecs.envelope import DTYPES, HEADER_LIMIT, MAX_DIMENSIONS, MAX_NAME
+from fedkeel.exchange.codecs.quantize import Quantize
+from fedkeel.exchange.codecs.sparse import Sparse
 from fedkeel.rng import derive
+from fedkeel.tables import CODECS
 
 CASTS = ("fp32", "bf16", "fp16")
 ROUNDED = ("int8", "int4")

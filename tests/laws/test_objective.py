@@ -12,19 +12,28 @@ import torch
 from builders import numbers
 from torch import Tensor
 
-from fedkeel.method.objective import PAIRS, TERMS
+from fedkeel import tables
 from fedkeel.method.objective.consistency import self_consistency, symmetric_kl
 from fedkeel.method.objective.distill import GOLD, REST, Guidance, distill
 from fedkeel.method.objective.proximal import proximal
 from fedkeel.method.objective.task import task_loss
-from fedkeel.types import Forward, Teacher
+from fedkeel.recipe.schema import Recipe
+from fedkeel.types import Forward, Loss, Teacher
 
 Term = Callable[[Forward], Tensor]
+PAIRS = [self_consistency, symmetric_kl]
 
 
-def of_pair(pair: Callable[[Tensor, Tensor], Tensor]) -> Term:
-    """The first of the two passes stands where a `Forward` has its teacher."""
-    return lambda forward: pair(forward.teacher.logits, forward.logits)
+def of_entry(name: str) -> Term:
+    """A term of the table, at the default options of its section."""
+    entry = tables.TERMS[name]
+    options = getattr(Recipe(), entry.section) if entry.section else None
+
+    def term(forward: Forward) -> Tensor:
+        found = entry.load()(forward, options)
+        return found.value if isinstance(found, Loss) else found
+
+    return term
 
 
 def of_guidance(guidance: Guidance) -> Term:
@@ -34,8 +43,7 @@ def of_guidance(guidance: Guidance) -> Term:
 # every pair of gates, at another temperature than 1; then an alignment. CKA is not here: it couples the positions of a
 # micro-batch, so that it is no mean over them (tests/laws/test_distill.py has its laws).
 LAWS: dict[str, Term] = (
-    TERMS
-    | {name: of_pair(pair) for name, pair in PAIRS.items()}
+    {name: of_entry(name) for name, entry in tables.TERMS.items() if not entry.once and not entry.couples}
     | {f"{a}-{b}": of_guidance(Guidance(2.0, gold=a, rest=b, kappa=0.5, beta=0.7)) for a, b in product(GOLD, REST)}
     | {"cosine": of_guidance(Guidance(align="cosine", align_weight=0.5))}
 )
@@ -52,7 +60,8 @@ def full_forward(seed: int, n: int, v: int) -> Forward:
     states = [numbers(1000 * seed + i, n, 5) for i in range(4)]
     teacher = Teacher(2 * numbers(1000 * seed + 8, n, v), trusts[0], trusts[1], states[2:], (0.25, 0.75))
     targets = torch.tensor([(7 * i) % v for i in range(n)], dtype=torch.int64)
-    return Forward(2 * numbers(1000 * seed + 9, n, v), targets, torch.arange(n), states[:2], teacher)
+    passes = {"again": teacher.logits, "clean": teacher.logits}
+    return Forward(2 * numbers(1000 * seed + 9, n, v), targets, torch.arange(n), states[:2], teacher, **passes)
 
 
 def at(forward: Forward, index: Tensor | slice) -> Forward:
@@ -66,12 +75,18 @@ def at(forward: Forward, index: Tensor | slice) -> Forward:
         teacher.layer_trust,
     )
     return Forward(
-        forward.logits[index], forward.targets[index], forward.rows[index], [s[index] for s in forward.states], chosen
+        forward.logits[index],
+        forward.targets[index],
+        forward.rows[index],
+        [s[index] for s in forward.states],
+        chosen,
+        forward.again[index],
+        forward.clean[index],
     )
 
 
 def with_logits(forward: Forward, student: Tensor, teacher: Tensor) -> Forward:
-    return replace(forward, logits=student, teacher=replace(forward.teacher, logits=teacher))
+    return replace(forward, logits=student, teacher=replace(forward.teacher, logits=teacher), again=teacher, clean=teacher)
 
 
 def gradient(term: Term, forward: Forward) -> Tensor:
@@ -228,7 +243,7 @@ def test_consistency_equals_the_slow_loop() -> None:
     assert symmetric_kl(first, second) == symmetric_kl(second, first)
 
 
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.__name__)
 def test_equal_passes_cost_nothing(pair: Callable[[Tensor, Tensor], Tensor]) -> None:
     logits = (3 * numbers(3, 5, 8)).requires_grad_()
     loss = pair(logits.detach(), logits)
@@ -236,7 +251,7 @@ def test_equal_passes_cost_nothing(pair: Callable[[Tensor, Tensor], Tensor]) -> 
     assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.__name__)
 def test_unlike_passes_are_an_error(pair: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(ValueError, match="shapes disagree"):
         pair(torch.zeros(3, 4), torch.zeros(3, 5))

@@ -12,15 +12,19 @@ import torch
 from builders import numbers
 from torch import Tensor, nn
 
-from fedkeel.method.structure import ADVERSARY, STRUCTURES, Branch, Draw, Injection, Place, Places, StructureError, strength
-from fedkeel.method.structure.draw import SHARED
+from fedkeel import tables
+from fedkeel.method.structure.draw import SHARED, Draw
+from fedkeel.method.structure.inject import Injection, strength
 from fedkeel.method.structure.layers import depth_chance
 from fedkeel.method.structure.weights import row_norms
-from fedkeel.recipe.schema import STRUCTURES as SETTINGS
+from fedkeel.model.places import Branch, Place, Places, StructureError
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Structure
 from fedkeel.rng import counter_normal, counter_uniform, derive
 
 WIDTH, INNER, RANK, SCALE, UNITS, BLOCKS = 24, 150, 3, 2.0, 4, 4
 AMOUNT = 0.4
+STRUCTURES = [name for name, entry in tables.STRUCTURES.items() if not entry.learns]
 ALL = dict.fromkeys(STRUCTURES, AMOUNT) | {"adversary": 0.5}
 every = pytest.mark.parametrize("name", STRUCTURES)
 PER_ROW = ("heads", "channels", "layers", "rank", "weights")
@@ -91,7 +95,9 @@ X = numbers(1, 8, 5, WIDTH)
 
 
 def test_a_recipe_can_set_every_structure() -> None:
-    assert set(SETTINGS) == {*STRUCTURES, ADVERSARY}
+    assert Structure().amounts == {}
+    for name in tables.STRUCTURES:
+        assert load_recipe(None, [f"structure.{name}=0.25"]).structure.amount(name) == 0.25
 
 
 @pytest.mark.parametrize("amounts", [*({n: AMOUNT} for n in STRUCTURES), {"adversary": 0.5}, ALL], ids=lambda a: "+".join(a))
@@ -100,8 +106,8 @@ def test_the_model_is_bit_for_bit_as_before_when_off_at_strength_0_and_after_rem
 ) -> None:
     clean = toy(X)
     injection = Injection(places_of(toy), amounts)
-    if injection.adversary is not None:
-        for b2, _ in injection.adversary.pairs:
+    for learner in injection.learners.values():
+        for b2, _ in learner.pairs:
             b2.data.fill_(1.0)  # else it is the identity anyway
     with switched_on(injection):
         assert not torch.equal(toy(X), clean)
@@ -125,7 +131,7 @@ def test_a_structure_that_is_off_hands_on_the_same_object(toy: Toy, name: str) -
 
 def test_amount_0_puts_no_hook_in(toy: Toy) -> None:
     with Injection(places_of(toy), dict.fromkeys(ALL, 0.0)) as injection:
-        assert injection.adversary is None
+        assert injection.learners == {}
         assert all(not m._forward_hooks and not m._forward_pre_hooks for m in toy.modules())
 
 
@@ -170,9 +176,8 @@ def test_torchs_own_generator_is_left_alone(toy: Toy) -> None:
     before = torch.get_rng_state()
     with switched_on(Injection(places_of(toy), ALL)) as injection:
         toy(X).sum().backward()
-        assert injection.adversary is not None
-        injection.adversary.reset(3)
-        injection.adversary.ascend(0.1)
+        injection.begin(3, "here", 0)
+        injection.ascend()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -442,8 +447,7 @@ def test_an_impossible_schedule_is_an_error(schedule: tuple[float, float, float]
 
 @torch.no_grad()
 def adversary_of(injection: Injection) -> Any:
-    assert injection.adversary is not None
-    return injection.adversary
+    return injection.learners["adversary"]
 
 
 def dense_norm(adversary: Any) -> float:

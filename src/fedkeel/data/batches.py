@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedkeel.data.sources import DataError
+from fedkeel.data.forms import DataError
 from fedkeel.rng import numpy_generator
 
 if TYPE_CHECKING:

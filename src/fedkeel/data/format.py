@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fedkeel.data.sources import DataError
+from fedkeel.data.forms import DataError
 from fedkeel.types import Record
 
 if TYPE_CHECKING:

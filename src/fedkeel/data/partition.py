@@ -7,8 +7,14 @@ follow the same law as its training rows.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from fedkeel.recipe.schema import Partition
+from fedkeel.recipe.settings import ConfigError
+from fedkeel.types import Record
 
 Indices = list[list[int]]
 
@@ -81,3 +87,59 @@ def by_task(tasks: Sequence[Hashable], sites: int, rng: np.random.Generator) -> 
 def natural(keys: Sequence[str]) -> dict[str, list[int]]:
     """One site a key, as the data came: site name -> indices."""
     return {str(key): indices for key, indices in _groups(keys).items()}
+
+
+# What a recipe's partition.scheme names: Deal -> indices of site 0, 1, …, or by name
+
+
+@dataclass(frozen=True)
+class Deal:
+    """What there is to deal, and how. records: all rows, in order. spec: a recipe's [partition]. rng: what is drawn from.
+
+    own: options of the scheme's own, where its entry names some.
+    """
+
+    records: Sequence[Record]
+    spec: Partition
+    rng: np.random.Generator
+    own: Any = None
+
+    @property
+    def strata(self) -> list[str]:
+        """The split of each row."""
+        return [r.split for r in self.records]
+
+
+def by_name(deal: Deal) -> dict[str, list[int]]:
+    """`natural`. Raises ConfigError where rows have no site's name to go by."""
+    if not all(r.site for r in deal.records):
+        raise ConfigError(
+            "partition.scheme = 'natural' needs a site for every row: set data.site_column to the column that names it, or "
+            "choose partition.scheme = 'dirichlet', 'iid', 'by-task' or 'quantity'"
+        )
+    return natural([r.site for r in deal.records])
+
+
+def in_equal_parts(deal: Deal) -> Indices:
+    """`iid`."""
+    return iid(deal.strata, deal.spec.sites, deal.rng)
+
+
+def in_unequal_parts(deal: Deal) -> Indices:
+    """`quantity`."""
+    return quantity_skew(deal.strata, deal.spec.sites, deal.spec.alpha, deal.rng)
+
+
+def whole_tasks(deal: Deal) -> Indices:
+    """`by-task`. Raises ConfigError where there are more sites than tasks."""
+    try:
+        return by_task([r.task for r in deal.records], deal.spec.sites, deal.rng)
+    except ValueError as error:
+        raise ConfigError(f"partition.scheme = 'by-task': {error}") from error
+
+
+def by_label_or_task(deal: Deal) -> Indices:
+    """`dirichlet`, over what partition.over says."""
+    spec = deal.spec
+    keys = [(r.task, r.output if spec.over == "labels" and r.labels else "") for r in deal.records]
+    return dirichlet(keys, deal.strata, spec.sites, spec.alpha, deal.rng)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedkeel.recipe.schema import Data
 from fedkeel.types import FedKeelError, Record
 
 # Top-level modules by area. A module not named here is skipped, and one that a Python lacks is no error. Left out on
@@ -101,6 +102,12 @@ class Docstring:
             site=self.area,
             labels=tuple(labels),
         )
+
+
+def source(config: Data, seed: int) -> list[Record]:
+    """The source `pydocs`: see `records`; data.root is another library than this Python's, rows_per_site = 0 means 240."""
+    library = Path(config.root) if config.root else None
+    return records(library, seed, config.rows_per_site or 240, config.tasks or tuple(INSTRUCTIONS))
 
 
 def records(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from fedkeel.data import partition
+from fedkeel import tables
+from fedkeel.data.partition import Deal
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive, numpy_generator
@@ -33,30 +35,11 @@ def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
     Raises ConfigError if a site would have no training row, naming it, or if a natural split has no key to go by.
     """
     spec = recipe.partition
-    strata = [r.split for r in records]
-    rng = numpy_generator(recipe.seed, "partition")
-    if spec.scheme == "natural":
-        if not all(r.site for r in records):
-            raise ConfigError(
-                "partition.scheme = 'natural' needs a site for every row: set data.site_column to the column that names it, or "
-                "choose partition.scheme = 'dirichlet', 'iid', 'by-task' or 'quantity'"
-            )
-        held = partition.natural([r.site for r in records])
-    else:
-        if spec.scheme == "iid":
-            dealt = partition.iid(strata, spec.sites, rng)
-        elif spec.scheme == "quantity":
-            dealt = partition.quantity_skew(strata, spec.sites, spec.alpha, rng)
-        elif spec.scheme == "by-task":
-            try:
-                dealt = partition.by_task([r.task for r in records], spec.sites, rng)
-            except ValueError as error:
-                raise ConfigError(f"partition.scheme = 'by-task': {error}") from error
-        else:
-            keys = [(r.task, r.output if spec.over == "labels" and r.labels else "") for r in records]
-            dealt = partition.dirichlet(keys, strata, spec.sites, spec.alpha, rng)
-        width = len(str(spec.sites - 1))
-        held = {f"site-{k:0{width}d}": indices for k, indices in enumerate(dealt)}
+    deal = Deal(records, spec, numpy_generator(recipe.seed, "partition"), recipe.options("scheme", spec.scheme))
+    held: Any = tables.PARTITIONS[spec.scheme].load()(deal)
+    if not isinstance(held, Mapping):
+        width = len(str(len(held) - 1))
+        held = {f"site-{k:0{width}d}": indices for k, indices in enumerate(held)}
     sites: dict[str, dict[str, list[Record]]] = {}
     for name, indices in held.items():
         sites[name] = {s: [records[i] for i in indices if records[i].split == s] for s in ("train", "validation", "test")}

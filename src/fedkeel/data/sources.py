@@ -11,22 +11,18 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedkeel import tables
+from fedkeel.data.forms import About, DataError, Parts, spoken, text_of
 from fedkeel.recipe.schema import Data
 from fedkeel.rng import derive
-from fedkeel.types import FedKeelError, Record
+from fedkeel.types import Record
 
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
-class DataError(FedKeelError):
-    """A row or file that cannot be used; the text names the file and line."""
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -50,96 +46,70 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _text(value: Any, place: str, key: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {key!r} holds {type(value).__name__} where text belongs")
-    return value.strip()
+def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], config: Data, site: str = "") -> Record:
+    """One row of any known form (`tables.FORMS`, told apart by their keys) as a Record. site: that holds it, where it is known.
 
-
-def _messages(row: Mapping[str, Any], place: str) -> tuple[tuple[str, str], ...]:
-    """Chat turns from `messages` (role, content) or ShareGPT's `conversations` (from, value)."""
-    turns = row.get("messages", row.get("conversations"))
-    if not isinstance(turns, list):
-        raise DataError(f"{place}: a list of turns belongs under messages or conversations")
-    read = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise DataError(f"{place}: a turn is {type(turn).__name__} where an object with role and content belongs")
-        role = turn.get("role", turn.get("from"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise DataError(f"{place}: role {role!r} is unknown; one of {', '.join(ROLES)} belongs here")
-        read.append((ROLES[role], _text(turn.get("content", turn.get("value")), place, "content")))
-    while read and read[-1][0] != "assistant":
-        read.pop()  # nothing to learn from what follows the last answer
-    if not read or not read[-1][1]:
-        raise DataError(f"{place}: a conversation without an assistant's answer has nothing to train on")
-    return tuple(read)
-
-
-@lru_cache(maxsize=1024)
-def _spoken(labels: tuple[str, ...]) -> tuple[str, ...]:
-    """Labels as words. Remembered: a task's labels are the same in each of its rows, and there may be hundreds."""
-    return tuple(label.replace("_", " ") for label in labels)
-
-
-def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], config: Data) -> Record:
-    """One row of any known form as a Record.
-
-    Forms, told apart by their keys: chat (`messages` or ShareGPT `conversations`), classification (`text`, `label`),
-    and instruction or Alpaca (`instruction`, `input`, `output`). Underscores of a label become spaces: a label is
-    scored by its words. meta: the `tasks_file`:
+    meta: the `tasks_file`:
     {"tasks": {name: {"instruction", "labels", "label_domain": {label: group}}}, "references": {id: [...]}}.
     Raises DataError naming `place` if a row has no answer or no known form.
     """
-    task = _text(row.get("task"), place, "task") or "default"
+    task = text_of(row, "task", place) or "default"
     about = meta.get("tasks", {}).get(task, {})
-    listed = tuple(map(str, about.get("labels") or ()))
-    labels = _spoken(listed)
-    instruction = _text(row.get("instruction"), place, "instruction") or config.instruction or about.get("instruction", "")
-    messages: tuple[tuple[str, str], ...] = ()
-    if "messages" in row or "conversations" in row:
-        messages = _messages(row, place)
-        text, output, labels = "", messages[-1][1], ()
-    elif "label" in row and "text" in row:
-        text, output = _text(row["text"], place, "text"), _text(row["label"], place, "label").replace("_", " ")
-        instruction = instruction or "Classify the text."
-    elif "output" in row and ("instruction" in row or "input" in row):
-        text, output = _text(row.get("input"), place, "input"), _text(row["output"], place, "output")
-        labels = listed
-    else:
+    told = text_of(row, "instruction", place) or config.instruction or about.get("instruction", "")
+    form = form_of(row)
+    if form is None:
         raise DataError(
             f"{place}: keys {sorted(row)} are of no known form; use text+label, instruction+input+output, or messages"
         )
-    if not output:
+    listed = tuple(map(str, about.get("labels") or ()))
+    parts: Parts = form.load()(row, About(place, told, listed))
+    if not parts.output:
         raise DataError(f"{place}: the row has no output (its answer is empty); every row needs an answer to learn from")
-    if not (text or instruction or messages):
+    if not (parts.input or parts.instruction or parts.messages):
         raise DataError(f"{place}: the row has neither instruction nor input")
-    if labels and output not in labels:
-        raise DataError(f"{place}: label {output!r} is not among the labels that {config.tasks_file} lists for {task!r}")
-    split = _text(row.get("split"), place, "split")
+    if parts.labels and parts.output not in parts.labels:
+        raise DataError(f"{place}: label {parts.output!r} is not among the labels that {config.tasks_file} lists for {task!r}")
+    split = text_of(row, "split", place)
     if split and split not in SPLITS:
         raise DataError(f"{place}: split {split!r} is unknown; one of {', '.join(SPLITS)} belongs here")
-    site = ""
     if config.site_column:
         if config.site_column not in row:
             raise DataError(f"{place}: no column {config.site_column!r} (data.site_column) to take the site's name from")
         site = str(row[config.site_column])
-    content = json.dumps([task, instruction, text, output, messages, split or None, site])
+    content = json.dumps([task, parts.instruction, parts.input, parts.output, parts.messages, split or None, site])
     given = row.get("id")
     identity = hashlib.sha256(content.encode()).hexdigest()[:16] if given in (None, "") else str(given)
-    references = tuple(meta.get("references", {}).get(identity, ())) or (output,)
+    references = tuple(meta.get("references", {}).get(identity, ())) or (parts.output,)
+    return Record(
+        identity,
+        task,
+        SPLITS.get(split, ""),
+        parts.output,
+        parts.instruction,
+        parts.input,
+        site,
+        references,
+        parts.labels,
+        parts.messages,
+        _group(row, task, parts.output, about, config),
+    )
+
+
+def form_of(row: Mapping[str, Any]) -> tables.Form | None:
+    """The first form whose keys the row has."""
+    return next((form for form in tables.FORMS.values() if form.fits(row)), None)
+
+
+def _group(row: Mapping[str, Any], task: str, output: str, about: Mapping[str, Any], config: Data) -> str:
+    """The group that the tasks file puts the row's label into; empty where it names none."""
     domains = about.get("label_domain") or {}
     if not isinstance(domains, dict):
         raise DataError(f"{config.tasks_file}: label_domain of {task!r} is not an object of label: group")
-    group = str(domains.get(str(row.get("label")), domains.get(output, "")))
-    return Record(identity, task, SPLITS.get(split, ""), output, instruction, text, site, references, labels, messages, group)
+    return str(domains.get(str(row.get("label")), domains.get(output, "")))
 
 
-def _metadata(config: Data) -> Mapping[str, Any]:
+def metadata(config: Data) -> Mapping[str, Any]:
+    """What data.tasks_file says; empty without one. Raises DataError naming the file."""
     if not config.tasks_file:
         return {}
     path = Path(config.root) / config.tasks_file
@@ -157,7 +127,8 @@ def _metadata(config: Data) -> Mapping[str, Any]:
     return meta
 
 
-def _hub_rows(config: Data) -> Iterator[tuple[str, dict[str, Any]]]:
+def hub_rows(config: Data) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of every row of a Hugging Face data set. Raises DataError where it cannot be loaded."""
     try:
         import datasets
     except ImportError as error:
@@ -202,56 +173,85 @@ def unique_ids(records: list[Record]) -> list[Record]:
     return unique
 
 
-def read_rows(config: Data) -> list[Record]:
-    """All rows of JSON Lines files or of a Hugging Face data set as they stand there: without a split where they have none.
+def read_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], config: Data, meta: Mapping[str, Any], site: str = ""
+) -> list[Record]:
+    """Rows, each with its place, as Records, as they stand there: without a split where they have none. site: see `to_record`.
 
     A task whose rows are all `text, label` without a list of labels gets the labels of its own rows, sorted.
-    Raises DataError on a missing or malformed file, or a row without an answer.
+    Raises DataError on a row without an answer.
     """
-    meta = _metadata(config)
-    if config.source == "hub":
-        rows: Iterable[tuple[str, dict[str, Any]]] = _hub_rows(config)
-    else:
-        rows = (pair for name in config.files for pair in read_json_lines(Path(config.root) / name))
     read, classified = [], set()
     for place, row in rows:
-        if config.tasks and (_text(row.get("task"), place, "task") or "default") not in config.tasks:
+        if config.tasks and (text_of(row, "task", place) or "default") not in config.tasks:
             continue
         answer = row["label"] if row.get("label") is not None else row.get("output")
         if str(answer) in config.drop_labels:
             continue
-        record = to_record(row, place, meta, config)
-        if "label" in row and "text" in row and not record.labels and not record.messages:
+        record = to_record(row, place, meta, config, site)
+        form = form_of(row)
+        if form is not None and form.labelled and not record.labels:
             classified.add(record.task)
         read.append(record)
-    own = {t: tuple(sorted({r.output for r in read if r.task == t})) for t in classified}
-    read = [replace(r, labels=own[r.task]) if r.task in own else r for r in read]
-    dropped = {*config.drop_labels, *(label.replace("_", " ") for label in config.drop_labels)}
-    if dropped:
-        left = {labels: tuple(v for v in labels if v not in dropped) for labels in {r.labels for r in read}}
-        read = [replace(r, labels=left[r.labels]) for r in read]
-    return read
+    return _without_dropped(_with_own_labels(read, classified), config)
 
 
-def load_records(config: Data, seed: int) -> list[Record]:
-    """All rows of the source, each with a split, sorted by id; see `read_rows`.
+def _with_own_labels(read: Sequence[Record], tasks: Collection[str]) -> list[Record]:
+    own = {t: tuple(sorted({r.output for r in read if r.task == t})) for t in tasks}
+    return [replace(r, labels=own[r.task]) if r.task in own else r for r in read]
 
-    Raises DataError as it does, or on a source with no training row.
+
+def _without_dropped(read: list[Record], config: Data) -> list[Record]:
+    dropped = {*config.drop_labels, *spoken(config.drop_labels)}
+    if not dropped:
+        return read
+    left = {labels: tuple(v for v in labels if v not in dropped) for labels in {r.labels for r in read}}
+    return [replace(r, labels=left[r.labels]) for r in read]
+
+
+def json_lines(config: Data, seed: int = 0) -> list[Record]:
+    """The source `jsonl`: all rows of data.files. Raises DataError on a missing or malformed file, and as `read_rows`."""
+    rows = (pair for name in config.files for pair in read_json_lines(Path(config.root) / name))
+    return read_rows(rows, config, metadata(config))
+
+
+def hub(config: Data, seed: int = 0) -> list[Record]:
+    """The source `hub`: all rows of a Hugging Face data set. Raises DataError where it cannot be loaded, and as `read_rows`."""
+    return read_rows(hub_rows(config), config, metadata(config))
+
+
+def load_records(config: Data, seed: int, partly: bool = False) -> list[Record]:
+    """All rows of the source, each with a split, sorted by id. partly: of one site of many, which need not hold every task.
+
+    Raises DataError as the source does, or on a source with no training row.
     """
-    if config.source == "pydocs":
-        from fedkeel.data import pydocs
+    source = tables.SOURCES[config.source]
+    return whole(source.load()(config, seed), config, seed, source.splits, partly)
 
-        tasks = config.tasks or tuple(pydocs.INSTRUCTIONS)
-        found = pydocs.records(Path(config.root) if config.root else None, seed, config.rows_per_site or 240, tasks)
-    else:
-        # in this order: a row that stands twice is in one split
-        found = unique_ids(list(_with_splits(read_rows(config), config, seed)))
+
+def whole(found: list[Record], config: Data, seed: int, splits: bool = False, partly: bool = False) -> list[Record]:
+    """Rows of a source as a run takes them: of the tasks asked for, each with an id and a split of its own, sorted by id.
+
+    splits: they have them already. Raises DataError where a task (unless partly), or any training row, is missing.
+    """
+    if not splits:  # in this order: a row that stands twice is in one split
+        found = unique_ids(list(_with_splits(found, config, seed)))
     if config.tasks:
         missing = set(config.tasks) - {r.task for r in found}
-        if missing:
+        if missing and not partly:
             raise DataError(f"data.tasks names {sorted(missing)}, but no row is of that task")
         found = [r for r in found if r.task in config.tasks]
     if not any(r.split == "train" for r in found):
         where = config.dataset or config.root or config.source
         raise DataError(f"no training row in {where}: {len(found)} rows read, none with split `train`")
     return sorted(found, key=lambda r: r.id)
+
+
+def label_groups(config: Data) -> dict[tuple[str, str], str]:
+    """(task, label) -> the group that data.tasks_file puts it into; labels as they are written there, and as words."""
+    groups: dict[tuple[str, str], str] = {}
+    for task, about in metadata(config).get("tasks", {}).items():
+        domains = about.get("label_domain")
+        for label, group in domains.items() if isinstance(domains, dict) else ():
+            groups |= dict.fromkeys([(task, str(label)), (task, spoken((str(label),))[0])], str(group))
+    return groups

@@ -19,8 +19,10 @@ def stage_names(recipe: Recipe) -> list[list[str]]:
     return [[name.strip() for name in stage.split("+")] for stage in recipe.stream.stages]
 
 
-def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
+def arrivals(records: Sequence[Record], recipe: Recipe, partly: bool = False) -> list[int]:
     """The stage in which each record arrives, from 0; −1 for a record that no stage names.
+
+    partly: the records are of one site of many, which need not hold rows of every task and stage.
 
     Raises ConfigError on a stage without training rows, a name that no record carries, or one that stands twice.
     """
@@ -29,7 +31,7 @@ def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
         return [0] * len(records)
     tasks = {r.task for r in records}
     missing = [name for names in stages for name in names if name not in tasks]
-    if order and missing:
+    if order and missing and not partly:
         raise ConfigError(
             f"stream.order = {order!r} names {', '.join(missing[:5])}, and no row is of "
             f"{'that task' if len(missing) == 1 else f'these {len(missing)} tasks'}: add the files to data.files, or list in "
@@ -39,7 +41,7 @@ def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
     where: dict[str, int] = {}
     for stage, names in enumerate(stages):
         for name in names:
-            if name not in known:
+            if name not in known and not partly:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)[:20])}"
                 raise ConfigError(f"stream.stages: no row is of a task or label group {name!r}; {hint}")
@@ -50,7 +52,7 @@ def arrivals(records: Sequence[Record], recipe: Recipe) -> list[int]:
     if both:
         raise ConfigError(f"stream.stages names {both[0]} and the whole task too; name one of them")
     found = [where.get(r.group or r.task, where.get(r.task, -1)) for r in records]
-    for stage, names in enumerate(stages):
+    for stage, names in enumerate(() if partly else stages):
         if not any(at == stage and r.split == "train" for at, r in zip(found, records, strict=True)):
             raise ConfigError(f"stream.stages: stage {stage + 1} ({' + '.join(names)}) has no training row")
     return found
@@ -64,22 +66,26 @@ def kept_between_stages(recipe: Recipe) -> str:
     return f"between stages a site keeps up to {count} training rows of each stage, chosen by a hash of their id"
 
 
-def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[Sites]:
+def stages_of(
+    sites: Sites, arrival: Mapping[str, int], recipe: Recipe, groups: Mapping[tuple[str, str], str] | None = None
+) -> list[Sites]:
     """The sites as they are in each stage of the stream; without one, a single stage with everything.
 
     In stage s a site trains on the rows that arrive then and on those that it keeps of each earlier stage: the first
     stream.replay of them by a hash of their id, so none by default. Validation and test rows are those of all stages up to s.
     Candidate labels of a task are those seen up to s (class-incremental where a stage names label groups, task-incremental
-    where it names tasks), for kept rows too. A site may hold no training row in a stage and is then not asked.
-    arrival: record id -> stage, as `arrivals` finds it, for every record of the sites.
+    where it names tasks), for kept rows too. A site may hold no training row in a stage and is then not asked. arrival: record
+    id -> stage, as `arrivals` finds it, for every record of the sites. groups: (task, label) -> its group, where the sites are
+    one of many, whose rows need not hold every label or stage; None: they are all.
     """
     everything = [r for split in ("train", "validation", "test") for r in sites.all(split)]
-    born: dict[tuple[str, str], int] = {}  # when a label's first row arrives
+    named = {name: stage for stage, names in enumerate(stage_names(recipe)) for name in names}
+    # when a label's first row arrives; at one site of many, when its group does, as everywhere else
+    born = {label: named[group] for label, group in (groups or {}).items() if group in named}
     for record in everything:
         if record.labels:
             label = record.task, record.output
             born[label] = min(arrival[record.id], born.get(label, arrival[record.id]))
-    named = {name for names in stage_names(recipe) for name in names}
     by_group = {r.task for r in everything if r.group and named and r.task not in named}
 
     kept: set[str] = set()  # ids of the rows that some site keeps once their stage is over
@@ -109,7 +115,7 @@ def stages_of(sites: Sites, arrival: Mapping[str, int], recipe: Recipe) -> list[
             }
             for name, held in sites.rows.items()
         }
-        if not any(arrival[r.id] == stage for held in rows.values() for r in held["train"]):
+        if groups is None and not any(arrival[r.id] == stage for held in rows.values() for r in held["train"]):
             raise ConfigError(
                 f"stream.stages: no site keeps a training row of stage {stage + 1}; raise data.rows_per_site "
                 f"(now {recipe.data.rows_per_site}) or put more tasks into the stage"

@@ -29,8 +29,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkeel.recipe.load import make_recipe, read_tree, to_toml
+from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import to_toml
 
 if TYPE_CHECKING:
     pass

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from fedkeel import __version__
 from fedkeel.engines.sitefile import MEMBERS
-from fedkeel.recipe.load import toml_value
 from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import toml_value
 
 if TYPE_CHECKING:
     pass

@@ -1,9 +1,10 @@
 """A federation whose data never come together: the coordinator of a deployment.
 
 It holds adapters, not models: no base weights, no GPU, no rows. What the federation starts from is made by the sites, each from
-the recipe's seed and its own copy of the base, and must have one hash everywhere. Only the `federated` leg is run, and the base
-model scored; baselines on pooled data are what a deployment exists to avoid. Held-out scores are sums and counts that the sites
-report of their own rows; the adapter's PEFT folder is written by one site and compared with the coordinator's tensors.
+the recipe's seed and its own copy of the base, and must have one hash everywhere. The legs and their loop are those of
+`run.rounds`; baselines on pooled data are what a deployment exists to avoid. Held-out scores are sums and counts that the sites
+report of their own rows; a local-only model is scored by the site that trained it, and by no other. The adapter's PEFT folder
+is written by one site and compared with the coordinator's tensors.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ import math
 import os
 import secrets
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,23 +26,21 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from fedkeel import tables
 from fedkeel.engines.work import digest_of
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope
 from fedkeel.exchange.messages import MEMORY, pack_global
-from fedkeel.federation.kept import layout_of, modules_left_out
-from fedkeel.federation.server import FederationError, run_round
+from fedkeel.federation.server import FederationError
 from fedkeel.files import write_atomic
-from fedkeel.method.aggregate import AGGREGATORS
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.run.folder import RunFolder
-from fedkeel.run.legs import Leg, Stage
-from fedkeel.run.loop import Carrier
-from fedkeel.run.rows import round_rows
-from fedkeel.run.watch import Watch, tell_failures
-from fedkeel.scores.evaluate import over_tasks
-from fedkeel.scores.metrics import macro
-from fedkeel.types import Adapter, FedKeelError, Global, Lora, Row
+from fedkeel.run.legs import Cast, Leg, legs_of
+from fedkeel.run.rounds import Carrier, Loop, Memory
+from fedkeel.run.rows import Sums, pooled_rows
+from fedkeel.run.track import Tracks
+from fedkeel.run.watch import Watch
+from fedkeel.types import Adapter, FedKeelError, Global, Lora, Reply, Row
 
 # what must be one at all sites, and how a person would say it
 ONE = {
@@ -56,6 +54,17 @@ ONE = {
 Answers = Mapping[str, "tuple[dict[str, Any], bytes] | FedKeelError"]
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What every training request of a leg's stage says beside its payload. ranks: of sites whose adapter is not of the
+    recipe's rank. steps: of a local leg, which trains by itself for so many; else 0."""
+
+    leg: str
+    rounds: int
+    steps: int
+    ranks: Mapping[str, int]
+
+
 class Sites(Protocol):
     """The sites, as `flower.Courier` reaches them. vet: (site, what it said) -> why it is not asked, or nothing."""
 
@@ -63,12 +72,16 @@ class Sites(Protocol):
     vet: Callable[[str, Mapping[str, Any]], str]
 
     def ask(
-        self, kind: str, requests: Mapping[str, tuple[Mapping[str, Any], bytes]], deadline: float,
+        self,
+        kind: str,
+        requests: Mapping[str, tuple[Mapping[str, Any], bytes]],
+        deadline: float,
         done: Callable[[str], None] = ...,
-    ) -> Answers: ...  # fmt: skip
+    ) -> Answers:
+        """site -> its answer to a request (header, payload), or what went wrong."""
 
-    def transport(self, rounds: int, ranks: Mapping[str, int], kept: dict[str, str]) -> Carrier:
-        """kept: site -> the name of the state that it starts from."""
+    def transport(self, terms: Terms, kept: dict[str, str], watch: Callable[[Reply], None]) -> Carrier:
+        """kept: site -> the name of the state that it starts from, brought up to date as answers are taken."""
 
 
 def reference_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -108,56 +121,32 @@ def read_start(payload: bytes) -> Adapter:
     return Adapter(lora, {name: t for name, t in sent.items() if name not in factors})
 
 
-def pooled(leg: Leg, round: int, split: str, sums: Mapping[str, Any], run: str) -> list[Row]:
-    """Rows of one scoring from the sites' sums: per task and over all tasks, of all rows together, and of each site.
-
-    sums: site -> task -> measure -> [sum, rows].
-    """
-
-    def row(name: str, value: float, unit: str = "share", task: str = "", site: str = "") -> Row:
-        return Row(run, leg.method, leg.seed, round, name, value, unit, site=site, task=task, split=split)
-
-    totals: dict[str, dict[str, list[float]]] = {}
-    rows = []
-    for site, tasks in sorted(sums.items()):
+def read_sums(header: Mapping[str, Any], stages: int) -> Sums:
+    """`work.Work.evaluate`'s sums. Raises ValueError if they are none."""
+    found: dict[int, dict[str, dict[str, tuple[float, float]]]] = {}
+    for came, tasks in header["sums"].items():
+        if not 0 <= int(came) < stages:
+            raise ValueError(f"rows of stage {came!r}")
         for task, measures in tasks.items():
             for name, (total, count) in measures.items():
-                held = totals.setdefault(task, {}).setdefault(name, [0.0, 0.0])
-                held[0], held[1] = held[0] + total, held[1] + count
-        if tasks:
-            rows.append(row("own_score", macro({t: m["score"][0] / m["score"][1] for t, m in tasks.items()}), site=site))
-    means = {task: {n: total / count for n, (total, count) in held.items()} for task, held in sorted(totals.items())}
-    found = []
-    for task, measures in means.items():
-        found += [row(name, value, task=task) for name, value in measures.items()]
-        found.append(row("rows", totals[task]["score"][1], "rows", task))
-    return [*found, *(row(name, value) for name, value in over_tasks(means).items()), *rows]
-
-
-def _read_sums(header: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
-    """`work.Work.evaluate`'s sums. Raises ValueError if they are none."""
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    for task, measures in header["sums"].items():
-        for name, (total, count) in measures.items():
-            # every measure is a share of a row
-            if not (math.isfinite(total) and 0 <= total <= count and count >= 1):
-                raise ValueError(f"{task}: {name} of {total!r} over {count!r} rows")
-            found.setdefault(str(task), {})[str(name)] = float(total), float(count)
-        if "score" not in measures:
-            raise ValueError(f"{task}: no score")
+                # every measure is a share of a row
+                if not (math.isfinite(total) and 0 <= total <= count and count >= 1):
+                    raise ValueError(f"{task}: {name} of {total!r} over {count!r} rows")
+                held = found.setdefault(int(came), {}).setdefault(str(task), {})
+                held[str(name)] = float(total), float(count)
+            if "score" not in measures:
+                raise ValueError(f"{task}: no score")
     return found
 
 
-class _Federation:
-    """A deployment's run in progress."""
+class Away:
+    """See `rounds.Parties`: the sites of a deployment. initial: set by `start`."""
+
+    initial: Adapter
 
     def __init__(self, recipe: Recipe, names: Sequence[str], sites: Sites, folder: RunFolder, watch: Watch) -> None:
         self.recipe, self.names, self.sites, self.folder, self.watch = recipe, sorted(names), sites, folder, watch
-        self.state: dict[str, Any] = {}
-        self.kept: dict[str, str] = {}
-
-    def leg(self, method: str, rounds: int) -> Leg:
-        return Leg(method, method, rounds, [Stage(self.recipe, {})])
+        self._kept: dict[str, str] = {}  # of the present leg: site -> the name of its state
 
     def fine(self) -> list[str]:
         """Sites that may be asked, as far as they have said hello."""
@@ -183,7 +172,23 @@ class _Federation:
         torches = {str(hello.get("versions", {}).get("torch")) for hello in hellos.values()}
         if len(torches) > 1:
             self.watch.note(f"the sites run torch {', '.join(sorted(torches))}: the last bits of their sums may differ")
+        for stage, name in enumerate(self.recipe.stream.stages):
+            if not any(self._rows(site, stage, "train") for site in self.fine()):
+                raise FederationError(f"stream.stages: no site holds a training row of stage {stage + 1} ({name})")
         return found
+
+    def _rows(self, site: str, stage: int, split: str) -> int:
+        """Rows that a site said it holds; 0 of one that has not."""
+        rows = self.sites.hellos.get(site, {}).get("rows", [])
+        count = rows[stage].get(split, 0) if isinstance(rows, list) and stage < len(rows) else 0
+        return count if isinstance(count, int) and 0 <= count < 2**40 else 0
+
+    def cast(self) -> Cast:
+        """Who takes part. A site that has not said hello may still come: it counts as one that holds a row."""
+        stages = range(max(1, len(self.recipe.stream.stages)))
+        known = self.sites.hellos
+        rows = [{n: self._rows(n, stage, "train") if n in known else 1 for n in self.names} for stage in stages]
+        return Cast(self.recipe, rows)
 
     def loads(self) -> list[Row]:
         """How long each site took from nothing to a loaded base and encoded rows: what a warm worker saves every round."""
@@ -191,12 +196,11 @@ class _Federation:
         for site in self.fine():
             seconds = self.sites.hellos[site].get("load_seconds")
             if isinstance(seconds, float) and 0 <= seconds < 1e6:
-                rows.append(
-                    Row(self.recipe.name, "federated", self.recipe.seed, 0, "load_seconds", seconds, "seconds", site=site)
-                )
+                told = ("load_seconds", seconds, "seconds")
+                rows.append(Row(self.recipe.name, "federated", self.recipe.seed, 0, *told, site=site))
         return rows
 
-    def start(self, digest: str) -> Adapter:
+    def start(self, digest: str) -> None:
         """What the federation starts from: from the first site that can say, held to the hash that all of them told."""
         told = []
         for site in self.fine():
@@ -205,65 +209,70 @@ class _Federation:
                 try:
                     adapter = read_start(outcome[1])
                     if digest_of(adapter.tensors()) == digest:
-                        return adapter
+                        self.initial = adapter
+                        return
                     outcome = FederationError("its initial adapter is not the one whose hash it told")
                 except EnvelopeError as error:
                     outcome = FederationError(str(error))
             told.append(f"\n--- {site}: {outcome}")
         raise FederationError(f"no site gave the initial adapter; nothing was trained.{''.join(told)}")
 
-    def payload(self, current: Global) -> bytes:
-        """The whole state, exactly, for scoring and export."""
-        return pack_global("checkpoint", current, "fp32", since=0)
+    def begin(self, leg: Leg, current: Global, memory: Memory) -> None:
+        """See `Parties`."""
+        self._kept = dict(memory.names)
 
-    def score(self, leg: Leg, current: Global, split: str) -> list[Row]:
-        """Rows of the sites' scores. A site without an answer is left out, and said so."""
-        asked = {site: ({"kept": self.kept.get(site, ""), "split": split}, self.payload(current)) for site in self.fine()}
+    def present(self, leg: Leg, stage: int) -> list[str]:
+        """See `Parties`."""
+        return list(leg.stages[stage].rows) if leg.stages[stage].rows and any(leg.stages[stage].rows.values()) else []
+
+    def connect(self, leg: Leg, stage: int, done: Callable[[Reply], None]) -> Carrier:
+        """See `Parties`."""
+        recipe = leg.stages[stage].recipe
+        steps = recipe.train.local_steps if leg.method == "local" else 0
+        return self.sites.transport(Terms(leg.name, leg.rounds, steps, recipe.lora.ranks(self.names)), self._kept, done)
+
+    def memory(self) -> Memory:
+        """See `Parties`."""
+        return Memory(names=self._kept)
+
+    def size(self, leg: Leg, stage: int, split: str) -> int:
+        """See `Parties`."""
+        return sum(self._rows(site, stage, split) for site in self._scoring(leg))
+
+    def _scoring(self, leg: Leg) -> list[str]:
+        """The sites that score a leg's model: a local one stays with the site that trained it."""
+        return [site for site in self.fine() if leg.method != "local" or site == leg.site]
+
+    def score(self, leg: Leg, stage: int, current: Global, split: str) -> list[Row]:
+        """See `Parties`. A site without an answer is left out, and said so."""
+        payload = pack_global("checkpoint", current, "fp32", since=0)  # the whole state, exactly
+        header = {"split": split, "stage": stage}
+        asked = {s: ({**header, "kept": self._kept.get(s, "")}, payload) for s in self._scoring(leg)}
         sums = {}
         for site, outcome in self.sites.ask("evaluate", asked, self.recipe.federation.deadline).items():
             try:
                 if isinstance(outcome, FedKeelError):
                     raise outcome
-                sums[site] = _read_sums(outcome[0])
+                sums[site] = read_sums(outcome[0], len(leg.stages))
             except (FedKeelError, KeyError, TypeError, ValueError, AttributeError) as error:
                 self.watch.note(f"round {current.round}: the {split} rows of site {site} are not in the score: {error}")
-        return pooled(leg, current.round, split, sums, self.recipe.name)
+        return pooled_rows(leg, stage, current.round, split, sums, self.recipe.name)
 
-    def rounds(self, current: Global, initial: Adapter) -> Global:
-        recipe = self.recipe
-        leg = self.leg("federated", recipe.federation.rounds)
-        ranks = recipe.lora.ranks(self.names)
-        layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in ranks.items()}
-        transport = self.sites.transport(leg.rounds, ranks, self.kept)
-        out = modules_left_out(recipe, initial.lora)
-        while current.round < leg.rounds:
-            self.watch.leg(leg.name, f"round {current.round + 1} of {leg.rounds}")
-            begin, elsewhere = time.process_time(), transport.cpu
-            result = run_round(current, transport, self.names, recipe.federation, recipe.seed, layouts=layouts, hold=out)
-            cpu = time.process_time() - begin + transport.cpu - elsewhere
-            current = result.state
-            rows = round_rows(leg, 0, result, recipe.name, cpu)
-            tell_failures(self.watch, result)
-            self.watch.round(leg.name, current.round, leg.rounds, result)
-            # before anybody is shown it: a base shift that sites hold must not be made again
-            self.save(leg, current, rows)
-            if current.round % recipe.evaluation.every == 0:
-                self.folder.save(self.state, self.score(leg, current, "validation"))
-        return current
+    def close(self, leg: Leg, current: Global) -> None:
+        """See `Parties`: of the federated leg the PEFT folder."""
+        if leg.method != "federated":
+            return
+        if tables.RULES[self.recipe.federation.rule].personal:
+            self.watch.note("every site keeps an adapter of its own: there is none to write here")
+        else:
+            self._export(current)
 
-    def save(self, leg: Leg, current: Global, rows: Sequence[Row]) -> None:
-        """A state to resume from. The sites' names of what they keep are part of it."""
-        self.folder.write_checkpoint(leg.name, current)
-        self.state.update(round=current.round, kept=self.kept)
-        self.folder.save(self.state, rows)
-
-    def export(self, current: Global) -> None:
+    def _export(self, current: Global) -> None:
         """The PEFT folder, from the first site whose files hold the coordinator's tensors. Raises FederationError."""
         told = []
-        target = self.folder.path / "adapter"
+        payload = pack_global("checkpoint", current, "fp32", since=0)
         for site in self.fine():
-            asked = {site: ({"kept": ""}, self.payload(current))}
-            outcome = self.sites.ask("export", asked, self.recipe.federation.deadline)[site]
+            outcome = self.sites.ask("export", {site: ({"kept": ""}, payload)}, self.recipe.federation.deadline)[site]
             try:
                 if isinstance(outcome, FedKeelError):
                     raise outcome
@@ -275,14 +284,19 @@ class _Federation:
             config = json.loads(files["adapter_config.json"])
             config["base_model_name_or_path"] = self.recipe.model.base  # where it lies at a site is that site's business
             files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-            partial = target.with_name(target.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            for name, content in files.items():
-                write_atomic(partial / Path(name).name, content)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            _write_folder(self.folder.path / "adapter", files)
             return
         raise FederationError(f"no site could write the adapter; the last checkpoint holds it.{''.join(told)}")
+
+
+def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    """A folder of files, whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, content in files.items():
+        write_atomic(partial / Path(name).name, content)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
 
 
 def _check_export(files: Mapping[str, bytes], current: Global) -> None:
@@ -317,54 +331,47 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def coordinate(
-    recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]
-) -> None:  # fmt: skip
+def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]) -> None:
     """Run a deployment's federation from the folder's last state on, or from the beginning where there is none.
 
     names: the sites. meet: given the run's name, the sites, once they have said hello.
     Raises FederationError, ConfigError, or what a Sites raises; returns only when the federation has really ended.
     """
-    if recipe.stream.stages:
-        raise ConfigError("stream.stages: a task stream runs in one process or in the simulation, not in a deployment")
+    if recipe.evaluation.unseen_sites:
+        raise ConfigError("evaluation.unseen_sites: in a deployment every site trains; leave those out of --sites that do not")
+    pooling = [name for name in recipe.evaluation.baselines if tables.BASELINES[name].pools]
+    if pooling:
+        watch.note(f"not run here, as it needs the rows of all sites in one place: {', '.join(pooling)}")
+        left = tuple(name for name in recipe.evaluation.baselines if name not in pooling)
+        recipe = replace(recipe, evaluation=replace(recipe.evaluation, baselines=left))
     with alone(folder.path):
         _coordinate(recipe, names, folder, watch, meet)
 
 
-def _coordinate(
-    recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]
-) -> None:  # fmt: skip
+def _coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]) -> None:
     resume = bool(folder.path.exists() and (folder.path / "state.json").exists())
     folder.check(recipe, resume, False)
     if resume and folder.state()["finished"]:
         raise FederationError(f"{folder.path} holds a federation that has ended; move it away, or give the recipe another name")
     before = folder.state() if resume else {}
     run = str(before.get("run") or secrets.token_hex(8))
-    run_ = _Federation(recipe, names, meet(run), folder, watch)
-    reference = run_.admit(before.get("reference"))
-    initial = run_.start(reference["initial"])
-    run_.state = folder.open(recipe, resume, False)
-    run_.state.update(run=run, reference=reference)
-    folder.save(run_.state, run_.loads())
-    run_.kept.update(run_.state.get("kept", {}))
-    base, leg = run_.leg("base", 0), run_.leg("federated", recipe.federation.rounds)
-    current = Global(0, initial)
-    if "base" in recipe.evaluation.baselines and "base" not in run_.state["done"]:
-        watch.leg("base", "scoring held-out rows")
-        rows = run_.score(base, current, "test")
-        run_.state["done"] = [*run_.state["done"], "base"]
-        folder.save(run_.state, rows)
-    run_.state["leg"] = leg.name
-    if run_.state["round"]:
-        current = folder.read_checkpoint(leg.name, run_.state["round"], initial)
-        optimiser = folder.read_kept(leg.name, run_.state["round"], initial)[1]
-        current = replace(current, optimiser=optimiser)
-    current = run_.rounds(current, initial)
-    watch.leg(leg.name, "scoring held-out rows")
-    rows = run_.score(leg, current, "test")
-    if AGGREGATORS[recipe.federation.rule].personal:
-        watch.note("every site keeps an adapter of its own: there is none to write here")
-    else:
-        run_.export(current)
-    run_.state.update(done=[*run_.state["done"], leg.name], finished=True, leg="", tested=1)
-    folder.save(run_.state, rows)
+    tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
+    away = Away(recipe, names, meet(run), folder, watch)
+    reference = away.admit(before.get("reference"))
+    away.start(reference["initial"])
+    loop = Loop(recipe, away, folder, watch, folder.open(recipe, resume, False))
+    loop.state.update(run=run, reference=reference)
+    legs = legs_of(away.cast())
+    watch.begin(loop.work(legs))
+    with tracks as folder.tracks:
+        folder.save(loop.state, away.loads())
+        for leg in legs:
+            try:
+                loop.run(leg)
+            except FederationError as error:
+                if leg.method != "local":
+                    raise
+                watch.note(f"{leg.name} is left out: {error}")  # the federation has ended well; a baseline does not undo that
+                loop.leave(leg)
+    loop.state["finished"] = True
+    folder.save(loop.state, [])

@@ -41,7 +41,7 @@ class Store:
         self._site = site
 
     def _file(self, token: str) -> Path:
-        return self._own / f"kept-{_checked(token)}.fkl"
+        return self._own / f"kept-{checked_name(token)}.fkl"
 
     def read(self, token: str) -> dict[str, Tensor]:
         """The tensors written under `token`; nothing under the empty one. Raises LostStateError."""
@@ -78,7 +78,7 @@ class Store:
         """Keep entries `first`, `first` + 1, … of the log; those that are there already are the same."""
         for number, entry in enumerate(entries, first):
             if not self._shift(number).exists():
-                _write_shared(self._shift(number), pack_shift(entry))
+                write_shared(self._shift(number), pack_shift(entry))
 
     def read_shifts(self, first: int, end: int) -> list[Shift]:
         """Entries `first` up to, and not with, `end`. Raises LostStateError."""
@@ -88,14 +88,15 @@ class Store:
             raise LostStateError(f"site {self._site}: the log of base shifts cannot be read: {error}") from error
 
 
-def _write_shared(path: Path, content: bytes | str) -> None:
+def write_shared(path: Path, content: bytes | str) -> None:
     """Write a file that another process may be writing too, with the same content."""
     own = path.with_name(f"{path.name}.{os.getpid()}")
     write_atomic(own, content)
     own.replace(path)
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name, which becomes that of a file. Raises WorkError for one that could lead elsewhere."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise WorkError(f"a run or request called {name!r}: small letters, digits and - belong here")
     return name

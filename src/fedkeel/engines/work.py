@@ -19,7 +19,7 @@ import tempfile
 import time
 import tomllib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkeel.data.format import Example, Formatter
+from fedkeel import tables
+from fedkeel.data.format import Example
 from fedkeel.engines.sitefile import SiteFile
-from fedkeel.engines.store import LostStateError, Store, WorkError, _checked, _write_shared
+from fedkeel.engines.store import LostStateError, Store, WorkError, checked_name, write_shared
 from fedkeel.exchange.messages import (
-    factors_down,
     layout,
     names_of,
     pack_global,
     pack_tensors,
     unpack_global,
 )
-from fedkeel.federation.client import answer
+from fedkeel.federation.client import Site, answer
 from fedkeel.federation.kept import Kept, layout_of
-from fedkeel.method.aggregate import AGGREGATORS, folded
+from fedkeel.method.aggregate.layouts import folded
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import make_recipe
-from fedkeel.recipe.schema import SHIFTING, Recipe
+from fedkeel.recipe.schema import Recipe
+from fedkeel.run.here import formatter_of
+from fedkeel.run.legs import single
 from fedkeel.run.prepare import prepare
-from fedkeel.scores.evaluate import choose, score
+from fedkeel.scores.evaluate import Scored, choose, score
 from fedkeel.types import Adapter, FedKeelError, Global
 
 SPLITS = ("validation", "test")
@@ -93,14 +95,11 @@ class Work:
         self.model = Model(recipe.model, recipe.lora, recipe.seed, self.prepared.classes)
         assert self.model.initial is not None
         self.initial: Adapter = self.model.initial
-        self.formatter = Formatter(
-            self.model.tokenizer, self.model.kind, recipe.data.max_length, recipe.data.list_labels,
-            classes=self.prepared.classes,
-        )  # fmt: skip
+        self.formatter = formatter_of(self.model, self.prepared)
         frozen = {name: p for name, p in self.model.net.named_parameters() if not p.requires_grad}
         self.base = digest_of(frozen)  # now: base shifts change it
         self._examples: dict[str, list[list[Example]]] = {}
-        self._run = ""
+        self._run, self._leg = "", ""
         self.seconds = time.perf_counter() - begin
 
     def examples(self, site: str) -> list[list[Example]]:
@@ -108,17 +107,17 @@ class Work:
         if site not in self._examples:
             stages = [stage.rows[site]["train"] for stage in self.prepared.stages]
             self._examples[site] = [self.formatter.encode_all(rows) for rows in stages]
-            if stages[0] and not any(self._examples[site]):
+            if any(stages) and not any(self._examples[site]):
                 raise WorkError(
                     f"site {site}: none of its rows fits into data.max_length = {self.recipe.data.max_length} tokens"
                 )
         return self._examples[site]
 
-    def begin(self, run: str) -> None:
-        """Base shifts belong to a run: another one begins on the base as it was."""
-        if run != self._run:
+    def begin(self, run: str, leg: str = "") -> None:
+        """Base shifts belong to a leg of a run: another one begins on the base as it was. leg: empty: none in particular."""
+        if run != self._run or (leg and leg != self._leg):
             self.model.rewind()
-            self._run = run
+            self._run, self._leg = run, leg
 
     def hello(self, site: str) -> dict[str, Any]:
         """What a coordinator checks before round 1: that this site would train the same thing as the others."""
@@ -138,42 +137,62 @@ class Work:
             "load_seconds": self.seconds,
         }
 
+    def recipe_of(self, leg: str, steps: int) -> Recipe:
+        """What a leg trains by: the recipe, or on its own plain LoRA for so many steps. Raises WorkError for another leg."""
+        if leg == "federated":
+            return self.recipe
+        if not leg.startswith("local/") or not 1 <= steps <= 2**31:
+            raise WorkError(f"leg {leg!r} with {steps} steps: federated, or local/SITE with at least one step, belongs here")
+        return single(self.recipe, steps)
+
     def train(self, site: str, header: Mapping[str, Any], payload: bytes, store: Store) -> tuple[dict[str, Any], bytes]:
-        """One round of the site; header: `rounds` of a stage, `rank` (0: the recipe's), `kept` and `id`, see `Store`."""
-        rank, before = int(header["rank"]), str(header["kept"])
+        """One round of the site; header: `leg` and `steps` (see `recipe_of`), `rounds` of a stage, `rank` (0: the recipe's),
+        `kept` and `id`, see `Store`."""
+        rank, before, leg = int(header["rank"]), str(header["kept"]), str(header["leg"])
+        recipe = self.recipe_of(leg, int(header["steps"]))
+        self.begin(self._run, leg)
         kept = Kept(rank=rank).restored(store.read(before))
-        federation = self.recipe.federation
-        if federation.rule in SHIFTING:
-            like = layout_of(self.initial, self.recipe.lora, rank)
-            names = names_of(like, factors_down(AGGREGATORS[federation.rule]))
-            told, state = unpack_global(payload, "global", like, names, federation.codec_down)
+        rule = tables.RULES[recipe.federation.rule]
+        if rule.shifts:
+            like = layout_of(self.initial, recipe.lora, rank)
+            told, state = unpack_global(payload, "global", like, names_of(like, rule.down), recipe.federation.codec_down)
             first = int(told["shifts"]["first"])
             store.write_shifts(state.shifts, first)
             if self.model.shifts < first:
                 self.model.replay(store.read_shifts(self.model.shifts, first), self.model.shifts)
-        update = answer(payload, self.model, self.examples(site), site, int(header["rounds"]), self.recipe, kept)
+        update = answer(payload, self.model, Site(site, self.examples(site), int(header["rounds"]), recipe), kept)
         return {"kept": store.write(str(header["id"]), kept.tensors(), before)}, update
 
     def evaluate(self, site: str, header: Mapping[str, Any], payload: bytes, store: Store) -> tuple[dict[str, Any], bytes]:
-        """Sums and counts of the site's held-out rows, by task and measure, under an adapter; no text leaves the site."""
-        split = header.get("split")
-        if split not in SPLITS:
-            raise WorkError(f"split {split!r}: one of {', '.join(SPLITS)} belongs here")
+        """Sums and counts of the site's held-out rows, by the stage they came in, task and measure, under an adapter; no text
+        leaves the site. header: `split`, `stage` (whose rows), `kept`."""
+        split, stage = header.get("split"), int(header.get("stage", 0))
+        if split not in SPLITS or not 0 <= stage < len(self.prepared.stages):
+            raise WorkError(
+                f"split {split!r} of stage {stage}: one of {', '.join(SPLITS)}, of a stage of this run, belongs here"
+            )
         _, state = unpack_global(payload, "checkpoint", self.initial)
         kept = Kept().restored(store.read(str(header["kept"])))
+        if self.model.shifts > len(state.shifts):
+            self.model.rewind()
         store.write_shifts(state.shifts, 0)
         self.model.replay(state.shifts, 0)
         self.model.write(kept.adapter(state.adapter))
         evaluation = self.recipe.evaluation
         limit = evaluation.test_rows if split == "test" else evaluation.validation_rows
-        rows = choose(self.prepared.stages[-1].rows[site][split], split, limit)
-        sums: dict[str, dict[str, list[float]]] = {}
-        for one in score(self.model, self.formatter, rows, evaluation):
-            of_task = sums.setdefault(one.record.task, {})
+        chosen = {r.id for r in choose(self.prepared.stages[-1].rows[site][split], split, limit)}
+        rows = choose([r for r in self.prepared.stages[stage].rows[site][split] if r.id in chosen], split, 0)
+        return {"sums": self._sums(score(self.model, self.formatter, rows, evaluation))}, b""
+
+    def _sums(self, scored: Sequence[Scored]) -> dict[int, dict[str, dict[str, list[float]]]]:
+        """See `rows.Sums`."""
+        sums: dict[int, dict[str, dict[str, list[float]]]] = {}
+        for one in scored:
+            of_task = sums.setdefault(self.prepared.arrival[one.record.id], {}).setdefault(one.record.task, {})
             for name, value in {**one.metrics, "score": one.score}.items():
                 total = of_task.setdefault(name, [0.0, 0])
                 total[0], total[1] = total[0] + value, total[1] + 1
-        return {"sums": sums}, b""
+        return sums
 
     def start(self) -> bytes:
         """The adapter that a federation starts from, which is the same at every site of one seed and base."""
@@ -214,7 +233,7 @@ def handle(
     begin = time.process_time()
     told: dict[str, Any] = {"run": header.get("run"), "id": header.get("id"), "site": header.get("site")}
     try:
-        text, run, kind = str(header["recipe"]), _checked(header["run"]), header["kind"]
+        text, run, kind = str(header["recipe"]), checked_name(header["run"]), header["kind"]
         if site_file is not None:
             work = present(localised(text, site_file), site_file.name)
             site, root = site_file.name, site_file.state
@@ -231,7 +250,7 @@ def handle(
         seal = hashlib.sha256(text.encode()).hexdigest()
         if kind == "hello":
             if not mark.exists():
-                _write_shared(mark, seal)
+                write_shared(mark, seal)
         elif not mark.exists():
             raise WorkError(f"site {site} refuses a message of a foreign run: {run!r} has not said hello here")
         if mark.read_text() != seal:

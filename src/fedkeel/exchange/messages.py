@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedkeel.exchange.codecs import Codec, EnvelopeError, Wire, make_codec, open_envelope, seal
-from fedkeel.method.aggregate import Rule
+from fedkeel.tables import Rule
 from fedkeel.types import Adapter, Global, Shift
 
 SCHEMA = 3
@@ -199,16 +199,11 @@ def unpack_shift(payload: bytes) -> Shift:
     return {path: (sent[f"{path}.left"].clone(), sent[f"{path}.right"].clone()) for path in header["paths"]}
 
 
-def factors_down(rule: Rule) -> frozenset[str]:
-    """The factors that the server sends: those that are trained in any round and do not stay at the sites."""
-    return (rule.trained(0) | rule.trained(1)) & rule.shared
-
-
 def unsent(adapter: Adapter, rule: Rule) -> str:
     """A fingerprint of the tensors that both ends hold and that never travel under `rule`: with it they check that they hold
     the same. Factors that stay at the sites differ, and are no part of it."""
     digest = hashlib.sha256()
-    sent = adapter.tensors() if rule.personal else names_of(adapter, factors_down(rule))
+    sent = adapter.tensors() if rule.personal else names_of(adapter, rule.down)
     for name, tensor in sorted(adapter.tensors().items()):
         if name not in sent:
             digest.update(name.encode() + b"\0" + tensor.detach().cpu().float().contiguous().numpy().tobytes())

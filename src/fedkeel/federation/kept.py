@@ -7,24 +7,24 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fedkeel.method.aggregate import first_rows
-from fedkeel.method.structure import left_out
+from fedkeel.method.aggregate.layouts import first_rows
+from fedkeel.method.structure.branch import left_out
 from fedkeel.recipe.schema import LoraConfig, Recipe
 from fedkeel.types import Adapter
 
-RESIDUAL, PERSONAL = "residual/", "personal/"  # before the names of what a site keeps
+PERSONAL = "personal"  # before the names of factors that stay at the site
 
 
 @dataclass
 class Kept:
     """What one site keeps between the rounds of a federation; tensors in float32 by flat names, which never travel as they are.
 
-    rank: of its adapter; 0: the recipe's. residual: what a lossy codec has left out so far. personal: the factors that stay
+    rank: of its adapter; 0: the recipe's. memory: step of the channel -> what it remembers. personal: the factors that stay
     here under `share_a` and `share_b`.
     """
 
     rank: int = 0
-    residual: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     personal: Mapping[str, Tensor] = field(default_factory=dict)
 
     def adapter(self, shared: Adapter) -> Adapter:
@@ -33,16 +33,17 @@ class Kept:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors in one mapping, for a checkpoint; `restored` takes it apart again."""
-        parts = ((RESIDUAL, self.residual), (PERSONAL, self.personal))
-        return {prefix + name: t for prefix, part in parts for name, t in part.items()}
+        parts = {**self.memory, PERSONAL: self.personal}
+        return {f"{part}/{name}": t for part, held in parts.items() for name, t in held.items()}
 
     def restored(self, tensors: Mapping[str, Tensor]) -> Kept:
         """The same site with what `tensors` gave."""
-        residual, personal = (
-            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            for prefix in (RESIDUAL, PERSONAL)
-        )
-        return replace(self, residual=residual, personal=personal)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts.setdefault(part, {})[name] = tensor
+        personal = parts.pop(PERSONAL, {})
+        return replace(self, memory=parts, personal=personal)
 
 
 def layout_of(initial: Adapter, lora: LoraConfig, rank: int) -> Adapter:
@@ -55,6 +56,7 @@ def modules_left_out(recipe: Recipe, paths: Iterable[str]) -> Callable[[str, int
     structure, modules = recipe.structure, list(paths)
 
     def out(site: str, round: int) -> frozenset[str]:
-        return left_out(modules, structure.branch, recipe.seed, site, round) if structure.hold else frozenset()
+        held = structure.hold
+        return left_out(modules, structure.amount("branch"), recipe.seed, site, round) if held else frozenset()
 
     return out

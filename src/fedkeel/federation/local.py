@@ -7,11 +7,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from fedkeel.data.format import Example
-from fedkeel.federation.client import answer
+from fedkeel.federation.client import Site, answer
 from fedkeel.federation.kept import Kept
 from fedkeel.model.lora import Model
-from fedkeel.recipe.schema import Recipe
 from fedkeel.types import FedKeelError, Reply, Request
 
 
@@ -23,16 +21,16 @@ class LocalTransport:
     kept: what each site keeps, brought up to date as they answer. watch: called after each site, for progress.
     """
 
+    cpu = 0.0  # of other processes
+
     def __init__(
         self,
         model: Model,
-        sites: Mapping[str, Sequence[Sequence[Example]]],
-        recipe: Recipe,
-        rounds: int,
-        watch: Callable[[Reply], None] = lambda reply: None,
+        sites: Mapping[str, Site],
         kept: dict[str, Kept] | None = None,
+        watch: Callable[[Reply], None] = lambda reply: None,
     ) -> None:
-        self._model, self._sites, self._recipe, self._rounds, self._watch = model, sites, recipe, rounds, watch
+        self._model, self._sites, self._watch = model, sites, watch
         self._kept = {} if kept is None else kept
 
     def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
@@ -41,11 +39,10 @@ class LocalTransport:
         for request in requests:
             begin = time.perf_counter()
             try:
-                stages = self._sites[request.site]
                 # A copy takes the place of what was kept only once the site has answered: a round that failed half-way
                 # leaves no trace, and the next one finds the residual of what was truly sent.
                 kept = replace(self._kept.get(request.site, Kept()))
-                payload = answer(request.payload, self._model, stages, request.site, self._rounds, self._recipe, kept)
+                payload = answer(request.payload, self._model, self._sites[request.site], kept)
                 seconds = time.perf_counter() - begin
                 if seconds > deadline:
                     reply = Reply(request.site, error=f"answered after {seconds:.1f} s; federation.deadline is {deadline:g} s")

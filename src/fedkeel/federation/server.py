@@ -1,4 +1,4 @@
-"""The round loop, once: sample, send, screen, aggregate, checkpoint. It needs no model in memory, only adapters."""
+"""The server's part in a round, once: sample, send, screen, aggregate. It needs no model in memory, only adapters."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 
+from fedkeel import tables
 from fedkeel.exchange.codecs import EnvelopeError
-from fedkeel.exchange.messages import factors_down, layout, names_of, pack_global, unpack_global, unsent
-from fedkeel.federation.screen import screen
-from fedkeel.method.aggregate import AGGREGATORS, Aggregate, Options, Rates, Rule, drift, gauge, step, truncated, weights
-from fedkeel.method.aggregate.common import exact_factors, product_norm
+from fedkeel.exchange.messages import layout, names_of, pack_global, unpack_global, unsent
+from fedkeel.federation.screen import Expected, screen
+from fedkeel.method.aggregate.common import Aggregate, exact_factors, product_norm
+from fedkeel.method.aggregate.drift import drift
+from fedkeel.method.aggregate.gauge import gauge
+from fedkeel.method.aggregate.layouts import truncated
+from fedkeel.method.aggregate.optimise import Rates, step
+from fedkeel.method.aggregate.rule import Aggregator, Options
+from fedkeel.method.aggregate.weighting import weights
 from fedkeel.recipe.schema import Federation
 from fedkeel.rng import derive, numpy_generator
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Transport, Update
@@ -25,13 +33,39 @@ class FederationError(FedKeelError):
     """A federation that stopped: too few sites answered well, or a round changed nothing."""
 
 
+def nothing_held(site: str, round: int) -> frozenset[str]:
+    """No module is left out."""
+    return frozenset()
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who takes part in a leg's rounds, and what the rounds go by.
+
+    layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the modules
+    that the site leaves out of this round. own: the rule's own options.
+    """
+
+    sites: Sequence[str]
+    federation: Federation
+    seed: int
+    layouts: Mapping[str, Adapter] = field(default_factory=dict)
+    hold: Callable[[str, int], frozenset[str]] = nothing_held
+    own: Any = None
+
+    @property
+    def rule(self) -> tables.Rule:
+        """Of aggregation."""
+        return tables.RULES[self.federation.rule]
+
+
 @dataclass(frozen=True)
 class RoundResult:
     """One finished round.
 
     bytes_down, bytes_up: site -> len(payload) as sent. updates: what the sites whose replies were used told, without their
-    adapters. failures: site -> what went
-    wrong there. error: what the rule lost, see `aggregate.Aggregate`. seconds: wall clock of the whole round.
+    adapters. failures: site -> what went wrong there. error: what the rule lost, see `aggregate.common.Aggregate`. seconds:
+    wall clock of the whole round.
     """
 
     state: Global
@@ -72,27 +106,176 @@ class _Sent:
     reference: Adapter
 
 
-def _send(
-    state: Global, federation: Federation, rule: Rule, seed: int, tasks: Mapping[str, int], like: Adapter | None, held: int
-) -> _Sent:
-    """The message for sites with an adapter laid out as `like` (None: as the global one) that hold `held` base shifts."""
-    adapter = state.adapter if like is None else truncated(state.adapter, like)
-    sent = names_of(adapter, factors_down(rule))
-    key = derive(seed, "down", state.round)
-    memory = state.memory if like is None or state.memory is None else truncated(state.memory, like)
-    state = replace(state, adapter=adapter, memory=memory)
-    payload = pack_global(
-        "global", state, federation.codec_down, sent, key, held, tasks=dict(tasks), unsent=unsent(adapter, rule)
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Answers:
+    """Replies that were used. heads: their updates without adapters, by ascending site. updates: with them, re-iterable."""
+
+    heads: Sequence[Update]
+    updates: Iterable[Update]
+    failures: Mapping[str, str]
+
+
+def run_round(
+    state: Global, transport: Transport, roster: Roster, clock: Callable[[], float] = time.perf_counter
+) -> RoundResult:
+    """One round from `state` to the next.
+
+    Raises FederationError, with every failed site's own words, if fewer than quorum · sampled sites answered well, if no
+    update differs from what was sent, or if codec_down cannot hold the adapter.
+    """
+    begin = clock()
+    rule, federation = roster.rule, roster.federation
+    sampled = sample_sites(roster.sites, federation.sites_per_round, roster.seed, state.round)
+    if len(rule.trains) > 1:  # by turns: the factor that rests is made orthogonal
+        state = replace(state, adapter=gauge(state.adapter, "".join(rule.trained(state.round))))
+    to = _messages(state, roster, sampled)
+    replies = transport.exchange([Request(site, to[site].payload) for site in sampled], federation.deadline)
+    left_out = {site: roster.hold(site, state.round) for site in sampled}
+    answers = _sifted(replies, sampled, partial(_decoded, state, roster, to, left_out), state.round)
+    _check_quorum(answers, sampled, roster, state.round)
+    aggregation = clock()
+    # Sites may start from other truncations of the global adapter; rules that allow it look at what came back alone.
+    reference = state.adapter if roster.layouts else to[answers.heads[0].site].reference
+    result, kept = _aggregated(state, roster, answers, reference, left_out)
+    # factors can be compared where all sites have them, of one rank
+    comparable = not roster.layouts and not any(left_out.values())
+    shares = weights(answers.heads, federation.weighting)
+    disagreement = drift(reference, answers.updates, shares) if comparable else {}
+    end = clock()
+    held = {u.site: u.held for u in answers.heads}
+    after = Global(
+        state.round + 1,
+        result.adapter,
+        state.memory,
+        {**state.counts, **{u.site: u.tasks for u in answers.heads}},
+        disagreement,
+        [*state.shifts, result.shift] if result.shift else state.shifts,
+        # a site that failed may have lost its base: it is sent the whole log again, and passes over what it holds
+        {**state.held, **dict.fromkeys(answers.failures, 0), **held},
+        kept,
+    )
+    down = {site: len(to[site].payload) for site in sampled}
+    up = {r.site: len(r.payload) for r in replies}
+    return RoundResult(after, result.error, answers.heads, down, up, end - begin, end - aggregation, answers.failures)
+
+
+def _messages(state: Global, roster: Roster, sampled: Sequence[str]) -> dict[str, _Sent]:
+    """What goes to each site; sites of one layout that hold the same base shifts are sent the same."""
+    total: Counter[str] = Counter()
+    for counted in state.counts.values():
+        total.update(counted)
+    tasks = dict(sorted(total.items()))
+    sent: dict[tuple[str, int], _Sent] = {}
+    to: dict[str, _Sent] = {}
+    for site in sampled:
+        like, held = roster.layouts.get(site), state.held.get(site, 0)
+        which = (layout(like) if like else "", held)
+        try:
+            if which not in sent:
+                sent[which] = _message(_laid_out(state, like), roster, tasks, held)
+        except ValueError as error:  # a value over the range of the type that it should travel as
+            raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
+        to[site] = sent[which]
+    return to
+
+
+def _laid_out(state: Global, like: Adapter | None) -> Global:
+    """The state for sites with an adapter laid out as `like` (None: as the global one)."""
+    if like is None:
+        return state
+    memory = None if state.memory is None else truncated(state.memory, like)
+    return replace(state, adapter=truncated(state.adapter, like), memory=memory)
+
+
+def _message(state: Global, roster: Roster, tasks: Mapping[str, int], held: int) -> _Sent:
+    """The message for sites that hold `held` base shifts."""
+    codec, adapter = roster.federation.codec_down, state.adapter
+    sent = names_of(adapter, roster.rule.down)
+    key = derive(roster.seed, "down", state.round)
+    payload = pack_global("global", state, codec, sent, key, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule))
     # The bytes are read back, not the tensors kept: what a site starts from is what the codec left of the global adapter.
-    _, back = unpack_global(payload, "global", adapter, sent, federation.codec_down)
+    _, back = unpack_global(payload, "global", adapter, sent, codec)
     return _Sent(payload, back.adapter)
 
 
+def _decoded(
+    state: Global, roster: Roster, to: Mapping[str, _Sent], left_out: Mapping[str, frozenset[str]], reply: Reply
+) -> Update:
+    reference, federation = to[reply.site].reference, roster.federation
+    shared = roster.rule.trained(state.round) & roster.rule.shared
+    names = names_of(reference, shared, left_out[reply.site])
+    log = len(state.shifts)
+    return screen(reply, Expected(state.round, reference, names, federation.codec_up, federation.max_update_norm, log))
+
+
+def _sifted(replies: Sequence[Reply], sampled: Sequence[str], decode: Callable[[Reply], Update], round: int) -> _Answers:
+    """Good replies and bad ones. Small ones are decoded once and held; of large ones only the numbers, so that memory does not
+    grow with the sites. Raises FederationError where replies are not those of the sites that were asked."""
+    answered = [r.site for r in replies]
+    if len(set(answered)) < len(answered) or not set(answered) <= set(sampled):
+        raise FederationError(f"round {round + 1}: replies from {sorted(answered)}, but each of {sampled} was asked once")
+    small = sum(len(r.payload) for r in replies) <= SMALL
+    heads, good, failures = [], [], {}
+    whole: list[Update] = []
+    for reply in sorted(replies, key=lambda r: r.site):
+        try:
+            update = decode(reply)
+        except EnvelopeError as error:
+            failures[reply.site] = str(error)
+            continue
+        heads.append(replace(update, adapter=Adapter({})))
+        good.append(reply)
+        if small:
+            whole.append(update)
+    for site in set(sampled) - set(answered):
+        failures[site] = "no reply"
+    return _Answers(heads, whole if small else _Anew(good, decode), failures)
+
+
+def _check_quorum(answers: _Answers, sampled: Sequence[str], roster: Roster, round: int) -> None:
+    heads, quorum = answers.heads, roster.federation.quorum
+    # a share, not a product: 0.55 · 20 is 11.000000000000002, and 11 of 20 are enough
+    if not heads or len(heads) / len(sampled) < quorum:
+        told = "\n".join(f"--- {site}: {text.strip()}" for site, text in sorted(answers.failures.items()))
+        raise FederationError(
+            f"round {round + 1} stopped: {len(heads)} of {len(sampled)} sites answered well, and federation.quorum = "
+            f"{quorum:g} asks for at least {quorum * len(sampled):g}. What failed:\n{told}"
+        )
+    # where factors stay at the sites, all that changed may be there: A has no gradient while B is 0
+    if not roster.rule.personal and not any(u.stats["update_norm"] for u in heads):
+        raise FederationError(f"round {round + 1} changed nothing: every site sent back the adapter that it was given")
+
+
+def _aggregated(
+    state: Global, roster: Roster, answers: _Answers, reference: Adapter, left_out: Mapping[str, frozenset[str]]
+) -> tuple[Aggregate, dict[str, torch.Tensor]]:
+    """What the rule and the server's optimiser make of the updates, and what the optimiser keeps. Raises FederationError."""
+    federation, round = roster.federation, state.round
+    shares = weights(answers.heads, federation.weighting)
+    options = Options(federation.hostile, round, roster.own)
+    try:
+        result = _combine(Aggregator(roster.rule), reference, answers.updates, shares, options, left_out)
+    except ValueError as error:
+        raise FederationError(f"round {round + 1}, federation.rule = {federation.rule!r}: {error}") from error
+    adapter, kept = step(federation.optimiser, reference, result.adapter, state.optimiser, Rates(federation.server_lr))
+    made = [*adapter.tensors().items(), *((path, t) for path, pair in result.shift.items() for t in pair)]
+    for name, tensor in made:
+        if not torch.isfinite(tensor).all():
+            raise FederationError(
+                f"round {round + 1}: {name} is not finite once the updates are combined; a smaller "
+                f"federation.max_update_norm keeps out what grew too large. The round before can be resumed"
+            )
+    return replace(result, adapter=adapter), kept
+
+
 def _combine(
-    rule: Rule, reference: Adapter, updates: Iterable[Update], shares: Mapping[str, float], options: Options,
+    rule: Aggregator,
+    reference: Adapter,
+    updates: Iterable[Update],
+    shares: Mapping[str, float],
+    options: Options,
     left_out: Mapping[str, frozenset[str]],
-) -> Aggregate:  # fmt: skip
+) -> Aggregate:
     """The rule over all modules; where sites left modules out, over those that trained a module, with their shares anew.
 
     left_out: site -> modules. A module that nobody trained stays as it is.
@@ -118,121 +301,3 @@ def _combine(
     whole_tensors = [replace(u, adapter=Adapter({}, u.adapter.dense)) for u in held]
     dense = rule(Adapter({}, reference.dense), whole_tensors, shares, options).adapter.dense
     return Aggregate(Adapter(lora, dense), (lost / total) ** 0.5 if total else 0.0)
-
-
-def run_round(
-    state: Global, transport: Transport, sites: Sequence[str], federation: Federation, seed: int,
-    clock: Callable[[], float] = time.perf_counter,
-    layouts: Mapping[str, Adapter] | None = None,
-    hold: Callable[[str, int], frozenset[str]] = lambda site, round: frozenset(),
-) -> RoundResult:  # fmt: skip
-    """One round from `state` to the next.
-
-    layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the
-    modules that the site leaves out of this round.
-    Raises FederationError, with every failed site's own words, if fewer than quorum · sampled sites answered well, if no
-    update differs from what was sent, or if codec_down cannot hold the adapter.
-    """
-    begin = clock()
-    rule, layouts = AGGREGATORS[federation.rule], layouts or {}
-    sampled = sample_sites(sites, federation.sites_per_round, seed, state.round)
-    if rule.trained(0) != rule.trained(1):  # by turns: the factor that rests is made orthogonal
-        state = replace(state, adapter=gauge(state.adapter, "".join(rule.trained(state.round))))
-    total: Counter[str] = Counter()
-    for counted in state.counts.values():
-        total.update(counted)
-    tasks = dict(sorted(total.items()))
-    sent: dict[tuple[str, int], _Sent] = {}
-    to: dict[str, _Sent] = {}
-    for site in sampled:
-        like, held = layouts.get(site), state.held.get(site, 0)
-        which = (layout(like) if like else "", held)
-        try:
-            if which not in sent:
-                sent[which] = _send(state, federation, rule, seed, tasks, like, held)
-        except ValueError as error:  # a value over the range of the type that it should travel as
-            raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
-        to[site] = sent[which]
-    replies = transport.exchange([Request(site, to[site].payload) for site in sampled], federation.deadline)
-    left_out = {site: hold(site, state.round) for site in sampled}
-    shared = rule.trained(state.round) & rule.shared
-
-    def decode(reply: Reply) -> Update:
-        reference = to[reply.site].reference
-        names = names_of(reference, shared, left_out[reply.site])
-        log = len(state.shifts)
-        return screen(reply, state.round, reference, federation.max_update_norm, names, federation.codec_up, log)
-
-    answered = [r.site for r in replies]
-    if len(set(answered)) < len(answered) or not set(answered) <= set(sampled):
-        raise FederationError(f"round {state.round + 1}: replies from {sorted(answered)}, but each of {sampled} was asked once")
-    # Small ones are decoded once and held; of large ones only the numbers, so that memory does not grow with the sites.
-    small = sum(len(r.payload) for r in replies) <= SMALL
-    heads, good, failures = [], [], {}
-    whole: list[Update] = []
-    for reply in sorted(replies, key=lambda r: r.site):
-        try:
-            update = decode(reply)
-        except EnvelopeError as error:
-            failures[reply.site] = str(error)
-            continue
-        heads.append(replace(update, adapter=Adapter({})))
-        good.append(reply)
-        if small:
-            whole.append(update)
-    for site in set(sampled) - set(answered):
-        failures[site] = "no reply"
-    # a share, not a product: 0.55 · 20 is 11.000000000000002, and 11 of 20 are enough
-    if not heads or len(heads) / len(sampled) < federation.quorum:
-        told = "\n".join(f"--- {site}: {text.strip()}" for site, text in sorted(failures.items()))
-        raise FederationError(
-            f"round {state.round + 1} stopped: {len(heads)} of {len(sampled)} sites answered well, and federation.quorum = "
-            f"{federation.quorum:g} asks for at least {federation.quorum * len(sampled):g}. What failed:\n{told}"
-        )
-    # where factors stay at the sites, all that changed may be there: A has no gradient while B is 0
-    if not rule.personal and not any(u.stats["update_norm"] for u in heads):
-        raise FederationError(f"round {state.round + 1} changed nothing: every site sent back the adapter that it was given")
-    aggregation = clock()
-    shares = weights(heads, federation.weighting)
-    updates: Iterable[Update] = whole if small else _Anew(good, decode)
-    # Sites may start from other truncations of the global adapter; rules that allow it look at what came back alone.
-    reference = state.adapter if layouts else to[heads[0].site].reference
-    options = Options(federation.hostile, state.round)
-    try:
-        result = _combine(rule, reference, updates, shares, options, left_out)
-    except ValueError as error:
-        raise FederationError(f"round {state.round + 1}, federation.rule = {federation.rule!r}: {error}") from error
-    adapter, kept = step(federation.optimiser, reference, result.adapter, state.optimiser, Rates(federation.server_lr))
-    made = [*adapter.tensors().items(), *((path, t) for path, pair in result.shift.items() for t in pair)]
-    for name, tensor in made:
-        if not torch.isfinite(tensor).all():
-            raise FederationError(
-                f"round {state.round + 1}: {name} is not finite once the updates are combined; a smaller "
-                f"federation.max_update_norm keeps out what grew too large. The round before can be resumed"
-            )
-    # factors can be compared where all sites have them, of one rank
-    comparable = not layouts and not any(left_out.values())
-    disagreement = drift(reference, updates, shares) if comparable else {}
-    end = clock()
-    shifts = [*state.shifts, result.shift] if result.shift else state.shifts
-    answers = {u.site: u.held for u in heads}
-    return RoundResult(
-        Global(
-            state.round + 1,
-            adapter,
-            state.memory,
-            {**state.counts, **{u.site: u.tasks for u in heads}},
-            disagreement,
-            shifts,
-            # a site that failed may have lost its base: it is sent the whole log again, and passes over what it holds
-            {**state.held, **dict.fromkeys(failures, 0), **answers},
-            kept,
-        ),
-        result.error,
-        heads,
-        {site: len(to[site].payload) for site in sampled},
-        {r.site: len(r.payload) for r in replies},
-        end - begin,
-        end - aggregation,
-        failures,
-    )

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedkeel.data.batches import batch_indices, batches_per_epoch, collate
+from fedkeel.data.batches import Batch, batch_indices, batches_per_epoch, collate
 from fedkeel.data.format import Example
 from fedkeel.federation.teacher import Guide
-from fedkeel.method.objective.consistency import self_consistency, symmetric_kl
-from fedkeel.method.objective.distill import Guidance, distill
-from fedkeel.method.objective.proximal import proximal
-from fedkeel.method.objective.task import task_loss
-from fedkeel.method.structure import Draw, Injection, strength
+from fedkeel.method.objective.ascent import backward_at_worst
+from fedkeel.method.objective.terms import Active, Moment, terms_of
+from fedkeel.method.structure.draw import Draw
+from fedkeel.method.structure.inject import Injection, strength
 from fedkeel.model.lora import Model
-from fedkeel.recipe.schema import STRUCTURES, Recipe, Train
+from fedkeel.recipe.schema import Recipe, Train
 from fedkeel.rng import derive, seed_torch
-from fedkeel.types import FedKeelError, Global
+from fedkeel.types import FedKeelError, Forward, Global, Parameters
 
 
 class SiteError(FedKeelError):
@@ -43,13 +43,44 @@ def learning_rate(train: Train, step: int, total: int) -> float:
     return train.lr * (train.final_lr + (1 - train.final_lr) * left)
 
 
-def guidance_weight(weight: float, ramp: float, progress: float) -> float:
-    """λ_d at `progress` in [0, 1) of the run: rises linearly from 0 over the first `ramp` of it."""
-    return weight * min(1.0, progress / ramp) if ramp else weight
+@dataclass(frozen=True)
+class Round:
+    """What a site's training in round `state.round` (from 0) goes by. rounds: of one stage. state: as it came down.
+
+    total: supervised positions of each task held by all sites, as far as the server knows.
+    """
+
+    site: str
+    rounds: int
+    recipe: Recipe
+    state: Global
+    total: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> int:
+        """Of the stream, from 0."""
+        return self.state.round // self.rounds
+
+    def schedule(self, rows: int) -> range:
+        """The round's optimiser steps, counted from the start of the stage, at a site with `rows` training rows."""
+        steps = steps_a_round(self.recipe.train, rows)
+        done = self.state.round % self.rounds
+        return range(done * steps, (done + 1) * steps)
+
+    def batches(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Indices of the rows of each step of `schedule`; a stage draws its own."""
+        key = f"{self.site}/{self.stage}" if self.stage else self.site
+        lengths = [e.length for e in examples]
+        return batch_indices(lengths, self.recipe.train.batch_size, self.recipe.seed, key, self.schedule(len(examples)))
+
+    def progress(self, step: int, steps: int) -> float:
+        """The share of the run that is done at `step` of the stage. steps: of a round."""
+        stages, stage = max(1, len(self.recipe.stream.stages)), self.rounds * steps
+        return (self.stage * stage + step) / (stages * stage)
 
 
 @dataclass
-class _Log:
+class Log:
     """What a round tells about itself: sums over positions, and the gates of every position."""
 
     nats: dict[str, float] = field(default_factory=dict)
@@ -58,10 +89,12 @@ class _Log:
     strength: list[float] = field(default_factory=list)
 
     def add(self, name: str, mean: Tensor, positions: int) -> None:
+        """A term's mean over the positions of a micro-batch."""
         self.nats[name] = self.nats.get(name, 0.0) + float(mean.detach()) * positions
         self.positions[name] = self.positions.get(name, 0) + positions
 
     def gate(self, name: str, values: Tensor) -> None:
+        """A gate at the positions of a micro-batch."""
         self.gates.setdefault(name, []).append(values.detach().float().cpu())
 
     def stats(self, injection: Injection | None) -> dict[str, float]:
@@ -82,169 +115,154 @@ class _Log:
 
 def injection_of(model: Model, recipe: Recipe) -> Injection | None:
     """The recipe's structures, not yet attached; None if it asks for none."""
-    held = {"branch"} if recipe.structure.hold else set()  # drawn once a round, see `answer`
-    amounts = {name: getattr(recipe.structure, name) for name in STRUCTURES}
-    amounts = {name: amount for name, amount in amounts.items() if amount and name not in held}
+    held = {"branch"} if recipe.structure.hold else set()  # drawn once a round, see `client.answer`
+    amounts = {name: amount for name, amount in recipe.structure.amounts.items() if name not in held}
     return Injection(model.places, amounts) if amounts else None
 
 
-def train_round(
-    model: Model, examples: Sequence[Example], site: str, rounds: int, recipe: Recipe, state: Global,
-    total: Mapping[str, int],
-) -> tuple[int, dict[str, float]]:  # fmt: skip
-    """Train the model's adapter, which is `state.adapter` when this begins, in place for round `state.round` (from 0).
+@dataclass(frozen=True)
+class Lesson:
+    """A round's training in progress at one site: what all its steps share."""
 
-    rounds: of one stage. total: supervised positions of each task held by all sites, as far as the server knows.
-    Returns the supervised positions trained on and numbers by name: `loss` (task, mean nats a position) and what `_Log`
-    says. The optimiser starts afresh each round, so a site keeps no state between rounds. Raises SiteError on a loss that
-    is not finite.
-    """
+    model: Model
+    examples: Sequence[Example]
+    round: Round
+    terms: Sequence[Active]
+    guide: Guide | None
+    injection: Injection | None
+    draw: Draw
+    parameters: Parameters
+
+    def moment(self, step: int) -> Moment:
+        """Where `step` of the stage is, with the strength of structures there."""
+        recipe, steps = self.round.recipe, steps_a_round(self.round.recipe.train, len(self.examples))
+        progress = self.round.progress(step, steps)
+        if self.injection is None:
+            return Moment(step, progress, dropout=recipe.lora.dropout > 0)
+        return Moment(step, progress, strength(progress, recipe.structure.ramp, recipe.structure.anneal))
+
+    def backward(self, indices: Sequence[int], moment: Moment, log: Log) -> float:
+        """Gradients of one optimiser step, added up over its micro-batches; the task's nats, summed over positions."""
+        weights = {term.entry.name: weight for term in self.terms if (weight := term.weight(moment))}
+        taken = [term for term in self.terms if term.entry.name in weights]
+        n_step = sum(self.examples[i].positions for i in indices)
+        train = self.round.recipe.train
+        micro = train.micro_batch_size or train.batch_size
+        nats = 0.0
+        for start in range(0, len(indices), micro):
+            chosen = [self.examples[i] for i in indices[start : start + micro]]
+            batch = collate(chosen, self.model.kind, self.model.tokenizer.pad_token_id, len(self.model.classes))
+            n_micro = len(batch.targets)
+            self.draw.row, self.draw.rows = start, len(chosen)
+            seen = self.see(batch, chosen, moment, {need for term in taken for need in term.entry.needs})
+            loss: Tensor | float = 0.0
+            for term in (term for term in taken if not term.entry.once):
+                found = term(seen)
+                told = found.value if found.told is None else found.told
+                if term.entry.always:
+                    nats += float(told.detach()) * n_micro
+                loss = loss + (found.value if term.entry.always else weights[term.entry.name] * found.value)
+                if term.entry.row:
+                    log.add(term.entry.row, told, n_micro)
+                for name in term.entry.gates:
+                    log.gate(name, found.gates[name])
+            (loss * (n_micro / n_step)).backward()  # type: ignore[union-attr]
+        for term in (term for term in taken if term.entry.once):  # a function of the parameters, not of rows
+            (weights[term.entry.name] * term(self.parameters).value).backward()
+        return nats
+
+    def see(self, batch: Batch, examples: Sequence[Example], moment: Moment, needs: set[str]) -> Forward:
+        """What the terms look at: the student's disturbed pass, and what else they need."""
+        model, guide = self.model, self.guide
+        teacher = guide(batch, examples) if guide is not None and "teacher" in needs else None
+        forward = self.disturbed(batch, moment.step, 0, states=teacher is not None and guide is not None and guide.states)
+        if teacher is not None:
+            forward = replace(forward, teacher=teacher)
+        if "again" in needs:
+            forward = replace(forward, again=self.disturbed(batch, moment.step, 1).logits)
+        if "clean" in needs:
+            model.train(False)
+            with torch.no_grad(), model.autocast():
+                forward = replace(forward, clean=model.forward(batch).logits)
+            model.train()
+        return forward
+
+    def disturbed(self, batch: Batch, step: int, number: int, states: bool = False) -> Forward:
+        """Pass `number` of a step, with structures on; all micro-batches of the step share what they draw."""
+        if self.injection is not None:
+            self.draw.key = derive(self.round.recipe.seed, "structure", self.round.site, self.round.state.round, step, number)
+            self.draw.on = True
+        with self.model.autocast():
+            forward = self.model.forward(batch, states)
+        self.draw.on = False
+        return forward
+
+
+@contextmanager
+def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterator[Lesson]:
+    """The lesson of this round, with the recipe's structures in the model; whatever goes wrong within it, the next site finds
+    the model without gradients and at rest."""
+    recipe, terms = round.recipe, terms_of(round.recipe)
     injection = injection_of(model, recipe)
     try:
         with injection or nullcontext():
-            if injection is not None and injection.adversary is not None:
-                injection.adversary.reset(derive(recipe.seed, "adversary", site, state.round))
-            return _train_round(model, examples, site, rounds, recipe, state, total, injection)
-    finally:  # whatever went wrong here, the next site finds the model without gradients and at rest
+            if injection is not None:
+                injection.begin(recipe.seed, round.site, round.state.round)
+            now = model.parameters()
+            remembers = any(term.entry.once for term in terms)
+            guide = None
+            if any("teacher" in term.entry.needs for term in terms):
+                again = len(round.schedule(len(examples))) > batches_per_epoch(len(examples), recipe.train.batch_size)
+                guide = Guide(model, round.state, examples, round.total, recipe.distill, keep=again)
+            start = [p.detach().clone() for p in now] if remembers else []
+            draw = injection.draw if injection is not None else Draw()
+            yield Lesson(model, examples, round, terms, guide, injection, draw, Parameters(now, start))
+    finally:
         for parameter in model.parameters():
             parameter.grad = None
         model.train(False)
 
 
-def _train_round(
-    model: Model, examples: Sequence[Example], site: str, rounds: int, recipe: Recipe, state: Global,
-    total: Mapping[str, int], injection: Injection | None,
-) -> tuple[int, dict[str, float]]:  # fmt: skip
-    train, distilling, structure = recipe.train, recipe.distill, recipe.structure
-    steps = steps_a_round(train, len(examples))
-    micro = train.micro_batch_size or train.batch_size
-    pad = model.tokenizer.pad_token_id
-    parameters = model.parameters()
-    begin = [p.detach().clone() for p in parameters] if train.proximal else []
-    guide = None
-    if distilling.weight:
-        repeats = steps > batches_per_epoch(len(examples), train.batch_size)
-        guide = Guide(model, state, examples, total, distilling, keep=repeats)
-    guidance = Guidance(
-        distilling.temperature, distilling.gold, distilling.kappa, distilling.rest, distilling.beta, distilling.align,
-        distilling.align_weight,
-    )  # fmt: skip
-    # fused=False: one code path on every device, so that a seed means the same everywhere
-    optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=False)
-    stage, in_stage = divmod(state.round, rounds)
-    stages = max(1, len(recipe.stream.stages))
-    schedule = range(in_stage * steps, (in_stage + 1) * steps)
-    key = f"{site}/{stage}" if stage else site
-    batches = batch_indices([e.length for e in examples], train.batch_size, recipe.seed, key, schedule)
-    seed_torch(recipe.seed, "train", site, state.round)
-    model.train()
-    log = _Log()
+def train_round(model: Model, examples: Sequence[Example], round: Round) -> tuple[int, dict[str, float]]:
+    """Train the model's adapter, which is `round.state.adapter` when this begins, in place.
 
-    draw = injection.draw if injection is not None else Draw()
-    dropout = injection is None and recipe.lora.dropout > 0  # R-Drop as published, on dropout alone
-
-    def perturbed(step: int, pass_: int) -> None:
-        """Structures on, with the draws of this step and pass; all its micro-batches share the key."""
-        if injection is not None:
-            draw.key = derive(recipe.seed, "structure", site, state.round, step, pass_)
-            draw.on = True
-
-    def backward(indices: Sequence[int], step: int, progress: float, log: _Log) -> float:
-        """Gradients of one optimiser step, added up over its micro-batches; the task's nats, summed over positions."""
-        n_step = sum(examples[i].positions for i in indices)
-        # the steps with a teacher carry the weight of those without, so that the strength of the whole stays
-        weight = (
-            0.0 if step % distilling.every else distilling.every * guidance_weight(distilling.weight, distilling.ramp, progress)
-        )
-        step_nats = 0.0
-
-        for start in range(0, len(indices), micro):
-            chosen = [examples[i] for i in indices[start : start + micro]]
-            batch = collate(chosen, model.kind, pad, len(model.classes))
-            n_micro = len(batch.targets)
-            draw.row, draw.rows = start, len(chosen)
-            teacher = guide(batch, chosen) if guide is not None and weight else None
-            perturbed(step, 0)
-            with model.autocast():
-                forward = model.forward(batch, guide is not None and teacher is not None and guide.states)
-            draw.on = False
-            task = task_loss(forward)
-            log.add("loss", task, n_micro)
-            step_nats += float(task.detach()) * n_micro
-            loss = task
-            if structure.mode == "rdrop" and structure.weight and (draw.strength or dropout):
-                perturbed(step, 1)
-                with model.autocast():
-                    second = model.forward(batch)
-                draw.on = False
-                consistency = symmetric_kl(forward.logits, second.logits)
-                log.add("structure_loss", consistency, n_micro)
-                loss = (loss + task_loss(second)) / 2 + structure.weight * consistency
-            elif draw.strength and structure.weight and structure.mode == "self" and step % structure.every == 0:
-                model.train(False)
-                with torch.no_grad(), model.autocast():
-                    clean = model.forward(batch)
-                model.train()
-                consistency = self_consistency(clean.logits, forward.logits)
-                log.add("structure_loss", consistency, n_micro)
-                loss = loss + structure.weight * consistency
-            if teacher is not None:
-                found = distill(replace(forward, teacher=teacher), guidance)
-                loss = loss + weight * found.loss
-                log.add("distill_loss", found.loss, n_micro)
-                log.gate("a", found.gold_gate)
-                log.gate("b", found.rest_gate)
-                log.gate("w_gold", teacher.gold_trust)
-                log.gate("w_rest", teacher.rest_trust)
-            (loss * (n_micro / n_step)).backward()
-        if train.proximal:  # once a step: it is a function of the parameters, not of rows
-            (train.proximal * proximal(parameters, begin)).backward()
-        return step_nats
-
-    positions = 0
-    for step, indices in zip(schedule, batches, strict=True):
-        rate = learning_rate(train, step, rounds * steps)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        progress = (stage * rounds * steps + step) / (stages * rounds * steps)
-        if injection is not None:
-            draw.strength = strength(progress, structure.ramp, structure.anneal)
-            log.strength.append(draw.strength)
-        step_nats = backward(indices, step, progress, log)
-        if train.sam:
-            backward_at_worst(parameters, train.sam, lambda: backward(indices, step, progress, _Log()))  # noqa: B023
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm))
-        if not (math.isfinite(step_nats) and math.isfinite(norm)):
-            n_step = sum(examples[i].positions for i in indices)
-            raise SiteError(
-                f"site {site}: the loss became {step_nats / n_step} (gradient norm {norm}) at step {step + 1 - schedule.start} "
-                f"of {steps} in round {state.round + 1}; nothing of this round was sent. A lower train.lr (now {train.lr:g}) "
-                f"or a longer train.warmup is the usual cure; also look for rows of odd text at this site"
-            )
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        if injection is not None and injection.adversary is not None:
-            injection.adversary.ascend(structure.adversary)
-        positions += sum(examples[i].positions for i in indices)
-    return positions, log.stats(injection)
-
-
-def backward_at_worst(parameters: Sequence[Tensor], radius: float, backward: Callable[[], object]) -> None:
-    """Replace the gradients in `parameters` by those at w + radius · g/‖g‖, g the gradients there now; w is restored exactly.
-
-    backward: adds gradients at the present w. Where g = 0 nothing changes.
-    Source: sharpness-aware minimisation at the sites, FedSAM (Qu et al. 2022, arXiv:2206.02618, eq. 5).
+    Returns the supervised positions trained on and numbers by name: `loss` (task, mean nats a position) and what `Log` says.
+    The optimiser starts afresh each round, so a site keeps no state between rounds. Raises SiteError on a loss that is not
+    finite.
     """
-    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]))
-    if not float(norm) or not math.isfinite(float(norm)):
-        return
-    with torch.no_grad():
-        here = [p.detach().clone() for p in parameters]
-        for p in parameters:
-            if p.grad is not None:
-                p.add_(p.grad, alpha=radius / float(norm))
-            p.grad = None
-    backward()
-    with torch.no_grad():
-        for p, old in zip(parameters, here, strict=True):
-            p.copy_(old)
+    train, log, positions = round.recipe.train, Log(), 0
+    with lesson_of(model, examples, round) as lesson:
+        parameters = lesson.parameters.now
+        # fused=False: one code path on every device, so that a seed means the same everywhere
+        optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=False)
+        schedule = round.schedule(len(examples))
+        seed_torch(round.recipe.seed, "train", round.site, round.state.round)
+        model.train()
+        for step, indices in zip(schedule, round.batches(examples), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(train, step, round.rounds * len(schedule))
+            moment = lesson.moment(step)
+            if lesson.injection is not None:
+                lesson.draw.strength = moment.strength
+                log.strength.append(moment.strength)
+            nats = lesson.backward(indices, moment, log)
+            if train.sam:
+                backward_at_worst(parameters, train.sam, partial(lesson.backward, indices, moment, Log()))
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm))
+            n_step = sum(examples[i].positions for i in indices)
+            if not (math.isfinite(nats) and math.isfinite(norm)):
+                raise _diverged(round, nats / n_step, norm, step - schedule.start, len(schedule))
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            if lesson.injection is not None:
+                lesson.injection.ascend()
+            positions += n_step
+        return positions, log.stats(lesson.injection)
+
+
+def _diverged(round: Round, loss: float, norm: float, step: int, steps: int) -> SiteError:
+    return SiteError(
+        f"site {round.site}: the loss became {loss} (gradient norm {norm}) at step {step + 1} "
+        f"of {steps} in round {round.state.round + 1}; nothing of this round was sent. A lower train.lr (now "
+        f"{round.recipe.train.lr:g}) or a longer train.warmup is the usual cure; also look for rows of odd text at this site"
+    )

@@ -12,47 +12,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from fedkeel import tables
 from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.types import FedKeelError
 
 EMBEDDED = {"keel-nano": Path(__file__).parents[1] / "keel_nano"}
-
-# Attention and feed-forward maps by architecture, as suffixes of module paths (what PEFT matches).
-_SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
-_T5 = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
-_NEOX = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
-_BART = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-TARGETS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "smollm3",
-            "olmo2",
-            "granite",
-        ),
-        _SPLIT,
-    ),
-    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
-    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-    "gpt_neox": _NEOX,
-    "bloom": ("query_key_value", "self_attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
-    "opt": _BART,
-    **dict.fromkeys(("bart", "mbart"), _BART),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
-    "deberta-v2": ("query_proj", "key_proj", "value_proj", *_BERT[3:]),
-    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin", "ffn.lin1", "ffn.lin2"),
-    "modernbert": ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
-    **dict.fromkeys(("t5", "mt5"), _T5),
-}
 
 
 class ModelError(FedKeelError):
@@ -149,9 +113,9 @@ def kind_of(config: ModelConfig, base_config: Any) -> str:
 def targets_for(base_config: Any, asked: Sequence[str]) -> list[str] | str:
     """The LoRA targets: `asked`, or attention and feed-forward maps of the architecture.
 
-    An architecture that TARGETS does not know gets every linear map of its blocks (PEFT's `all-linear`).
+    An architecture that `tables.ARCHITECTURES` does not know gets every linear map of its blocks (PEFT's `all-linear`).
     """
-    return list(asked) or list(TARGETS.get(base_config.model_type, ())) or "all-linear"
+    return list(asked) or list(tables.ARCHITECTURES.get(base_config.model_type, tables.Architecture()).targets) or "all-linear"
 
 
 def uses_bf16(precision: str, device: str) -> bool:

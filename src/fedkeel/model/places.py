@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fedkeel import tables
 from fedkeel.types import FedKeelError
 
 
@@ -78,49 +79,16 @@ class Places:
         """Raises StructureError, naming the architecture and `structure`, if nothing was `found`."""
         if found:
             return
-        if structure in ("heads", "channels", "layers"):
-            known = f"It is known how to place it in {', '.join(sorted(_MAPS))}"
-            if self.architecture in _MAPS:
+        if tables.STRUCTURES[structure].at != "branches":
+            placed = sorted(name for name, maps in tables.ARCHITECTURES.items() if maps.attention or maps.down)
+            known = f"It is known how to place it in {', '.join(placed)}"
+            if self.architecture in placed:
                 known += f", but the blocks of this {self.architecture} hold no such map as a module of its own"
-            known += "; structures on LoRA branches (rank, branch, lodrop, weights) work in any architecture"
+            anywhere = (name for name, entry in tables.STRUCTURES.items() if entry.at == "branches" and not entry.learns)
+            known += f"; structures on LoRA branches ({', '.join(anywhere)}) work in any architecture"
         else:
             known = "It sits on LoRA branches, and this model has none"
         raise StructureError(f"structure {structure!r} finds no place in a model of type {self.architecture!r}. {known}")
-
-
-@dataclass(frozen=True)
-class _Maps:
-    """Paths within a block. residual: where it is not simply both of the others."""
-
-    attention: tuple[str, ...]
-    down: tuple[str, ...]
-    residual: tuple[str, ...] = ()
-
-
-_SPLIT = _Maps(("self_attn.o_proj",), ("mlp.down_proj",))
-# These normalise a branch before adding it, which would undo a scale in front of the norm.
-_POST_NORM = _Maps(*(_SPLIT.attention, _SPLIT.down), ("post_attention_layernorm", "post_feedforward_layernorm"))
-_BART = _Maps(("self_attn.out_proj", "encoder_attn.out_proj"), ("fc2",))
-_BERT = _Maps(("attention.output.dense",), ("output.dense",))
-_T5 = _Maps(
-    ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"),
-    ("layer.1.DenseReluDense.wo", "layer.2.DenseReluDense.wo"),
-)
-_MAPS: dict[str, _Maps] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "granite", "phi3"), _SPLIT),
-    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _POST_NORM),
-    # the experts' maps are one fused tensor; the sum of the experts is what the residual stream gets
-    "mixtral": _Maps(_SPLIT.attention, (), ("self_attn.o_proj", "mlp")),
-    "phi": _Maps(("self_attn.dense",), ("mlp.fc2",)),
-    "gpt2": _Maps(("attn.c_proj",), ("mlp.c_proj",)),
-    "gpt_neox": _Maps(("attention.dense",), ("mlp.dense_4h_to_h",)),
-    "bloom": _Maps(("self_attention.dense",), ("mlp.dense_4h_to_h",)),
-    **dict.fromkeys(("opt", "bart", "mbart"), _BART),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), _BERT),
-    "distilbert": _Maps(("attention.out_lin",), ("ffn.lin2",)),
-    "modernbert": _Maps(("attn.Wo",), ("mlp.Wo",)),
-    **dict.fromkeys(("t5", "mt5"), _T5),
-}
 
 
 def find_places(
@@ -132,7 +100,7 @@ def find_places(
     that needs it says so.
     """
     architecture = str(config.model_type)
-    maps = _MAPS.get(architecture, _Maps((), ()))
+    maps = tables.ARCHITECTURES.get(architecture, tables.Architecture())
     sizes: dict[str, int] = {}  # path of a stack -> its number of blocks
 
     def locate(path: str) -> tuple[int, int, str]:
@@ -147,13 +115,13 @@ def find_places(
         return int(parts[at]), sizes[stack], ".".join(parts[at + 1 :])
 
     attention, down, residual = [], [], []
-    for path, module in base.named_modules() if architecture in _MAPS else ():
+    for path, module in base.named_modules() if maps.added else ():
         block, blocks, inner = locate(path)
         if inner in maps.attention:
             attention.append(Place(path, module, block, blocks, _units(config, path)))
         if inner in maps.down:
             down.append(Place(path, module, block, blocks))
-        if inner in (maps.residual or maps.attention + maps.down):
+        if inner in maps.added:
             residual.append(Place(path, module, block, blocks))
     found = []
     for path, (whole, frozen, a, b) in branches.items():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from fedkeel.recipe.schema import BASELINES, MIXED, PERSONAL, SHIFTING, STEADY, STRUCTURES, Recipe
+from fedkeel import tables
+from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 
 ORDERS = ("task_orders", "streams")  # where data.tasks_file keeps orders of tasks: name -> tasks
@@ -33,7 +35,7 @@ def _orders(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def _with_order(recipe: Recipe) -> Recipe:
+def with_order(recipe: Recipe) -> Recipe:
     """The recipe with stream.order written out as stream.stages, as it is again when such a recipe is read back.
 
     Raises ConfigError if there is no such order, nothing of it is among data.tasks, or stream.stages says something else.
@@ -68,22 +70,27 @@ def _with_order(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, stream=dataclasses.replace(stream, stages=stages))
 
 
-def _check_data(recipe: Recipe) -> None:
-    """Raise ConfigError unless the files or the data set are named, and the files are there."""
+_LACKS = {
+    "root": "data.root is not set: name the folder that holds the data, as in data.root=/path/to/data",
+    "files": "data.files is empty: list the JSON Lines files, relative to data.root",
+    "dataset": "data.dataset is not set: name a Hugging Face data set id or a local folder",
+}
+
+
+def check_data(recipe: Recipe) -> None:
+    """Raise ConfigError unless what the source needs is named, and its files are there."""
     data = recipe.data
-    if data.source == "jsonl":
-        if not data.root:
-            raise ConfigError("data.root is not set: name the folder that holds the data, as in data.root=/path/to/data")
-        if not data.files:
-            raise ConfigError("data.files is empty: list the JSON Lines files, relative to data.root")
-        for name in (*data.files, *([data.tasks_file] if data.tasks_file else [])):
-            if not (Path(data.root) / name).is_file():
-                raise ConfigError(f"data file not found: {Path(data.root) / name} (data.root = {data.root!r})")
-    if data.source == "hub" and not data.dataset:
-        raise ConfigError("data.dataset is not set: name a Hugging Face data set id or a local folder")
+    source = tables.SOURCES[data.source]
+    for key in source.needs:
+        if not getattr(data, key):
+            raise ConfigError(_LACKS.get(key, f"data.{key} is not set, and data.source = {data.source!r} needs it"))
+    for name in (*data.files, *([data.tasks_file] if data.tasks_file else [])) if source.files else ():
+        if not (Path(data.root) / name).is_file():
+            raise ConfigError(f"data file not found: {Path(data.root) / name} (data.root = {data.root!r})")
 
 
-def _cross_check(recipe: Recipe) -> None:
+def cross_check(recipe: Recipe) -> None:
+    """Raise ConfigError where keys cannot go together."""
     train = recipe.train
     if (train.local_steps > 0) == (train.local_epochs > 0):
         raise ConfigError(
@@ -98,11 +105,11 @@ def _cross_check(recipe: Recipe) -> None:
             "structure.mode = 'anchored' takes its consistency from the distillation term: set distill.weight above 0, or "
             "structure.mode = 'implicit'"
         )
-    if structure.mode == "self" and not any(getattr(structure, name) for name in STRUCTURES):
+    if structure.mode == "self" and not structure.amounts:
         raise ConfigError(
             "structure.mode = 'self' compares a disturbed pass with a clean one, and no structure is asked for: set one above 0"
         )
-    if train.sam and structure.adversary:
+    if train.sam and any(tables.STRUCTURES[name].learns for name in structure.amounts):
         raise ConfigError(
             "train.sam and structure.adversary both ascend before a step, and the adversary would mix the gradients of two "
             "points: set one of them to 0"
@@ -114,9 +121,6 @@ def _cross_check(recipe: Recipe) -> None:
         )
     _check_stream(recipe)
     _check_exchange(recipe)
-    for baseline in recipe.evaluation.baselines:
-        if baseline not in BASELINES:
-            raise ConfigError(f"evaluation.baselines: {baseline!r} is not one of {', '.join(BASELINES)}")
     if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
         raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
 
@@ -129,49 +133,58 @@ def _check_stream(recipe: Recipe) -> None:
         )
 
 
+def _rules(having: Callable[[tables.Rule], bool]) -> str:
+    return ", ".join(name for name, rule in tables.RULES.items() if having(rule))
+
+
 def _check_exchange(recipe: Recipe) -> None:
     """What a rule cannot do is an error before the first round, not in the seventh."""
-    federation, stream, lora, structure = recipe.federation, recipe.stream, recipe.lora, recipe.structure
-    rule = federation.rule
-    if rule in SHIFTING and (stream.average or (recipe.distill.weight and recipe.distill.memory)):
+    federation, stream, lora = recipe.federation, recipe.stream, recipe.lora
+    rule, name = tables.RULES[federation.rule], federation.rule
+    steady = rule.keeps_basis and lora.one_rank
+    if rule.shifts and (stream.average or (recipe.distill.weight and recipe.distill.memory)):
         raise ConfigError(
-            f"federation.rule = {rule!r} moves the base itself, so what was served before is no adapter of today's base: set "
+            f"federation.rule = {name!r} moves the base itself, so what was served before is no adapter of today's base: set "
             f"stream.average = 0 and distill.memory = 0, or a rule such as 'mean'"
         )
-    if stream.average and not (rule in STEADY and lora.one_rank):
+    if stream.average and not steady:
         raise ConfigError(
-            f"stream.average = {stream.average:g} averages factors of several rounds, and rule {rule!r} finds them anew each "
+            f"stream.average = {stream.average:g} averages factors of several rounds, and rule {name!r} finds them anew each "
             f"round, in another basis: set it to 0, or use rule 'mean', 'freeze_a' or 'krum' with one rank for all sites"
         )
-    if (federation.optimiser != "average" or federation.server_lr != 1.0) and not (rule in STEADY and lora.one_rank):
+    if (federation.optimiser != "average" or federation.server_lr != 1.0) and not steady:
         raise ConfigError(
-            f"federation.optimiser = {federation.optimiser!r}, server_lr = {federation.server_lr:g}: rule {rule!r} finds its "
+            f"federation.optimiser = {federation.optimiser!r}, server_lr = {federation.server_lr:g}: rule {name!r} finds its "
             f"factors anew each round, so their difference is no step to carry on; set 'average' and 1, or one of the rules "
-            f"{', '.join(STEADY)}"
+            f"{_rules(lambda r: r.keeps_basis)}"
         )
-    if rule in PERSONAL and (stream.stages or recipe.distill.weight):
+    if rule.personal and (stream.stages or recipe.distill.weight):
         raise ConfigError(
-            f"federation.rule = {rule!r} leaves a factor at each site, so there is no one global model to learn from or to "
+            f"federation.rule = {name!r} leaves a factor at each site, so there is no one global model to learn from or to "
             f"follow over stages: set distill.weight = 0 and no stream, or another rule"
         )
-    if lora.site_ranks:
-        if max(lora.site_ranks) > lora.rank:
-            raise ConfigError(f"lora.site_ranks = {list(lora.site_ranks)}: none may be over lora.rank = {lora.rank}")
-        if rule not in MIXED and not lora.one_rank:
-            raise ConfigError(
-                f"lora.site_ranks = {list(lora.site_ranks)}: federation.rule = {rule!r} averages factors, which must be of one "
-                f"rank and scale; rules that take several: {', '.join(MIXED)}"
-            )
-    if federation.hostile and rule not in ("trimmed", "krum"):
+    if lora.site_ranks and max(lora.site_ranks) > lora.rank:
+        raise ConfigError(f"lora.site_ranks = {list(lora.site_ranks)}: none may be over lora.rank = {lora.rank}")
+    if not rule.mixed and not lora.one_rank:
         raise ConfigError(
-            f"federation.hostile = {federation.hostile} says nothing to rule {rule!r}; only to 'trimmed' and 'krum'"
+            f"lora.site_ranks = {list(lora.site_ranks)}: federation.rule = {name!r} averages factors, which must be of one "
+            f"rank and scale; rules that take several: {_rules(lambda r: r.mixed)}"
         )
-    if structure.hold and not structure.branch:
+    if federation.hostile and not rule.withstands:
+        told = " and ".join(repr(n) for n, r in tables.RULES.items() if r.withstands)
+        raise ConfigError(f"federation.hostile = {federation.hostile} says nothing to rule {name!r}; only to {told}")
+    _check_held(recipe, rule)
+
+
+def _check_held(recipe: Recipe, rule: tables.Rule) -> None:
+    structure = recipe.structure
+    if structure.hold and not structure.amount("branch"):
         raise ConfigError("structure.hold = true holds what structure.branch draws: set structure.branch above 0")
-    if structure.hold and rule in (*PERSONAL, *SHIFTING, "median", "trimmed", "krum"):
-        raise ConfigError(f"structure.hold = true leaves modules out of a round; federation.rule = {rule!r} needs them all")
-    others = any(getattr(structure, name) for name in STRUCTURES if name != "branch")
-    if structure.hold and structure.mode in ("self", "rdrop") and not others:
+    if structure.hold and not rule.apart:
+        raise ConfigError(
+            f"structure.hold = true leaves modules out of a round; federation.rule = {rule.name!r} needs them all"
+        )
+    if structure.hold and structure.mode in ("self", "rdrop") and not structure.amounts.keys() - {"branch"}:
         raise ConfigError(
             f"structure.mode = {structure.mode!r} compares two draws, and what is held for a round is drawn once: set another "
             f"structure above 0, or structure.mode = 'implicit'"
@@ -180,7 +193,7 @@ def _check_exchange(recipe: Recipe) -> None:
 
 def check_one_model(recipe: Recipe, adapters: Path) -> None:
     """Raise ConfigError where a federation ends in no one model that could be loaded. adapters: the folder that they are in."""
-    if recipe.federation.rule in PERSONAL:
+    if tables.RULES[recipe.federation.rule].personal:
         raise ConfigError(
             f"federation.rule = {recipe.federation.rule!r} leaves one adapter a site, in {adapters}/SITE; there is no one "
             f"model to load"

@@ -1,16 +1,14 @@
-"""A run's recipe: frozen dataclasses from TOML and `key=value`, checked before anything heavy is imported.
-
-An unknown key is an error that names the nearest known one; a value of the wrong type or out of its range is an error that
-names the key, the value and what would be right.
-"""
+"""A run's recipe: frozen dataclasses. What a value may be stands beside it; what values demand of each other in `checks`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from fedkeel.recipe.settings import _number, _one_of
+from fedkeel import tables
+from fedkeel.recipe.settings import Frozen, checked, named_by, number, one_of, own_of, some_of
 
 
 @dataclass(frozen=True)
@@ -19,22 +17,22 @@ class Model:
 
     base: str = "keel-nano"
     revision: str = "main"
-    kind: str = _one_of("auto", "auto", "causal", "seq2seq", "classifier")
+    kind: str = one_of("auto", ("auto", "causal", "seq2seq", "classifier"))
     # For an encoder: `label-text` scores a class by the similarity of the text to the label's own words (frozen);
     # `linear` trains a fresh classification head.
-    head: str = _one_of("label-text", "label-text", "linear")
+    head: str = one_of("label-text", ("label-text", "linear"))
     device: str = "cpu"
-    precision: str = _one_of("auto", "auto", "fp32", "bf16")
+    precision: str = one_of("auto", ("auto", "fp32", "bf16"))
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """targets: empty means attention and feed-forward maps of the architecture. alpha / rank is the scale."""
 
-    rank: int = _number(8, 1)
-    alpha: float = _number(16.0, 0, above=True)
+    rank: int = number(8, 1)
+    alpha: float = number(16.0, 0, above=True)
     rslora: bool = False
-    dropout: float = _number(0.0, 0, 0.99)
+    dropout: float = number(0.0, 0, 0.99)
     targets: tuple[str, ...] = ()
     # ranks of the sites, gone through in the order of their names, none over `rank`; empty: `rank` everywhere
     site_ranks: tuple[int, ...] = ()
@@ -57,9 +55,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """source: `pydocs` (embedded), `jsonl` (files under root) or `hub` (a Hugging Face data set id or folder)."""
+    """source: `pydocs` (embedded), `jsonl` (files under root), `hub` (a Hugging Face data set id or folder) or `rows` (given
+    from Python)."""
 
-    source: str = _one_of("pydocs", "pydocs", "jsonl", "hub")
+    source: str = one_of("pydocs", tables.SOURCES)
     root: str = ""
     files: tuple[str, ...] = ()
     # JSON with, per task, `instruction` and `labels`; and `references` by row id
@@ -74,41 +73,41 @@ class Data:
     subset: str = ""
     instruction: str = ""
     # training rows kept a site, chosen by hash; 0: all
-    rows_per_site: int = _number(0, 0)
+    rows_per_site: int = number(0, 0)
     # shares of rows without a `split` of their own
-    validation_share: float = _number(0.1, 0, 0.5)
-    test_share: float = _number(0.1, 0, 0.5)
-    max_length: int = _number(512, 8)
+    validation_share: float = number(0.1, 0, 0.5)
+    test_share: float = number(0.1, 0, 0.5)
+    max_length: int = number(512, 8)
     # list the candidate answers in the prompt when there are at most this many
-    list_labels: int = _number(16, 0)
+    list_labels: int = number(16, 0)
 
 
 @dataclass(frozen=True)
 class Partition:
     """How rows become sites. `natural`: by the source's own key."""
 
-    scheme: str = _one_of("natural", "natural", "iid", "dirichlet", "by-task", "quantity")
-    sites: int = _number(4, 1)
-    alpha: float = _number(0.3, 0, 1e6, above=True)
+    scheme: str = one_of("natural", tables.PARTITIONS)
+    sites: int = number(4, 1)
+    alpha: float = number(0.3, 0, 1e6, above=True)
     # what a Dirichlet draw is made for
-    over: str = _one_of("labels", "labels", "tasks")
+    over: str = one_of("labels", ("labels", "tasks"))
 
 
 @dataclass(frozen=True)
 class Train:
     """One site's round. Exactly one of local_steps and local_epochs is above 0. Learning rate and warm-up span a stage."""
 
-    lr: float = _number(3e-3, 0, above=True)
-    local_steps: int = _number(10, 0)
-    local_epochs: int = _number(0, 0)
-    batch_size: int = _number(16, 1)  # rows an optimiser step
-    micro_batch_size: int = _number(0, 0)  # rows at once; 0: batch_size
-    warmup: float = _number(0.05, 0, 1)  # share of the steps
-    final_lr: float = _number(0.1, 0, 1)  # share of lr at the end; linear in between
-    weight_decay: float = _number(0.0, 0)
-    clip_norm: float = _number(1.0, 0, above=True)
-    proximal: float = _number(0.0, 0)  # FedProx: this times half the squared distance from the global adapter
-    sam: float = _number(0.0, 0)  # FedSAM: radius of the ascent before each step; costs a second pass
+    lr: float = number(3e-3, 0, above=True)
+    local_steps: int = number(10, 0)
+    local_epochs: int = number(0, 0)
+    batch_size: int = number(16, 1)  # rows an optimiser step
+    micro_batch_size: int = number(0, 0)  # rows at once; 0: batch_size
+    warmup: float = number(0.05, 0, 1)  # share of the steps
+    final_lr: float = number(0.1, 0, 1)  # share of lr at the end; linear in between
+    weight_decay: float = number(0.0, 0)
+    clip_norm: float = number(1.0, 0, above=True)
+    proximal: float = number(0.0, 0)  # FedProx: this times half the squared distance from the global adapter
+    sam: float = number(0.0, 0)  # FedSAM: radius of the ascent before each step; costs a second pass
 
 
 @dataclass(frozen=True)
@@ -121,115 +120,116 @@ class Stream:
     stages: tuple[str, ...] = ()
     # an order of tasks that data.tasks_file names under `task_orders` or `streams`; load_recipe writes it out as `stages`
     order: str = ""
-    tasks_a_stage: int = _number(1, 1)  # of `order`
+    tasks_a_stage: int = number(1, 1)  # of `order`
     # training rows of each earlier stage that a site keeps and trains on beside new ones, chosen by hash; 0: it keeps no row
-    replay: int = _number(0, 0)
+    replay: int = number(0, 0)
     # what is served after a stage: this share of what was served after the stage before, the rest as the stage left it
-    average: float = _number(0.0, 0, 0.99)
+    average: float = number(0.0, 0, 0.99)
 
 
 @dataclass(frozen=True)
 class Distill:
     """Guidance by the global model as it stood when the round began (docs/method.md). weight = 0: none of it runs."""
 
-    weight: float = _number(0.0, 0)
-    temperature: float = _number(1.0, 0, above=True)
+    weight: float = number(0.0, 0)
+    temperature: float = number(1.0, 0, above=True)
     # what the teacher is trusted for, position by position: on the gold answer, and on the rest of its distribution
-    gold: str = _one_of("sigmoid", "sigmoid", "hard", "constant", "off")
-    kappa: float = _number(1.0, 0, above=True)  # nats; how soft the gate `sigmoid` is
-    rest: str = _one_of("kl", "kl", "entropy", "constant", "off")
-    beta: float = _number(1.0, 0)  # of `entropy` and `constant`
+    gold: str = one_of("sigmoid", ("sigmoid", "hard", "constant", "off"))
+    kappa: float = number(1.0, 0, above=True)  # nats; how soft the gate `sigmoid` is
+    rest: str = one_of("kl", ("kl", "entropy", "constant", "off"))
+    beta: float = number(1.0, 0)  # of `entropy` and `constant`
     task_trust: bool = True  # others' evidence on a task against mine
     site_trust: bool = True  # the more skewed the site, the more it listens
-    trust_by: str = _one_of("task", "task", "label")  # what evidence and skew are counted by; labels then travel as counts
+    trust_by: str = one_of("task", ("task", "label"))  # what evidence and skew are counted by; labels then travel as counts
     # hidden states: linear CKA or mean cosine at a quarter, half, three quarters and the top of the blocks
-    align: str = _one_of("off", "off", "cka", "cosine")
-    align_weight: float = _number(0.1, 0)
+    align: str = one_of("off", ("off", "cka", "cosine"))
+    align_weight: float = number(0.1, 0)
     layer_trust: bool = True  # less where the sites disagreed in the last round
-    memory: float = _number(0.0, 0, 1)  # share of the teacher that is what was served after the stage before
-    ramp: float = _number(0.1, 0, 1)  # share of the run over which the weight rises from 0
-    every: int = _number(1, 1)  # guidance in every n-th step, at n times the weight: the teacher then costs an n-th
-    cache: int = _number(64, 0)  # entries kept of a cached teacher output where a round meets rows again; 0: no cache
+    memory: float = number(0.0, 0, 1)  # share of the teacher that is what was served after the stage before
+    ramp: float = number(0.1, 0, 1)  # share of the run over which the weight rises from 0
+    every: int = number(1, 1)  # guidance in every n-th step, at n times the weight: the teacher then costs an n-th
+    cache: int = number(64, 0)  # entries kept of a cached teacher output where a round meets rows again; 0: no cache
+
+
+class _Modes(Iterable[str]):
+    """What structure.mode may be: how structures enter the loss."""
+
+    def __iter__(self) -> Any:
+        return iter(("implicit", "anchored", *(entry.mode for entry in tables.TERMS.values() if entry.mode)))
+
+
+def _amount(entry: tables.Structure) -> Mapping[str, Any]:
+    return {"low": 0, "high": 0.9 if entry.chance else math.inf, "above": False, "infinite": False}
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Modules injected while training (docs/method.md): drop probabilities, standard deviations, or a norm; 0: not injected."""
+    """Modules injected while training (docs/method.md). amounts: structure -> drop probability, standard deviation or norm,
+    under its own name (`structure.heads = 0.1`); 0: not injected."""
 
-    mode: str = _one_of("implicit", "implicit", "self", "rdrop", "anchored")
-    weight: float = _number(1.0, 0)  # of the consistency term of `self` and `rdrop`
-    every: int = _number(4, 1)  # `self`: every n-th step
-    heads: float = _number(0.0, 0, 0.9)
-    channels: float = _number(0.0, 0, 0.9)
-    branch: float = _number(0.0, 0, 0.9)
+    mode: str = one_of("implicit", _Modes())
+    weight: float = number(1.0, 0)  # of the consistency term of `self` and `rdrop`
+    every: int = number(4, 1)  # `self`: every n-th step
+    amounts: Frozen[float] = field(default_factory=Frozen, metadata=named_by(tables.STRUCTURES, _amount))
     hold: bool = False  # `branch` draws once a round: what is left out is neither trained nor sent
-    layers: float = _number(0.0, 0, 0.9)
-    lodrop: float = _number(0.0, 0, 0.9)
-    rank: float = _number(0.0, 0)
-    weights: float = _number(0.0, 0)
-    adversary: float = _number(0.0, 0)  # norm of the adversary's change of the weights
-    ramp: float = _number(0.2, 0, 1)  # share of the run over which strength rises from 0
-    anneal: float = _number(0.1, 0, 1)  # share of the run at its end over which it falls to 0
+    ramp: float = number(0.2, 0, 1)  # share of the run over which strength rises from 0
+    anneal: float = number(0.1, 0, 1)  # share of the run at its end over which it falls to 0
+
+    def amount(self, name: str) -> float:
+        """Of a structure; 0 where it is not injected."""
+        return self.amounts.get(name, 0.0)
 
 
-STRUCTURES = ("heads", "channels", "branch", "layers", "lodrop", "rank", "weights", "adversary")
-
-
-RULES = (
-    "mean", "freeze_a", "alternate", "svd", "stack", "residual", "share_a", "share_b", "median", "trimmed", "krum",
-)  # fmt: skip
-SHIFTING = ("stack", "residual")  # they move the frozen maps
-PERSONAL = ("share_a", "share_b")  # one factor stays at the site
-MIXED = ("svd", "stack", "median", "trimmed", "krum")  # sites may differ in rank and scale
-STEADY = ("mean", "freeze_a", "residual", "share_a", "share_b", "krum")  # a server optimiser can wrap them
-CASTS = ("fp32", "bf16", "fp16")
-QUANTIZERS = ("int8", "int4")
+def _codec(spec: str) -> str:
+    try:
+        tables.codec_parts(spec)
+    except ValueError:
+        return tables.codec_grammar()
+    return ""
 
 
 @dataclass(frozen=True)
 class Federation:
     """The round loop. quorum: share of the sampled sites that must answer well, else the run stops with their errors."""
 
-    rounds: int = _number(10, 1)
-    sites_per_round: int = _number(0, 0)  # 0: all
-    rule: str = _one_of("mean", *RULES)  # of aggregation, see docs/exchange.md
-    hostile: int = _number(0, 0)  # sites that may lie: what `trimmed` and `krum` are to withstand
-    weighting: str = _one_of("positions", "positions", "sqrt_positions", "uniform")
-    optimiser: str = _one_of("average", "average", "momentum", "adam")  # of the server, around the rule
-    server_lr: float = _number(1.0, 0, above=True)
-    # fp32, bf16, fp16, int8, int4, topk=SHARE, or topk=SHARE+one of the others
-    codec_up: str = field(default="fp32", metadata={"codec": True})
-    codec_down: str = field(default="fp32", metadata={"codec": True})
+    rounds: int = number(10, 1)
+    sites_per_round: int = number(0, 0)  # 0: all
+    rule: str = one_of("mean", tables.RULES)  # of aggregation, see docs/exchange.md
+    hostile: int = number(0, 0)  # sites that may lie: what `trimmed` and `krum` are to withstand
+    weighting: str = one_of("positions", tables.WEIGHTINGS)
+    optimiser: str = one_of("average", tables.OPTIMISERS)  # of the server, around the rule
+    server_lr: float = number(1.0, 0, above=True)
+    codec_up: str = checked("fp32", _codec)
+    codec_down: str = checked("fp32", _codec)
     # a site keeps what a lossy codec_up left out and adds it to its next update, where the rule keeps the factors' basis
     error_feedback: bool = True
-    quorum: float = _number(1.0, 0, 1, above=True)
-    deadline: float = _number(3600.0, 0, above=True)  # seconds a round
-    max_update_norm: float = _number(float("inf"), 0, above=True)  # of a site's change; beyond: refused
+    quorum: float = number(1.0, 0, 1, above=True)
+    deadline: float = number(3600.0, 0, above=True)  # seconds a round
+    max_update_norm: float = number(math.inf, 0, above=True, infinite=True)  # of a site's change; beyond: refused
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Curves come from validation rows, the final table from test rows. Rows are chosen by hash, the same for every method."""
 
-    every: int = _number(1, 1)  # rounds between curve points
-    validation_rows: int = _number(100, 0)  # a task; 0: all
-    test_rows: int = _number(400, 0)  # a task; 0: all
-    unseen_sites: int = _number(0, 0)  # sites, drawn by the seed, that take no part in any training; their test rows are scored
-    batch_size: int = _number(32, 1)
-    max_new_tokens: int = _number(48, 1)
-    baselines: tuple[str, ...] = ("base", "local", "centralised")
+    every: int = number(1, 1)  # rounds between curve points
+    validation_rows: int = number(100, 0)  # a task; 0: all
+    test_rows: int = number(400, 0)  # a task; 0: all
+    unseen_sites: int = number(0, 0)  # sites, drawn by the seed, that take no part in any training; their test rows are scored
+    batch_size: int = number(32, 1)
+    max_new_tokens: int = number(48, 1)
+    baselines: tuple[str, ...] = some_of(("base", "local", "centralised"), tables.BASELINES)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a run."""
+    """Everything that determines a run. own: `KIND.NAME` -> options of an entry that has some, see `tables.OWN`."""
 
     name: str = "run"
-    seed: int = _number(1, 0)
+    seed: int = number(1, 0)
     out: str = "runs"
-    threads: int = _number(0, 0)  # of torch; 0: the cores this process may use, at most 2
-    # beside TensorBoard's event files, which every run writes: `wandb`, `mlflow`
-    track: tuple[str, ...] = field(default=(), metadata={"choices": ("wandb", "mlflow")})
+    threads: int = number(0, 0)  # of torch; 0: the cores this process may use, at most 2
+    track: tuple[str, ...] = some_of((), tables.TRACKERS)  # live views, each with an extra of its own
     model: Model = field(default_factory=Model)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: Data = field(default_factory=Data)
@@ -240,6 +240,9 @@ class Recipe:
     structure: Structure = field(default_factory=Structure)
     federation: Federation = field(default_factory=Federation)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    own: Frozen[Any] = field(default_factory=Frozen, metadata=own_of(tables.OWN))
 
-
-BASELINES = ("base", "local", "centralised")
+    def options(self, kind: str, name: str) -> Any:
+        """The options of an entry of `tables.OWN[kind]`: as set here, else its defaults; None where it has none."""
+        settings = tables.OWN[kind][name].settings()
+        return self.own.get(f"{kind}.{name}", settings() if settings else None)

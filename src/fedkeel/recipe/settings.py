@@ -1,27 +1,298 @@
-"""What all settings share: fields with their choices and bounds, and their error."""
+"""One loader of settings from tables of keys: for recipes, plans and site files.
+
+Settings are frozen dataclasses. A field's type says what belongs there: text, a number, true or false, a list of texts or whole
+numbers, another such dataclass (a table of keys), or a mapping of names to one of these. `one_of` and `number` say which
+values. An unknown key is an error that names the nearest known one; a value of the wrong type or out of its range is one that
+names the key, the value and what would be right.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import json
+import math
 import os
-from dataclasses import field
-from typing import Any
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
+from fedkeel.tables import Table
 from fedkeel.types import FedKeelError
+
+T = TypeVar("T")
+V = TypeVar("V")
 
 
 class ConfigError(FedKeelError):
-    """A recipe that cannot be run as written."""
+    """Settings that cannot be right as written."""
 
 
-def _one_of(default: str, *choices: str) -> Any:
+class Frozen(Mapping[str, V]):
+    """A mapping that never changes and can be hashed; equal to another of the same content, whatever its order."""
+
+    def __init__(self, content: Mapping[str, V] | Iterable[tuple[str, V]] = ()) -> None:
+        self._content = dict(content)
+
+    def __getitem__(self, key: str) -> V:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._content.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._content)
+
+
+def one_of(default: str, choices: Iterable[str]) -> Any:
+    """A text among `choices`, a tuple or a table; of a list, each of its texts."""
     return field(default=default, metadata={"choices": choices})
 
 
-def _number(default: float, low: float, high: float = float("inf"), *, above: bool = False) -> Any:
-    """A number in [low, high], or in (low, high] with `above`."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+def some_of(default: tuple[str, ...], choices: Iterable[str]) -> Any:
+    """A list of texts among `choices`."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def number(default: float, low: float, high: float = math.inf, *, above: bool = False, infinite: bool = False) -> Any:
+    """A number in [low, high], or in (low, high] with `above`; infinity too with `infinite`."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above, "infinite": infinite})
+
+
+def checked(default: Any, check: Callable[[Any], str]) -> Any:
+    """A value that `check` has nothing to say against: value -> what would be right, empty where it is."""
+    return field(default=default, metadata={"check": check})
+
+
+def named_by(table: Table[Any], bounds: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
+    """Metadata of numbers under the names of a table's entries, as keys of the table that this field stands in; the field holds
+    those that are not 0. bounds: entry -> the metadata of a `number`."""
+    return {"named": table, "bounds": bounds}
+
+
+def own_of(tables: Mapping[str, Table[Any]]) -> dict[str, Any]:
+    """Metadata of options of entries that have some of their own: under KIND.NAME, kinds being the names of `tables`."""
+    return {"own": tables}
 
 
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fields_of(cls: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
+    """The fields of a dataclass with their types."""
+    return _fields_of(cls)
+
+
+@cache
+def _fields_of(cls: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(cls)
+    return [(f, hints[f.name]) for f in dataclasses.fields(cls)]
+
+
+def known_keys(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Every settable key, dotted, and the type of its value; not those below names that are free."""
+    keys: dict[str, Any] = {}
+    for f, hint in fields_of(cls):
+        if "named" in f.metadata:
+            keys |= {prefix + name: float for name in f.metadata["named"]}
+        elif "own" in f.metadata:
+            for kind, name, settings in _owners(f.metadata["own"]):
+                keys |= known_keys(settings, f"{prefix}{kind}.{name}.")
+        elif dataclasses.is_dataclass(hint):
+            keys |= known_keys(typing.cast(type, hint), f"{prefix}{f.name}.")
+        else:
+            keys[prefix + f.name] = hint
+    return keys
+
+
+def _owners(tables: Mapping[str, Table[Any]]) -> list[tuple[str, str, type]]:
+    """(kind, name, dataclass of its options) of every entry that has options."""
+    found = ((kind, name, entry.settings()) for kind, table in tables.items() for name, entry in table.items())
+    return [(kind, name, settings) for kind, name, settings in found if settings is not None]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """known: every key of the whole, for suggestions. where: stands before each error."""
+
+    known: Mapping[str, Any]
+    where: str = ""
+
+    def error(self, text: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {text}" if self.where else text)
+
+    def unknown(self, prefix: str, name: str, here: Iterable[str]) -> ConfigError:
+        """A slip within the table comes first, then the same name in another one, then what looks alike."""
+        key = prefix + name
+        close = difflib.get_close_matches(name, list(here), 1, cutoff=0.75) if prefix else []
+        same = [k for k in self.known if k.rpartition(".")[2] == name]
+        near = difflib.get_close_matches(key, self.known, 1, cutoff=0.4)
+        best = prefix + close[0] if close else next(iter([*same, *near]), None)
+        return self.error(f"unknown key {key!r}" + (f"; did you mean {best!r}?" if best else ""))
+
+    def build(self, cls: type[T], tree: Mapping[str, Any], prefix: str) -> T:
+        """An instance of `cls` from the keys of `tree`, which stand under `prefix`."""
+        fields = {f.name: (f, hint) for f, hint in fields_of(cls) if not {"named", "own"} & f.metadata.keys()}
+        named = {name: f for f, _ in fields_of(cls) for name in f.metadata.get("named", ())}
+        kinds = {kind: f for f, _ in fields_of(cls) for kind in f.metadata.get("own", ())}
+        arguments: dict[str, Any] = {}
+        inner: dict[str, dict[str, Any]] = {}
+        for name, value in tree.items():
+            if name in fields:
+                f, hint = fields[name]
+                arguments[name] = self.value(prefix + name, value, hint, f.metadata)
+            elif name in named:
+                f = named[name]
+                found = self.value(prefix + name, value, float, f.metadata["bounds"](f.metadata["named"][name]))
+                inner.setdefault(f.name, {}).update({name: found} if found else {})
+            elif name in kinds:
+                f = kinds[name]
+                inner.setdefault(f.name, {}).update(self.own(name, value, f.metadata["own"][name], prefix))
+            else:
+                raise self.unknown(prefix, name, [*fields, *named])
+        return cls(**arguments, **{name: Frozen(content) for name, content in inner.items()})
+
+    def own(self, kind: str, tree: Any, table: Table[Any], prefix: str) -> dict[str, Any]:
+        """kind.name -> options, of [KIND.NAME] tables."""
+        found = {}
+        for name, values in self.table(prefix + kind, tree).items():
+            settings = table[name].settings() if name in table else None
+            if settings is None:
+                have = [n for k, n, _ in _owners({kind: table})]
+                told = f"those that have some: {', '.join(have)}" if have else f"no {table.kind} here has any"
+                raise self.error(f"[{prefix}{kind}.{name}] is no {table.kind} with options of its own; {told}")
+            key = f"{kind}.{name}"
+            found[key] = self.build(settings, self.table(prefix + key, values), f"{prefix}{key}.")
+        return found
+
+    def table(self, key: str, value: Any) -> Mapping[str, Any]:
+        if not isinstance(value, Mapping):
+            raise self.error(f"{key} is a table of keys, not {value!r}; write {key}.KEY=VALUE")
+        return value
+
+    def value(self, key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+        """`value` as the type of its field."""
+        if dataclasses.is_dataclass(hint):
+            return self.build(typing.cast(type, hint), self.table(key, value), f"{key}.")
+        if typing.get_origin(hint) in (Mapping, Frozen):
+            of = typing.get_args(hint)[-1]
+            return Frozen({n: self.value(f"{key}.{n}", v, of, metadata) for n, v in self.table(key, value).items()})
+        if hint == tuple[int, ...]:
+            return self.whole_numbers(key, value, metadata)
+        if typing.get_origin(hint) is tuple:
+            return self.texts(key, value, metadata)
+        if hint is Any:
+            return value
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not hint:
+            raise self.error(f"{key} = {value!r}: {hint.__name__} belongs here, not {type(value).__name__}")
+        self.choice(key, value, metadata.get("choices"))
+        if "low" in metadata:
+            self.bounds(key, value, metadata)
+        if "check" in metadata and (wrong := metadata["check"](value)):
+            raise self.error(f"{key} = {value!r}: {wrong}")
+        return value
+
+    def choice(self, key: str, value: Any, choices: Iterable[str] | None) -> None:
+        known = list(choices or ())
+        if known and value not in known:
+            near = difflib.get_close_matches(str(value), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise self.error(f"{key} = {value!r}: one of {', '.join(known)} belongs here{hint}")
+
+    def bounds(self, key: str, value: float, metadata: Mapping[str, Any]) -> None:
+        low, high, above = metadata["low"], metadata["high"], metadata["above"]
+        if not (low < value if above else low <= value) or value > high:
+            bound = f"above {low}" if above else f"at least {low}"
+            raise self.error(f"{key} = {value!r}: must be {bound}" + (f" and at most {high}" if high < math.inf else ""))
+        if math.isinf(value) and not metadata["infinite"]:
+            raise self.error(f"{key} = {value!r}: must be a finite number")
+
+    def whole_numbers(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[int, ...]:
+        low = metadata.get("low", 1)
+        if isinstance(value, str):
+            value = [int(v) if v.isdecimal() else v for v in value.split(",") if v]
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = [value]
+        if not isinstance(value, list | tuple) or not all(type(v) is int and v >= low for v in value):
+            raise self.error(f"{key} = {value!r}: a list of whole numbers from {low} belongs here")
+        return tuple(value)
+
+    def texts(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+        if isinstance(value, str):
+            value = [v for v in value.split(",") if v]
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise self.error(f"{key} = {value!r}: a list of strings belongs here")
+        for one in value:
+            self.choice(key, one, metadata.get("choices"))
+        return tuple(value)
+
+
+def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
+    """The settings that a tree of keys, as TOML is read, means. where: a file's name, for errors. Raises ConfigError."""
+    return _Reader(known_keys(cls), where).build(cls, tree, "")
+
+
+def read_toml(path: Path, what: str = "file") -> dict[str, Any]:
+    """The keys of a TOML file. what: what it is called where it is missing. Raises ConfigError naming it, and a neighbour of a
+    like name."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
+        raise ConfigError(f"{what} not found: {path}" + (f"; did you mean {near[0]}?" if near else "")) from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    return repr(value)
+
+
+def tree_of(settings: Any) -> dict[str, Any]:
+    """The keys of settings as `build` reads them, every default written out."""
+    tree: dict[str, Any] = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if "named" in f.metadata:
+            tree |= {name: value.get(name, 0.0) for name in f.metadata["named"]}
+        elif "own" in f.metadata:
+            for key, options in value.items():
+                kind, _, name = key.partition(".")
+                tree.setdefault(kind, {})[name] = tree_of(options)
+        else:
+            tree[f.name] = tree_of(value) if dataclasses.is_dataclass(value) else value
+    return tree
+
+
+def to_toml(settings: Any) -> str:
+    """Settings as TOML; `build` of it gives equal ones."""
+    return _toml(tree_of(settings), "")
+
+
+def _toml(tree: Mapping[str, Any], prefix: str) -> str:
+    lines = [f"{name} = {toml_value(value)}" for name, value in tree.items() if not isinstance(value, Mapping)]
+    head = [f"[{prefix}]"] if prefix and lines else []
+    own = "\n".join([*head, *lines]) + "\n" if lines else ""
+    inner = [_toml(value, f"{prefix}.{name}" if prefix else name) for name, value in tree.items() if isinstance(value, Mapping)]
+    return "\n".join(part for part in (own, *inner) if part)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from fedkeel import tables
 from fedkeel.exchange.codecs import make_codec
-from fedkeel.exchange.messages import factors_down, names_of, pack, pack_global
-from fedkeel.method.aggregate import AGGREGATORS
+from fedkeel.exchange.messages import names_of, pack, pack_global
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.run.prepare import Prepared
@@ -31,8 +31,8 @@ def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tupl
     more = {"site": "site-0", "positions": 10_000, "stats": stats, "seconds": "00000000.000", "tasks": {}}
     remembers = recipe.distill.weight and recipe.distill.memory and len(recipe.stream.stages) > 1
     federation, state = recipe.federation, Global(0, adapter, adapter if remembers else None)
-    rule = AGGREGATORS[federation.rule]
-    down = pack_global("global", state, federation.codec_down, names_of(adapter, factors_down(rule)), tasks={}, unsent="0" * 16)
+    rule = tables.RULES[federation.rule]
+    down = pack_global("global", state, federation.codec_down, names_of(adapter, rule.down), tasks={}, unsent="0" * 16)
     sent = names_of(adapter, rule.trained(0) & rule.shared)
     changes = {name: t for name, t in adapter.tensors().items() if name in sent}
     encoded = make_codec(federation.codec_up).encode(changes, 0)

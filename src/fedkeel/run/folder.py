@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -19,8 +20,8 @@ from torch import Tensor
 from fedkeel.exchange.codecs import open_envelope
 from fedkeel.exchange.messages import pack_global, pack_shift, pack_tensors, read_counts, unpack_global, unpack_shift
 from fedkeel.files import append_lines, write_atomic
-from fedkeel.recipe.load import to_toml
 from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import to_toml
 from fedkeel.run.track import Tracks
 from fedkeel.types import Adapter, FedKeelError, Global, Row
 
@@ -50,6 +51,20 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str:
+    """The first key that differs between two recipes as TOML is read; nothing where none does. A key that is newer than the run
+    counts at its default, as the run had it."""
+    default = tomllib.loads(to_toml(Recipe())) if not prefix else {}
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key, default.get(key)), after.get(key, default.get(key))
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            if told := _difference({**default.get(key, {}), **was}, {**default.get(key, {}), **now}, f"{prefix}{key}."):
+                return told
+        elif was != now:
+            return f"{prefix}{key} = {was!r} became {now!r}"
+    return ""
+
+
 class RunFolder:
     """`runs/<name>`: the resolved recipe, rows, checkpoints and the state to resume from."""
 
@@ -63,10 +78,10 @@ class RunFolder:
         return self.path / "state.json"
 
     def state(self) -> dict[str, Any]:
-        """{done: names of finished legs, leg, round: the last checkpoint, tested: stages of it that are scored, rows_bytes,
-        finished}."""
+        """{done: names of finished legs, leg, round: the last checkpoint, tested: stages of it that are scored, scored: the
+        last round with a point of the curve, kept: names of what sites keep elsewhere, rows_bytes, finished}."""
         if not self._state_file.exists():
-            return {"done": [], "leg": "", "round": 0, "tested": 0, "rows_bytes": 0, "finished": False}
+            return {"done": [], "leg": "", "round": 0, "tested": 0, "scored": 0, "rows_bytes": 0, "finished": False}
         state: dict[str, Any] = json.loads(self._state_file.read_text())
         return state
 
@@ -77,10 +92,8 @@ class RunFolder:
                 raise RunError(
                     f"{self.path} holds a run already; continue it with --resume, replace it with --fresh, or set name=OTHER"
                 )
-            before, written = (self.path / "recipe.toml").read_text(), to_toml(recipe)
-            if before != written:
-                pairs = zip(before.splitlines(), written.splitlines(), strict=False)
-                changed = next((f"{a!r} became {b!r}" for a, b in pairs if a != b), "a key was added or removed")
+            before = tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+            if changed := _difference(before, tomllib.loads(to_toml(recipe))):
                 raise RunError(f"{self.path} cannot be resumed with another recipe: {changed}")
         elif resume:
             raise RunError(f"{self.path} holds no run to resume")

@@ -1,23 +1,29 @@
-"""The legs of a run: each the same loop with other settings."""
+"""The legs of a run: each the same loop with other settings. `federated` is the recipe itself; the others are baselines.
+
+A baseline has the budget of what it is compared with: a local site takes the steps it takes in the federation, the centralised
+run as many as all sites together, both in one go a stage, with the same batch, learning rate and schedule. Both are plain LoRA:
+there is no one to learn from. A leg needs no row, only how many each site holds, so a coordinator can plan what it cannot see.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fedkeel import tables
 from fedkeel.federation.train import steps_a_round
-from fedkeel.recipe.schema import Recipe
-from fedkeel.run.prepare import Prepared
-from fedkeel.types import Record
+from fedkeel.recipe.load import plain
+from fedkeel.recipe.schema import Federation, Recipe
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one leg does in one stage. rows: training records by site; sites without any are not asked."""
+    """What one leg does in one stage. rows: training rows by site; sites without any are not asked."""
 
     recipe: Recipe
-    rows: Mapping[str, Sequence[Record]]
+    rows: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -36,68 +42,83 @@ class Leg:
 
     @property
     def seed(self) -> int:
+        """Of the recipe."""
         return self.stages[0].recipe.seed
 
-
-def plain(recipe: Recipe) -> Recipe:
-    """The recipe without averaging over stages, distillation, structures, proximal term and ascent: plain LoRA."""
-    return dataclasses.replace(
-        recipe,
-        stream=dataclasses.replace(recipe.stream, average=0.0),
-        distill=dataclasses.replace(recipe.distill, weight=0.0),
-        structure=type(recipe.structure)(),
-        train=dataclasses.replace(recipe.train, proximal=0.0, sam=0.0),
-    )
+    @property
+    def whole(self) -> int:
+        """The rounds of all its stages."""
+        return self.rounds * len(self.stages)
 
 
-def legs_of(prepared: Prepared) -> list[Leg]:
-    """The legs in the order they run: base, federated, local ones, centralised.
+@dataclass(frozen=True)
+class Cast:
+    """Who could take part in a run. rows: of each stage, training rows by site."""
 
-    A baseline has the budget of what it is compared with: a local site takes the steps it takes in the federation, the
-    centralised run as many as all sites together, both in one go a stage, with the same batch, learning rate and schedule.
-    Local and centralised legs are `plain`: there is no one to learn from.
+    recipe: Recipe
+    rows: Sequence[Mapping[str, int]]
+
+    @property
+    def sites(self) -> list[str]:
+        """All sites, in the order in which they are named."""
+        return list(dict.fromkeys(name for stage in self.rows for name in stage))
+
+    def steps(self, stage: int) -> dict[str, int]:
+        """Optimiser steps that each site takes in the federation in a stage."""
+        rounds, train = self.recipe.federation.rounds, self.recipe.train
+        return {name: rounds * steps_a_round(train, rows) if rows else 0 for name, rows in self.rows[stage].items()}
+
+
+def single(recipe: Recipe, steps: int) -> Recipe:
+    """What one site does on its own in a stage: plain LoRA, all its steps in one round, exchanged exactly.
+
+    Limits of a round say nothing here: the whole budget is in one.
     """
-    recipe = prepared.recipe
-    train, rounds = recipe.train, recipe.federation.rounds
-    held = [{name: splits["train"] for name, splits in stage.rows.items()} for stage in prepared.stages]
-    single = dataclasses.replace(
+    return dataclasses.replace(
         plain(recipe),
-        federation=dataclasses.replace(
-            recipe.federation,
-            rounds=1,
-            sites_per_round=0,
-            quorum=1.0,
-            rule="mean",
-            codec_up="fp32",
-            codec_down="fp32",
-            hostile=0,
-            optimiser="average",
-            server_lr=1.0,
-            # both are meant for one round, and here is the whole budget in one
-            max_update_norm=float("inf"),
-            deadline=float("inf"),
-        ),
+        federation=Federation(rounds=1, deadline=math.inf),
         lora=dataclasses.replace(recipe.lora, site_ranks=()),
+        train=dataclasses.replace(plain(recipe).train, local_steps=max(1, steps), local_epochs=0),
     )
 
-    def alone(rows: Mapping[str, Sequence[Record]], steps: int) -> Stage:
-        own = dataclasses.replace(single.train, local_steps=max(1, steps), local_epochs=0)
-        return Stage(dataclasses.replace(single, train=own), rows)
 
-    steps = [{name: rounds * steps_a_round(train, len(rows)) if rows else 0 for name, rows in stage.items()} for stage in held]
-    legs = []
-    if "base" in recipe.evaluation.baselines:
-        legs.append(Leg("base", "base", 0, [Stage(recipe, {}) for _ in held]))
-    legs.append(Leg("federated", "federated", rounds, [Stage(recipe, {n: r for n, r in stage.items() if r}) for stage in held]))
-    if "local" in recipe.evaluation.baselines:
-        for name in prepared.sites.rows:
-            stages = [alone({name: rows[name]}, taken[name]) for rows, taken in zip(held, steps, strict=True)]
-            legs.append(Leg(f"local/{name}", "local", 1, stages))
-    if "centralised" in recipe.evaluation.baselines:
-        stages = []
-        for at, taken in zip(prepared.stages, steps, strict=True):
-            present = sum(1 for count in taken.values() if count)
-            asked = min(recipe.federation.sites_per_round or present, present)
-            stages.append(alone({"all": at.all("train")}, round(sum(taken.values()) * asked / present)))
-        legs.append(Leg("centralised", "centralised", 1, stages))
-    return legs
+def federated(cast: Cast) -> Leg:
+    """The recipe itself."""
+    stages = [Stage(cast.recipe, {name: rows for name, rows in stage.items() if rows}) for stage in cast.rows]
+    return Leg("federated", "federated", cast.recipe.federation.rounds, stages)
+
+
+def base(cast: Cast) -> list[Leg]:
+    """The baseline `base`: the model before any training."""
+    return [Leg("base", "base", 0, [Stage(cast.recipe, {}) for _ in cast.rows])]
+
+
+def local(cast: Cast) -> list[Leg]:
+    """The baseline `local`: every site on its own."""
+    stages = range(len(cast.rows))
+    return [
+        Leg(f"local/{name}", "local", 1, [
+            Stage(single(cast.recipe, cast.steps(s).get(name, 0)), {name: cast.rows[s].get(name, 0)}) for s in stages
+        ])
+        for name in cast.sites
+    ]  # fmt: skip
+
+
+def centralised(cast: Cast) -> list[Leg]:
+    """The baseline `centralised`: one site that holds every row."""
+    stages = []
+    for stage, rows in enumerate(cast.rows):
+        steps = cast.steps(stage)
+        present = sum(1 for count in steps.values() if count)
+        asked = min(cast.recipe.federation.sites_per_round or present, present)
+        budget = round(sum(steps.values()) * asked / present)
+        stages.append(Stage(single(cast.recipe, budget), {"all": sum(rows.values())}))
+    return [Leg("centralised", "centralised", 1, stages)]
+
+
+def legs_of(cast: Cast) -> list[Leg]:
+    """The legs that the recipe asks for, in the order they run: the federated one, and baselines in the order of their
+    table."""
+    asked = [entry for name, entry in tables.BASELINES.items() if name in cast.recipe.evaluation.baselines]
+    before, after = ([leg for e in asked if e.before is first for leg in e.load()(cast)] for first in (True, False))
+    return [*before, federated(cast), *after]

@@ -8,18 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedkeel.data.sites import Sites, make_sites, unseen_sites
-from fedkeel.data.sources import load_records
+from fedkeel.data.sources import label_groups, load_records
 from fedkeel.data.stages import arrivals, check_stages_are_learnt, kept_between_stages, stages_of
 from fedkeel.model.load import kind_of, load_config
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError
+from fedkeel.recipe.settings import ConfigError, Frozen
+from fedkeel.run.legs import Cast
+from fedkeel.types import Record
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs but the weights. sites: those that take part, all stages together; stages: see
-    `sites.stages_of`. unseen: by stage, the sites that take no part in training. arrival: record id -> stage. notes: what was
-    done to the data that the user should know."""
+    """Everything a run needs but the weights. sites: those that take part, all stages together; stages: see `stages.stages_of`.
+
+    unseen: by stage, the sites that take no part in training. arrival: record id -> stage. notes: what was done to the data
+    that the user should know.
+    """
 
     recipe: Recipe
     sites: Sites
@@ -30,43 +34,81 @@ class Prepared:
     classes: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def cast(self) -> Cast:
+        """The sites that take part, by the rows that they train on."""
+        return Cast(self.recipe, [{name: len(h["train"]) for name, h in stage.rows.items()} for stage in self.stages])
 
-def prepare(recipe: Recipe, alone: str = "") -> Prepared:
+
+def data_view(recipe: Recipe) -> Recipe:
+    """The recipe as preparing data may see it: all that does not decide which rows are where is at its default. Runs for which
+    it is equal have the same data."""
+    default = Recipe()
+    own = {key: options for key, options in recipe.own.items() if key.partition(".")[0] in ("source", "scheme")}
+    return Recipe(
+        seed=recipe.seed,
+        model=recipe.model,
+        data=recipe.data,
+        partition=recipe.partition,
+        stream=dataclasses.replace(recipe.stream, average=default.stream.average),
+        evaluation=dataclasses.replace(default.evaluation, unseen_sites=recipe.evaluation.unseen_sites),
+        own=Frozen(own),
+    )
+
+
+def prepare(recipe: Recipe, alone: str = "", records: Sequence[Record] | None = None) -> Prepared:
     """Read and deal the data, and look at the base model's configuration. Loads no weights.
 
-    alone: the name of the one site that holds all of the data; empty: the recipe's partition deals them.
+    alone: the name of the one site that holds all of the data here, and perhaps not of every task or stage; empty: the recipe's
+    partition deals them. records: instead of the recipe's source. Raises FedKeelError where no run can be made of them.
     """
-    base_config = load_config(recipe.model)
-    kind = kind_of(recipe.model, base_config)
-    records = load_records(recipe.data, recipe.seed)
+    whole, recipe = recipe, data_view(recipe)
+    kind = kind_of(recipe.model, load_config(recipe.model))
+    read = list(load_records(recipe.data, recipe.seed, partly=bool(alone)) if records is None else records)
     if alone:
-        records = [dataclasses.replace(r, site=alone) for r in records]
+        read = [dataclasses.replace(r, site=alone) for r in read]
         recipe = dataclasses.replace(recipe, partition=dataclasses.replace(recipe.partition, scheme="natural"))
+        whole = dataclasses.replace(whole, partition=recipe.partition)
+    notes: list[str] = []
     classes: tuple[str, ...] = ()
-    notes = []
     if kind == "classifier":
-        unlabelled = sum(not r.labels for r in records)
-        records = [r for r in records if r.labels]
-        if unlabelled:
-            notes.append(f"{unlabelled} rows without candidate labels left out: this base is a classifier")
-        if not records:
-            raise ConfigError(
-                f"model.base = {recipe.model.base!r} is a classifier, and no row of the data has labels; use a causal base"
-            )
-        classes = tuple(sorted({label for labels in {r.labels for r in records} for label in labels}))
-    arrival = {r.id: at for r, at in zip(records, arrivals(records, recipe), strict=True) if at >= 0}
-    if len(arrival) < len(records):
-        notes.append(f"{len(records) - len(arrival)} rows left out: no stage of the stream names their task or label group")
-        records = [r for r in records if r.id in arrival]
+        read, classes = _classified(read, recipe, notes)
+    arrival = {r.id: at for r, at in zip(read, arrivals(read, recipe, partly=bool(alone)), strict=True) if at >= 0}
+    if len(arrival) < len(read):
+        notes.append(f"{len(read) - len(arrival)} rows left out: no stage of the stream names their task or label group")
+        read = [r for r in read if r.id in arrival]
     if recipe.stream.stages:
         notes.append(kept_between_stages(recipe))
-    dealt = make_sites(records, recipe)
+    dealt = make_sites(read, recipe)
     apart = unseen_sites(dealt, recipe)
     taking_part = dealt.rows.keys() - set(apart)
-    sites, stages = dealt.only(taking_part), stages_of(dealt, arrival, recipe)
+    stages = stages_of(dealt, arrival, recipe, label_groups(recipe.data) if alone else None)
     if apart:
         tests = len(dealt.only(apart).all("test"))
         notes.append(f"{', '.join(apart)}: no part in any training (evaluation.unseen_sites); {tests} test rows to score")
+    sites = dealt.only(taking_part)
+    notes += _unlearnt_labels(read, sites)
+    trains, scored_only = ([stage.only(names) for stage in stages] for names in (taking_part, apart))
+    if not alone:
+        check_stages_are_learnt(trains, arrival, recipe)
+    return Prepared(whole, sites, trains, scored_only, arrival, kind, classes, tuple(notes))
+
+
+def _classified(records: list[Record], recipe: Recipe, notes: list[str]) -> tuple[list[Record], tuple[str, ...]]:
+    """The rows that a classifier can use, and its classes: all candidate answers. Raises ConfigError without any."""
+    labelled = [r for r in records if r.labels]
+    if len(labelled) < len(records):
+        notes.append(f"{len(records) - len(labelled)} rows without candidate labels left out: this base is a classifier")
+    if not labelled:
+        raise ConfigError(
+            f"model.base = {recipe.model.base!r} is a classifier, and no row of the data has labels; use a causal base"
+        )
+    return labelled, tuple(sorted({label for labels in {r.labels for r in labelled} for label in labels}))
+
+
+def _unlearnt_labels(records: Sequence[Record], sites: Sites) -> list[str]:
+    """Notes of held-out rows whose label no training row carries."""
+    notes = []
     label_sets: dict[str, set[tuple[str, ...]]] = {}
     for record in records:
         label_sets.setdefault(record.task, set()).add(record.labels)
@@ -80,9 +122,7 @@ def prepare(recipe: Recipe, alone: str = "") -> Prepared:
             notes.append(
                 f"{len(unseen)} {split} rows carry a label never seen in training ({names}); they are scored all the same"
             )
-    trains, scored_only = ([stage.only(names) for stage in stages] for names in (taking_part, apart))
-    check_stages_are_learnt(trains, arrival, recipe)
-    return Prepared(recipe, sites, trains, scored_only, arrival, kind, classes, tuple(notes))
+    return notes
 
 
 def describe_sites(prepared: Prepared) -> list[tuple[str, int, int, int, int, str]]:

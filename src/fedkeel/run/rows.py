@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from fedkeel import tables
 from fedkeel.federation.server import RoundResult
 from fedkeel.run.legs import Leg
 from fedkeel.run.prepare import Prepared
 from fedkeel.scores.evaluate import Scored, over_tasks, overall, task_table
+from fedkeel.scores.metrics import macro
 from fedkeel.types import Row
 
 
-def _score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[Scored], prepared: Prepared) -> list[Row]:
+def score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[Scored], prepared: Prepared) -> list[Row]:
     """Rows of one scoring: per task, over all tasks, in a stream per stage that the rows came with, and per site on its own."""
     run = prepared.recipe.name
 
@@ -36,7 +38,7 @@ def _score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[S
     return rows
 
 
-def _unseen_rows(leg: Leg, stage: int, round: int, scored: Sequence[Scored], prepared: Prepared) -> list[Row]:
+def unseen_rows(leg: Leg, stage: int, round: int, scored: Sequence[Scored], prepared: Prepared) -> list[Row]:
     """Rows of one scoring of the sites that take no part in training: over all tasks, and of each such site on its own, but
     for a local model, whose rows are under the name of the site that it is of."""
 
@@ -53,7 +55,10 @@ def _unseen_rows(leg: Leg, stage: int, round: int, scored: Sequence[Scored], pre
     return rows
 
 
-UNITS = {"loss": "nats", "distill_loss": "nats", "structure_loss": "nats", "update_norm": "norm", "dropped": "share"}
+def unit_of(name: str) -> str:
+    """The unit of a number that a site tells of its round: of a term's mean, its term's; gates and strengths are weights."""
+    told = {"update_norm": "norm", "dropped": "share", **{e.row: e.unit for e in tables.TERMS.values() if e.row}}
+    return told.get(name, "weight")
 
 
 def round_rows(leg: Leg, stage: int, result: RoundResult, run: str, cpu: float) -> list[Row]:
@@ -80,8 +85,57 @@ def round_rows(leg: Leg, stage: int, result: RoundResult, run: str, cpu: float) 
             if name == "seconds":
                 rows.append(row("site_seconds", value, "seconds", update.site))
             else:
-                rows.append(row(name, value, UNITS.get(name, "weight"), update.site))
+                rows.append(row(name, value, unit_of(name), update.site))
     for name, sizes in (("bytes_down", result.bytes_down), ("bytes_up", result.bytes_up)):
         rows += [row(name, size, "bytes", site) for site, size in sorted(sizes.items())]
     rows += [row("failed", 1, "rounds", site) for site in sorted(result.failures)]
     return rows
+
+
+# What a site says of its held-out rows: stage in which they came -> task -> measure -> (sum, rows)
+Sums = Mapping[int, Mapping[str, Mapping[str, "tuple[float, float]"]]]
+
+
+def pooled_rows(leg: Leg, stage: int, round: int, split: str, sums: Mapping[str, Sums], run: str) -> list[Row]:
+    """Rows of one scoring from sites' sums: per task, over all tasks and per stage of a stream, of all rows together, and of
+    each site. Of a local leg, whose model is scored where it was trained, that site's alone."""
+
+    def row(name: str, value: float, unit: str = "share", task: str = "", site: str = leg.site) -> Row:
+        return Row(run, leg.method, leg.seed, round, name, value, unit, site=site, stage=stage, task=task, split=split)
+
+    own = [
+        row("own_score", macro({task: m["score"] for task, m in _means(_together([told])).items()}), site=site)
+        for site, told in sorted(sums.items())
+        if any(told.values())
+    ]
+    if leg.method == "local":
+        return own
+    means = _means(_together(sums.values()))
+    rows = [row(n, v, "rows" if n == "rows" else "share", task) for task, of in means.items() for n, v in of.items()]
+    rows += [row(name, value) for name, value in over_tasks(means).items()]
+    if len(leg.stages) > 1:
+        for came in sorted({came for told in sums.values() for came in told if told[came]}):
+            of_stage = _means(_together([{came: told.get(came, {})} for told in sums.values()]))
+            rows.append(row(f"score_of_stage_{came + 1}", macro({task: m["score"] for task, m in of_stage.items()})))
+    return rows + own
+
+
+def _together(many: Iterable[Sums]) -> dict[str, dict[str, tuple[float, float]]]:
+    """task -> measure -> (sum, rows), of several sites and of all stages."""
+    totals: dict[str, dict[str, tuple[float, float]]] = {}
+    for sums in many:
+        for tasks in sums.values():
+            for task, measures in tasks.items():
+                held = totals.setdefault(task, {})
+                for name, (total, count) in measures.items():
+                    before = held.get(name, (0.0, 0.0))
+                    held[name] = before[0] + total, before[1] + count
+    return totals
+
+
+def _means(totals: Mapping[str, Mapping[str, tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    """task -> measure -> its mean, and `rows`; as `evaluate.task_table`."""
+    return {
+        task: {**{name: total / count for name, (total, count) in held.items()}, "rows": held["score"][1]}
+        for task, held in sorted(totals.items())
+    }

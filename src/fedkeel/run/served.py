@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import reduce
 from pathlib import Path
 
-from fedkeel.method.aggregate import blend
+from fedkeel.method.aggregate.common import blend
 from fedkeel.model.lora import Model
 from fedkeel.recipe.checks import check_one_model
 from fedkeel.run.folder import RunFolder
@@ -14,7 +14,7 @@ from fedkeel.types import Adapter
 
 
 def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, like: Adapter) -> Adapter:
-    """What a leg serves after `stage` (from 0), from the checkpoints of the stages' ends: see `config.Stream.average`.
+    """What a leg serves after `stage` (from 0), from the checkpoints of the stages' ends: see `schema.Stream.average`.
 
     rounds: of one stage. share: 0 takes the stage as it ended.
     """

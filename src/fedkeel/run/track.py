@@ -1,4 +1,4 @@
-"""A live view of a run: every Row as a point for TensorBoard and, where the recipe asks for them, W&B and MLflow.
+"""A live view of a run: every Row as a point for the trackers that the recipe asks for, TensorBoard, W&B or MLflow.
 
 A tracker is given Rows and nothing else, and what it shows is never read back: rows.jsonl is the truth. So a resumed run, whose
 rows.jsonl was cut back to its last whole state, begins its trackers anew and gives them the rows that stand there first: every
@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from fedkeel import tables
 from fedkeel.types import FedKeelError, Row
 
 # before either library is imported: neither tells its makers of its use or its errors, unless the user's environment says so
@@ -187,15 +188,12 @@ def plain_name(tag: str) -> str:
     return re.sub(r"[^A-Za-z0-9_\-. /]", lambda found: f"_{ord(found[0]):x}", tag)
 
 
-TRACKERS: dict[str, Callable[[Path, str], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
-
-
 def load(name: str) -> Any:
     """The library of a tracker that the recipe asks for. Raises TrackError if it is not installed."""
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     try:
-        return import_module(name)
+        return import_module(tables.TRACKERS[name].library)
     except ImportError as error:
         raise TrackError(f"track = [{name!r}] needs the extra: pip install 'fedkeel[{name}]' ({error})") from error
 
@@ -208,7 +206,7 @@ def read_history(path: Path) -> Iterator[Row]:
 
 
 class Tracks:
-    """The trackers of a run; use it as a context manager. TensorBoard always, others by name.
+    """The trackers of a run, by name; use it as a context manager.
 
     folder: the run's, whose rows.jsonl is in the state that the run goes on from. note: told of a tracker that fails.
     Raises TrackError if one is not installed.
@@ -216,7 +214,7 @@ class Tracks:
 
     def __init__(self, names: Sequence[str], folder: Path, run: str, note: Callable[[str], None]) -> None:
         self._folder, self._run, self._note = folder, run, note
-        self._names = ("tensorboard", *dict.fromkeys(names))
+        self._names = tuple(dict.fromkeys(names))
         self._open: dict[str, Tracker] = {}
         self._summary = Summary()
         for name in names:
@@ -229,7 +227,7 @@ class Tracks:
     def __enter__(self) -> Tracks:
         for name in self._names:
             try:
-                self._open[name] = TRACKERS[name](self._folder, self._run)
+                self._open[name] = tables.TRACKERS[name].load()(self._folder, self._run)
             except Exception as error:  # whatever a tracker raises is no reason to lose a run
                 self._lost(name, error)
         # rows were saved by round and by scoring, so what is made of the sites together is made of the same rows again

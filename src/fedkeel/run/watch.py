@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from fedkeel.federation.server import RoundResult
 
 
 class Watch(Protocol):
-    """What a display is told. `work` is in row-equivalents (one scored row = 1), see TRAIN_COST."""
+    """What a display is told. `work` is in row-equivalents (one scored row = 1), see `rounds.TRAIN_COST`."""
 
     def begin(self, total_work: float) -> None:
         """Before anything runs."""
@@ -24,6 +26,40 @@ class Watch(Protocol):
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+
+
+class Lines:
+    """A `Watch` that tells lines: a round, a leg's scoring, a note; with the seconds since its beginning."""
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        self._tell, self._begin = tell, time.perf_counter()
+
+    def _line(self, text: str) -> None:
+        self._tell(f"[{time.perf_counter() - self._begin:7.1f} s] {text}")
+
+    def begin(self, total_work: float) -> None:
+        """See `Watch`."""
+
+    def leg(self, name: str, detail: str) -> None:
+        """See `Watch`."""
+        if not detail.startswith("round "):
+            self._line(f"{name}: {detail}")
+
+    def advance(self, work: float) -> None:
+        """See `Watch`."""
+
+    def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
+        """See `Watch`."""
+        sent = sum(result.bytes_down.values()) + sum(result.bytes_up.values())
+        losses = [u.stats["loss"] for u in result.updates]
+        self._line(
+            f"{leg} round {done} of {rounds}: {len(result.updates)} sites, loss {sum(losses) / len(losses):.3f} nats, "
+            f"{result.seconds:.1f} s, {sent:,} bytes"
+        )
+
+    def note(self, text: str) -> None:
+        """See `Watch`."""
+        self._tell(f"note: {text}")
 
 
 def tell_failures(watch: Watch, result: RoundResult) -> None:

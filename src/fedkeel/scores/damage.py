@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedkeel import tables
 from fedkeel.data.format import Formatter
 from fedkeel.method.structure.drop import BLOCK
 from fedkeel.model.lora import Model
@@ -34,23 +34,6 @@ T = TypeVar("T")
 
 class DamageError(FedKeelError):
     """Damage that does not exist, has an impossible strength or finds no place in this model."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of damage.
-
-    put: (model, strength, seed, undo) damages the model and leaves on `undo` what takes the damage out. strengths: the
-    default ones. distance: how far a strength is from no damage, which is 0; the abscissa of the stability index. random:
-    whether anything is drawn, so whether another seed is other damage. branches: whether only maps with an adapter branch
-    are damaged.
-    """
-
-    put: Callable[[Model, float, int, ExitStack], None]
-    strengths: tuple[float, ...]
-    distance: Callable[[float], float] = float
-    random: bool = True
-    branches: bool = False
 
 
 def _some(model: Model, found: Sequence[T], what: str) -> Sequence[T]:
@@ -91,7 +74,7 @@ def _masked(mask: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[A
     return (inputs[0].masked_fill(mask, 0.0), *inputs[1:])
 
 
-def _heads(model: Model, share: float, seed: int, undo: ExitStack) -> None:
+def heads(model: Model, share: float, seed: int, undo: ExitStack) -> None:
     """Zero a share of the heads of the whole model; under grouped-query attention, of the groups that share keys and values."""
     places = _some(model, model.places.attention, "attention output map")
     for place in places:
@@ -103,7 +86,7 @@ def _heads(model: Model, share: float, seed: int, undo: ExitStack) -> None:
     _silence(model, [(p, in_width(p.module) // p.units) for p in places], share, seed, undo)
 
 
-def _channels(model: Model, share: float, seed: int, undo: ExitStack) -> None:
+def channels(model: Model, share: float, seed: int, undo: ExitStack) -> None:
     """Zero a share of the blocks of 64 feed-forward channels of the whole model; a map's last block may be shorter."""
     places = _some(model, model.places.down, "feed-forward down projection of its own")
     _silence(model, [(p, BLOCK) for p in places], share, seed, undo)
@@ -118,7 +101,7 @@ def _scaled(factor: float, module: nn.Module, inputs: Any, output: Tensor) -> Te
     return output * factor
 
 
-def _skip(model: Model, count: float, seed: int, undo: ExitStack) -> None:
+def skip(model: Model, count: float, seed: int, undo: ExitStack) -> None:
     """Skip `count` blocks: nothing of theirs is added to the residual stream. Encoder and decoder blocks count alike."""
     blocks: dict[tuple[str, int], list[nn.Module]] = {}
     for place in _some(model, model.places.residual, "residual branch"):
@@ -134,12 +117,12 @@ def _branches(model: Model) -> Sequence[Branch]:
     return _some(model, model.places.branches, "adapter branch")
 
 
-def _modules(model: Model, share: float, seed: int, undo: ExitStack) -> None:
+def modules(model: Model, share: float, seed: int, undo: ExitStack) -> None:
     """Leave a share of the adapter's modules out: the frozen map alone answers there."""
     _scale_outputs([b.b for b in _share(_branches(model), share, seed)], 0.0, undo)
 
 
-def _scale(model: Model, factor: float, seed: int, undo: ExitStack) -> None:
+def scale(model: Model, factor: float, seed: int, undo: ExitStack) -> None:
     """Multiply the adapter's scale by `factor` ≥ 0; its dense parameters, such as a fresh head, stay."""
     if not 0.0 <= factor < math.inf:
         raise DamageError(f"a factor of the adapter's scale is a finite number ≥ 0, not {factor}")
@@ -162,7 +145,7 @@ def _rewrite(model: Model, change: Callable[[Branch, Tensor], Tensor], undo: Exi
 
 
 @torch.no_grad()
-def _noise(model: Model, sigma: float, seed: int, undo: ExitStack) -> None:
+def noise(model: Model, sigma: float, seed: int, undo: ExitStack) -> None:
     """W_ij += σ · (‖W_i‖/√d_in) · n, n ~ N(0, 1), on every frozen target weight: σ is the noise in the entries' own unit."""
     if not 0.0 <= sigma < math.inf:
         raise DamageError(f"σ of the weight noise is a finite number ≥ 0, not {sigma}")
@@ -185,34 +168,27 @@ def quantised(w: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def _bits(model: Model, bits: float, seed: int, undo: ExitStack) -> None:
+def bits(model: Model, bits: float, seed: int, undo: ExitStack) -> None:
     """Quantise every frozen target weight, see `quantised`. The adapter, norms and embeddings stay."""
     if bits not in range(2, 17):
         raise DamageError(f"weights are quantised to 2 … 16 bits, not {bits}")
     _rewrite(model, lambda branch, w: quantised(w, int(bits)), undo)
 
 
-def _step(bits: float) -> float:
+def from_one(factor: float) -> float:
+    """How far a factor is from leaving things as they are."""
+    return abs(factor - 1.0)
+
+
+def step_of(bits: float) -> float:
     """The quantisation step as a share of a row's largest entry: 0 would be no quantisation."""
     return 1.0 / (2.0 ** (bits - 1.0) - 1.0)
 
 
-FAMILIES: dict[str, Family] = {
-    "heads": Family(_heads, (0.05, 0.1, 0.2, 0.3, 0.5)),
-    "channels": Family(_channels, (0.05, 0.1, 0.2, 0.3, 0.5)),
-    "skip": Family(_skip, (1.0,)),
-    "modules": Family(_modules, (0.1, 0.25, 0.5), branches=True),
-    "scale": Family(_scale, (0.5, 0.75, 1.25, 1.5), lambda factor: abs(factor - 1.0), random=False, branches=True),
-    "noise": Family(_noise, (0.05, 0.1, 0.2), branches=True),
-    "bits": Family(_bits, (8.0, 4.0), _step, random=False, branches=True),
-}
-STRENGTHS: dict[str, tuple[float, ...]] = {name: family.strengths for name, family in FAMILIES.items()}
-
-
-def _family(name: str) -> Family:
-    if name not in FAMILIES:
-        raise DamageError(f"no family of damage {name!r}; there are {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+def _family(name: str) -> tables.Damage:
+    if name not in tables.DAMAGES:
+        raise DamageError(f"no family of damage {name!r}; there are {', '.join(tables.DAMAGES)}")
+    return tables.DAMAGES[name]
 
 
 @contextmanager
@@ -224,7 +200,7 @@ def damaged(model: Model, family: str, strength: float, seed: int) -> Iterator[N
     one seed a greater share, or more blocks, contains the smaller. Raises DamageError for an unknown family, a strength out
     of range or an architecture without a place for it, with the model untouched.
     """
-    put = _family(family).put
+    put = _family(family).load()
     with ExitStack() as undo:
         put(model, strength, derive(seed, "damage", family), undo)
         yield
@@ -303,9 +279,9 @@ def outcomes(
     clean: the scores without damage. Draw d of one seed is the same damage in every model of an architecture.
     """
     records = [s.record for s in clean]
-    with _lower_blocks_once(model) if FAMILIES[family].branches else nullcontext():
+    with _lower_blocks_once(model) if tables.DAMAGES[family].branches else nullcontext():
         for strength in strengths:
-            for draw in range(draws if FAMILIES[family].random else 1):
+            for draw in range(draws if tables.DAMAGES[family].random else 1):
                 with damaged(model, family, strength, derive(seed, draw)):
                     scored = score(model, formatter, records, config)
                 yield compare(family, strength, draw, scored, clean)
@@ -316,17 +292,18 @@ def stability(
     formatter: Formatter,
     records: Sequence[Record],
     config: Evaluation,
-    families: Mapping[str, Sequence[float]] = STRENGTHS,
+    families: Mapping[str, Sequence[float]] | None = None,
     draws: int = 20,
     seed: int = 0,
 ) -> list[Outcome]:
     """Scores without damage, which come first, and under every family, strength and draw, see `outcomes`.
 
-    families: name -> strengths. It costs one scoring of `records` an outcome. Raises DamageError, see `damaged`, and
-    ValueError on no records or draws.
+    families: name -> strengths; None: all, at theirs. It costs one scoring of `records` an outcome. Raises DamageError, see
+    `damaged`, and ValueError on no records or draws.
     """
     if draws < 1:
         raise ValueError(f"{draws} draws")
+    families = {name: entry.strengths for name, entry in tables.DAMAGES.items()} if families is None else families
     check(model, families)
     clean = score(model, formatter, records, config)
     found = [compare("", 0.0, 0, clean, clean)]
@@ -336,11 +313,11 @@ def stability(
 
 
 def family_index(family: str, scores: Mapping[float, float], clean: float) -> float:
-    """`metrics.stability_index` of a family: strength -> mean score, over `Family.distance`, equal distances averaged.
+    """`metrics.stability_index` of a family: strength -> mean score, over `tables.Damage.apart`, equal distances averaged.
 
     So a scale of 0.75 and one of 1.25 are one point of the curve. Raises DamageError, or ValueError as the index does.
     """
-    distance = _family(family).distance
+    distance = _family(family).apart
     curve: dict[float, list[float]] = {}
     for strength, value in scores.items():
         curve.setdefault(round(distance(strength), 12), []).append(value)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkeel import tables
 from fedkeel.data.batches import collate
 from fedkeel.data.format import Formatter
 from fedkeel.model.load import quiet
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Evaluation
 from fedkeel.rng import derive
-from fedkeel.scores.metrics import exact_match, macro, mean, rouge_l
+from fedkeel.scores.metrics import macro, mean
 from fedkeel.types import Record
 
 # Sequences scored at once behind cached prompts: bounds memory however many labels a task has.
@@ -39,7 +40,12 @@ class Scored:
     @property
     def score(self) -> float:
         """The metric that counts, in [0, 1]: accuracy, or ROUGE-L for generation."""
-        return self.metrics.get("accuracy", self.metrics.get("rouge_l", 0.0))
+        return next((self.metrics[name] for name, m in tables.METRICS.items() if m.counts and name in self.metrics), 0.0)
+
+
+def judged(prediction: str, references: Sequence[str], free: bool) -> dict[str, float]:
+    """Every metric of generated answers, or with free = False of chosen labels, on one answer."""
+    return {name: float(m.load()(prediction, references)) for name, m in tables.METRICS.items() if m.free is free}
 
 
 def choose(records: Sequence[Record], split: str, limit: int) -> list[Record]:
@@ -88,7 +94,7 @@ def _classify(
         for (example, record), index, row in zip(chunk, logits.argmax(-1).tolist(), chances, strict=True):
             prediction = model.classes[index]
             distribution = tuple(row[label] for label in example.allowed)
-            found[record.id] = Scored(record, prediction, {"accuracy": float(prediction == record.output)}, distribution)
+            found[record.id] = Scored(record, prediction, judged(prediction, (record.output,), free=False), distribution)
         advance(len(chunk))
 
 
@@ -197,7 +203,7 @@ def _by_likelihood(
         for (_, _, record), scores in zip(chunk, values, strict=True):
             prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
             distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
-            found[record.id] = Scored(record, prediction, {"accuracy": float(prediction == record.output)}, distribution)
+            found[record.id] = Scored(record, prediction, judged(prediction, (record.output,), free=False), distribution)
         advance(len(chunk))
 
 
@@ -227,8 +233,7 @@ def _generate(
         for (_, record), tokens in zip(chunk, new, strict=True):
             text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             references = record.references or (record.output,)
-            metrics = {"rouge_l": rouge_l(text, references), "exact_match": exact_match(text, references)}
-            found[record.id] = Scored(record, text, metrics)
+            found[record.id] = Scored(record, text, judged(text, references, free=True))
         advance(len(chunk))
 
 
@@ -240,7 +245,7 @@ def overall(scored: Sequence[Scored]) -> float:
 def over_tasks(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric over the tasks that have it, each task counting the same. table: of `task_table`."""
     found = {}
-    for name in ("score", "accuracy", "rouge_l", "exact_match"):
+    for name in ("score", *tables.METRICS):
         per_task = {task: metrics[name] for task, metrics in table.items() if name in metrics}
         if per_task:
             found[name] = macro(per_task)

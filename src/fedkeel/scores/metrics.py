@@ -26,6 +26,11 @@ def normalise(text: str) -> str:
     return " ".join(kept.split())
 
 
+def same(prediction: str, references: Sequence[str]) -> float:
+    """1.0 if the prediction is one of the references, letter by letter, else 0.0: accuracy of chosen labels."""
+    return float(prediction in references)
+
+
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the normalised prediction equals some normalised reference, else 0.0."""
     return float(normalise(prediction) in {normalise(r) for r in references})

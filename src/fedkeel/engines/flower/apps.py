@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedkeel.engines.flower.courier import LIMIT, Courier, FlowerError, _array, _pack, _unpack
+from fedkeel.engines.flower.courier import LIMIT, Courier, FlowerError, array, pack, unpack
 from fedkeel.engines.sitefile import MEMBERS, read_members
+from fedkeel.run.watch import Lines
 from fedkeel.types import FedKeelError
 
 SITE_FILE = "site-config"  # of --node-config: the path of site.toml
@@ -27,7 +29,7 @@ server_app = ServerApp()
 def _answer(message: Message, context: Context) -> Message:
     """A site's answer. In a simulation the node is a partition of the recipe's data; in a deployment it is what its own
     site.toml says, and the warm worker there does the work."""
-    header, payload = _unpack(message)
+    header, payload = unpack(message)
     where = context.node_config.get(SITE_FILE)
     if where is not None:
         from fedkeel.engines.sitefile import read_site
@@ -56,38 +58,11 @@ def _answer(message: Message, context: Context) -> Message:
         told, out = handle(header, payload, None, partition, Path(str(header["state"])))
     if len(out) > LIMIT:
         told, out = {**told, "error": f"an answer of {len(out):,} bytes is over the limit of {LIMIT:,}; not sent"}, b""
-    return Message(_pack(told, _array(out)), reply_to=message)
+    return Message(pack(told, array(out)), reply_to=message)
 
 
 for _category in (client_app.query, client_app.train, client_app.evaluate):
     _category()(_answer)
-
-
-class _Lines:
-    """A `run.Watch` that prints lines: what a coordinator's log holds."""
-
-    def begin(self, total_work: float) -> None:
-        """See `run.Watch`."""
-
-    def leg(self, name: str, detail: str) -> None:
-        """See `run.Watch`."""
-        print(f"{name}: {detail}", flush=True)
-
-    def advance(self, work: float) -> None:
-        """See `run.Watch`."""
-
-    def round(self, leg: str, done: int, rounds: int, result: Any) -> None:
-        """See `run.Watch`."""
-        sent = sum(result.bytes_down.values()) + sum(result.bytes_up.values())
-        losses = [u.stats["loss"] for u in result.updates]
-        print(
-            f"round {done} of {rounds}: {len(result.updates)} sites, loss {sum(losses) / len(losses):.3f} nats, "
-            f"{result.seconds:.1f} s, {sent:,} bytes", flush=True,
-        )  # fmt: skip
-
-    def note(self, text: str) -> None:
-        """See `run.Watch`."""
-        print(f"note: {text}", flush=True)
 
 
 def _app_file(name: str) -> Path:
@@ -116,7 +91,7 @@ def coordinator(grid: Grid, context: Context) -> None:
     if not names or len(set(names)) < len(names):
         raise FlowerError("the app's config must hold `sites`: the names of all sites, joined by commas, each once")
     seconds = float(context.run_config.get("wait", 600.0))
-    watch = _Lines()
+    watch = Lines(partial(print, flush=True))
     members = read_members(Path(MEMBERS))
     if members is None:
         watch.note(f"sites are believed what they are called: {Path(MEMBERS).absolute()}, which register.sh writes, is missing")

@@ -13,6 +13,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedkeel.engines.coordinate import Terms
 from fedkeel.types import FedKeelError, Reply, Request
 
 LIMIT = 128 * 2**20  # bytes of one payload: Flower's stores hold every message in memory or SQLite, at about 30 MB/s
@@ -34,19 +35,19 @@ class FlowerError(FedKeelError):
     """A federation over Flower that cannot go on; the text says what would be right."""
 
 
-def _pack(header: Mapping[str, Any], payload: Array | None) -> RecordDict:
+def pack(header: Mapping[str, Any], payload: Array | None) -> RecordDict:
     records: dict[str, Any] = {"fedkeel": ConfigRecord({"header": json.dumps(header)})}
     if payload is not None:
         records["payload"] = ArrayRecord({"payload": payload})
     return RecordDict(records)
 
 
-def _array(payload: bytes) -> Array | None:
+def array(payload: bytes) -> Array | None:
     # an array without bytes has no chunk, and does not survive the way
     return Array("uint8", (len(payload),), STYPE, payload) if payload else None
 
 
-def _unpack(message: Message) -> tuple[dict[str, Any], bytes]:
+def unpack(message: Message) -> tuple[dict[str, Any], bytes]:
     """Header and payload of a message. Raises FlowerError if it is none of ours."""
     content = message.content
     try:
@@ -100,7 +101,7 @@ class Courier:
         if self._state is not None:
             whole["state"] = str(self._state)
         # a message that nobody waits for any more is not worth delivering
-        message = Message(_pack(whole, payload), node, KINDS[kind], ttl=min(max(seconds, 1.0), 1e9))
+        message = Message(pack(whole, payload), node, KINDS[kind], ttl=min(max(seconds, 1.0), 1e9))
         ids = [one for one in self._grid.push_messages([message]) if one]
         if len(ids) != 1:
             raise FlowerError("Flower did not take the message: is the node still part of the federation?")
@@ -127,7 +128,7 @@ class Courier:
         what the site says went wrong there."""
         if message.has_error():
             raise FlowerError(_fail(message))
-        header, payload = _unpack(message)
+        header, payload = unpack(message)
         if header.get("run") != self._run or header.get("id") != identity:
             raise FlowerError(
                 f"refused: an answer of run {header.get('run')!r} to request {header.get('id')!r}, where {self._run!r} and "
@@ -225,7 +226,7 @@ class Courier:
                 if len(payload) > self._limit:
                     raise FlowerError(f"a message of {len(payload):,} bytes is over the limit of {self._limit:,}; not sent")
                 if payload not in arrays:
-                    arrays[payload] = _array(payload)
+                    arrays[payload] = array(payload)
                 whole = {**header, "id": identity, "site": site}
                 sent = self._send(self.nodes[site], kind, whole, arrays[payload], end - time.monotonic())
             except FlowerError as error:
@@ -243,9 +244,9 @@ class Courier:
             done(site)
         return answers
 
-    def transport(self, rounds: int, ranks: Mapping[str, int], kept: dict[str, str]) -> FlowerTransport:
+    def transport(self, terms: Terms, kept: dict[str, str], watch: Callable[[Reply], None]) -> FlowerTransport:
         """See `coordinate.Sites`."""
-        return FlowerTransport(self, rounds, ranks, kept)
+        return FlowerTransport(self, terms, kept, watch)
 
 
 class SiteFailure(FedKeelError):
@@ -263,22 +264,27 @@ class FlowerTransport:
     """
 
     def __init__(
-        self, courier: Courier, rounds: int, ranks: Mapping[str, int], kept: dict[str, str],
+        self,
+        courier: Courier,
+        terms: Terms,
+        kept: dict[str, str],
         watch: Callable[[Reply], None] = lambda reply: None,
-    ) -> None:  # fmt: skip
-        """rounds: of a stage. ranks: of sites whose adapter is not of the recipe's rank. watch: called after each reply."""
-        self._courier, self._rounds, self._ranks, self._watch = courier, rounds, ranks, watch
+    ) -> None:
+        """watch: called after each reply."""
+        self._courier, self._terms, self._watch = courier, terms, watch
         self.kept = kept
 
     @property
     def cpu(self) -> float:
-        """See `run.Carrier`."""
+        """See `rounds.Carrier`."""
         return self._courier.cpu
 
     def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
         """See `types.Transport`."""
+        terms = self._terms
+        told = {"leg": terms.leg, "rounds": terms.rounds, "steps": terms.steps}
         asked = {
-            r.site: ({"rounds": self._rounds, "rank": self._ranks.get(r.site, 0), "kept": self.kept.get(r.site, "")}, r.payload)
+            r.site: ({**told, "rank": terms.ranks.get(r.site, 0), "kept": self.kept.get(r.site, "")}, r.payload)
             for r in requests
         }
         answers = self._courier.ask("train", asked, deadline, lambda site: self._watch(Reply(site)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedkeel.engines.coordinate import Terms
 from fedkeel.engines.flower.apps import client_app
 from fedkeel.engines.flower.courier import Courier, FlowerError, FlowerTransport
 from fedkeel.federation.kept import Kept
@@ -26,14 +27,14 @@ from fedkeel.types import Reply, Request
 
 
 class Simulation:
-    """`run.Engine` over a grid of Flower's simulation, or one that behaves like it: site n of the sorted names is partition n.
+    """`here.Engine` over a grid of Flower's simulation, or one that behaves like it: site n of the sorted names is partition n.
 
     folder: what sites keep lies here, as it does at a site; it is filled from the run's checkpoint when a stage begins, and
     read after each round for the next checkpoint, so that a run can be resumed on any engine.
     """
 
     def __init__(self, grid: Grid, prepared: Prepared, folder: Path, stopped: threading.Event | None = None) -> None:
-        from fedkeel.recipe.load import to_toml
+        from fedkeel.recipe.settings import to_toml
 
         self._names = sorted(prepared.sites.rows)
         self._run = secrets.token_hex(8)
@@ -42,7 +43,7 @@ class Simulation:
         self._deadline = prepared.recipe.federation.deadline
 
     def connect(self, rounds: int, kept: dict[str, Kept], watch: Callable[[Reply], None]) -> _Simulated:
-        """See `run.Engine`."""
+        """See `here.Engine`."""
         if not self._courier.nodes:
             self._courier.find(self._names, self._deadline)
         return _Simulated(self._courier, rounds, kept, watch, self._folder / self._run)
@@ -60,7 +61,8 @@ class _Simulated(FlowerTransport):
         tokens = {}
         for site, held in kept.items():
             tokens[site] = self._stores[site].write(secrets.token_hex(8), held.tensors())
-        super().__init__(courier, rounds, {site: held.rank for site, held in kept.items()}, tokens, watch)
+        ranks = {site: held.rank for site, held in kept.items()}
+        super().__init__(courier, Terms("federated", rounds, 0, ranks), tokens, watch)
 
     def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
         """See `types.Transport`."""
@@ -92,7 +94,7 @@ def resources(recipe: Recipe, sites: int) -> tuple[int, dict[str, float]]:
 
 
 def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> None:
-    """`run.execute` with the federated leg in Flower's simulation; returns only once a federation has really ended.
+    """`execute` with the federated leg in Flower's simulation; returns only once a federation has really ended.
 
     Base, local and centralised legs, and all scoring, stay in this process: they have no one to talk to. `run_simulation` is
     deprecated in Flower 1.41, which points to `flwr run`; that starts a detached, shared SuperLink, packs an app, forgets what
@@ -105,7 +107,7 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
         from flwr.simulation import run_simulation
     except ImportError as error:
         raise FlowerError(f"the simulation needs an extra: pip install 'fedkeel[flower-sim]' ({error})") from error
-    from fedkeel.run.loop import execute
+    from fedkeel.run.execute import execute
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what matters is told by exceptions; the rest is for developers
     sites = len(prepared.sites.rows)

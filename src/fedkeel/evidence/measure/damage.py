@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import stdev
+from typing import Any
 
-from fedkeel.evidence.measure.run import _Run
-from fedkeel.scores.damage import FAMILIES, STRENGTHS, family_index, outcomes
+from fedkeel import tables
+from fedkeel.evidence.measure.run import Finished, Settings
+from fedkeel.scores.damage import family_index, outcomes
 from fedkeel.scores.evaluate import overall
 from fedkeel.scores.metrics import mean
 from fedkeel.types import Row
 
-# family of damage -> structures that disturb the same thing while training
-TRAINED_BY = {
-    "heads": ("heads",),
-    "channels": ("channels",),
-    "skip": ("layers",),
-    "modules": ("branch", "lodrop"),
-    "scale": ("rank",),
-    "noise": ("weights",),
-    "bits": (),
-}
+
+def about(settings: Settings) -> dict[str, Any] | None:
+    """See `tables.Measure`."""
+    return {"draws": settings.draws, "rows": settings.rows} if settings.damages else None
 
 
-def _undamaged(run: _Run) -> list[Row]:
+def about_family(settings: Settings, family: str) -> dict[str, Any]:
+    """All that decides the outcome of one family's damage."""
+    return {"draws": settings.draws, "rows": settings.rows, "strengths": list(tables.DAMAGES[family].strengths)}
+
+
+def undamaged(run: Finished) -> list[Row]:
+    """Scores without damage, which all families are held against."""
     return [
         run.row("damage/clean", overall(run.clean), "share"),
         run.row("damage/draws", float(run.settings.draws), "draws"),
@@ -32,11 +34,11 @@ def _undamaged(run: _Run) -> list[Row]:
     ]
 
 
-def _damage(run: _Run, family: str) -> list[Row]:
+def damage(run: Finished, family: str) -> list[Row]:
     """Scores under one family, and its stability index: there is none where the undamaged model scores 0."""
-    draws, strengths = run.settings.draws, STRENGTHS[family]
+    draws, strengths = run.settings.draws, tables.DAMAGES[family].strengths
     clean, model, part = run.clean, run.served(), f"damage/{family}"
-    total = len(strengths) * (draws if FAMILIES[family].random else 1)
+    total = len(strengths) * (draws if tables.DAMAGES[family].random else 1)
     found = []
     for outcome in outcomes(model, run.formatter, run.recipe.evaluation, clean, family, strengths, draws, seed=0):
         found.append(outcome)
@@ -52,14 +54,15 @@ def _damage(run: _Run, family: str) -> list[Row]:
         if consistent:
             told["consistency"] = mean(consistent)
         rows += [run.row(f"{part}/{strength:g}/{name}", value, "share") for name, value in told.items()]
-    amounts = asdict(run.recipe.structure)
-    rows.append(run.row(f"{part}/trained", float(any(amounts[name] for name in TRAINED_BY[family])), "flag"))
-    if undamaged := overall(clean):
-        rows.append(run.row(f"{part}/ssi", family_index(family, scores, undamaged), "ratio"))
+    structure = run.recipe.structure
+    trained = any(structure.amount(name) for name in tables.DAMAGES[family].trained_by)
+    rows.append(run.row(f"{part}/trained", float(trained), "flag"))
+    if at_rest := overall(clean):
+        rows.append(run.row(f"{part}/ssi", family_index(family, scores, at_rest), "ratio"))
     return rows
 
 
-def _over_families(clean: Row, families: Mapping[str, Sequence[Row]]) -> list[Row]:
+def over_families(clean: Row, families: Mapping[str, Sequence[Row]]) -> list[Row]:
     """The means over the families that training left alone and over those it used; none where there are none."""
     index: dict[bool, list[float]] = {False: [], True: []}
     falls = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkeel.evidence.measure.run import MeasureError, _Run
+from fedkeel.evidence.measure.run import Finished, MeasureError, Settings, UnmeasuredError, digest
 from fedkeel.model.lora import Model
 from fedkeel.rng import derive
 from fedkeel.scores.metrics import kl_divergence, perplexity_ratio
@@ -77,7 +78,17 @@ def _chunks(texts: Sequence[Sequence[int]], tokens: int) -> Iterable[Sequence[Se
             begin = end
 
 
-def _general(run: _Run) -> list[Row]:
+def about(settings: Settings) -> dict[str, Any] | None:
+    """See `tables.Measure`."""
+    if not settings.general:
+        return None
+    return {"files": {p.name: digest([p]) for p in settings.general}, "rows": settings.general_rows}
+
+
+def general(run: Finished) -> list[Row]:
+    """KL to base and perplexity ratio on general text; of a causal model alone."""
+    if run.model.kind != "causal":
+        raise UnmeasuredError(f"not measured, as a {run.model.kind} predicts no next token of a text")
     model, recipe = run.served(), run.recipe
     # the base has no shifts in it, and the model has
     base = Model(recipe.model, recipe.lora, recipe.seed, run.prepared.classes) if model.shifts else model

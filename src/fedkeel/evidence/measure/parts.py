@@ -13,19 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedkeel.evidence.measure.damage import _damage, _over_families, _undamaged
-from fedkeel.evidence.measure.general import _general
-from fedkeel.evidence.measure.run import Measured, MeasureError, Settings, Watch, _digest, _Run
-from fedkeel.evidence.measure.states import _compared
-from fedkeel.evidence.measure.unseen import _unseen
+from fedkeel import tables
+from fedkeel.evidence.measure.damage import about_family, damage, over_families
+from fedkeel.evidence.measure.run import Finished, Measured, MeasureError, Settings, UnmeasuredError, Watch, digest
 from fedkeel.files import write_atomic
-from fedkeel.method.aggregate import AGGREGATORS
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
-from fedkeel.recipe.schema import Distill, LoraConfig, Recipe, Structure, Train
-from fedkeel.recipe.schema import Federation as FederationConfig
-from fedkeel.run.prepare import Prepared, prepare
-from fedkeel.scores.damage import STRENGTHS, check
+from fedkeel.recipe.schema import Recipe
+from fedkeel.run.prepare import Prepared, data_view, prepare
+from fedkeel.scores.damage import check
 from fedkeel.types import Row
 
 
@@ -36,24 +32,7 @@ def finished(folder: Path) -> tuple[Recipe, str]:
     for what, path in ((recipe.is_file(), recipe), (adapters, folder / "adapter" / "adapter_model.safetensors")):
         if not what:
             raise MeasureError(f"{path} is missing: {folder} is not a run whose federation has ended")
-    return load_recipe(recipe), _digest(adapters)
-
-
-def _data_of(recipe: Recipe) -> Recipe:
-    """The recipe without all that `prepare` does not look at: runs for which it is equal can share their data."""
-    return replace(
-        recipe,
-        name="",
-        out="",
-        threads=0,
-        lora=LoraConfig(),
-        train=Train(),
-        distill=Distill(),
-        structure=Structure(),
-        federation=FederationConfig(),
-        stream=replace(recipe.stream, average=0.0),
-        evaluation=replace(recipe.evaluation, baselines=()),
-    )
+    return load_recipe(recipe), digest(adapters)
 
 
 @dataclass
@@ -65,7 +44,7 @@ class _Loaded:
     made_for: tuple[Any, ...] = ()
 
     def data(self, recipe: Recipe) -> Prepared:
-        if self.prepared is None or _data_of(self.prepared.recipe) != _data_of(recipe):
+        if self.prepared is None or data_view(self.prepared.recipe) != data_view(recipe):
             self.prepared = prepare(recipe)
         self.prepared = replace(self.prepared, recipe=recipe)
         return self.prepared
@@ -79,32 +58,29 @@ class _Loaded:
         return self.model
 
 
-def _size(run: _Run) -> list[Row]:
-    count = sum(p.numel() for p in run.model.parameters())
-    return [run.row("trainable_parameters", float(count), "parameters", split="")]
+def _wanted(settings: Settings) -> dict[str, Any]:
+    """Every part that is asked for, with all that decides its outcome beside the run; damage is a part a family."""
+    parts = {}
+    for name, entry in tables.MEASURES.items():
+        told = entry.asked(settings)
+        if told is not None:
+            parts[name] = told
+            if name == "damage":
+                parts |= {f"damage/{family}": about_family(settings, family) for family in settings.damages}
+    return parts
 
 
-def _cannot(part: str, recipe: Recipe, model: Model) -> str:
-    """Why this part says nothing of this run; empty where it does."""
-    if part == "size":
-        return ""
-    if AGGREGATORS[recipe.federation.rule].personal:
-        return (
-            f"not measured, as rule {recipe.federation.rule!r} leaves factors at the sites and so no one model that could be "
-            f"damaged, read or asked"
+def _measured(part: str, run: Finished) -> list[Row]:
+    """The rows of a part. Raises UnmeasuredError where it says nothing of this run."""
+    name, _, family = part.partition("/")
+    rule = tables.RULES[run.recipe.federation.rule]
+    if rule.personal and tables.MEASURES[name].one_model:
+        raise UnmeasuredError(
+            f"not measured, as rule {rule.name!r} leaves factors at the sites and so no one model that could be damaged, read "
+            f"or asked"
         )
-    if part == "general" and model.kind != "causal":
-        return f"not measured, as a {model.kind} predicts no next token of a text"
-    if part == "unseen" and model.linear_head:
-        return "not measured, as a linear head has no output for classes that it was not trained on"
-    if part == "states" and not model.taps:
-        return f"not measured, as the blocks of {recipe.model.base!r} are not known"
-    return ""
-
-
-def _measured(part: str, run: _Run) -> list[Row]:
-    what = {"size": _size, "damage": _undamaged, "general": _general, "unseen": _unseen, "states": _compared}
-    return what[part](run) if part in what else _damage(run, part.removeprefix("damage/"))
+    rows: list[Row] = damage(run, family) if family else tables.MEASURES[name].load()(run)
+    return rows
 
 
 def _kept(folder: Path, adapter: str) -> dict[str, dict[str, Any]]:
@@ -123,7 +99,7 @@ def _rows(parts: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     found = {part: [Row.from_json(row) for row in held["rows"]] for part, held in parts.items()}
     rows = [row for part in found.values() for row in part]
     families = {part.removeprefix("damage/"): rows for part, rows in found.items() if part.startswith("damage/") and rows}
-    return rows + (_over_families(found["damage"][0], families) if families else [])
+    return rows + (over_families(found["damage"][0], families) if families else [])
 
 
 def _write(folder: Path, adapter: str, parts: Mapping[str, Mapping[str, Any]]) -> list[Row]:
@@ -136,7 +112,7 @@ def _write(folder: Path, adapter: str, parts: Mapping[str, Mapping[str, Any]]) -
 
 def _measure(folder: Path, settings: Settings, loaded: _Loaded, watch: Watch) -> Measured:
     recipe, adapter = finished(folder)
-    wanted = settings.parts()
+    wanted = _wanted(settings)
     parts = _kept(folder, adapter)
     if "damage" in wanted and parts.get("damage", {}).get("settings") != wanted["damage"]:
         # other draws or rows: families measured with them do not compare
@@ -144,13 +120,18 @@ def _measure(folder: Path, settings: Settings, loaded: _Loaded, watch: Watch) ->
     lacking = [part for part, about in wanted.items() if parts.get(part, {}).get("settings") != about]
     if lacking:
         prepared = loaded.data(recipe)
-        run = _Run(folder, prepared, loaded.base(prepared), settings, watch)
-        possible = [part for part in lacking if not _cannot(part, recipe, run.model)]
-        check(run.model, {f: STRENGTHS[f][:1] for f in settings.families if f"damage/{f}" in possible})
+        run = Finished(folder, prepared, loaded.base(prepared), settings, watch)
+        if not tables.RULES[recipe.federation.rule].personal:  # what cannot be damaged so is told before hours of scoring
+            due = [part.partition("/")[2] for part in lacking if part.startswith("damage/")]
+            check(run.model, {family: tables.DAMAGES[family].strengths[:1] for family in due})
         for part in lacking:
             watch(part, 0, 1)
-            rows = [row.as_json() for row in _measured(part, run)] if part in possible else []
-            parts[part] = {"settings": wanted[part], "rows": rows, "note": _cannot(part, recipe, run.model)}
+            rows, note = [], ""
+            try:
+                rows = [row.as_json() for row in _measured(part, run)]
+            except UnmeasuredError as why:
+                note = str(why)
+            parts[part] = {"settings": wanted[part], "rows": rows, "note": note}
             _write(folder, adapter, parts)
             watch(part, 1, 1)
     notes = {part: str(held["note"]) for part, held in parts.items() if part in wanted and held["note"]}
@@ -170,7 +151,7 @@ def measure(
     """
     groups: dict[Recipe, list[Path]] = {}
     for folder in folders:
-        groups.setdefault(_data_of(finished(folder)[0]), []).append(folder)
+        groups.setdefault(data_view(finished(folder)[0]), []).append(folder)
     loaded, found = _Loaded(), {}
     for group in groups.values():
         for folder in group:

@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedkeel import tables
 from fedkeel.data.format import Formatter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.run.folder import RunFolder
+from fedkeel.run.here import formatter_of
 from fedkeel.run.prepare import Prepared
 from fedkeel.run.served import serve
-from fedkeel.scores.damage import FAMILIES, STRENGTHS
 from fedkeel.scores.evaluate import Scored, choose, score
 from fedkeel.types import FedKeelError, Row
 
@@ -23,27 +24,24 @@ from fedkeel.types import FedKeelError, Row
 Watch = Callable[[str, int, int], None]
 
 
-STATE_ROWS = 128  # most test rows a task whose hidden states are compared
-
-
-def _state_rows(rows: int) -> int:
-    return min(rows or STATE_ROWS, STATE_ROWS)
-
-
 class MeasureError(FedKeelError):
     """A run that cannot be measured, or settings that say nothing."""
+
+
+class UnmeasuredError(FedKeelError):
+    """A part that says nothing of this run; the text says why, and stands as a note."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to measure, and on how much.
 
-    families: of damage. draws: of each random damage. rows: test rows a task, chosen by hash; 0: all. general: text files, a
-    paragraph a line; general_rows: paragraphs a file, chosen by hash; 0: all. unseen: rows of further tasks, JSON Lines;
-    unseen_tasks: their tasks file. states: whether hidden states are compared.
+    families: of damage; None: all. draws: of each random damage. rows: test rows a task, chosen by hash; 0: all. general: text
+    files, a paragraph a line; general_rows: paragraphs a file, chosen by hash; 0: all. unseen: rows of further tasks, JSON
+    Lines; unseen_tasks: their tasks file. states: whether hidden states are compared.
     """
 
-    families: tuple[str, ...] = tuple(FAMILIES)
+    families: tuple[str, ...] | None = None
     draws: int = 20
     rows: int = 300
     general: tuple[Path, ...] = ()
@@ -53,8 +51,8 @@ class Settings:
     states: bool = True
 
     def __post_init__(self) -> None:
-        if unknown := [f for f in self.families if f not in FAMILIES]:
-            raise MeasureError(f"no family of damage {unknown[0]!r}; there are {', '.join(FAMILIES)}")
+        if unknown := [f for f in self.damages if f not in tables.DAMAGES]:
+            raise MeasureError(f"no family of damage {unknown[0]!r}; there are {', '.join(tables.DAMAGES)}")
         if self.draws < 1 or self.rows < 0 or self.general_rows < 0:
             raise MeasureError(f"draws are from 1 and rows from 0, not {self.draws}, {self.rows} and {self.general_rows}")
         if self.unseen_tasks and not self.unseen:
@@ -63,21 +61,10 @@ class Settings:
             if path and not path.is_file():
                 raise MeasureError(f"{path} is no file")
 
-    def parts(self) -> dict[str, dict[str, Any]]:
-        """Every part that is asked for, with all that decides its outcome beside the run."""
-        damage = {"draws": self.draws, "rows": self.rows}
-        parts: dict[str, dict[str, Any]] = {"size": {}}
-        if self.families:
-            parts["damage"] = damage
-            parts |= {f"damage/{f}": {**damage, "strengths": list(STRENGTHS[f])} for f in self.families}
-        if self.general:
-            parts["general"] = {"files": {p.name: _digest([p]) for p in self.general}, "rows": self.general_rows}
-        if self.unseen:
-            about = _digest([self.unseen_tasks]) if self.unseen_tasks else ""
-            parts["unseen"] = {"file": _digest([self.unseen]), "tasks": about, "rows": self.rows}
-        if self.states:
-            parts["states"] = {"rows": _state_rows(self.rows)}
-        return parts
+    @property
+    def damages(self) -> tuple[str, ...]:
+        """The families of damage that are asked for."""
+        return tuple(tables.DAMAGES) if self.families is None else self.families
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,8 @@ class Measured:
     notes: Sequence[str] = ()
 
 
-def _digest(files: Iterable[Path]) -> str:
+def digest(files: Iterable[Path]) -> str:
+    """A hash of the content of files."""
     whole = hashlib.sha256()
     for path in files:
         whole.update(hashlib.sha256(path.read_bytes()).digest())
@@ -96,7 +84,7 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Finished:
     """A finished run with its model loaded. `served` puts into it what the federation serves."""
 
     folder: Path
@@ -107,17 +95,16 @@ class _Run:
 
     @property
     def recipe(self) -> Recipe:
+        """Of the run."""
         return self.prepared.recipe
 
     @cached_property
     def formatter(self) -> Formatter:
-        return self.formatter_of(self.model)
-
-    def formatter_of(self, model: Model) -> Formatter:
-        data = self.recipe.data
-        return Formatter(model.tokenizer, model.kind, data.max_length, data.list_labels, classes=model.classes)
+        """Of its model."""
+        return formatter_of(self.model, self.prepared)
 
     def served(self) -> Model:
+        """The model, with what the federation serves in it."""
         serve(self.model, RunFolder(self.folder), self.prepared)
         self.model.train(False)
         return self.model
@@ -131,6 +118,7 @@ class _Run:
         return score(self.served(), self.formatter, rows, self.recipe.evaluation)
 
     def row(self, name: str, value: float, unit: str, split: str = "test", **more: Any) -> Row:
+        """A Row of the run's end; more: further fields of it."""
         last = len(self.prepared.stages) - 1
         rounds = self.recipe.federation.rounds * (last + 1)
         where = {"method": "federated", "stage": last, **more}

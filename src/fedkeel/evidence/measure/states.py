@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,27 +11,41 @@ import numpy as np
 import torch
 
 from fedkeel.data.batches import collate
-from fedkeel.evidence.measure.run import MeasureError, _Run, _state_rows
+from fedkeel.data.format import Example
+from fedkeel.evidence.measure.run import Finished, MeasureError, Settings, UnmeasuredError
+from fedkeel.federation.client import Site
 from fedkeel.federation.kept import Kept, layout_of, modules_left_out
 from fedkeel.federation.local import LocalTransport
-from fedkeel.federation.server import run_round
+from fedkeel.federation.server import Roster, run_round
 from fedkeel.run.folder import RunFolder
 from fedkeel.run.served import served
 from fedkeel.scores.evaluate import choose
 from fedkeel.scores.metrics import linear_cka
-from fedkeel.types import Reply, Row
+from fedkeel.types import Global, Reply, Row
+
+STATE_ROWS = 128  # most test rows a task whose hidden states are compared
+
+
+def state_rows(settings: Settings) -> int:
+    """Test rows a task whose hidden states are compared."""
+    return min(settings.rows or STATE_ROWS, STATE_ROWS)
+
+
+def about(settings: Settings) -> dict[str, Any] | None:
+    """See `tables.Measure`."""
+    return {"rows": state_rows(settings)} if settings.states else None
 
 
 @dataclass(frozen=True)
 class _States:
     """Hidden states of fixed prompts at the tapped blocks, at the positions that `Model.forward` gives them for."""
 
-    run: _Run
+    run: Finished
     found: list[Any] = field(default_factory=list)  # batches
 
     def __post_init__(self) -> None:
         run, model = self.run, self.run.model
-        prompts = choose(run.prepared.stages[-1].all("test"), "test", _state_rows(run.settings.rows))
+        prompts = choose(run.prepared.stages[-1].all("test"), "test", state_rows(run.settings))
         examples = sorted(run.formatter.encode_all(prompts), key=lambda e: (e.length, e.record))
         if sum(e.positions for e in examples) < 4:
             raise MeasureError(f"{run.folder}: {len(examples)} test rows are too few to compare hidden states of; leave it out")
@@ -49,42 +64,70 @@ class _States:
         return [torch.cat([s.float().cpu() for s in tap]).numpy() for tap in zip(*batches, strict=True)]
 
 
-def _compared(run: _Run) -> list[Row]:
+def states(run: Finished) -> list[Row]:
     """CKA with the final model, by tapped block: of what was served after each stage, and of each site after one more round."""
-    recipe, model, folder = run.recipe, run.model, RunFolder(run.folder)
-    assert model.initial is not None
-    rounds, stages = recipe.federation.rounds, len(run.prepared.stages)
+    recipe, model = run.recipe, run.model
+    if not model.taps:
+        raise UnmeasuredError(f"not measured, as the blocks of {recipe.model.base!r} are not known")
     sites = {name: held["train"] for name, held in run.prepared.stages[-1].rows.items()}
     examples = {name: encoded for name, rows in sites.items() if (encoded := run.formatter.encode_all(rows))}
-    states, total = _States(run), stages + len(examples)
-    ends = []
-    model.rewind()
-    for stage in range(stages):  # the log of base shifts only grows, so each stage adds what is its own
-        state = folder.read_checkpoint("federated", rounds * (stage + 1), model.initial)
-        model.replay(state.shifts, 0)
-        final = served(folder, "federated", rounds, stage, recipe.stream.average, model.initial)
-        model.write(final)
-        ends.append(states())
-        run.watch("states", len(ends), total)
+    seen, total = _States(run), len(run.prepared.stages) + len(examples)
+    ends, state = _ends(run, seen, total)
     rows = [
         run.row(f"state_cka/{tap}", linear_cka(x, y), "ratio", stage=stage)
         for stage, end in enumerate(ends)
         for tap, x, y in zip(model.taps, end, ends[-1], strict=True)
     ]
-
-    def look(reply: Reply) -> None:  # the model still holds what this site has trained
-        if not reply.error:
-            for tap, x, y in zip(model.taps, states(), ends[-1], strict=True):
-                rows.append(run.row(f"site_cka/{tap}", linear_cka(x, y), "ratio", site=reply.site))
-        run.watch("states", stages + 1 + sorted(examples).index(reply.site), total)
-
-    # The last round once more, with its learning rate, now from the final model; what the server makes of it is not used.
-    kept = {name: Kept(rank=rank) for name, rank in recipe.lora.ranks(run.prepared.sites.rows).items()}
-    layouts = {name: layout_of(model.initial, recipe.lora, k.rank) for name, k in kept.items() if name in examples}
-    out = modules_left_out(recipe, model.initial.lora)
-    by_stage = {name: [()] * (stages - 1) + [encoded] for name, encoded in examples.items()}
-    transport = LocalTransport(model, by_stage, recipe, rounds, look, kept)
-    everyone = replace(recipe.federation, sites_per_round=0, quorum=1.0, deadline=math.inf, max_update_norm=math.inf)
-    state = replace(state, round=state.round - 1, adapter=final)
-    run_round(state, transport, list(examples), everyone, recipe.seed, layouts=layouts, hold=out)
+    look = _Look(run, seen, ends[-1], sorted(examples), total, rows)
+    _once_more(run, state, examples, look)
     return rows
+
+
+def _ends(run: Finished, seen: _States, total: int) -> tuple[list[list[np.ndarray]], Global]:
+    """The states after each stage, by tap, with what was served then in the model; and the final state of the federation."""
+    recipe, model, folder = run.recipe, run.model, RunFolder(run.folder)
+    assert model.initial is not None
+    ends = []
+    model.rewind()
+    for stage in range(len(run.prepared.stages)):  # the log of base shifts only grows, so each stage adds what is its own
+        state = folder.read_checkpoint("federated", recipe.federation.rounds * (stage + 1), model.initial)
+        model.replay(state.shifts, 0)
+        final = served(folder, "federated", recipe.federation.rounds, stage, recipe.stream.average, model.initial)
+        model.write(final)
+        ends.append(seen())
+        run.watch("states", len(ends), total)
+    return ends, replace(state, adapter=final)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Looks at the model after each site's round, while it still holds what that site has trained."""
+
+    run: Finished
+    seen: _States
+    final: list[np.ndarray]
+    sites: Sequence[str]
+    total: int
+    rows: list[Row]
+
+    def __call__(self, reply: Reply) -> None:
+        run, taps = self.run, self.run.model.taps
+        if not reply.error:
+            for tap, x, y in zip(taps, self.seen(), self.final, strict=True):
+                self.rows.append(run.row(f"site_cka/{tap}", linear_cka(x, y), "ratio", site=reply.site))
+        run.watch("states", self.total - len(self.sites) + 1 + list(self.sites).index(reply.site), self.total)
+
+
+def _once_more(run: Finished, final: Global, examples: Mapping[str, Sequence[Example]], look: _Look) -> None:
+    """The last round once more, with its learning rate, now from the final model; what the server makes of it is not used."""
+    recipe, model, stages = run.recipe, run.model, len(run.prepared.stages)
+    assert model.initial is not None
+    ranks = recipe.lora.ranks(run.prepared.sites.rows)
+    kept = {name: Kept(rank=rank) for name, rank in ranks.items()}
+    layouts = {name: layout_of(model.initial, recipe.lora, rank) for name, rank in ranks.items() if name in examples}
+    before: list[Sequence[Example]] = [()] * (stages - 1)
+    sites = {n: Site(n, [*before, encoded], recipe.federation.rounds, recipe) for n, encoded in examples.items()}
+    everyone = replace(recipe.federation, sites_per_round=0, quorum=1.0, deadline=math.inf, max_update_norm=math.inf)
+    out, own = modules_left_out(recipe, model.initial.lora), recipe.options("rule", recipe.federation.rule)
+    roster = Roster(list(examples), everyone, recipe.seed, layouts, out, own)
+    run_round(replace(final, round=final.round - 1), LocalTransport(model, sites, kept, look), roster)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedkeel import tables
 from fedkeel.evidence.measure.run import Measured
 from fedkeel.evidence.report import Table
 from fedkeel.evidence.report.run_numbers import damage_names, held_out, under_damage
@@ -21,45 +22,9 @@ def measures_table(found: Mapping[Path, Measured]) -> Table:
     families = held_out(measured.rows for measured in found.values())
     named = [damage_names(measured.rows) for measured in found.values()]
     disturbed = [family for family in (named[0] if named else ()) if all(n.get(family, {}).get("trained") for n in named)]
-
-    def cells(rows: Sequence[Row]) -> dict[str, str]:
-        own = [r for r in rows if not r.task]
-
-        def mean_of(prefix: str, method: str = "federated", split: str = "", last: bool = True) -> float | None:
-            values = [
-                r.value
-                for r in own
-                if r.name.startswith(prefix) and r.method == method and split in ("", r.split) and (last or r.stage < stages)
-            ]
-            return mean(values) if values else None
-
-        stages = max(r.stage for r in rows)
-        ssi, fall = under_damage(own, families)
-        shares = {
-            "undamaged": mean_of("damage/clean"),
-            "held-out damage: mean fall": fall,
-            "unseen tasks": mean_of("score", split="unseen"),
-            "unseen tasks: base": mean_of("score", "base", split="unseen"),
-        }
-        ratios = {
-            "SSI held out": ssi,
-            "SSI trained on": under_damage(own, disturbed)[0],
-            "KL to base": mean_of("kl_to_base"),
-            "perplexity ratio": mean_of("perplexity_ratio"),
-            "CKA: earlier stages": mean_of("state_cka/", last=False),
-            "CKA: sites": mean_of("site_cka/"),
-        }
-        return {
-            **{name: f"{100 * value:.1f}" for name, value in shares.items() if value is not None},
-            **{name: f"{value:.3f}" for name, value in ratios.items() if value is not None},
-        }
-
-    lines = {folder.name: cells(measured.rows) for folder, measured in found.items()}
-    order = (
-        "undamaged", "held-out damage: mean fall", "SSI held out", "SSI trained on", "KL to base", "perplexity ratio",
-        "CKA: earlier stages", "CKA: sites", "unseen tasks", "unseen tasks: base",
-    )  # fmt: skip
-    header = [name for name in order if any(name in line for line in lines.values())]
+    lines = {folder.name: _cells(measured.rows, families, disturbed) for folder, measured in found.items()}
+    columns = [column.title for entry in tables.MEASURES.values() for column in entry.columns]
+    header = [name for name in [columns[0], *DAMAGED, *columns[1:]] if any(name in line for line in lines.values())]
     body = tuple((run, *(line.get(name, "–") for name in header)) for run, line in lines.items())
     over = f"over the families that no run here had used in training ({', '.join(families)}), and " if families else ""
     notes = (
@@ -68,3 +33,36 @@ def measures_table(found: Mapping[Path, Measured]) -> Table:
         *(f"{folder.name}: {note}." for folder, measured in found.items() for note in measured.notes),
     )
     return Table("Measures", ("run", *header), body, notes)
+
+
+# columns that depend on which families the other runs had used
+DAMAGED = ("held-out damage: mean fall", "SSI held out", "SSI trained on")
+
+
+def _cells(rows: Sequence[Row], families: Sequence[str], disturbed: Sequence[str]) -> dict[str, str]:
+    """title of a column -> its cell, of one run."""
+    own = [r for r in rows if not r.task]
+    ssi, fall = under_damage(own, families)
+    damaged = dict(zip(DAMAGED, (fall, ssi, under_damage(own, disturbed)[0]), strict=True))
+    cells = {}
+    for column in (column for entry in tables.MEASURES.values() for column in entry.columns):
+        value = _mean_of(own, column)
+        if value is not None:
+            cells[column.title] = f"{100 * value:.1f}" if column.percent else f"{value:.3f}"
+    for title, damage in damaged.items():
+        if damage is not None:
+            cells[title] = f"{100 * damage:.1f}" if title == DAMAGED[0] else f"{damage:.3f}"
+    return cells
+
+
+def _mean_of(rows: Sequence[Row], column: tables.Column) -> float | None:
+    last = max(r.stage for r in rows)
+    values = [
+        r.value
+        for r in rows
+        if r.name.startswith(column.rows)
+        and r.method == column.method
+        and column.split in ("", r.split)
+        and (column.last_stage or r.stage < last)
+    ]
+    return mean(values) if values else None

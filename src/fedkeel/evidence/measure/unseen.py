@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from fedkeel.data.sources import read_rows, unique_ids
-from fedkeel.evidence.measure.run import MeasureError, Settings, _Run
+from fedkeel.data.sources import json_lines, unique_ids
+from fedkeel.evidence.measure.run import Finished, MeasureError, Settings, UnmeasuredError, digest
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Data
 from fedkeel.run.folder import RunFolder
+from fedkeel.run.here import formatter_of
 from fedkeel.run.prepare import Prepared
 from fedkeel.run.served import serve
 from fedkeel.scores.evaluate import choose, overall, score, task_table
 from fedkeel.types import Record, Row
 
 
-def _unseen_records(settings: Settings, prepared: Prepared) -> list[Record]:
+def unseen_records(settings: Settings, prepared: Prepared) -> list[Record]:
     """Test rows of the file of unseen tasks, at most `rows` a task; a row without a split is a test row.
 
     Raises MeasureError where no row is of a task that no site trained on.
@@ -23,7 +25,7 @@ def _unseen_records(settings: Settings, prepared: Prepared) -> list[Record]:
     assert settings.unseen is not None
     tasks_file = str(settings.unseen_tasks.absolute()) if settings.unseen_tasks else ""
     data = Data(source="jsonl", files=(str(settings.unseen.absolute()),), tasks_file=tasks_file)
-    records = [replace(r, split=r.split or "test") for r in read_rows(data)]
+    records = [replace(r, split=r.split or "test") for r in json_lines(data)]
     trained = {r.task for r in prepared.sites.all("train")}
     found = choose(unique_ids([r for r in records if r.task not in trained]), "test", settings.rows)
     if not found:
@@ -34,17 +36,27 @@ def _unseen_records(settings: Settings, prepared: Prepared) -> list[Record]:
     return found
 
 
-def _unseen(run: _Run) -> list[Row]:
+def about(settings: Settings) -> dict[str, Any] | None:
+    """See `tables.Measure`."""
+    if not settings.unseen:
+        return None
+    tasks = digest([settings.unseen_tasks]) if settings.unseen_tasks else ""
+    return {"file": digest([settings.unseen]), "tasks": tasks, "rows": settings.rows}
+
+
+def unseen(run: Finished) -> list[Row]:
     """Scores of the base and of the federated model on tasks that no site trained on."""
+    if run.model.linear_head:
+        raise UnmeasuredError("not measured, as a linear head has no output for classes that it was not trained on")
     recipe, model = run.recipe, run.model
-    records = _unseen_records(run.settings, run.prepared)
+    records = unseen_records(run.settings, run.prepared)
     if model.kind == "classifier":  # the answers of other tasks are other classes
         records = [r for r in records if r.labels]
         classes = tuple(sorted({label for r in records for label in r.labels}))
         if not classes:
             raise MeasureError(f"{run.settings.unseen}: no row has labels, and {recipe.model.base!r} is a classifier")
         model = Model(recipe.model, recipe.lora, recipe.seed, classes)
-    formatter, done, rows = run.formatter_of(model), 0, []
+    formatter, done, rows = formatter_of(model, run.prepared), 0, []
 
     def advance(count: int) -> None:
         nonlocal done

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from fedkeel import tables
 from fedkeel.evidence.report.charts import Chart, Grid, Heat, Panel, Point, Series
 from fedkeel.evidence.report.run_numbers import (
     Matrix,
@@ -34,17 +35,6 @@ from fedkeel.types import Row
 ROUND = "round"
 POINTS = "score, points"
 SITES = 40  # more than these are ranked and not named
-
-# What a family's strength is called, and the strength that is no damage.
-DAMAGE: Mapping[str, tuple[str, float | str]] = {
-    "heads": ("share of attention heads silenced", 0.0),
-    "channels": ("share of feed-forward channels silenced", 0.0),
-    "skip": ("blocks skipped", 0.0),
-    "modules": ("share of adapter modules dropped", 0.0),
-    "scale": ("factor on the adapter", 1.0),
-    "noise": ("weight noise σ", 0.0),
-    "bits": ("bits of a weight", "none"),
-}
 
 
 def stage_starts(rows: Sequence[Row]) -> tuple[float, ...]:
@@ -291,25 +281,37 @@ def gates(rows: Sequence[Row]) -> Chart | None:
     )  # fmt: skip
 
 
+def _family(name: str) -> tables.Damage:
+    """Its entry; a plain one for a family that this version does not know."""
+    return tables.DAMAGES.get(name, tables.Damage(""))
+
+
+def axis_of(family: str) -> str:
+    """What a strength of a family is called."""
+    return _family(family).axis
+
+
 def family_place(family: str) -> tuple[int, str]:
-    """A key that puts families in the order of DAMAGE, and those that it lacks behind them by name."""
-    return list(DAMAGE).index(family) if family in DAMAGE else len(DAMAGE), family
+    """A key that puts families in the order of their table, and those that it lacks behind them by name."""
+    order = list(tables.DAMAGES)
+    return order.index(family) if family in order else len(order), family
 
 
 def strengths(named: Mapping[str, float], family: str) -> list[float]:
     """The strengths of a family, from the least damage to the most."""
     held = sorted(float(name.removesuffix("/score")) for name in named if name.endswith("/score"))
-    return held[::-1] if family == "bits" else held
+    order = _family(family).strengths
+    return held[::-1] if len(order) > 1 and order[0] > order[-1] else held
 
 
 def damage_curve(named: Mapping[str, float], family: str, clean: float | None) -> tuple[Point, ...]:
     """Score by strength in points, the clean score at the strength that is none; ± sd over draws where there is one."""
-    undamaged = DAMAGE.get(family, ("strength", 0.0))[1]
+    undamaged = _family(family).none
     found = [] if clean is None else [Point(undamaged, 100 * clean)]
     for at in strengths(named, family):
         score, sd = 100 * named[f"{at:g}/score"], 100 * named.get(f"{at:g}/sd", math.nan)
-        found.append(Point(f"{at:g}" if family == "bits" else at, score, score - sd, score + sd))
-    return tuple(found if family == "bits" else sorted(found, key=lambda p: p.x))
+        found.append(Point(f"{at:g}" if isinstance(_family(family).none, str) else at, score, score - sd, score + sd))
+    return tuple(found if isinstance(_family(family).none, str) else sorted(found, key=lambda p: p.x))
 
 
 def stability(measures: Sequence[Row]) -> Chart | None:
@@ -328,7 +330,7 @@ def stability(measures: Sequence[Row]) -> Chart | None:
         curve = damage_curve(named, family, clean)
         label = "trained on" if trained else "held out"
         series = (Series("trained on" if trained else "held out", curve, trained),)
-        panels.append(Panel(f"{family}, {label}", DAMAGE.get(family, ("strength", 0))[0], POINTS, series, apart=trained))
+        panels.append(Panel(f"{family}, {label}", axis_of(family), POINTS, series, apart=trained))
         for at in strengths(named, family):
             cells = [
                 points(named[key]) if (key := f"{at:g}/{what}") in named else MISSING for what in ("score", "sd", "agreement")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from fedkeel.evidence.report.charts import Chart, Heat, Panel, Point, Series
 from fedkeel.evidence.report.results import Result, interaction, mean_matrix
 from fedkeel.evidence.report.run_charts import (
-    DAMAGE,
     GATES,
     POINTS,
     ROUND,
+    axis_of,
     blocks,
     cka_by_tap,
     damage_curve,
@@ -203,7 +203,7 @@ def stability(results: Sequence[Result]) -> Chart | None:
     for family in order:
         some = sum(s.apart for s in families[family])
         label = f"trained on by {some} of {len(families[family])}" if some else "held out"
-        axis = DAMAGE.get(family, ("strength", 0))[0]
+        axis = axis_of(family)
         panels.append(Panel(f"{family}, {label}", axis, POINTS, tuple(families[family]), apart=bool(some)))
     falls_by = {r.line.name: mean_and_sd(r.held_out_fall)[0] for r in results if r.held_out_fall}
     told = "Score under damage by family and strength."

@@ -13,13 +13,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedkeel import tables
 from fedkeel.scores.metrics import bytes_to_target
 from fedkeel.types import FedKeelError, Row
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-METHODS = {"base": "base", "local": "local-only", "federated": "federated", "centralised": "centralised"}
+_TITLES = {name: entry.title for name, entry in tables.BASELINES.items()}
+METHODS = {n: _TITLES.get(n, "federated") for n in ("base", "local", "federated", *_TITLES)}  # leg -> as a reader knows it
 MISSING = "–"
 NOT_FINITE = "not finite"
 FAILED = "failed"
@@ -293,8 +295,9 @@ def method_table(rows: Sequence[Row]) -> Table:
     check_one_run(rows)
     rows = final(rows)
     present = [m for m in METHODS if any(r.method == m for r in rows)]
-    both = {"accuracy", "rouge_l"} <= {r.name for r in rows if r.split == "test" and not r.task}
-    scores = {"score": "score, points"} | ({"accuracy": "accuracy", "rouge_l": "ROUGE-L"} if both else {})
+    counting = {name: m.title for name, m in tables.METRICS.items() if m.counts}
+    found = counting.keys() & {r.name for r in rows if r.split == "test" and not r.task}
+    scores = {"score": "score, points"} | ({n: counting[n] for n in counting if n in found} if len(found) > 1 else {})
     own_header = ("worst site, own rows", "mean over sites, own rows")
     header = ("method", *scores.values(), *own_header, "bytes up", "bytes down", "train, s", "rows scored")
     lines = []
@@ -368,7 +371,7 @@ def task_table(rows: Sequence[Row]) -> Table:
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     counts: dict[str, float] = {}
     kinds: dict[str, set[str]] = defaultdict(set)
-    metrics = {"accuracy": "accuracy", "rouge_l": "ROUGE-L"}
+    metrics = {name: m.title for name, m in tables.METRICS.items() if m.counts}
     for r in rows:
         if r.task and r.split == "test":
             if r.name == "score":

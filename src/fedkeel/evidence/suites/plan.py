@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkeel.evidence.report import same_value
-from fedkeel.recipe.load import known_keys
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError
+from fedkeel.recipe.settings import ConfigError, known_keys
 
 if TYPE_CHECKING:
     pass
@@ -147,7 +146,7 @@ def _as_text(value: Any) -> str:
 
 def _value_of(key: str, overrides: Sequence[str]) -> str:
     """What `key` has under these overrides, as an override writes it. Raises ConfigError on an unknown key."""
-    _known([key], list(known_keys()), "knobs")
+    _known([key], list(known_keys(Recipe)), "knobs")
     given = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == key]
     return given[-1] if given else _as_text(attrgetter(key)(Recipe()))
 

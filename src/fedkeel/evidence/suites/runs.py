@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkeel.files import write_atomic
-from fedkeel.recipe.load import load_recipe, to_toml
-from fedkeel.recipe.settings import ConfigError
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.settings import ConfigError, to_toml
 
 if TYPE_CHECKING:
     pass

@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fedkeel.exchange.codecs.chain import Codec, CodecError, Shapes, as_float32, check_wire, count_of, extra
+from fedkeel.exchange.codecs.chain import CodecError, Shapes, as_float32, check_wire, count_of, extra
 from fedkeel.exchange.codecs.envelope import Wire, is_finite
 
 
@@ -127,25 +127,3 @@ def _unpack(mask: Tensor) -> Tensor:
     """The places of the bits that are set, int64, increasing; the inverse of `_pack`."""
     bits = mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
     return bits.flatten().nonzero().squeeze(1)
-
-
-def with_residual(
-    codec: Codec, tensors: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None, key: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Send tensors + residual, and give what travels and the new residual: what did not arrive of that sum, in float32.
-
-    residual: of the last time, None the first time (zeros). Over any number of times, what arrived and the last residual
-    add up to the tensors, so that what a biased codec drops comes late and is not lost.
-    Raises CodecError if names or shapes of the residual are not those of the tensors.
-
-    Source: error feedback, Karimireddy et al. 2019 (arXiv:1901.09847), algorithm 2.
-    """
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    total = {name: as_float32(name, t) for name, t in tensors.items()}
-    if residual is not None:
-        if {name: tuple(t.shape) for name, t in residual.items()} != shapes:
-            raise CodecError("names or shapes of the residual are not those of the tensors")
-        total = {name: t + residual[name] for name, t in total.items()}
-    encoded = codec.encode(total, key)
-    arrived = codec.decode(encoded, shapes)
-    return encoded, {name: t - arrived[name] for name, t in total.items()}

@@ -10,16 +10,6 @@ from fedkeel.method.aggregate.rule import Options
 from fedkeel.types import Adapter, Update
 
 
-def only_b(round: int) -> frozenset[str]:
-    """What a site trains under `freeze_a`."""
-    return frozenset("b")
-
-
-def by_turns(round: int) -> frozenset[str]:
-    """What a site trains under `alternate`: B in rounds 0, 2, …, A in 1, 3, …; with B = 0 at the start, A has no gradient."""
-    return frozenset("a" if round % 2 else "b")
-
-
 def freeze_a(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, float], options: Options) -> Aggregate:
     """B = Σ p_k B_k under the A of the reference, which no site trains: (Σ p_k B_k) A is the exact sum.
 
@@ -29,12 +19,13 @@ def freeze_a(reference: Adapter, updates: Iterable[Update], weights: Mapping[str
 
 
 def alternate(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, float], options: Options) -> Aggregate:
-    """The mean of the one factor that was trained in this round, see `by_turns`; exact, and half the payload.
+    """The mean of the one factor that was trained in this round, exact, and half the payload: B in rounds 0, 2, …, A in 1, 3,
+    …; with B = 0 at the start, A has no gradient.
 
     Before a round the server brings the factor that rests to orthogonal columns or rows of one norm: see `gauge`.
     Source: RoLoRA, Chen et al. 2024, arXiv:2409.02346. `error` is measured as `mean`'s is.
     """
-    return average(reference, updates, weights, "".join(by_turns(options.round)))
+    return average(reference, updates, weights, "a" if options.round % 2 else "b")
 
 
 def share_a(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, float], options: Options) -> Aggregate:

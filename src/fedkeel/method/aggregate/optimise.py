@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedkeel import tables
 from fedkeel.types import Adapter
 
 
@@ -50,21 +51,19 @@ def adam(change: Tensor, state: Mapping[str, Tensor], rates: Rates) -> tuple[Ten
     return rates.lr * m / (v.sqrt() + rates.tau), {"m": m, "v": v}
 
 
-OPTIMISERS: dict[str, Optimiser] = {"average": average, "momentum": momentum, "adam": adam}
-
-
 def step(
     name: str, reference: Adapter, aggregated: Adapter, state: Mapping[str, Tensor], rates: Rates
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """The next global adapter, from where the sites started (`reference`) and what a rule made of them, and the new state.
 
-    name: a key of OPTIMISERS. Δ = aggregated − reference on every tensor, of factors and dense parameters alike. state: as
+    name: of `tables.OPTIMISERS`. Δ = aggregated − reference on every tensor, of factors and dense parameters alike. state: as
     returned for the round before, empty at first: `m/<name>` and `v/<name>` by flat tensor name, float32.
     Computed in float64. `average` with lr = 1 returns `aggregated` itself. Only rules with `keeps_basis` yield a Δ that
     means a step. Raises ValueError if a tensor of `state` does not fit the adapter.
     """
     if name == "average" and rates.lr == 1.0:
         return aggregated, {}
+    optimiser: Optimiser = tables.OPTIMISERS[name].load()
     before, after = reference.tensors(), aggregated.tensors()
     tensors: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
@@ -74,7 +73,7 @@ def step(
             if t.shape != old.shape:
                 raise ValueError(f"the server optimiser holds {kind}/{path} of shape {tuple(t.shape)}, not {tuple(old.shape)}")
         change = after[path].double() - old.double()
-        moved, new = OPTIMISERS[name](change, {kind: t.double() for kind, t in held.items()}, rates)
+        moved, new = optimiser(change, {kind: t.double() for kind, t in held.items()}, rates)
         tensors[path] = (old.double() + moved).to(old.dtype)
         kept |= {f"{kind}/{path}": t.float() for kind, t in new.items()}
     return reference.with_tensors(tensors), kept

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from fedkeel.method.objective.logits import HIDDEN, wide
-from fedkeel.types import Forward, Teacher
+from fedkeel.method.objective.terms import Moment
+from fedkeel.types import Forward, Loss, Teacher
 
 GOLD = ("sigmoid", "hard", "constant", "off")
 REST = ("kl", "entropy", "constant", "off")
@@ -308,3 +309,29 @@ def distill(forward: Forward, guidance: Guidance) -> Distilled:
     if guidance.align != "off" and guidance.align_weight:
         loss = loss + guidance.align_weight * _misalignment(forward, guidance)
     return Distilled(loss, a, b)
+
+
+def guided(forward: Forward, options: Any) -> Loss:
+    """The term: `distill` with the settings of a recipe's [distill]; its gates, and the teacher's trusts, are logged."""
+    guidance = Guidance(
+        options.temperature,
+        options.gold,
+        options.kappa,
+        options.rest,
+        options.beta,
+        options.align,
+        options.align_weight,
+    )
+    found = distill(forward, guidance)
+    assert forward.teacher is not None
+    trusts = {"w_gold": forward.teacher.gold_trust, "w_rest": forward.teacher.rest_trust}
+    return Loss(found.loss, gates={"a": found.gold_gate, "b": found.rest_gate, **trusts})
+
+
+def guidance_weight(options: Any, moment: Moment) -> float:
+    """λ_d: rises linearly from 0 to options.weight over the first options.ramp of the run. With options.every n, in every n-th
+    step n times that: the steps with a teacher carry the weight of those without, so that the strength of the whole stays."""
+    if moment.step % options.every:
+        return 0.0
+    ramped = options.weight * min(1.0, moment.progress / options.ramp) if options.ramp else options.weight
+    return float(options.every * ramped)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkeel.method.objective.logits import wide
+from fedkeel.method.objective.terms import Moment
+from fedkeel.types import Parameters
 
 
 def proximal(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
@@ -20,3 +23,13 @@ def proximal(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
         raise ValueError(f"{len(parameters)} parameters and {len(anchors)} anchors do not pair up in number and shape")
     pairs = zip(parameters, anchors, strict=True)
     return torch.stack([(wide(w) - wide(w0.detach())).square().sum() for w, w0 in pairs]).sum() / 2
+
+
+def to_start(parameters: Parameters, options: Any = None) -> Tensor:
+    """The term: `proximal` to where the round began."""
+    return proximal(parameters.now, parameters.start)
+
+
+def proximal_weight(options: Any, moment: Moment) -> float:
+    """μ. options: a recipe's [train]."""
+    return float(options.proximal)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedkeel.method.objective.logits import wide
-from fedkeel.types import Forward
+from fedkeel.types import Forward, Loss
 
 
 def task_loss(forward: Forward) -> Tensor:
@@ -18,3 +21,11 @@ def task_loss(forward: Forward) -> Tensor:
     if not len(forward.targets):
         raise ValueError("a micro-batch without supervised positions has no task loss")
     return cross_entropy(wide(forward.logits), forward.targets)
+
+
+def task(forward: Forward, options: Any = None) -> Loss:
+    """The term: `task_loss`, where there are two disturbed passes the mean of both (R-Drop); what is logged is the first's."""
+    first = task_loss(forward)
+    if forward.again is None:
+        return Loss(first)
+    return Loss((first + task_loss(replace(forward, logits=forward.again))) / 2, told=first)

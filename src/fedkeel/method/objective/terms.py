@@ -1,0 +1,68 @@
+"""The terms that a recipe asks for, with their options, and how much each counts at a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+
+from fedkeel import tables
+from fedkeel.recipe.schema import Recipe
+from fedkeel.types import Forward, Loss, Parameters
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in its work a site is. step: of the stage, from 0. progress: the share of the run that is done, in [0, 1).
+
+    strength: of structures, in [0, 1]. dropout: whether there are no structures, but dropout of the adapter.
+    """
+
+    step: int
+    progress: float
+    strength: float = 0.0
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Active:
+    """A term that a recipe asks for."""
+
+    entry: tables.Term
+    options: Any
+    function: Callable[[Any, Any], Tensor | Loss]
+    schedule: Callable[[Any, Moment], float] | None
+
+    def weight(self, moment: Moment) -> float:
+        """How much it counts at this step; 0: it is not taken."""
+        if self.entry.always:
+            return 1.0
+        return float(self.schedule(self.options, moment) if self.schedule else self.options.weight)
+
+    def __call__(self, seen: Forward | Parameters) -> Loss:
+        """Its value on what there is to see."""
+        found = self.function(seen, self.options)
+        return found if isinstance(found, Loss) else Loss(found)
+
+
+def terms_of(recipe: Recipe) -> list[Active]:
+    """The terms that the recipe asks for, in the order of the table, which is that of their sum."""
+    return [_active(entry, recipe) for entry in tables.TERMS.values() if _asked(entry, recipe)]
+
+
+def _asked(entry: tables.Term, recipe: Recipe) -> bool:
+    if entry.always:
+        return True
+    if entry.mode:
+        return recipe.structure.mode == entry.mode
+    if entry.key:
+        return bool(attrgetter(entry.key)(recipe))
+    return bool(recipe.options("term", entry.name).weight)
+
+
+def _active(entry: tables.Term, recipe: Recipe) -> Active:
+    own = getattr(recipe, entry.section) if entry.section else None if entry.always else recipe.options("term", entry.name)
+    return Active(entry, own, entry.load(), entry.weigh())

@@ -1,0 +1,51 @@
+"""A whole run in this process, with or without an engine for its sites: data to legs, and a folder that can be resumed."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+from fedkeel import tables
+from fedkeel.model.lora import Model
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.here import Engine, Here
+from fedkeel.run.legs import legs_of
+from fedkeel.run.prepare import Prepared
+from fedkeel.run.rounds import Loop
+from fedkeel.run.served import serve
+from fedkeel.run.track import Tracks
+from fedkeel.run.watch import Watch
+
+
+def execute(
+    prepared: Prepared,
+    folder: RunFolder,
+    watch: Watch,
+    resume: bool = False,
+    fresh: bool = False,
+    engine: Engine | None = None,
+) -> Model:
+    """Run every leg, from the folder's last state on. Returns the model with the federated adapter in it.
+
+    engine: where the sites of the federated leg are; None: in this process. All else, scoring and baselines, is done here.
+
+    Leaves recipe.toml, env.json, rows.jsonl, scores.jsonl, checkpoints/, and adapter/ in PEFT format in the folder.
+    """
+    recipe = prepared.recipe
+    torch.set_num_threads(recipe.threads)
+    folder.check(recipe, resume, fresh)
+    tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
+    here = Here(prepared, folder, watch, engine)
+    # only now: a recipe that cannot run leaves no folder, and replaces none
+    loop = Loop(recipe, here, folder, watch, folder.open(recipe, resume, fresh))
+    legs = legs_of(prepared.cast)
+    watch.begin(loop.work(legs))
+    with nullcontext() if loop.state["finished"] else tracks as folder.tracks:
+        for leg in legs:
+            loop.run(leg)
+    if not tables.RULES[recipe.federation.rule].personal:
+        serve(here.model, folder, prepared)
+    loop.state["finished"] = True
+    folder.save(loop.state, [])
+    return here.model

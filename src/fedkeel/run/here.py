@@ -1,0 +1,186 @@
+"""The sites of a run in this process: one base model, which trains for each of them in turn and scores for all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from fedkeel import tables
+from fedkeel.data.format import Example, Formatter
+from fedkeel.data.sites import Sites
+from fedkeel.federation.client import Site
+from fedkeel.federation.kept import Kept
+from fedkeel.federation.local import LocalTransport
+from fedkeel.federation.train import injection_of
+from fedkeel.method.aggregate.layouts import folded
+from fedkeel.model.lora import Model
+from fedkeel.recipe.settings import ConfigError
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.legs import Leg
+from fedkeel.run.prepare import Prepared
+from fedkeel.run.rounds import Carrier, Memory
+from fedkeel.run.rows import score_rows, unseen_rows
+from fedkeel.run.watch import Watch
+from fedkeel.scores.evaluate import Scored, choose, score
+from fedkeel.types import Global, Record, Reply, Row
+
+
+class Engine(Protocol):
+    """What carries the messages of the federated leg where its sites are not in this process."""
+
+    def connect(self, rounds: int, kept: dict[str, Kept], watch: Callable[[Reply], None]) -> Carrier:
+        """A transport for one stage of `rounds` rounds. kept, watch: as in `local.LocalTransport`."""
+
+
+class Here:
+    """See `rounds.Parties`. engine: where the sites of the federated leg are; None: in this process."""
+
+    def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch, engine: Engine | None = None) -> None:
+        """Loads the base and encodes all rows. Raises ConfigError where the two do not go together."""
+        recipe = prepared.recipe
+        self.prepared, self.folder, self.watch, self.engine = prepared, folder, watch, engine
+        self.model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
+        assert self.model.initial is not None
+        self.initial = self.model.initial
+        self.formatter = formatter_of(self.model, prepared)
+        self.examples = [self._encoded(stage, number) for number, stage in enumerate(prepared.stages, 1)]
+        self.kept: dict[str, Kept] = {}  # of the present leg
+        self._tell()
+        self._check_places()
+        evaluation = recipe.evaluation
+        self.held_out = {
+            "validation": _held_out("validation", evaluation.validation_rows, prepared.stages),
+            "test": _held_out("test", evaluation.test_rows, prepared.stages),
+            "unseen-sites": _held_out("test", evaluation.test_rows, prepared.unseen),
+        }
+        self._tested: Sequence[Scored] = ()
+        if not all(self.held_out["test"]):
+            raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
+
+    def _encoded(self, stage: Sites, number: int) -> dict[str, list[Example]]:
+        """Training examples by site; rows that do not fit are counted."""
+        encoded = {name: self.formatter.encode_all(held["train"]) for name, held in stage.rows.items()}
+        for name, rows in encoded.items():
+            if stage.rows[name]["train"] and not rows:
+                where = f" of stage {number}" if len(self.prepared.stages) > 1 else ""
+                limit = self.prepared.recipe.data.max_length
+                raise ConfigError(f"site {name}: none of its rows{where} fits into data.max_length = {limit} tokens")
+        return encoded
+
+    def _tell(self) -> None:
+        """Notes on the rows."""
+        for what, text in (("truncated", "had their text shortened"), ("dropped", "were left out: their answer is too long")):
+            if self.formatter.counts[what]:
+                count, limit = self.formatter.counts[what], self.prepared.recipe.data.max_length
+                self.watch.note(f"{count} training rows {text} (data.max_length = {limit} tokens)")
+        for note in self.prepared.notes:
+            self.watch.note(note)
+
+    def _check_places(self) -> None:
+        """A structure without a place is an error now, not at a site's first step."""
+        recipe = self.prepared.recipe
+        injection = injection_of(self.model, recipe)
+        if injection is not None:
+            with injection:
+                pass
+        if recipe.distill.weight and recipe.distill.align != "off" and not self.model.taps:
+            raise ConfigError(
+                f"distill.align = {recipe.distill.align!r}: the blocks of {recipe.model.base!r} are not known, so no hidden "
+                f"state can be tapped; set distill.align = 'off'"
+            )
+
+    def begin(self, leg: Leg, current: Global, memory: Memory) -> None:
+        """See `Parties`. The one base of all sites here takes out the shifts of the leg before, and in those of this one."""
+        recipe = leg.stages[0].recipe
+        self.model.rewind()
+        self.model.replay(current.shifts, 0)
+        everyone = {name for stage in leg.stages for name in stage.rows}
+        self.kept = {name: Kept(rank=rank) for name, rank in recipe.lora.ranks(everyone).items()}
+        for name, tensors in memory.tensors.items():
+            self.kept[name] = self.kept.get(name, Kept()).restored(tensors)
+
+    def present(self, leg: Leg, stage: int) -> list[str]:
+        """See `Parties`."""
+        return [name for name in leg.stages[stage].rows if self._rows(name, stage)]
+
+    def _rows(self, name: str, stage: int) -> Sequence[Example]:
+        """Of one site, or, of the centralised leg's, of all together."""
+        examples = self.examples[stage]
+        if name in examples:
+            return examples[name]
+        return sorted((e for encoded in examples.values() for e in encoded), key=lambda e: e.record)
+
+    def connect(self, leg: Leg, stage: int, done: Callable[[Reply], None]) -> Carrier:
+        """See `Parties`."""
+        if self.engine is not None and leg.method == "federated":
+            return self.engine.connect(leg.rounds, self.kept, done)
+        recipe, before = leg.stages[stage].recipe, [()] * stage
+        sites = {name: Site(name, [*before, self._rows(name, stage)], leg.rounds, recipe) for name in self.present(leg, stage)}
+        return LocalTransport(self.model, sites, self.kept, done)
+
+    def memory(self) -> Memory:
+        """See `Parties`."""
+        return Memory({site: tensors for site, kept in self.kept.items() if (tensors := kept.tensors())})
+
+    def size(self, leg: Leg, stage: int, split: str) -> int:
+        """See `Parties`."""
+        return len(self.held_out[split][stage])
+
+    def score(self, leg: Leg, stage: int, current: Global, split: str) -> list[Row]:
+        """See `Parties`."""
+        sites = self.prepared.unseen[stage] if split == "unseen-sites" else self.prepared.stages[stage]
+        scored = self._scored(leg, stage, current, self.held_out[split][stage], sites)
+        if split == "test":
+            self._tested = scored
+        if split == "unseen-sites":
+            return unseen_rows(leg, stage, current.round, scored, self.prepared)
+        return score_rows(leg, stage, current.round, split, scored, self.prepared)
+
+    def _scored(self, leg: Leg, stage: int, current: Global, records: Sequence[Record], sites: Sites) -> list[Scored]:
+        """Scores of `current`; where factors stay at the sites, of each row by the model of the one of `sites` that holds
+        it."""
+        evaluation, advance = self.prepared.recipe.evaluation, self.watch.advance
+        self.model.replay(current.shifts, 0)
+        if not (leg.rounds and tables.RULES[leg.stages[stage].recipe.federation.rule].personal):
+            self.model.write(current.adapter)
+            return score(self.model, self.formatter, records, evaluation, advance)
+        scored: list[Scored] = []
+        for name, held in sites.rows.items():
+            self.model.write(self.kept.get(name, Kept()).adapter(current.adapter))
+            ids = {r.id for rows in held.values() for r in rows}
+            own = [r for r in records if r.id in ids]
+            scored += score(self.model, self.formatter, own, evaluation, advance)
+        return sorted(scored, key=lambda s: s.record.id)
+
+    def close(self, leg: Leg, current: Global) -> None:
+        """See `Parties`: the score of every test row, and of the federated leg the PEFT folder, whole or not at all; one a site
+        where factors stay at the sites."""
+        self.folder.write_scores(leg.method, leg.site, {s.record.id: (s.record.task, s.score) for s in self._tested})
+        if leg.method != "federated":
+            return
+        target = self.folder.path / "adapter"
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        if tables.RULES[leg.stages[-1].recipe.federation.rule].personal:
+            for name in sorted(self.prepared.sites.rows):  # also of a site that was never asked: it has what is shared
+                self.model.write(self.kept.get(name, Kept()).adapter(current.adapter))
+                self.model.save(partial / name)
+        else:
+            self.model.write(current.adapter)
+            self.model.save(partial, folded(self.model.read(), current.shifts) if current.shifts else None)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+
+
+def formatter_of(model: Model, prepared: Prepared) -> Formatter:
+    """What makes examples of the run's rows for this model."""
+    data = prepared.recipe.data
+    return Formatter(model.tokenizer, model.kind, data.max_length, data.list_labels, classes=model.classes)
+
+
+def _held_out(split: str, limit: int, stages: Sequence[Sites]) -> list[list[Record]]:
+    """The rows to score after each stage: one choice for the whole run, each stage seeing what has arrived by then."""
+    chosen = {r.id for r in choose(stages[-1].all(split), split, limit)}
+    found = [[r for r in stage.all(split) if r.id in chosen] for stage in stages]
+    return [choose(rows, split, 0) for rows in found]

@@ -1,0 +1,251 @@
+"""The loop of a run, once: legs, their stages, the rounds of each, what is scored after them, and where it all can be resumed.
+
+It holds adapters and the run's folder; where the sites are, and who can score a model, is the business of its `Parties`: this
+process (`here`), with or without Flower's simulation, or a deployment (`engines.coordinate`). After each round, and after each
+scoring, the folder is in a state to resume from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedkeel.federation.kept import layout_of, modules_left_out
+from fedkeel.federation.server import Roster, run_round
+from fedkeel.federation.train import steps_a_round
+from fedkeel.method.aggregate.common import blend
+from fedkeel.recipe.schema import Recipe
+from fedkeel.run.folder import RunFolder
+from fedkeel.run.legs import Leg, Stage
+from fedkeel.run.rows import round_rows
+from fedkeel.run.served import served
+from fedkeel.run.watch import Watch, tell_failures
+from fedkeel.types import Adapter, Global, Reply, Row, Transport
+
+TRAIN_COST = 3.0  # a training row against a scored row, in forward passes: forward, and backward about twice that
+
+
+class Carrier(Transport, Protocol):
+    """A transport that knows what the sites' answers cost."""
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of processor time that the answers of sites in other processes took so far."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What sites keep: tensors by site and name, for the checkpoint, where they are here; else names of what lies there."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+class Parties(Protocol):
+    """The sites of a run, wherever they are. initial: what every leg starts from."""
+
+    initial: Adapter
+
+    def begin(self, leg: Leg, current: Global, memory: Memory) -> None:
+        """A leg begins, or goes on, from `current` and what its sites kept."""
+
+    def present(self, leg: Leg, stage: int) -> list[str]:
+        """The sites of a leg that have something to train on in a stage."""
+
+    def connect(self, leg: Leg, stage: int, done: Callable[[Reply], None]) -> Carrier:
+        """A transport for the rounds of a stage. done: called with each reply, for progress."""
+
+    def memory(self) -> Memory:
+        """What the leg's sites keep now."""
+
+    def size(self, leg: Leg, stage: int, split: str) -> int:
+        """How many rows of `split` are scored after a stage of the leg, as far as is known; 0: there is nothing to score."""
+
+    def score(self, leg: Leg, stage: int, current: Global, split: str) -> list[Row]:
+        """Rows of the scores of `current`, as it would be served. split: `validation`, `test` or `unseen-sites`."""
+
+    def close(self, leg: Leg, current: Global) -> None:
+        """The last stage of a leg is scored: keep what it ends in."""
+
+
+@dataclass
+class Loop:
+    """A run in progress. state: see `RunFolder.state`; what is saved there is what is resumed from."""
+
+    recipe: Recipe
+    parties: Parties
+    folder: RunFolder
+    watch: Watch
+    state: dict[str, Any]
+
+    def run(self, leg: Leg) -> None:
+        """A leg from its last state to its end."""
+        state = self.state
+        if leg.name in state["done"]:
+            self.watch.advance(self.work([leg]))
+            return
+        if state["leg"] != leg.name:
+            state.update(leg=leg.name, round=0, tested=0, scored=0, kept={})
+        state.setdefault("scored", state["round"])  # of a run that began before this was kept
+        current = self._begin(leg)
+        for stage in range(len(leg.stages)):
+            if stage < state["tested"]:
+                self.watch.advance(sum(self._work(leg, stage)[1:]))
+                continue
+            current = self._stage(leg, stage, current)
+            self._test(leg, stage, current)
+        self.leave(leg)
+
+    def leave(self, leg: Leg) -> None:
+        """A leg is over."""
+        self.state.update(done=[*self.state["done"], leg.name], leg="", round=0, tested=0, scored=0, kept={})
+        self.folder.save(self.state, [])
+
+    def _begin(self, leg: Leg) -> Global:
+        """Where the leg stands."""
+        state, initial = self.state, self.parties.initial
+        current, tensors = Global(0, initial), dict[str, dict[str, Tensor]]()
+        if state["round"]:
+            current = self.folder.read_checkpoint(leg.name, state["round"], initial)
+            tensors, optimiser = self.folder.read_kept(leg.name, state["round"], initial)
+            current = replace(current, optimiser=optimiser)
+        self.parties.begin(leg, current, Memory(tensors, state.get("kept", {})))
+        return current
+
+    def _stage(self, leg: Leg, stage: int, current: Global) -> Global:
+        """The rounds of one stage from `current` on; each ends in a checkpoint."""
+        end = (stage + 1) * leg.rounds
+        for round in range(stage * leg.rounds + 1, current.round + 1):  # done before this process began
+            scored = self.parties.size(leg, stage, "validation") if self._curve_point(leg, round) else 0
+            self.watch.advance(self._work(leg, stage)[0] + scored * (round <= self.state["scored"]))
+        if current.round > stage * leg.rounds:
+            self._curve(leg, stage, current)  # it may have been cut off between a round and its scoring
+        sites = self.parties.present(leg, stage) if leg.rounds else []
+        if not sites:  # nobody learns in this stage; rounds are counted all the same
+            return replace(current, round=end)
+        carrier = self.parties.connect(leg, stage, _Progress(self, leg, stage, len(sites)))
+        roster = self._roster(leg, stage, sites)
+        while current.round < end:
+            current = self._round(leg, stage, current, carrier, roster)
+            self._curve(leg, stage, current)
+        return current
+
+    def _roster(self, leg: Leg, stage: int, sites: Sequence[str]) -> Roster:
+        recipe, initial = leg.stages[stage].recipe, self.parties.initial
+        ranks = recipe.lora.ranks(self._everyone(leg))
+        layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in ranks.items()}
+        out, own = modules_left_out(recipe, initial.lora), recipe.options("rule", recipe.federation.rule)
+        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own)
+
+    @staticmethod
+    def _everyone(leg: Leg) -> list[str]:
+        """The sites of all stages: ranks are dealt in the order of their names."""
+        return list(dict.fromkeys(name for stage in leg.stages for name in stage.rows))
+
+    def _round(self, leg: Leg, stage: int, current: Global, carrier: Carrier, roster: Roster) -> Global:
+        """One round, saved."""
+        done, recipe = current.round - stage * leg.rounds, leg.stages[stage].recipe
+        where = f" of stage {stage + 1}" if len(leg.stages) > 1 else ""
+        self.watch.leg(leg.name, f"round {done + 1} of {leg.rounds}{where}")
+        remembers = bool(stage and recipe.distill.weight and recipe.distill.memory)
+        if not done:  # a new stage: what the sites reported of the last one says nothing about this one
+            # and if the memory is the global adapter itself, it need not travel twice
+            apart = remembers and recipe.stream.average
+            current = replace(current, counts={}, memory=self._served(leg, stage - 1) if apart else None)
+        begin, elsewhere = time.process_time(), carrier.cpu
+        result = run_round(current, carrier, roster)
+        cpu = time.process_time() - begin + carrier.cpu - elsewhere
+        current = result.state
+        if remembers and not done:
+            current = replace(current, memory=self._served(leg, stage - 1))
+        tell_failures(self.watch, result)
+        # before it is scored: a base shift that sites hold must not be made again
+        self._save(leg, current, round_rows(leg, stage, replace(result, state=current), self.recipe.name, cpu))
+        self.watch.round(leg.name, current.round, leg.whole, result)
+        return current
+
+    def _save(self, leg: Leg, current: Global, rows: Sequence[Row], **more: Any) -> None:
+        """A state to resume from. What the sites keep is part of it."""
+        memory = self.parties.memory()
+        self.folder.write_checkpoint(leg.name, current, memory.tensors)
+        self.state.update(round=current.round, kept=dict(memory.names), **more)
+        self.folder.save(self.state, rows)
+
+    def _served(self, leg: Leg, stage: int) -> Adapter:
+        """What is served after `stage`, from the checkpoints of the stages' ends."""
+        share = leg.stages[stage].recipe.stream.average
+        return served(self.folder, leg.name, leg.rounds, stage, share, self.parties.initial)
+
+    def _as_served(self, leg: Leg, stage: int, current: Global) -> Global:
+        """`current` with the adapter that would be served if the stage ended now."""
+        share = leg.stages[stage].recipe.stream.average if stage and leg.rounds else 0.0
+        return replace(current, adapter=blend(self._served(leg, stage - 1), current.adapter, share)) if share else current
+
+    def _curve_point(self, leg: Leg, round: int) -> bool:
+        return leg.method == "federated" and round % self.recipe.evaluation.every == 0
+
+    def _curve(self, leg: Leg, stage: int, current: Global) -> None:
+        """Score validation rows where the curve has a point, and it is not scored already."""
+        due = self._curve_point(leg, current.round) and self.state["scored"] < current.round
+        if due and self.parties.size(leg, stage, "validation"):
+            self.watch.leg(leg.name, "scoring validation rows")
+            rows = self.parties.score(leg, stage, self._as_served(leg, stage, current), "validation")
+            self.state["scored"] = current.round
+            self.folder.save(self.state, rows)
+
+    def _test(self, leg: Leg, stage: int, current: Global) -> None:
+        """Score the held-out rows of all stages so far."""
+        self.watch.leg(leg.name, "scoring held-out rows")
+        last, as_served = stage + 1 == len(leg.stages), self._as_served(leg, stage, current)
+        begin = time.perf_counter()
+        rows = self.parties.score(leg, stage, as_served, "test")
+        seconds = time.perf_counter() - begin
+        # the centralised leg has no curve, and at its end tuning judges it by validation rows, as a reference must not be
+        # worse for another's learning rate
+        for split in (*(["validation"] if leg.method == "centralised" and last else []), "unseen-sites"):
+            if self.parties.size(leg, stage, split):
+                rows += self.parties.score(leg, stage, as_served, split)
+        told = ("test_seconds", seconds, "seconds")
+        rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, *told, site=leg.site, stage=stage))
+        if last:
+            self.parties.close(leg, as_served)
+        self._save(leg, current, rows, tested=stage + 1)  # also of a stage in which nobody learnt
+
+    def _work(self, leg: Leg, stage: int) -> tuple[float, float, float]:
+        """(work of one round without its scoring, of all rounds of a stage with theirs, of scoring its test rows)."""
+        one, size = round_work(leg.stages[stage]), self.parties.size
+        points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
+        curve = points * size(leg, stage, "validation") if points else 0
+        judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
+        tested = size(leg, stage, "test") + size(leg, stage, "unseen-sites") + judged * size(leg, stage, "validation")
+        return one, leg.rounds * one + curve, tested
+
+    def work(self, legs: Sequence[Leg]) -> float:
+        """What legs take, in row-equivalents."""
+        return sum(sum(self._work(leg, stage)[1:]) for leg in legs for stage in range(len(leg.stages)))
+
+
+def round_work(stage: Stage) -> float:
+    """The training of one round, in row-equivalents."""
+    train = stage.recipe.train
+    return TRAIN_COST * train.batch_size * sum(steps_a_round(train, rows) for rows in stage.rows.values() if rows)
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """Hears of each reply, and tells the watch what part of a round that was."""
+
+    loop: Loop
+    leg: Leg
+    stage: int
+    sites: int
+
+    def __call__(self, reply: Reply) -> None:
+        at = self.leg.stages[self.stage]
+        rows = at.rows.get(reply.site, 0)
+        share = rows / max(1, sum(at.rows.values())) if at.recipe.train.local_epochs else 1 / self.sites
+        self.loop.watch.advance(round_work(at) * share)
