@@ -19,12 +19,12 @@ from tiny import tiny_rows
 from fedkeel.engines.coordinate import alone, reference_of
 from fedkeel.engines.flower.apps import client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
-from fedkeel.evidence.report.suite_charts import pooled
 from fedkeel.federation.server import FederationError
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
 from fedkeel.run.folder import RunFolder
 from fedkeel.run.legs import Leg, Stage
+from fedkeel.run.rows import pooled_rows
 
 SITES = ("ward-0", "ward-1", "ward-2")
 KEPT = "federation.codec_up=topk=0.25+int4"
@@ -154,10 +154,10 @@ def test_pooled_scores_by_hand(tiny_overrides: list[str]) -> None:
     """Task t: 3 of 4 rows at one site, 1 of 6 at the other; task u: half of 2 at one. Means over rows, then over tasks."""
     leg = Leg("federated", "federated", 1, [Stage(load_recipe(None, tiny_overrides), {})])
     sums = {
-        "a": {"t": {"score": (3.0, 4.0), "accuracy": (3.0, 4.0)}, "u": {"score": (1.0, 2.0), "rouge_l": (1.0, 2.0)}},
-        "b": {"t": {"score": (1.0, 6.0), "accuracy": (1.0, 6.0)}},
+        "a": {0: {"t": {"score": (3.0, 4.0), "accuracy": (3.0, 4.0)}, "u": {"score": (1.0, 2.0), "rouge_l": (1.0, 2.0)}}},
+        "b": {0: {"t": {"score": (1.0, 6.0), "accuracy": (1.0, 6.0)}}},
     }
-    found = {(r.name, r.task, r.site): r.value for r in pooled(leg, 1, "test", sums, "run")}
+    found = {(r.name, r.task, r.site): r.value for r in pooled_rows(leg, 0, 1, "test", sums, "run")}
     assert found == pytest.approx({
         ("score", "t", ""): 0.4, ("accuracy", "t", ""): 0.4, ("rows", "t", ""): 10, ("score", "u", ""): 0.5,
         ("rouge_l", "u", ""): 0.5, ("rows", "u", ""): 2, ("score", "", ""): 0.45, ("accuracy", "", ""): 0.4,

@@ -26,7 +26,8 @@ from loopback import SECONDS, Deployment, deployed
 from tiny import tiny_rows
 from wire import Wire
 
-import fedkeel.run.loop
+import fedkeel.federation.local
+import fedkeel.run.here
 from fedkeel.data.pydocs import records
 from fedkeel.deploy.keys import certificate, new_key, ssh_pair
 from fedkeel.recipe.load import load_recipe
@@ -61,7 +62,7 @@ def losses(folder: RunFolder) -> dict[str, list[int]]:
 def twin(overrides: list[str], took: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """The same federation in this process, where a site is away in the rounds that `took` does not name."""
 
-    class Away(fedkeel.run.loop.LocalTransport):
+    class Away(fedkeel.federation.local.LocalTransport):
         turn = 0
 
         def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
@@ -70,7 +71,7 @@ def twin(overrides: list[str], took: dict[str, list[int]], monkeypatch: pytest.M
             gone = [Reply(r.site, error="away") for r in requests if r not in there]
             return [*super().exchange(there, deadline), *gone]
 
-    monkeypatch.setattr(fedkeel.run.loop, "LocalTransport", Away)
+    monkeypatch.setattr(fedkeel.run.here, "LocalTransport", Away)
     return go([*overrides, "name=twin"])[1]
 
 

@@ -18,11 +18,13 @@ from torch import Tensor
 from training import assert_loads_in_peft
 
 import fedkeel.federation.server
+import fedkeel.run.here
 from fedkeel.data.format import Formatter
 from fedkeel.exchange.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
 from fedkeel.exchange.messages import names_of, pack, pack_global, unpack_global
 from fedkeel.federation.client import Site, answer
 from fedkeel.federation.kept import Kept
+from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.screen import Expected, screen
 from fedkeel.federation.server import FederationError, Roster, run_round
 from fedkeel.method.aggregate.layouts import first_rows, folded, truncated
@@ -242,15 +244,15 @@ def test_error_feedback_keeps_what_was_not_sent_and_sends_it_later(tiny_override
         arrived = make_codec("topk=0.1+int4").decode(open_envelope(payload)[1], shapes)
         for n in change:
             expected = residual[n] + change[n] - arrived[n]
-            torch.testing.assert_close(kept.residual[n], expected, rtol=0, atol=1e-6)
-        assert sum(float(t.abs().sum()) for t in kept.residual.values()) > 0.1 * sum(
+            torch.testing.assert_close(kept.memory["residual"][n], expected, rtol=0, atol=1e-6)
+        assert sum(float(t.abs().sum()) for t in kept.memory["residual"].values()) > 0.1 * sum(
             float(t.abs().sum()) for t in change.values()
         )
-        residual = dict(kept.residual)
+        residual = dict(kept.memory["residual"])
     without = replace(recipe, federation=replace(recipe.federation, error_feedback=False))
     nothing = Kept()
     answer(start, model, Site(name, [rows], 3, without), nothing)
-    assert not nothing.residual
+    assert not nothing.memory
 
 
 @pytest.mark.parametrize("rule", PERSONAL)
@@ -569,18 +571,16 @@ def test_checkpoints_without_what_they_promise_are_refused(tiny_overrides: list[
 
 
 def test_the_ledger_holds_the_length_of_every_message(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import fedkeel.run.loop
-
     seen: list[tuple[str, int, int]] = []
 
-    class Listening(fedkeel.run.loop.LocalTransport):
+    class Listening(LocalTransport):
         def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
             replies = super().exchange(requests, deadline)
             by_site: Mapping[str, Reply] = {r.site: r for r in replies}
             seen.extend((r.site, len(r.payload), len(by_site[r.site].payload)) for r in requests)
             return replies
 
-    monkeypatch.setattr(fedkeel.run.loop, "LocalTransport", Listening)
+    monkeypatch.setattr(fedkeel.run.here, "LocalTransport", Listening)
     _, folder, _ = go(quick(tiny_overrides, "stack", "federation.codec_up=int4"))
     rows = rows_of(folder)
     down = [(r["site"], int(r["value"])) for r in rows if r["name"] == "bytes_down"]

@@ -21,19 +21,23 @@ import fedkeel.engines.work
 import fedkeel.exchange.messages
 import fedkeel.federation.client
 import fedkeel.federation.local
+from fedkeel.engines.coordinate import Terms
 from fedkeel.engines.flower.apps import client_app
 from fedkeel.engines.flower.courier import Courier, FlowerError
 from fedkeel.engines.flower.simulation import Simulation
 from fedkeel.engines.sitefile import read_members
 from fedkeel.engines.store import Store
 from fedkeel.engines.work import handle
-from fedkeel.federation.server import FederationError
+from fedkeel.federation.client import Site
+from fedkeel.federation.kept import Kept
+from fedkeel.federation.server import FederationError, Roster, run_round
+from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
 from fedkeel.run.execute import execute
 from fedkeel.run.folder import RunFolder
 from fedkeel.run.prepare import prepare
-from fedkeel.types import FedKeelError
+from fedkeel.types import FedKeelError, Global
 
 SITES = ["ward-0", "ward-1", "ward-2"]
 
@@ -120,10 +124,10 @@ def test_a_site_starts_from_what_was_accepted(
     overrides = [*tiny_overrides, "federation.codec_up=topk=0.25+int4", "federation.quorum=0.6", "federation.deadline=2"]
     there = run([*overrides, "name=there"], tmp_path, of("ward-1", lambda message, reply: [], round=2))
 
-    def raising(payload: bytes, *arguments: Any) -> bytes:
-        made = fedkeel.federation.client.answer(payload, *arguments)
-        _, state = fedkeel.exchange.messages.unpack_global(payload, "global", arguments[0].initial)
-        if arguments[2] == "ward-1" and state.round == 1:
+    def raising(payload: bytes, model: Model, site: Site, kept: Kept) -> bytes:
+        made = fedkeel.federation.client.answer(payload, model, site, kept)
+        _, state = fedkeel.exchange.messages.unpack_global(payload, "global", model.initial)
+        if site.name == "ward-1" and state.round == 1:
             raise RuntimeError("lost")
         return made
 
@@ -145,19 +149,14 @@ def test_a_disk_that_lost_what_was_kept_costs_one_round(tiny_overrides: list[str
     recipe = load_recipe(None, [*tiny_overrides, "federation.codec_up=int4", "federation.quorum=0.6"])
     prepared = prepare(recipe)
     grid = FakeGrid(client_app, 3, of("ward-1", wiped, round=1))
-    from fedkeel.engines.flower.courier import FlowerTransport
-    from fedkeel.federation.server import run_round
-    from fedkeel.model.lora import Model
-    from fedkeel.types import Global
-
     courier = Courier(grid, to_toml(recipe), "r0", tmp_path / "sites")
     courier.find(SITES, 30)
-    transport = FlowerTransport(courier, recipe.federation.rounds, {}, {})
+    transport = courier.transport(Terms("federated", recipe.federation.rounds, 0, {}), {}, lambda reply: None)
     initial = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes).initial
     assert initial is not None
     state, failed = Global(0, initial), []
     for _ in range(3):
-        result = run_round(state, transport, SITES, recipe.federation, recipe.seed)
+        result = run_round(state, transport, Roster(SITES, recipe.federation, recipe.seed))
         state = result.state
         failed.append(dict(result.failures))
     assert [list(f) for f in failed] == [[], ["ward-1"], []]
@@ -185,10 +184,10 @@ def test_a_run_that_stopped_goes_on_in_another_engine(tiny_overrides: list[str],
 def test_a_site_that_raises_sends_its_traceback(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(payload: bytes, model: Any, stages: Any, site: str, *more: Any) -> bytes:
-        if site == "ward-2":
+    def broken(payload: bytes, model: Model, site: Site, kept: Kept) -> bytes:
+        if site.name == "ward-2":
             raise RuntimeError("the disk of ward 2 is full")
-        return fedkeel.federation.client.answer(payload, model, stages, site, *more)
+        return fedkeel.federation.client.answer(payload, model, site, kept)
 
     monkeypatch.setattr(fedkeel.engines.work, "answer", broken)
     with pytest.raises(FederationError) as stopped:
@@ -200,7 +199,7 @@ def test_a_site_that_raises_sends_its_traceback(
 def test_a_round_that_changed_nothing_is_an_error(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedkeel.federation.train, "_train_round", lambda *arguments: (1, {"loss": 1.0}))
+    monkeypatch.setattr(fedkeel.federation.client, "train_round", lambda *arguments: (1, {"loss": 1.0}))
     with pytest.raises(FederationError, match="round 1 changed nothing"):
         run(tiny_overrides, tmp_path)
 

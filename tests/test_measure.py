@@ -20,10 +20,12 @@ from shapes import base as shape
 from test_run import Silent
 from typer.testing import CliRunner
 
+from fedkeel import tables
 from fedkeel.cli import app
 from fedkeel.data.format import Formatter
 from fedkeel.evidence.measure import damage, general, unseen
 from fedkeel.evidence.measure import parts as measuring
+from fedkeel.evidence.measure.damage import over_families
 from fedkeel.evidence.measure.general import against_base
 from fedkeel.evidence.measure.parts import measure
 from fedkeel.evidence.measure.run import Measured, MeasureError, Settings
@@ -150,7 +152,7 @@ def test_damage_is_scores_under_damage_apart_for_what_training_used(folder: Path
 
 def test_every_family_is_told_what_trains_on_it() -> None:
     for structures in (entry.trained_by for entry in FAMILIES.values()):
-        assert all(hasattr(Recipe().structure, name) for name in structures)
+        assert set(structures) <= tables.STRUCTURES.keys()
 
 
 def test_means_over_families_by_hand() -> None:
@@ -161,10 +163,10 @@ def test_means_over_families_by_hand() -> None:
         return [replace(clean, name=f"damage/{family}/{name}", value=value) for name, value in told.items()]
 
     families = {"a": rows("a", 0, 0.5, 0.6, 0.4), "b": rows("b", 0, 0.75, 0.7), "c": rows("c", 1, 0.25, 0.0)}
-    found = values(measuring._over_families(clean, families))
+    found = values(over_families(clean, families))
     # 0.2, 0.4 and 0.1: every strength counts the same
     assert found == pytest.approx({"damage/held_out_ssi": 0.625, "damage/trained_ssi": 0.25, "damage/held_out_fall": 0.7 / 3})
-    assert set(values(measuring._over_families(clean, {"c": families["c"]}))) == {"damage/trained_ssi"}
+    assert set(values(over_families(clean, {"c": families["c"]}))) == {"damage/trained_ssi"}
 
 
 @pytest.mark.parametrize("rule", ["mean", "stack"])
@@ -341,7 +343,7 @@ def test_unseen_tasks_are_scored_before_and_after(kind: str, folder: Path, data:
             final = trained_model(prepare(recipe), folder).read()
             model.write(final)
         formatter = Formatter(model.tokenizer, model.kind, 64, classes=model.classes)
-        records = unseen._unseen_records(settings, prepare(recipe))
+        records = unseen.unseen_records(settings, prepare(recipe))
         assert sorted((r.task, r.input, r.labels) for r in records) == [
             ("mood", "the blue lamp breaks", ("glad", "very sad")),
             ("mood", "the red boat sings", ("glad", "very sad")),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -37,12 +38,13 @@ from fedkeel.federation.teacher import Guide
 from fedkeel.method.objective.ascent import backward_at_worst
 from fedkeel.method.objective.consistency import self_consistency, symmetric_kl, to_clean
 from fedkeel.method.objective.distill import Guidance, distill, guidance_weight
+from fedkeel.method.objective.terms import Moment
 from fedkeel.method.structure.draw import Draw
 from fedkeel.method.structure.inject import Injection
 from fedkeel.model.lora import Model
 from fedkeel.model.places import StructureError
 from fedkeel.recipe.load import load_recipe
-from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.schema import Distill, Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
 from fedkeel.run.prepare import prepare
@@ -118,9 +120,13 @@ def test_draws_leave_the_global_generator_where_a_plain_round_leaves_it(mode: st
 
 
 def test_guidance_weight_by_hand() -> None:
-    assert [guidance_weight(2.0, 0.1, p / 20) for p in (0, 1, 2, 3, 19)] == pytest.approx([0.0, 1.0, 2.0, 2.0, 2.0])
-    assert guidance_weight(2.0, 0.0, 0.0) == 2.0
-    assert guidance_weight(2.0, 1.0, 0.25) == 0.5
+    def weight(ramp: float, progress: float, every: int = 1, step: int = 0) -> float:
+        return guidance_weight(Distill(weight=2.0, ramp=ramp, every=every), Moment(step, progress))
+
+    assert [weight(0.1, p / 20) for p in (0, 1, 2, 3, 19)] == pytest.approx([0.0, 1.0, 2.0, 2.0, 2.0])
+    assert weight(0.0, 0.0) == 2.0
+    assert weight(1.0, 0.25) == 0.5
+    assert [weight(1.0, 0.25, 3, step) for step in range(5)] == [1.5, 0.0, 0.0, 1.5, 0.0]
 
 
 # ------------------------------------------------------------------------------------------------------------- distillation

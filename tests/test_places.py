@@ -156,7 +156,8 @@ def plain_of(name: str) -> nn.Module:
 
 def test_every_architecture_with_default_targets_is_known() -> None:
     for maps in tables.ARCHITECTURES.values():
-        assert maps.targets and maps.added
+        assert maps.targets
+        assert maps.added
 
 
 @torch.no_grad()

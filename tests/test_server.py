@@ -18,7 +18,8 @@ from fedkeel.exchange.codecs import EnvelopeError, make_codec, open_envelope, se
 from fedkeel.exchange.messages import SCHEMA, difference, layout, pack, pack_global, unpack, unpack_global
 from fedkeel.federation.screen import Expected, screen
 from fedkeel.federation.server import FederationError, Roster, RoundResult, run_round, sample_sites
-from fedkeel.method.aggregate import drift, weights
+from fedkeel.method.aggregate.drift import drift
+from fedkeel.method.aggregate.weighting import weights
 from fedkeel.recipe.schema import Federation
 from fedkeel.types import Adapter, Global, Lora, Reply, Request, Update
 

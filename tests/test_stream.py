@@ -6,10 +6,10 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import fedkeel.run.loop
 import pytest
 import torch
 from test_run import Silent, adapter_of, go, rows_of, same, without_time
@@ -17,14 +17,19 @@ from training import same_bits
 
 import fedkeel.federation.local
 import fedkeel.federation.train
+import fedkeel.run.here
+from fedkeel import tables
 from fedkeel.data.batches import batch_indices
 from fedkeel.data.format import Example, Formatter
 from fedkeel.data.sites import Sites, unseen_sites
 from fedkeel.data.stages import arrivals
 from fedkeel.evidence.report import write_report
 from fedkeel.exchange.messages import unpack_global
+from fedkeel.federation.client import Site
+from fedkeel.federation.kept import Kept
 from fedkeel.federation.server import RoundResult
 from fedkeel.federation.train import learning_rate
+from fedkeel.method.objective.distill import guidance_weight
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
@@ -290,10 +295,10 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, bool, dict[st
     found: list[tuple[int, str, bool, dict[str, int]]] = []
     real = fedkeel.federation.local.answer
 
-    def answer(payload: bytes, model: Model, stages: Any, site: str, *more: Any) -> bytes:
+    def answer(payload: bytes, model: Model, site: Site, kept: Kept) -> bytes:
         header, state = unpack_global(payload, "global", model.read())
-        found.append((state.round, site, state.memory is not None, header["tasks"]))
-        return real(payload, model, stages, site, *more)
+        found.append((state.round, site.name, state.memory is not None, header["tasks"]))
+        return real(payload, model, site, kept)
 
     monkeypatch.setattr(fedkeel.federation.local, "answer", answer)
     return found
@@ -426,14 +431,14 @@ def test_without_a_stream_no_row_speaks_of_stages(stream: list[str]) -> None:
 def test_every_method_is_scored_on_the_same_rows_of_each_stage(stream: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Baselines in a stream: base, local and centralised legs, one of them at a site that has nothing to learn at first."""
     scored: dict[tuple[str, int], list[tuple[str, tuple[str, ...]]]] = {}
-    real = fedkeel.run.loop._score_rows
+    real = fedkeel.run.here.score_rows
 
     def watched(leg: Any, stage: int, round: int, split: str, found: Any, prepared: Any) -> Any:
         if split == "test":
             scored[leg.name, stage] = [(s.record.id, s.record.labels) for s in found]
         return real(leg, stage, round, split, found, prepared)
 
-    monkeypatch.setattr(fedkeel.run.loop, "_score_rows", watched)
+    monkeypatch.setattr(fedkeel.run.here, "score_rows", watched)
     limits = ["evaluation.test_rows=6", 'evaluation.baselines=["base","local","centralised"]']
     recipe, folder, _ = go([*stream, *GROUPS, *limits])
     legs = ["base", "federated", "local/north", "local/south", "local/east", "centralised"]
@@ -467,12 +472,11 @@ def test_budgets_of_the_legs_by_stage(stream: list[str]) -> None:
     assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [8, 12]
     assert [s.recipe.train.local_steps for s in legs["local/north"].stages] == [4, 4]
     assert [set(s.rows) for s in legs["federated"].stages] == [{"north", "south"}, {"north", "south", "east"}]
-    assert [len(s.rows["east"]) for s in legs["local/east"].stages] == [0, 6]
+    assert [s.rows["east"] for s in legs["local/east"].stages] == [0, 6]
     for leg in ("centralised", "local/north"):
         for stage in legs[leg].stages:
-            assert not stage.recipe.distill.weight
-            assert stage.recipe.structure == Recipe().structure
-            assert not stage.recipe.train.proximal
+            for key in ("distill.weight", "train.proximal", "structure.mode", "structure.amounts", "structure.hold"):
+                assert attrgetter(key)(stage.recipe) == attrgetter(key)(Recipe())
             assert stage.recipe.stream == prepared.recipe.stream
     epochs = prepared_of([*stream, *GROUPS, *every, "train.local_steps=0", "train.local_epochs=1"])
     legs = {leg.name: leg for leg in legs_of(epochs.cast)}
@@ -494,9 +498,8 @@ def test_learning_rate_and_batches_restart_and_ramps_do_not(stream: list[str], m
     weights: list[float] = []
     strengths: list[float] = []
     batches: list[list[str]] = []
-    real = {
-        name: getattr(fedkeel.federation.train, name) for name in ("learning_rate", "guidance_weight", "strength", "collate")
-    }
+    real = {name: getattr(fedkeel.federation.train, name) for name in ("learning_rate", "strength", "collate")}
+    real["guidance_weight"] = guidance_weight
 
     def watched(name: str, kept: list[Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -511,7 +514,8 @@ def test_learning_rate_and_batches_restart_and_ramps_do_not(stream: list[str], m
         return real["collate"](examples, *more)
 
     monkeypatch.setattr(fedkeel.federation.train, "learning_rate", watched("learning_rate", rates))
-    monkeypatch.setattr(fedkeel.federation.train, "guidance_weight", watched("guidance_weight", weights))
+    term = replace(tables.TERMS["distill"], weight=watched("guidance_weight", weights))
+    monkeypatch.setitem(tables.TERMS, "distill", term)
     monkeypatch.setattr(fedkeel.federation.train, "strength", watched("strength", strengths))
     monkeypatch.setattr(fedkeel.federation.train, "collate", collated)
     method = ["distill.weight=2", "distill.ramp=0.5", "structure.rank=0.1", "structure.ramp=0.25", "structure.anneal=0.25"]
@@ -662,7 +666,8 @@ def test_unseen_sites_train_nowhere_and_their_test_rows_are_scored_apart(stream:
     ids = {r.id for held in prepared.unseen[-1].rows.values() for split in held.values() for r in split}
     for leg in legs_of(prepared.cast):
         assert out not in leg.name
-        assert not any(r.id in ids for stage in leg.stages for held in stage.rows.values() for r in held)
+        for stage, held in zip(leg.stages, prepared.stages, strict=True):
+            assert sum(stage.rows.values()) <= len(held.all("train"))
     assert {r["site"] for r in rows if r["name"] == "loss"} == {"all", *prepared.sites.rows}
     scored = [r for r in rows if r["split"] == "unseen-sites"]
     assert {(r["name"], r["task"]) for r in scored} == {("score", ""), ("own_score", "")}

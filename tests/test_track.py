@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from test_run import Silent, adapter_of, go, killed_while_saving, rows_of, same
 
 import fedkeel.run.track
+from fedkeel import tables
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.run.folder import RunFolder
@@ -24,7 +25,7 @@ from fedkeel.run.track import Point, Summary, TrackError, Tracks, plain_name, po
 from fedkeel.types import Row
 
 ROOT = Path(__file__).parent.parent
-BASE = ["evaluation.baselines=base,local", "federation.rounds=2"]
+BASE = ["evaluation.baselines=base,local", "federation.rounds=2", "track=tensorboard"]
 
 
 def events(folder: Path) -> list[Event]:
@@ -76,6 +77,11 @@ def expected(rows: list[dict[str, Any]]) -> Counter[tuple[str, int, str]]:
 
 def row(name: str, value: float, **more: Any) -> Row:
     return Row(**{"run": "r", "method": "federated", "seed": 1, "round": 3, "unit": "share", **more}, name=name, value=value)
+
+
+def test_a_run_that_names_no_tracker_keeps_no_view(tiny_overrides: list[str]) -> None:
+    _, folder, _ = go([*tiny_overrides, "evaluation.baselines=", "federation.rounds=1"])
+    assert not (folder.path / "tb").exists()
 
 
 def test_tags_and_steps_by_hand() -> None:
@@ -135,10 +141,10 @@ def test_every_row_of_a_whole_run_is_one_point_from_where_it_was_cut(tmp_path: P
     (tmp_path / "tb").mkdir()
     (tmp_path / "tb" / "events.out.tfevents.1.elsewhere").write_bytes(b"of an earlier process")
     for _ in range(2):
-        with Tracks((), tmp_path, "run", print):
+        with Tracks(["tensorboard"], tmp_path, "run", print):
             assert shown(tmp_path) == expected([json.loads(line) for line in lines[:cut]])
     rows = [Row(**json.loads(line)) for line in lines]
-    with Tracks((), tmp_path, "run", print) as tracks:
+    with Tracks(["tensorboard"], tmp_path, "run", print) as tracks:
         tracks.log([r for r in rows[cut:] if r.split != "test"])
         tracks.log([r for r in rows[cut:] if r.split == "test"])
     assert shown(tmp_path) == expected([json.loads(line) for line in lines])
@@ -147,11 +153,11 @@ def test_every_row_of_a_whole_run_is_one_point_from_where_it_was_cut(tmp_path: P
 
 
 def test_a_value_that_is_not_finite_is_a_point_too(tmp_path: Path) -> None:
-    with Tracks((), tmp_path, "run", print) as tracks:
+    with Tracks(["tensorboard"], tmp_path, "run", print) as tracks:
         tracks.log([row("score", math.nan), row("accuracy", 0.1)])
     (tmp_path / "rows.jsonl").write_text(json.dumps(row("score", math.nan).as_json()) + "\n")
     assert shown(tmp_path) == {("federated/score", 3, "nan"): 1, ("federated/accuracy", 3, single(0.1)): 1}
-    with Tracks((), tmp_path, "run", print):
+    with Tracks(["tensorboard"], tmp_path, "run", print):
         pass
     assert shown(tmp_path) == {("federated/score", 3, "nan"): 1}
 
@@ -189,24 +195,26 @@ def test_a_tracker_may_fail_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(fedkeel.run.track.TensorBoard, where, broken)
     notes: list[str] = []
-    with Tracks((), tmp_path, "run", notes.append) as tracks:
+    with Tracks(["tensorboard"], tmp_path, "run", notes.append) as tracks:
         tracks.log([row("score", 0.1)])
         tracks.log([row("score", 0.2)])
     assert notes == ["tensorboard shows no more of this run, which goes on: RuntimeError: no network"]
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_a_missing_package_is_an_error_before_any_work(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, tables.TRACKERS[name].library, None)
     with pytest.raises(TrackError, match=rf"track = \['{name}'\] needs the extra: pip install 'fedkeel\[{name}\]'"):
         go([*tiny_overrides, f"track={name}"])
     assert not (tmp_path / "tiny").exists()
 
 
 def test_an_unknown_tracker_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"track = 'wandbb': one of wandb, mlflow belongs here; did you mean 'wandb'\?"):
+    with pytest.raises(
+        ConfigError, match=r"track = 'wandbb': one of tensorboard, wandb, mlflow belongs here; did you mean 'wandb'\?"
+    ):
         load_recipe(None, ["track=mlflow,wandbb"])
     assert load_recipe(None, ['track=["wandb", "mlflow"]']).track == ("wandb", "mlflow")
 
@@ -287,7 +295,7 @@ def test_trackers_get_every_row_once_and_nothing_else(
         if (leg, done) == ("federated", 2):
             raise KeyboardInterrupt
 
-    both = [*tiny_overrides, *BASE, "track=wandb,mlflow"]
+    both = [*tiny_overrides, *BASE, "track=tensorboard,wandb,mlflow"]
     with pytest.raises(KeyboardInterrupt):
         go(both, Silent(interrupt))
     _, folder, _ = go(both, resume=True)

@@ -126,7 +126,7 @@ def test_a_rule_errs_only_if_it_does_not_claim_to_be_exact(rule: Aggregator, rou
 ONE_RANK = {"alpha/r": ((3,), (8 / 3,)), "rsLoRA": ((3,), (8 / math.sqrt(3),))}
 SEVERAL = {"mixed": (MIXED_RANKS, MIXED_SCALES), "full": ((24, 3), (8 / 24, 8 / math.sqrt(3)))}
 EXACT = {
-    f"{rule.name}, {name}": (rule, *case)
+    f"{rule.entry.name}, {name}": (rule, *case)
     for rule in AGGREGATORS.values() if rule.entry.exact
     for name, case in (ONE_RANK | SEVERAL if rule.entry.mixed else ONE_RANK).items()
 }  # fmt: skip
@@ -159,7 +159,7 @@ def test_mixed_ranks_and_scales_are_taken_and_measured_or_refused_by_name(rule: 
         assert layout(result.adapter) == layout(reference)
         assert result.error == pytest.approx(twin_error(result, updates, shares), rel=1e-6)
     else:
-        with pytest.raises(ValueError, match=rf"rule {rule.name}: site site-0: rank or scale of layer\.0\.q differs"):
+        with pytest.raises(ValueError, match=rf"rule {rule.entry.name}: site site-0: rank or scale of layer\.0\.q differs"):
             rule(reference, updates, shares)
 
 
@@ -182,7 +182,7 @@ def test_a_small_change_of_the_sites_is_a_small_change_of_factors_that_keep_thei
     moved = max(float((t - reference.tensors()[name]).abs().max()) for name, t in shown.tensors().items())
     if rule.entry.keeps_basis:
         assert 0 < moved < 1e-3
-    elif rule.name != "alternate":  # there it is the gauge between two rounds that changes the basis
+    elif rule.entry.name != "alternate":  # there it is the gauge between two rounds that changes the basis
         assert moved > 0.1
 
 

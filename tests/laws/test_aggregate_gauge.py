@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkeel.exchange.messages import layout
-from fedkeel.method.aggregate import gauge
+from fedkeel.method.aggregate.gauge import gauge
 from fedkeel.method.aggregate.svd import ROW_NORM
 from fedkeel.types import Adapter, Lora
 

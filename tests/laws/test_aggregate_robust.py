@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import AGGREGATORS, SHAPES, dense_of, dense_sum, flat, make_adapter, make_updates, numbers
 
+from fedkeel.method.aggregate import robust
 from fedkeel.method.aggregate.krum import distances
 from fedkeel.method.aggregate.robust import leading
 from fedkeel.method.aggregate.rule import Options
@@ -64,7 +65,7 @@ def products(updates: Sequence[Update], path: str) -> np.ndarray:
 @pytest.mark.parametrize("block", [1, 100, 2**23])
 @pytest.mark.parametrize("count", [4, 5])
 def test_median_is_the_twins_at_any_size_of_block(monkeypatch: pytest.MonkeyPatch, block: int, count: int) -> None:
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(robust, "BLOCK", block)
     updates = make_updates(count, MIXED_RANKS, MIXED_SCALES)
     result = AGGREGATORS["median"](make_adapter(0, FULL, 0.5), updates, weights(updates, "positions"))
     for path, factors in result.adapter.lora.items():

@@ -202,7 +202,7 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_added_is_refused_by_rule_and_site(rule: Aggregator, kind: str) -> None:
     updates = [*make_updates(3), broken(kind)]
-    with pytest.raises(ValueError, match=rf"rule {rule.name}: site bad: {REFUSED[kind]}"):
+    with pytest.raises(ValueError, match=rf"rule {rule.entry.name}: site bad: {REFUSED[kind]}"):
         rule(make_adapter(0), updates, weights(updates, "uniform"))
 
 
@@ -217,7 +217,7 @@ def test_a_stream_that_can_be_read_once_is_no_silent_zero(rule: Aggregator) -> N
     updates = make_updates(4)
     stream = iter(updates)
     shares = weights(stream, "uniform")
-    with pytest.raises(ValueError, match=rf"rule {rule.name}: updates of sites \[\], weights of sites \['site-0'"):
+    with pytest.raises(ValueError, match=rf"rule {rule.entry.name}: updates of sites \[\], weights of sites \['site-0'"):
         rule(make_adapter(0), stream, shares)
 
 

@@ -6,7 +6,6 @@ lines in a file has no say, and these functions need not undo it.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable
 
@@ -15,19 +14,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkeel import tables
 from fedkeel.data import partition
+from fedkeel.recipe.schema import Partition
+from fedkeel.types import Record
 
 Indices = list[list[int]]
-# name -> (keys, strata, sites, generator) -> indices by site
-PARTITIONS: dict[str, Callable[[list[str], list[str], int, np.random.Generator], Indices]] = {
-    "iid": lambda keys, strata, sites, rng: partition.iid(strata, sites, rng),
-    "quantity": lambda keys, strata, sites, rng: partition.quantity(strata, np.arange(1.0, sites + 1), rng),
-    "quantity_skew": lambda keys, strata, sites, rng: partition.quantity_skew(strata, sites, 0.3, rng),
-    "dirichlet": lambda keys, strata, sites, rng: partition.dirichlet(keys, strata, sites, 0.3, rng),
-    "by_task": lambda keys, strata, sites, rng: partition.by_task(keys, sites, rng),
-    "natural": lambda keys, strata, sites, rng: list(partition.natural(keys).values()),
-}
-ALL = pytest.mark.parametrize("deal", PARTITIONS.values(), ids=PARTITIONS.keys())
+
+
+def dealer(entry: tables.Partition) -> Callable[[list[str], list[str], int, np.random.Generator], Indices]:
+    """(keys, strata, sites, generator) -> indices by site; a key is a row's task, answer and site."""
+
+    def deal(keys: list[str], strata: list[str], sites: int, rng: np.random.Generator) -> Indices:
+        records = [Record(f"{i:06}", k, s, k, labels=(k,), site=k) for i, (k, s) in enumerate(zip(keys, strata, strict=True))]
+        spec = Partition(scheme=entry.name, sites=sites, alpha=0.3)
+        held = entry.load()(partition.Deal(records, spec, rng))
+        return list(held.values() if isinstance(held, dict) else held)
+
+    return deal
+
+
+ALL = pytest.mark.parametrize("name", tables.PARTITIONS)
 SPLITS = ["train"] * 7 + ["validation"] * 2 + ["test"]
 
 
@@ -40,37 +47,30 @@ def shares_of(held: Indices, members: set[int]) -> np.ndarray:
     return np.array([len(members & set(h)) for h in held]) / len(members)
 
 
-def test_the_table_holds_every_partition() -> None:
-    public = {
-        name
-        for name, value in vars(partition).items()
-        if inspect.isfunction(value) and value.__module__ == partition.__name__ and not name.startswith("_")
-    }
-    assert public == PARTITIONS.keys()
-
-
 @ALL
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(6, 120), sites=st.integers(1, 5), keys=st.integers(5, 6), seed=st.integers(0, 2**32))
-def test_every_index_is_dealt_exactly_once(deal, count: int, sites: int, keys: int, seed: int) -> None:
+def test_every_index_is_dealt_exactly_once(name: str, count: int, sites: int, keys: int, seed: int) -> None:
     labels = [f"key-{i % keys}" for i in range(count)]
-    held = deal(labels, rows(count, keys)[1], sites, np.random.default_rng(seed))
+    held = dealer(tables.PARTITIONS[name])(labels, rows(count, keys)[1], sites, np.random.default_rng(seed))
     assert sorted(i for h in held for i in h) == list(range(count))
     assert all(type(i) is int for h in held for i in h)
     assert all(h == sorted(h) for h in held)
-    assert deal is PARTITIONS["natural"] or len(held) == sites
+    assert name == "natural" or len(held) == sites
 
 
 @ALL
-def test_the_same_generator_deals_the_same_rows(deal) -> None:
+def test_the_same_generator_deals_the_same_rows(name: str) -> None:
+    deal = dealer(tables.PARTITIONS[name])
     keys, strata = rows(400, 7)
     once, again, other = (deal(keys, strata, 4, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert once == again
-    assert (once == other) == (deal is PARTITIONS["natural"])
+    assert (once == other) == (name == "natural")
 
 
 @ALL
-def test_the_order_of_lines_in_a_file_has_no_say_once_rows_are_sorted_by_id(deal) -> None:
+def test_the_order_of_lines_in_a_file_has_no_say_once_rows_are_sorted_by_id(name: str) -> None:
+    deal = dealer(tables.PARTITIONS[name])
     keys, strata = rows(300, 7)
     file = [(f"id-{i:03}", k, s) for i, (k, s) in enumerate(zip(keys, strata, strict=True))]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from builders import make_adapter, make_updates
 
-from fedkeel.method.aggregate import drift
 from fedkeel.method.aggregate.common import block_of
+from fedkeel.method.aggregate.drift import drift
 from fedkeel.method.objective.trust import layer_trust, site_trust, task_trust, trusts
 from fedkeel.types import Adapter, Lora, Update
 

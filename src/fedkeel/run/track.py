@@ -218,7 +218,8 @@ class Tracks:
         self._open: dict[str, Tracker] = {}
         self._summary = Summary()
         for name in names:
-            load(name)
+            if tables.TRACKERS[name].library:
+                load(name)
 
     def _lost(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)

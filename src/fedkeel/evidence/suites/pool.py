@@ -86,7 +86,7 @@ def _processes() -> ForkServerContext | SpawnContext:
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["fedkeel.run.loop", "fedkeel.display", "fedkeel.evidence.report", "peft"])
+    context.set_forkserver_preload(["fedkeel.run.execute", "fedkeel.display", "fedkeel.evidence.report", "peft"])
     return context
 
 
