@@ -20,7 +20,10 @@ def _orders(path: Path) -> dict[str, list[str]]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} (data.tasks_file, for stream.order) cannot be read: {error}") from error
+        raise ConfigError(
+            f"{path} (data.tasks_file, for stream.order) cannot be read: {error}; set data.root to the folder that holds it, "
+            f"or write stream.stages out"
+        ) from error
     found: dict[str, list[str]] = {}
     for key in ORDERS:
         named = about.get(key, {}) if isinstance(about, dict) else {}
@@ -48,7 +51,10 @@ def with_order(recipe: Recipe) -> Recipe:
             )
         return recipe
     if not data.tasks_file:
-        raise ConfigError(f"stream.order = {stream.order!r} is looked up in data.tasks_file, which is not set")
+        raise ConfigError(
+            f"stream.order = {stream.order!r} is looked up in data.tasks_file, which is not set: name it, or write "
+            f"stream.stages out"
+        )
     path = Path(data.root) / data.tasks_file
     orders = _orders(path)
     if stream.order not in orders:

@@ -32,15 +32,17 @@ def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any
     return tree
 
 
-def make_recipe(tree: Mapping[str, Any], data: bool = True) -> Recipe:
+def make_recipe(tree: Mapping[str, Any], data: bool = True, order: bool = False) -> Recipe:
     """The recipe that a mapping of keys, as TOML is read, means. Raises ConfigError on what cannot be right.
 
-    data: whether the files of data must be there; a coordinator holds none.
+    data: whether the files of data must be there; a coordinator holds none. order: whether stream.order is written out as
+    stages even so, for which data.tasks_file must be readable.
     """
     tables.load_plugins()
     recipe = build(Recipe, tree)
     if data:
         check_data(recipe)
+    if data or order:
         recipe = with_order(recipe)
     cross_check(recipe)
     return recipe
