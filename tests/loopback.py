@@ -60,7 +60,7 @@ class Deployment:
         self.folder, self.sites, self._inside = folder, tuple(rows), inside or {}
         (folder.parent / "recipe.toml").write_text(to_toml(load_recipe(recipe, overrides)))
         self.port = free_port()
-        travels, _ = app_recipe(folder.parent / "recipe.toml")
+        travels = app_recipe(folder.parent / "recipe.toml").recipe
         init(folder, travels, self.sites, [host], self.port, base)
         if host != "localhost":
             script = folder / "coordinator" / "start.sh"
@@ -85,7 +85,7 @@ class Deployment:
                 text + f'key = "worker.key"\nsocket = "{gettempdir()}/fk-{self.port}-{number}.sock"\n'
             )
             start = (at / "start.sh").read_text()
-            start = start.replace(f":{self.port} ", f":{self.port + 1} ").replace(
+            start = start.replace(f':{self.port}"', f':{self.port + 1}"').replace(
                 f"--port {9094 + number}", f"--port {free_port()}"
             )
             (at / "start.sh").write_text(start)

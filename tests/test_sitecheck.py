@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -47,7 +48,7 @@ def deployment(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         f'name = "wards"\n[model]\nbase = "{tiny_base}"\n[data]\nsource = "jsonl"\nfiles = ["rows.jsonl"]\n'
         'tasks_file = "tasks.json"\nsite_column = "department"\n'
     )
-    recipe, base = app_recipe(root / "recipe.toml")
+    recipe, base, _ = app_recipe(root / "recipe.toml")
     init(root / "d", recipe, [SITE], ["localhost"], base=base)
     file = root / "d" / f"site-{SITE}" / "site.toml"
     text = file.read_text().replace(f"/srv/fedkeel/models/{tiny_base.name}", str(tiny_base))
@@ -137,6 +138,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "another FedKeel": (
         lambda s: change(s / "manifest.json", '"fedkeel": "', '"fedkeel": "9.'), "version", "the federation runs 9.",
     ),
+    "another recipe": (
+        lambda s: change(s / "recipe.toml", "rounds = 10", "rounds = 11"), "recipe", "belongs by manifest.json: copy both",
+    ),
+    "a recipe that the site did not agree to": (
+        lambda s: change(s / "site.toml", 'recipe_sha256 = "', 'recipe_sha256 = "0'), "recipe",
+        "site.toml agrees to recipe_sha256 = 0",
+    ),
+    "no recipe": (lambda s: (s / "recipe.toml").unlink(), "recipe data", "recipe.toml cannot be read"),
     "no ca.pem": (lambda s: (s / "ca.pem").unlink(), "certificate clock", "ca.pem is no certificate"),
     "ca.pem of another authority": (
         lambda s: (s / "ca.pem").write_bytes(certificate("other", new_key(), 9).public_bytes(Encoding.PEM)),
@@ -152,7 +161,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "worker key others may read": (lambda s: (s / "worker.key").chmod(0o644), "worker", "worker.key has mode 0644"),
     "short worker key": (lambda s: (s / "worker.key").write_text("secret"), "worker", "a key of 32 bytes or more belongs"),
     "socket is a file": (
-        lambda s: ((s / "state").mkdir(), (s / "state/worker.sock").write_text("")), "worker", "is there and is no socket",
+        lambda s: (s / "state/worker.sock").write_text(""), "worker", "is there and is no socket",
     ),
     "socket in no folder": (
         lambda s: change(s / "site.toml", '"state/worker.sock"', '"site.toml/worker.sock"'), "worker", "no socket can be made",
@@ -277,8 +286,16 @@ def test_a_manifest_without_hashes_is_told_and_no_failure(site: Path, port: int)
         assert f"sha256 {told[key][:16]}: not compared" in found[name].text
 
 
+def test_a_site_may_agree_to_any_recipe(site: Path, port: int) -> None:
+    digest = hashlib.sha256((site / "recipe.toml").read_bytes()).hexdigest()
+    found = {f.name: f.text for f in check(site / "site.toml", f"localhost:{port}")}
+    assert found["recipe"] == f"sha256 {digest[:16]}, as in the manifest and in site.toml"
+    change(site / "site.toml", f'recipe_sha256 = "{digest}"', "")
+    found = {f.name: f.text for f in check(site / "site.toml", f"localhost:{port}")}
+    assert found["recipe"].endswith("holds no recipe_sha256, so the site agrees to any recipe")
+
+
 def test_a_worker_that_listens_is_left_alone(site: Path, port: int) -> None:
-    (site / "state").mkdir()
     with socket.socket(socket.AF_UNIX) as worker:
         worker.bind(str(site / "state/worker.sock"))
         worker.listen()

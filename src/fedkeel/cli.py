@@ -438,8 +438,10 @@ def deploy_init(
     """Write a deployment: the app, certificates of a private authority, a key a site, how to start; prints a check list."""
     from fedkeel.deploy.init import app_recipe, init
 
-    travels, here = app_recipe(recipe, overrides or [])
+    travels, here, notes = app_recipe(recipe, overrides or [])
     typer.echo(init(folder, travels, _names(sites), _names(host), port, base or here))
+    for note in notes:
+        typer.echo(f"note: {note}")
     typer.echo(f"written: {folder}/ (this text: {folder}/CHECKLIST.md)")
 
 

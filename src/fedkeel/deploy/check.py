@@ -1,6 +1,6 @@
 """What a site can find out before round 1: `fedkeel deploy check site.toml`. Each check is a function that tells what it found.
 
-The files beside site.toml are those that `fedkeel deploy init` wrote: ca.pem, node.key, recipe.toml, manifest.json.
+The files beside site.toml are those that `fedkeel deploy init` wrote: ca.pem, node.key, worker.key, recipe.toml, manifest.json.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
+import hashlib
 import shutil
 import socket
 import ssl
@@ -20,7 +21,6 @@ from pathlib import Path
 from fedkeel import __version__
 from fedkeel.deploy.manifest import DeployError, base_files, files_hash, read_manifest
 from fedkeel.engines.sitefile import SiteFile, read_site
-from fedkeel.recipe.schema import Recipe
 from fedkeel.types import FedKeelError
 
 SECONDS = 10.0  # for a connection, for a handshake, for an answer
@@ -57,6 +57,45 @@ def split_address(address: str) -> tuple[str, int]:
     if not bare or (":" in bare) != (host != bare) or not port.isdecimal() or not 0 < int(port) < 65536:
         raise DeployError(f"coordinator {address!r}: host:port belongs here, as in coordinator.example:9443")
     return bare, int(port)
+
+
+def check_version(site: Site) -> str:
+    """The installed FedKeel against the one that the deployment was written with."""
+    wanted = read_manifest(site.folder / "manifest.json")["fedkeel"]
+    if wanted != __version__:
+        raise DeployError(
+            f"fedkeel {__version__} is installed; the federation runs {wanted}: install the wheels of requirements.txt beside "
+            f"this site.toml"
+        )
+    return f"fedkeel {__version__}"
+
+
+def _recipe_text(site: Site) -> str:
+    """The recipe as the site was given it. Raises DeployError."""
+    path = site.folder / "recipe.toml"
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeployError(f"{path} cannot be read: {error}; copy it from app/ of the deployment's folder") from error
+
+
+def check_recipe(site: Site) -> str:
+    """The part's recipe against the manifest's hash, and the hash that the site agreed to."""
+    digest = hashlib.sha256(_recipe_text(site).encode()).hexdigest()
+    wanted, agreed = read_manifest(site.folder / "manifest.json")["recipe"], site.file.recipe_sha256
+    if digest != wanted:
+        raise DeployError(
+            f"{site.folder / 'recipe.toml'} has sha256 {digest[:16]}, where {wanted[:16]} belongs by manifest.json: copy both "
+            f"from app/ of the deployment's folder"
+        )
+    if not agreed:
+        return f"sha256 {digest[:16]}, as in the manifest; site.toml holds no recipe_sha256, so the site agrees to any recipe"
+    if digest != agreed:
+        raise DeployError(
+            f"site.toml agrees to recipe_sha256 = {agreed[:16]}…, and {site.folder / 'recipe.toml'} has {digest}: read it, and "
+            f"if this site is to take part in that, write this number there"
+        )
+    return f"sha256 {digest[:16]}, as in the manifest and in site.toml"
 
 
 def _connect(site: Site) -> socket.socket:
@@ -233,25 +272,6 @@ def check_disk(site: Site) -> str:
     return f"{free / 2**30:.1f} GiB free for {state}"
 
 
-def check_version(site: Site) -> str:
-    """The installed FedKeel against the one that the deployment was written with."""
-    wanted = read_manifest(site.folder / "manifest.json")["fedkeel"]
-    if wanted != __version__:
-        raise DeployError(f"fedkeel {__version__} is installed; the federation runs {wanted}: pip install fedkeel=={wanted}")
-    return f"fedkeel {__version__}"
-
-
-def _recipe(site: Site) -> Recipe:
-    from fedkeel.engines.work import localised
-
-    path = site.folder / "recipe.toml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeployError(f"{path} cannot be read: {error}; copy it from app/ of the deployment's folder") from error
-    return localised(text, site.file)
-
-
 def _same(site: Site, what: str, key: str) -> str:
     """A hash of the base's files against the manifest's."""
     manifest = read_manifest(site.folder / "manifest.json")
@@ -287,9 +307,10 @@ def check_tokenizer(site: Site) -> str:
 
 def check_data(site: Site) -> str:
     """The site's rows, read as a round reads them."""
-    recipe = _recipe(site)
     from fedkeel.data.sources import load_records
+    from fedkeel.engines.work import localised
 
+    recipe = localised(_recipe_text(site), site.file)
     records = load_records(recipe.data, recipe.seed)
     if recipe.data.source != "pydocs":  # of which every machine holds all
         foreign = Counter(r.site for r in records if r.site and r.site != site.file.name)
@@ -309,6 +330,7 @@ def check_data(site: Site) -> str:
 
 CHECKS: dict[str, Callable[[Site], str]] = {
     "version": check_version,
+    "recipe": check_recipe,
     "reach": check_reach,
     "certificate": check_certificate,
     "clock": check_clock,

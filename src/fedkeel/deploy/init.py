@@ -4,8 +4,8 @@ The folder holds one part a machine, and a part never holds another machine's pr
 
     app/            the Flower app: two names, the recipe, the manifest. No data, no weights, no key
     ca/             the private authority's key and certificate: stays offline
-    coordinator/    TLS key and certificate, the sites' public keys, the gate, how to start
-    site-NAME/      the site's private key, site.toml, how to start
+    coordinator/    TLS key and certificate, the sites' public keys, the gate, how to start, what to install
+    site-NAME/      the site's private key, site.toml, how to start, what to install
     image/          a Dockerfile, for those who use the Compose files
     CHECKLIST.md    what to copy where, what must never leave, in which order to start
 
@@ -18,33 +18,28 @@ Imports neither torch nor Flower; `cryptography` comes with Flower.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+from fedkeel.deploy.keys import AUTHORITY_DAYS, SERVER_DAYS, certificate, is_ip, new_key, pem, ssh_pair
+from fedkeel.deploy.manifest import DeployError, make_manifest
+from fedkeel.deploy.parts import EMBEDDED, Plan, app_files, check_list, coordinator_files, image_files, joined, site_files
 from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
 
-if TYPE_CHECKING:
-    pass
-
-from fedkeel.deploy.keys import AUTHORITY_DAYS, SERVER_DAYS, _is_ip, certificate, new_key, pem, ssh_pair
-from fedkeel.deploy.manifest import DeployError, _manifest
-from fedkeel.deploy.parts import DOCKERFILE, EMBEDDED, _app, _check_list, _coordinator, _site, joined
-
 SITE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 DNS_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
-
-
-# Names and addresses
+PRIVATE = ("ca.key", "tls.key", "node.key", "worker.key", "site.toml")  # files that only their owner may read
+POOLED = "centralised"  # the baseline on all rows in one place
 
 
 def check_sites(names: Sequence[str]) -> tuple[str, ...]:
@@ -71,29 +66,41 @@ def check_hosts(hosts: Sequence[str]) -> tuple[str, ...]:
     for host in hosts:
         labels = host.split(".")
         dns = len(host) <= 253 and all(DNS_LABEL.fullmatch(label) for label in labels) and not labels[-1].isdigit()
-        if not (_is_ip(host) or dns):
+        if not (is_ip(host) or dns):
             raise DeployError(f"host {host!r}: a DNS name or an IP address belongs here, without scheme, port or wildcard")
     return tuple(hosts)
 
 
-# The recipe and the manifest
+class AppRecipe(NamedTuple):
+    """recipe: as it travels. base: the folder of its base if that is here. notes: what differs from the recipe as written."""
+
+    recipe: Recipe
+    base: Path | None
+    notes: tuple[str, ...]
 
 
-def app_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path | None]:
-    """(the recipe as it travels, the folder of its base if it is here): every key, and no path of this machine.
+def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
+    """The recipe as it travels: every key, no path of this machine, an order of tasks written out as stages, and no baseline
+    on pooled rows.
 
-    Rows are not looked for. Raises ConfigError, or DeployError for a recipe that a deployment does not run.
+    Rows are not looked for; data.tasks_file is, if stream.order names an order of it. Raises ConfigError, or DeployError for a
+    recipe that a deployment does not run.
     """
-    recipe = make_recipe(read_tree(path, overrides), data=False)
-    if recipe.stream.order or recipe.stream.stages:
+    recipe = make_recipe(read_tree(path, overrides), data=False, order=True)
+    evaluation = recipe.evaluation
+    if evaluation.unseen_sites:
         raise DeployError(
-            f"{path}: a task stream runs in one process or in the simulation, not in a deployment: leave [stream] out"
+            f"{path}: evaluation.unseen_sites = {evaluation.unseen_sites} keeps sites apart from all training, and in a "
+            f"deployment every site takes part: set it to 0"
         )
     if recipe.partition.scheme != "natural":
         raise DeployError(
             f"{path}: partition.scheme = {recipe.partition.scheme!r} deals rows that lie in one place; in a deployment a site "
             f"holds its own rows: set it to 'natural'"
         )
+    notes: tuple[str, ...] = ()
+    if POOLED in evaluation.baselines:
+        notes = (f"evaluation.baselines: {POOLED!r} is left out, as rows never come together in a deployment",)
     base = Path(recipe.model.base).expanduser()
     here = base.resolve() if base.is_dir() else None
     if recipe.model.base == EMBEDDED:
@@ -105,22 +112,11 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path 
         threads=0,
         model=replace(recipe.model, base=named, device="cpu"),
         data=replace(recipe.data, root=""),
+        # the coordinator has no tasks file to look an order up in
+        stream=replace(recipe.stream, order="", tasks_a_stage=1),
+        evaluation=replace(evaluation, baselines=tuple(name for name in evaluation.baselines if name != POOLED)),
     )
-    return travels, here
-
-
-def _write(root: Path, files: Mapping[str, str | bytes], private: Sequence[str] = ()) -> None:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # with its mode from the start: at no time can another user read a key
-        mode = 0o600 if name in private else 0o700 if name.endswith(".sh") else 0o644
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        path.chmod(mode)  # whatever the umask was
+    return AppRecipe(travels, here, notes)
 
 
 def init(
@@ -129,7 +125,8 @@ def init(
     """Write the folder of a deployment, whole or not at all; returns the check list.
 
     recipe: of `app_recipe`. hosts: names of the coordinator, the first is what sites dial. base: a folder to take the base's
-    hashes from; None: the manifest holds none. Raises DeployError on a bad name or address, or if `folder` exists.
+    hashes from; None: the manifest holds none. Raises DeployError on a bad name or address, or if `folder` exists or cannot be
+    written.
     """
     sites, hosts = check_sites(sites), check_hosts(hosts)
     if not 1 <= port <= 65534:
@@ -138,38 +135,75 @@ def init(
         )
     if os.path.lexists(folder):
         raise DeployError(f"{folder} exists; name a folder that does not, as its keys may be in use")
-    address = joined(hosts[0], port)
     text = to_toml(recipe)
-    manifest = json.dumps(_manifest(recipe, text, sites, address, base), indent=1) + "\n"
+    manifest = make_manifest(recipe, text, sites, joined(hosts[0], port), base)
+    plan = Plan(recipe, text, manifest, sites, hosts, port)
+    todo = check_list(plan, SERVER_DAYS)
+    secret = _secrets(plan)
+    with _whole(folder) as partial:
+        _write(partial, {"CHECKLIST.md": todo})
+        _write(partial / "app", app_files(plan))
+        _write(partial / "ca", secret["ca"])
+        _write(partial / "image", image_files(plan))
+        _write(partial / "coordinator", coordinator_files(plan) | secret["coordinator"], state=True)
+        for name in sites:
+            _write(partial / f"site-{name}", site_files(plan, name) | secret[f"site-{name}"], state=True)
+    return todo
+
+
+def _secrets(plan: Plan) -> dict[str, dict[str, str | bytes]]:
+    """part -> its keys and certificates, all fresh."""
     authority_key, server_key = new_key(), new_key()
     from cryptography.hazmat.primitives.serialization import Encoding
 
     authority = certificate(f"FedKeel authority {secrets.token_hex(4)}", authority_key, AUTHORITY_DAYS)
-    names = tuple(dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"]))  # Flower's own processes dial the loopback
+    names = tuple(dict.fromkeys([*plan.hosts, "localhost", "127.0.0.1", "::1"]))  # Flower's own processes dial the loopback
     server = certificate("FedKeel coordinator", server_key, SERVER_DAYS, names, (authority, authority_key))
     ca = authority.public_bytes(Encoding.PEM)
-    check_list = _check_list(hosts, port, sites, SERVER_DAYS, base is not None)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))  # mode 0700
+    coordinator: dict[str, str | bytes] = {
+        "ca.pem": ca,
+        "tls.key": pem(server_key),
+        "tls.pem": server.public_bytes(Encoding.PEM),
+    }
+    found: dict[str, dict[str, str | bytes]] = {"ca": {"ca.key": pem(authority_key), "ca.pem": ca}}
+    found["coordinator"] = coordinator
+    for name in plan.sites:
+        private, public = ssh_pair(new_key(), name)
+        coordinator[f"keys/{name}.pub"] = public
+        worker = secrets.token_hex(32) + "\n"
+        found[f"site-{name}"] = {"ca.pem": ca, "node.key": private, "node.pub": public, "worker.key": worker}
+    return found
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, of mode 0700, that takes its name at the end, or is removed if anything is raised."""
+    folder = folder.absolute()
+    partial = None
     try:
-        _write(partial / "app", _app(recipe, text, manifest, sites))
-        _write(partial / "ca", {"ca.key": pem(authority_key), "ca.pem": ca}, ["ca.key"])
-        coordinator: dict[str, str | bytes] = {**_coordinator(hosts, port), "ca.pem": ca}
-        coordinator |= {"tls.key": pem(server_key), "tls.pem": server.public_bytes(Encoding.PEM)}
-        for number, name in enumerate(sites):
-            private, public = ssh_pair(new_key(), name)
-            coordinator[f"keys/{name}.pub"] = public
-            files: dict[str, str | bytes] = {**_site(name, number, recipe, address)}
-            files |= {"ca.pem": ca, "recipe.toml": text, "manifest.json": manifest, "node.key": private, "node.pub": public}
-            files["worker.key"] = secrets.token_hex(32) + "\n"
-            _write(partial / f"site-{name}", files, ["node.key", "worker.key", "site.toml"])
-        _write(partial / "coordinator", coordinator, ["tls.key"])
-        _write(partial / "image", {"Dockerfile": DOCKERFILE})
-        _write(partial, {"CHECKLIST.md": check_list})
-        partial.rename(folder.absolute())
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield partial
+        partial.rename(folder)
     except OSError as error:
         raise DeployError(f"{folder} could not be written: {error.strerror or error}. Nothing of it is left") from error
     finally:
-        if partial.exists():
+        if partial is not None and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
-    return check_list
+
+
+def _write(root: Path, files: Mapping[str, str | bytes], state: bool = False) -> None:
+    """The files of a part, in folders of mode 0700. state: with the folder state/, which its unit wants to be there."""
+    folders = {root, *((root / name).parent for name in files)} | ({root / "state"} if state else set())
+    for path in sorted(folders):
+        path.mkdir(exist_ok=True, mode=0o700)
+    for name, content in files.items():
+        path = root / name
+        # with its mode from the start: at no time can another user read a key
+        mode = 0o600 if path.name in PRIVATE else 0o700 if path.suffix == ".sh" else 0o644
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        path.chmod(mode)  # whatever the umask was

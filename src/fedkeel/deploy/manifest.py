@@ -6,30 +6,32 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedkeel import __version__
 from fedkeel.recipe.schema import Recipe
 from fedkeel.types import FedKeelError
 
-if TYPE_CHECKING:
-    pass
-
-
 # What decides how a base computes, and how it reads text. Everything else in a folder (README, other formats) is left out.
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "sentencepiece.bpe.model",
-    "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
     "vocab.txt",
-)  # fmt: skip
+)
 
 
 class DeployError(FedKeelError):
     """A deployment that cannot be written or read as asked; the text says what would be right."""
-
-
-# The base, told by its files
 
 
 def base_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -70,8 +72,9 @@ def base_hashes(folder: Path) -> tuple[str, str]:
     return files_hash(model), files_hash(tokenizer)
 
 
-def _manifest(recipe: Recipe, text: str, sites: Sequence[str], address: str, base: Path | None) -> dict[str, Any]:
-    """What every part knows of the federation, none of it secret. base: where to compute the hashes; None: left empty."""
+def make_manifest(recipe: Recipe, text: str, sites: Sequence[str], address: str, base: Path | None) -> dict[str, Any]:
+    """What every part knows of the federation, none of it secret. text: recipe.toml. base: where to compute the hashes; None:
+    they are left empty. Raises DeployError if `base` is no base."""
     model, tokenizer = base_hashes(base) if base is not None else ("", "")
     return {
         "fedkeel": __version__,

@@ -25,7 +25,8 @@ class SiteFile:
     """What a site's own site.toml says; none of it leaves the site but the name.
 
     data: keys of the recipe's [data] that say where rows are. state: the folder of what the site keeps. socket, key: of the
-    warm worker; warm: whether there is one. idle: seconds after which a worker that nobody asks ends.
+    warm worker; warm: whether there is one. idle: seconds after which a worker that nobody asks ends. recipe_sha256: of the
+    recipe.toml that the site agreed to; empty: it agrees to any.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class SiteFile:
     socket: Path = Path()
     key: Path = Path()
     idle: float = 3600.0
+    recipe_sha256: str = ""
 
 
 def read_site(path: Path) -> SiteFile:
@@ -51,7 +53,7 @@ def read_site(path: Path) -> SiteFile:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise wrong(f"cannot be read: {error}") from error
-    known = {"": {"name", "state", "device", "threads"}, "model": {"base"}, "data": set(PLACES),
+    known = {"": {"name", "state", "device", "threads", "recipe_sha256"}, "model": {"base"}, "data": set(PLACES),
              "worker": {"warm", "socket", "key", "idle"}}  # fmt: skip
     tables = {table: told.get(table, {}) for table in ("model", "data", "worker")}
     for table, keys in (("", {k: v for k, v in told.items() if k not in tables}), *tables.items()):
@@ -92,6 +94,7 @@ def read_site(path: Path) -> SiteFile:
         path.absolute(), name, state, text(told, "device", "cpu"), int(number(told, "threads", 1)),
         str(absolute(base)) if base.startswith((".", "~", "/")) else base, data, worker.get("warm", True) is True, where,
         absolute(text(worker, "key", str(state / "worker.key"))), number(worker, "idle", 3600.0),
+        text(told, "recipe_sha256"),
     )  # fmt: skip
 
 

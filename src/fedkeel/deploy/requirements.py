@@ -1,0 +1,44 @@
+"""What every machine of a deployment installs: the releases that are installed here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from fedkeel.deploy.manifest import DeployError
+from fedkeel.recipe.schema import Recipe
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+EXTRA = re.compile(r"""\bextra\s*==\s*["']([^"']+)["']""")
+
+
+def needed_extras(recipe: Recipe) -> tuple[str, ...]:
+    """The extras of fedkeel that a coordinator and a site of this federation need."""
+    return ("flower", "hub") if recipe.data.source == "hub" else ("flower",)
+
+
+def pins(extras: Sequence[str]) -> tuple[str, ...]:
+    """Lines of a requirements file: each library that fedkeel with `extras` asks for by name, at its release on this machine.
+
+    Of a local build (2.9.0+cpu) the release alone, as a machine with a GPU needs another build of it. One that is not installed
+    here has the range that FedKeel allows. Raises DeployError if FedKeel itself is not installed, only imported.
+    """
+    try:
+        wanted = requires("fedkeel") or []
+    except PackageNotFoundError as error:
+        raise DeployError(
+            "fedkeel is not installed here, so what the other machines should install is not known: pip install its source"
+        ) from error
+    return tuple(sorted(_pin(one) for one in wanted if set(EXTRA.findall(one)) <= set(extras)))
+
+
+def _pin(requirement: str) -> str:
+    """A line of a requirements file for a requirement as a distribution's metadata has it."""
+    asked = requirement.partition(";")[0].strip()
+    named = NAME.match(asked)
+    assert named is not None, requirement
+    try:
+        return f"{named[0]}=={version(named[0]).partition('+')[0]}"
+    except PackageNotFoundError:
+        return f"{asked}  # not installed where this was written"
