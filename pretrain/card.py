@@ -3,7 +3,8 @@
     python pretrain/card.py --run build/keel-nano
 
 Every number comes from a file or from the code that trained. On a run that still goes on, the newest held-out reading
-stands in for the final one and the card says so; send it elsewhere with `--results` and `--card`.
+stands in for the final one and the card says so; send it elsewhere with `--results` and `--card`. The curves are drawn with
+matplotlib, which FedKeel does not depend on: `pip install matplotlib` first.
 """
 
 from __future__ import annotations
@@ -12,11 +13,6 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast
 
@@ -128,6 +124,12 @@ def seconds(train: list[dict]) -> float:
 
 
 def plot(train: list[dict], heldout: list[dict], ngrams: dict, out: Path) -> None:
+    """Training loss and held-out bits per byte into the picture `out`. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     tokens = {row["step"]: row["tokens"] / 1e6 for row in train}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(tokens.values(), [row["train_nats"] for row in train], color="C0")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pretrain"))
 
 import ngram
 
