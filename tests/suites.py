@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,12 @@ def scored(
     return rows + [one_row(run, seed, "own_score", v, site=name, **at) for name, v in own.items()]
 
 
-def write_run(folder: Path, rows: Sequence[Row], packed: bool = False, **files: Any) -> None:
+def write_run(folder: Path, rows: Sequence[Row], **files: Any) -> None:
     """rows.jsonl, recipe.toml, env.json and state.json; files: scores, measures (lines) and recipe (text)."""
     folder.mkdir(parents=True)
 
     def lines(name: str, held: Sequence[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(one) + "\n" for one in held)
-        if packed:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-        else:
-            (folder / name).write_text(text)
+        (folder / name).write_text("".join(json.dumps(one) + "\n" for one in held))
 
     lines("rows.jsonl", [r.as_json() for r in rows])
     if "scores" in files:
@@ -52,8 +48,21 @@ def write_run(folder: Path, rows: Sequence[Row], packed: bool = False, **files: 
         files.get("recipe", "[train]\nlocal_steps = 5\nlocal_epochs = 0\n[distill]\nweight = 0.0\n")
     )
     (folder / "env.json").write_text(json.dumps(ENVIRONMENT))
-    if not packed:
-        (folder / "state.json").write_text(json.dumps({"finished": True}))
+    (folder / "state.json").write_text(json.dumps({"finished": True}))
+
+
+MAIN = Path(__file__).parent.parent / "results" / "suites" / "main" / "runs.tar.xz"
+
+
+def kept_run(name: str, folder: Path) -> Path:
+    """A committed run of the main suite, unpacked into `folder`."""
+    folder.mkdir(parents=True)
+    with tarfile.open(MAIN, "r:xz") as tar:
+        for member in tar:
+            run, _, file = member.name.partition("/")
+            if run == name:
+                (folder / file).write_bytes(tar.extractfile(member).read())
+    return folder
 
 
 def write_plan(folder: Path, runs: Sequence[tuple[str, str, str, int]], **told: Any) -> None:

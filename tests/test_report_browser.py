@@ -6,7 +6,6 @@ Chromium and its driver are looked for under /usr/bin and on the path; without t
 from __future__ import annotations
 
 import base64
-import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from suites import ODD, whole_run, whole_suite, write_plan
+from suites import ODD, kept_run, whole_run, whole_suite, write_plan
 
 from fedkeel.evidence.report import write_report, write_suite_report
 
@@ -28,7 +27,6 @@ DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no chromium with chromedriver here: the pages are not tried in a browser"
 )
-STREAM = Path(__file__).parent.parent / "results" / "streams" / "minilm"
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run", "--hide-scrollbars",
@@ -82,14 +80,12 @@ def real_suite(folder: Path) -> Path:
     write_plan(folder, [(f"{m}-{k}", "minilm", m, k) for m in methods for k in (1, 2)], reference="fedit")
     for method in methods:
         for seed in (1, 2):
-            shutil.copytree(STREAM / f"minilm-{method}-s{seed}", folder / f"{method}-{seed}")
+            kept_run(f"clinc150-{method}-s{seed}", folder / f"{method}-{seed}")
     return folder
 
 
 def real_run(folder: Path) -> Path:
-    shutil.copytree(STREAM / "minilm-full-s1", folder)
-    (folder / "rows.jsonl").write_bytes(gzip.decompress((folder / "rows.jsonl.gz").read_bytes()))
-    return folder
+    return kept_run("clinc150-full-s1", folder)
 
 
 MAKERS: dict[str, Callable[[Path], Path]] = {

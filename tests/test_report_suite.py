@@ -56,14 +56,14 @@ def per_row(a: float, b: float, method: str = "federated") -> list[dict[str, obj
     ]  # fmt: skip
 
 
-def make(folder: Path, packed: bool = False) -> Path:
+def make(folder: Path) -> Path:
     """Methods `plain` (reference; two seeds) and `keel` (one seed there, one failed), and one run of baselines."""
     runs = [("p1", "s", "plain", 1), ("p2", "s", "plain", 2), ("k1", "s", "keel", 1), ("k2", "s", "keel", 2)]
     write_plan(folder, [("b1", "s", "baselines", 1), *runs], trials={"s": {"keel": 7}})
     p1 = two_stages("p1", 1, 0.8, (0.5, 0.7), {"a": 0.5, "b": 0.7}) + cost("p1", 1, 3)
     p2 = two_stages("p2", 2, 0.8, (0.6, 0.8), {"a": 0.6, "b": 0.8}) + cost("p2", 2, 3)
-    write_run(folder / "p1", p1, packed, scores=per_row(0.4, 0.6))
-    write_run(folder / "p2", p2, packed, scores=per_row(0.5, 0.7))
+    write_run(folder / "p1", p1, scores=per_row(0.4, 0.6))
+    write_run(folder / "p2", p2, scores=per_row(0.5, 0.7))
     damage = {"clean": 0.7, "bits/trained": 0.0, "bits/ssi": 0.93, "bits/8/score": 0.68, "bits/4/score": 0.62}
     damage |= {"heads/trained": 1.0, "heads/ssi": 0.5, "heads/0.1/score": 0.3}
     measures = [one_row("k1", 1, f"damage/{n}", v, split="test") for n, v in damage.items()]
@@ -71,12 +71,12 @@ def make(folder: Path, packed: bool = False) -> Path:
     measures += [one_row("k1", 1, f"state_cka/{n}", v, "ratio", stage=s) for n, s, v in (("0", 0, 0.8), ("1", 0, 0.9))]
     k1 = two_stages("k1", 1, 0.8, (0.7, 0.7), {"a": 0.6, "b": 0.6}) + cost("k1", 1, 6)
     recipe = "name = 'k1'\n[train]\nlocal_steps = 5\nlocal_epochs = 0\n[distill]\nweight = 0.5\nnewer = 1\n"
-    write_run(folder / "k1", k1, packed, scores=per_row(0.6, 0.6), measures=measures, recipe=recipe)
+    write_run(folder / "k1", k1, scores=per_row(0.6, 0.6), measures=measures, recipe=recipe)
     (folder / "k2.failed").write_text("exit status 1\nTraceback\nfedkeel: the disk | is full\n\n")
     base = scored("b1", 1, {"A": 0.1, "B": 0.3}, {}, "base", stage=1, stages=(0.1, 0.3))
     local = [r for s, v in (("a", 0.3), ("b", 0.5)) for r in scored("b1", 1, {"A": v, "B": v}, {s: v}, "local", 1, site=s)]
     central = scored("b1", 1, {"A": 0.9, "B": 0.55}, {"a": 0.9, "b": 0.8}, "centralised", 1, (0.9, 0.55))
-    write_run(folder / "b1", base + local + central, packed)
+    write_run(folder / "b1", base + local + central)
     return folder
 
 
@@ -132,11 +132,6 @@ def test_a_method_whose_every_run_failed_stays(tmp_path: Path) -> None:
     assert (found["keel"]["final score"], found["keel"]["seeds"]) == ("failed", "0 of 1")
     assert (found["more"]["final score"], found["more"]["seeds"]) == ("–", "0 of 1")
     assert "BWT" not in found["keel"]  # nobody has it
-
-
-def test_packed_results_say_the_same(tmp_path: Path) -> None:
-    plain, packed = (read_suite(make(tmp_path / name, name == "packed")) for name in ("plain", "packed"))
-    assert cells(plain) == cells(packed)
 
 
 def test_an_unfinished_run_counts_for_nothing(tmp_path: Path) -> None:

@@ -1,164 +1,71 @@
-"""The published numbers are those of the committed rows."""
+"""The published numbers are those of the committed rows.
+
+Scores, forgetting and bytes are recomputed here from raw lines, apart from the report's code; each archive is read once.
+"""
 
 from __future__ import annotations
 
-import gzip
+import functools
 import json
 import re
+import tarfile
 import tomllib
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 
 import results_page
-import sweep
 from fedkeel.evidence.suites.plan import load_plan
 from fedkeel.evidence.suites.runs import other_recipe, runs_of
-from fedkeel.recipe.load import load_recipe
-from fedkeel.recipe.settings import to_toml
 
 ROOT = Path(__file__).parent.parent
+SUITES = ROOT / "results" / "suites"
+HISTORY = ROOT / "results" / "history"
+COMPARED = tuple(name for name in results_page.SUITES if (SUITES / name / "chance.json").exists())
+RUNS = ("quickstart", "clinc150-minilm")  # of the main job, as the README shows them
+
+Rows = list[dict[str, Any]]
 
 
-def test_docs_and_readme_are_generated_from_the_rows() -> None:
-    whole = (ROOT / "docs" / "results.md").read_text()
-    assert whole == results_page.whole()
-    assert (ROOT / "README.md").read_text() == results_page.readme()
-    for target in re.findall(r"\]\((\.\./[^)]+)\)", whole):
-        assert (ROOT / "docs" / target).exists(), target
+@functools.cache
+def archive(path: Path) -> dict[str, str]:
+    """path -> text of every file in a .tar.xz."""
+    with tarfile.open(path, "r:xz") as tar:
+        return {member.name: tar.extractfile(member).read().decode() for member in tar}
 
 
-def test_contents_number_headings_of_one_name() -> None:
-    text = "# One\n## a b\n### c\n# Two: x\n## a b\n## c\n"
-    assert results_page.contents(text) == "* [One](#one): [a b](#a-b)\n* [Two: x](#two-x): [a b](#a-b-1), [c](#c-1)\n"
+def suite_files(suite: str) -> dict[str, str]:
+    return archive(SUITES / suite / "runs.tar.xz")
 
 
-@pytest.mark.parametrize("stream", results_page.PICTURES)
-def test_pictures_hold_what_is_left_in_the_end(stream: str) -> None:
-    """Each method's mean over stages and seeds after the last stage, from the raw lines; matplotlib names text in comments."""
-    drawn = re.findall(r"<!-- (.*?) -->", (ROOT / "results" / "suites" / "main" / f"{stream}.svg").read_text())
-    methods = [name for name in drawn if any((ROOT / "results" / "suites" / "main").glob(f"{stream}-{name}-s1"))]
-    assert len(methods) >= 13
-    out = {"amazon"} if stream == "cl15" else set()  # at chance by the rule, as the page says
-    order = ("dbpedia", "amazon", "yahoo", "agnews")
-    for method in methods:
-        finals = []
-        for folder in (ROOT / "results" / "suites" / "main").glob(f"{stream}-{method}-s[0-9]"):
-            scores = by_stage(raw_rows(folder), "federated", "")
-            finals.append(mean(score for (after, of), score in scores.items() if after == 3 and order[of] not in out))
-        assert f"{100 * mean(finals):.1f}" in drawn, method
+def lines_of(text: str) -> Rows:
+    return json.loads(f"[{','.join(text.splitlines())}]")  # line by line takes twice as long
 
 
-@pytest.mark.parametrize("name", results_page.committed())
-def test_scores_recomputed_from_rows_by_hand(name: str) -> None:
-    """Apart from the report's code: the mean over tasks of each method, from the raw lines, stands in the page."""
-    lines = (ROOT / "results" / "main-job" / name / "rows.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    section = results_page.page().split(f"## {name}\n")[1].split("\n## ")[0]
-    for method in ("base", "federated", "centralised"):
-        scores = [
-            r["value"]
-            for r in rows
-            if (r["method"], r["name"], r["split"]) == (method, "score", "test") and r["task"] and not r["site"]
-        ]
-        line = re.search(rf"^\| {method} \| ([^|]+) \|", section, re.MULTILINE)
-        assert line is not None
-        assert line.group(1).strip() == f"{100 * mean(scores):.1f}"
+@functools.cache
+def rows_of(suite: str, run: str) -> Rows:
+    return lines_of(suite_files(suite)[f"{run}/rows.jsonl"])
 
 
-@pytest.mark.parametrize("name", results_page.committed())
-def test_every_result_carries_its_recipe_and_commit(name: str) -> None:
-    """A tree with uncommitted changes says so (`-dirty`), on the page too."""
-    folder = ROOT / "results" / "main-job" / name
-    commit = json.loads((folder / "env.json").read_text())["commit"]
-    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", commit)
-    assert f"commit `{commit}`" in results_page.page().split(f"## {name}\n")[1].split("\n## ")[0]
-    for file in ("recipe.toml", "table.md", "report.md", "curve.svg"):
-        assert (folder / file).stat().st_size > 0
+@functools.cache
+def told(suite: str) -> dict[str, Any]:
+    return json.loads((SUITES / suite / "suite.json").read_text())
 
 
-@pytest.mark.parametrize("plan", results_page.STREAMS)
-def test_stream_scores_recomputed_from_rows_by_hand(plan: str) -> None:
-    """Final score and forgetting of each method from the raw lines, apart from the code that wrote the page."""
-    section = results_page.streams().split(f"## {plan}\n", 1)[1].split("\n## ")[0]
-    methods: dict[str, list[tuple[float, float]]] = {}
-    for folder in sorted((ROOT / "results" / "streams" / plan).iterdir()):
-        found: dict[tuple[int, int], float] = {}
-        for line in gzip.decompress((folder / "rows.jsonl.gz").read_bytes()).decode().splitlines():
-            row = json.loads(line)
-            if row["method"] == "federated" and row["split"] == "test" and row["name"].startswith("score_of_stage_"):
-                found[row["stage"], int(row["name"].split("_")[-1]) - 1] = row["value"]
-        last = max(stage for stage, _ in found)
-        final = mean(found[last, i] for i in range(last + 1))
-        forgot = mean(max(found[s, i] for s in range(i, last)) - found[last, i] for i in range(last))
-        name = folder.name.removeprefix(f"{plan}-").rpartition("-s")[0]
-        methods.setdefault(name, []).append((final, forgot))
-    assert len(methods) >= 5
-    for name, values in methods.items():
-        cells = next(line for line in section.splitlines() if line.startswith(f"| {name} |")).split("|")
-        assert cells[3].split("±")[0].strip() == f"{100 * mean(f for f, _ in values):.1f}"
-        assert float(cells[6].split("±")[0].strip().replace("−", "-")) == pytest.approx(
-            100 * mean(f for _, f in values), abs=0.0501
-        )
-
-
-def test_damage_and_cost_tables_hold_every_line() -> None:
-    lines = results_page.damage_lines()
-    table = results_page.damage_table()
-    for cells in table.lines:
-        own = [line for line in lines if line["run"].startswith(f"minilm-{cells[0]}-s")]
-        clean = {line["run"]: line["clean"] for line in own}
-        assert cells[2].split(" ")[0] == f"{100 * mean(clean.values()):.1f}"
-        assert not any(line["trained"] for line in own)  # families that a run trained on would not be held out
-    text = results_page.streams()
-    costs = [row for file in results_page.STEP_COST for row in results_page.step_cost(file)["results"]]
-    assert len(costs) > 20
-    for row in costs:
-        assert f"| {row['base']} | {row['variant']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" in text
-    for row in results_page.engines()["results"]:
-        first = f"{row['first']:.2f} | {row['round']:.2f} | {row['ratio']:.2f}"
-        assert f"| {row['sites']} | {row['engine']} | {first} |" in text
-    for row in results_page.warm_site()["results"]:
-        told = next(line for line in text.splitlines() if line.startswith(f"| {row['base']} | ") and line.count("|") == 9)
-        assert [float(cell) for cell in told.split(" | ")[2:5]] == [round(row[key], 1) for key in ("warm", "cold", "load")]
-
-
-@pytest.mark.skipif(not (ROOT / "../shared/data").is_dir(), reason="the plans name ../shared/data, which is not here")
-@pytest.mark.parametrize(
-    "folder",
-    sorted(p for kind in ("streams", "tuning", "exchange") for p in (ROOT / "results" / kind).iterdir()),
-    ids=lambda p: p.name,
-)
-def test_the_plan_still_means_what_was_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipe and plan of today resolve to the committed recipe of every run, key by key, but for keys that came later."""
-    monkeypatch.chdir(ROOT)
-    name = folder.name
-    plan = tomllib.loads((ROOT / "experiments" / "streams" / f"{name}.toml").read_text())
-    runs = {run.name: command for run, command in sweep.runs_of(plan, name, Path("build/streams"))}
-    for run in sorted(folder.iterdir()):
-        resolved = tomllib.loads(to_toml(load_recipe(Path(runs[run.name][2]), runs[run.name][3:])))
-        committed = tomllib.loads((run / "recipe.toml").read_text())
-        del resolved["out"], committed["out"]
-        for key, value in committed.items():
-            same = {k: resolved[key][k] for k in value} if isinstance(value, dict) else resolved[key]
-            assert same == value, (run.name, key)
-
-
-def raw_rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in gzip.decompress((folder / "rows.jsonl.gz").read_bytes()).decode().splitlines()]
-
-
-def by_stage(rows: list[dict], leg: str, site: str) -> dict[tuple[int, int], float]:
-    """(stage after which, stage of the rows, both from 0) -> test score."""
+def by_stage(rows: Rows, split: str = "test") -> dict[tuple[int, int], float]:
+    """(stage after which, stage of the rows, both from 0) -> the federated model's score on rows of `split`."""
     return {
         (row["stage"], int(row["name"].split("_")[-1]) - 1): row["value"]
         for row in rows
-        if (row["method"], row["split"], row["site"]) == (leg, "test", site) and row["name"].startswith("score_of_stage_")
+        if (row["method"], row["split"], row["site"]) == ("federated", split, "") and row["name"].startswith("score_of_stage_")
     }
 
 
-def task_scores(rows: list[dict], leg: str) -> dict[int, dict[str, float]]:
+def task_scores(rows: Rows, leg: str) -> dict[int, dict[str, float]]:
     """stage -> task -> test score after it."""
     found: dict[int, dict[str, float]] = {}
     for r in rows:
@@ -167,81 +74,288 @@ def task_scores(rows: list[dict], leg: str) -> dict[int, dict[str, float]]:
     return found
 
 
-def at_chance(folder: Path, runs: list[dict], majority: dict[str, dict[str, float]]) -> set[str]:
+def final_and_forgotten(scores: dict[tuple[int, int], float]) -> tuple[float, float]:
+    """Mean over stages in the end, and mean over earlier stages of the best score before the end less the final one."""
+    last = max(stage for stage, _ in scores)
+    final = {i: score for (s, i), score in scores.items() if s == last}
+    lost = [max(v for (s, j), v in scores.items() if j == i and s < last) - final[i] for i in final if i < last]
+    return mean(final.values()), mean(lost) if lost else 0.0
+
+
+def sent(rows: Rows, name: str) -> float:
+    return sum(r["value"] for r in rows if r["method"] == "federated" and r["name"] == name)
+
+
+def cells_of(table: str, name: str) -> dict[str, str]:
+    """Column -> cell of the line of a Markdown table whose first cell is `name`, with or without what is in brackets."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    line = next(line for line in lines[2:] if line[0] == name or line[0].startswith(f"{name} ("))
+    return dict(zip(lines[0], line, strict=True))
+
+
+def points(cell: str) -> float:
+    """The mean that a cell tells, in points."""
+    return float(cell.split("±")[0].replace("−", "-"))
+
+
+def near(value: float) -> Any:
+    """A number that stands in a table with one decimal."""
+    return pytest.approx(value, abs=0.0501)
+
+
+# ------------------------------------------------------------------------------------------------------------- the pages
+
+
+@pytest.mark.parametrize("suite", results_page.SUITES)
+def test_tables_of_a_suite_are_those_of_its_rows(suite: str) -> None:
+    assert (SUITES / suite / "tables.md").read_text() == results_page.suite_tables(suite)
+
+
+def test_pages_hold_the_tables_as_they_are() -> None:
+    page, readme = results_page.PAGE.read_text(), results_page.README.read_text()
+    assert page == results_page.filled(page)
+    assert len(results_page.MARK.findall(page)) >= 20
+    assert readme == results_page.readme(readme)
+
+
+def test_a_note_stands_once_and_an_unknown_table_is_an_error() -> None:
+    mark = "<!-- table: bytes clinc150: scores -->\nold\n<!-- end -->"
+    once, twice = results_page.filled(mark), results_page.filled(f"{mark}\n{mark}")
+    assert once.count("\n- ") == twice.count("\n- ") >= 3
+    assert twice.count("| int4 |") == 2
+    assert "old" not in once
+    with pytest.raises(SystemExit, match="0 tables with the title 'clinc150: score'"):
+        results_page.filled("<!-- table: bytes clinc150: score -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize("page", [results_page.PAGE, HISTORY / "README.md"], ids=lambda path: path.parent.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        if anchor:
+            heads = re.findall(r"(?m)^#+ (.+)$", other.read_text())
+            marks = ["".join(c for c in head.lower().replace(" ", "-") if c.isalnum() or c in "-_") for head in heads]
+            assert anchor in marks, target
+
+
+@pytest.mark.parametrize("stream", ["clinc150", "cl15"])
+def test_pictures_hold_what_is_left_in_the_end(stream: str) -> None:
+    """Each method's mean over stages and seeds after the last stage, from the raw lines; its numbers stand in comments."""
+    drawn = re.findall(r"<!-- (.*?) -->", (SUITES / "main" / f"{stream}.svg").read_text())
+    out = {"amazon"} if stream == "cl15" else set()  # at chance by the rule, as the page says
+    order = ("dbpedia", "amazon", "yahoo", "agnews")
+    finals = defaultdict(list)
+    for run in told("main")["runs"]:
+        if run["stream"] == stream and run["method"] in drawn:
+            scores = by_stage(rows_of("main", run["name"]))
+            kept = [v for (after, of), v in scores.items() if after == 3 and order[of] not in out]
+            finals[run["method"]].append(mean(kept))
+    assert len(finals) >= 13
+    for method, values in finals.items():
+        assert f"{100 * mean(values):.1f}" in drawn, method
+
+
+def test_benchmark_tables_hold_every_line() -> None:
+    page = results_page.PAGE.read_text()
+    costs = [row for file in ("cpu", "cpu-avx2") for row in results_page.figures("step-cost", file)["results"]]
+    assert len(costs) > 20
+    for row in costs:
+        assert f"| {row['base']} | {row['variant']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" in page
+    for row in results_page.figures("engines", "cpu")["results"]:
+        first = f"{row['first']:.2f} | {row['round']:.2f} | {row['ratio']:.2f}"
+        assert f"| {row['sites']} | {row['engine']} | {first} |" in page
+    for row in results_page.figures("engines", "warm")["results"]:
+        line = next(line for line in page.splitlines() if line.startswith(f"| {row['base']} | ") and line.count("|") == 9)
+        assert [float(cell) for cell in line.split(" | ")[2:5]] == [round(row[key], 1) for key in ("warm", "cold", "load")]
+
+
+# ------------------------------------------------------------------------------------------------------------- provenance
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_carries_its_recipe_and_commit(name: str) -> None:
+    folder = ROOT / "results" / "main-job" / name
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", json.loads((folder / "env.json").read_text())["commit"])
+    for file in ("recipe.toml", "rows.jsonl", "table.md", "curve.svg"):
+        assert (folder / file).stat().st_size > 0
+
+
+@pytest.mark.parametrize("suite", results_page.SUITES)
+def test_every_run_of_a_suite_carries_its_recipe_and_commit(suite: str) -> None:
+    """And the folder is small: an archive, what a person reads, and pictures."""
+    files, tables = suite_files(suite), (SUITES / suite / "tables.md").read_text()
+    assert {name.rpartition("/")[2] for name in files} <= {
+        "rows.jsonl",
+        "scores.jsonl",
+        "measures.jsonl",
+        "recipe.toml",
+        "env.json",
+    }
+    for run in told(suite)["runs"]:
+        commit = json.loads(files[f"{run['name']}/env.json"])["commit"]
+        assert re.fullmatch(r"[0-9a-f]{12}", commit)
+        assert commit in tables
+        recipe = tomllib.loads(files[f"{run['name']}/recipe.toml"])
+        assert (recipe["name"], recipe["seed"]) == (run["name"], run["seed"])
+        assert files[f"{run['name']}/rows.jsonl"].startswith("{")
+    assert len(list((SUITES / suite).iterdir())) <= 8
+    assert all(path.stat().st_size < 10_000_000 for path in (*(SUITES / suite).iterdir(), *HISTORY.iterdir()))
+
+
+@functools.cache
+def planned(suite: str) -> dict[str, Any]:
+    plan = load_plan(suite)
+    paths = {"data.root": "../shared/data", "model.base": "build/minilm"}
+    extra = [f"{name}:{key}={paths[key]}" for name, stream in plan.streams.items() for key in stream.needs]
+    return {run.name: run for run in runs_of(plan, extra=extra)[0]}
+
+
+@pytest.mark.skipif(not (ROOT / "../shared/data").is_dir(), reason="the plans name ../shared/data, which is not here")
+@pytest.mark.parametrize("suite", COMPARED)
+def test_the_suite_plan_still_means_what_was_run(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key by key, but for keys that came later; the seeds of a method have one recipe, name and seed apart, resolved once."""
+    monkeypatch.chdir(ROOT)
+    for run in told(suite)["runs"]:
+        assert not other_recipe(planned(suite)[run["name"]], suite_files(suite)[f"{run['name']}/recipe.toml"])
+
+
+# ---------------------------------------------------------------------------------------------------- numbers by hand
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_scores_of_a_run_recomputed_from_rows_by_hand(name: str) -> None:
+    """The mean over tasks of each leg, from the raw lines, stands in the page."""
+    rows = lines_of((ROOT / "results" / "main-job" / name / "rows.jsonl").read_text())
+    table = results_page.PAGE.read_text().split(f"<!-- table: main-job {name} -->\n")[1].split("<!-- end -->")[0]
+    for leg in ("base", "federated", "centralised"):
+        (scores,) = task_scores(rows, leg).values()
+        assert cells_of(table, leg)["score, points"] == f"{100 * mean(scores.values()):.1f}"
+
+
+def at_chance(suite: str, stream: str, majority: dict[str, dict[str, float]]) -> set[str]:
     """The tasks of a stream that the centralised model does not beat the commonest answer at, by two standard errors."""
-    finals: dict[str, list[float]] = {}
-    for run in runs:
-        if run["method"] == "baselines" and (folder / run["name"]).exists():
-            scores = task_scores(raw_rows(folder / run["name"]), "centralised")
+    finals: dict[str, list[float]] = defaultdict(list)
+    for run in told(suite)["runs"]:
+        if (run["stream"], run["method"]) == (stream, "baselines"):
+            scores = task_scores(rows_of(suite, run["name"]), "centralised")
             for task, score in scores[max(scores)].items():
-                finals.setdefault(task, []).append(score)
+                finals[task].append(score)
     bars = {task: m["majority"] + 2 * (m["majority"] * (1 - m["majority"]) / m["rows"]) ** 0.5 for task, m in majority.items()}
     return {task for task, scores in finals.items() if mean(scores) <= bars[task]}
 
 
-@pytest.mark.parametrize("suite", results_page.suite_names())
-def test_suite_scores_recomputed_from_rows_by_hand(suite: str) -> None:
-    """Seeds, final score, forgetting and bytes of each method from the raw lines, apart from the report's code."""
-    folder = ROOT / "results" / "suites" / suite
-    told = json.loads((folder / "suite.json").read_text())
-    page = results_page.suites().split(f"# {told['title']}\n", 1)[1].split("\n# ")[0]
-    chance = json.loads((folder / "chance.json").read_text())
-    checked = 0
-    for stream in told["streams"]:
-        out = at_chance(folder, [r for r in told["runs"] if r["stream"] == stream], chance[stream])
-        section = page.split(f"### {stream}: scores\n", 1)[1].split("\n### ")[0]
-        header = [c.strip() for c in next(x for x in section.splitlines() if x.startswith("| method")).split("|")]
-        found: dict[str, list[tuple[float, float, float]]] = {}
-        for run in told["runs"]:
-            at = folder / run["name"]
-            if run["stream"] != stream or not at.exists() or run["method"] == "baselines":
-                continue
-            rows = raw_rows(at)
-            scores = by_stage(rows, "federated", "")
-            tasks = task_scores(rows, "federated")
-            last = max(tasks)
-            if out >= set(tasks[last]):  # nothing is left to average
-                line = next(x for x in section.splitlines() if x.startswith((f"| {run['method']} |", f"| {run['method']} (")))
-                assert line.split("|")[header.index("final score")].strip() == "–"
-                checked += 1
-                continue
-            last_score = mean(score for task, score in tasks[last].items() if task not in out)
-            if out:
-                stages = tomllib.loads((at / "recipe.toml").read_text())["stream"]["stages"]
-                kept = [[task for task in stage.split(" + ") if task not in out] for stage in stages]
-                lines = [s for s in range(last + 1) if kept[s] or s == last]  # a stage that is out is no line either
-                scores = {(s, i): mean(tasks[s][t] for t in kept[i]) for s in lines for i in range(s + 1) if kept[i]}
-            lost = [
-                max(v for (s, j), v in scores.items() if j == i and s < last) - scores[last, i]
-                for i in range(last)
-                if (last, i) in scores
+def without(out: set[str], rows: Rows, stages: Iterable[str]) -> dict[tuple[int, int], float]:
+    """`by_stage` of a run without the tasks that are out; a stage whose tasks are all out is neither a row nor a column."""
+    kept = [[task for task in stage.split(" + ") if task not in out] for stage in stages]
+    tasks = task_scores(rows, "federated")
+    last = max(tasks)
+    after = [s for s in range(last + 1) if kept[s] or s == last]
+    return {(s, i): mean(tasks[s][t] for t in kept[i]) for s in after for i in range(s + 1) if kept[i]}
+
+
+@pytest.mark.parametrize(("suite", "stream"), [(suite, stream) for suite in COMPARED for stream in told(suite)["streams"]])
+def test_suite_scores_recomputed_from_rows_by_hand(suite: str, stream: str) -> None:
+    """Seeds, final score, forgetting and bytes of each method."""
+    out = at_chance(suite, stream, json.loads((SUITES / suite / "chance.json").read_text())[stream])
+    tables = (SUITES / suite / "tables.md").read_text()
+    table = tables.split(f"### {stream}: scores\n", 1)[1].split("\n### ")[0]
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for run in told(suite)["runs"]:
+        if run["stream"] != stream or run["method"] == "baselines":
+            continue
+        rows = rows_of(suite, run["name"])
+        tasks = task_scores(rows, "federated")
+        last = [score for task, score in tasks[max(tasks)].items() if task not in out]
+        if not last:  # nothing is left to average
+            assert cells_of(table, run["method"])["final score"] == "–"
+            continue
+        scores = by_stage(rows)
+        if out:
+            recipe = tomllib.loads(suite_files(suite)[f"{run['name']}/recipe.toml"])
+            scores = without(out, rows, recipe["stream"]["stages"])
+        found[run["method"]].append((mean(last), final_and_forgotten(scores)[1] if scores else 0.0, sent(rows, "bytes_up")))
+    assert len(found) >= 3
+    for method, values in found.items():
+        cells = cells_of(table, method)
+        final, forgotten, up = (mean(column) for column in zip(*values, strict=True))
+        assert cells["seeds"].split(" ")[0] == str(len(values))
+        assert points(cells["final score"]) == near(100 * final)
+        assert float(cells["MB up"]) == near(up / 1e6)
+        if "forgetting" in cells:
+            assert points(cells["forgetting"]) == near(100 * forgotten)
+        else:  # no stream, and so nothing to forget
+            assert forgotten == 0
+
+
+def test_tuning_chose_by_the_trials_and_the_plan_has_what_it_chose() -> None:
+    tables, plan = (SUITES / "main-tuning" / "tables.md").read_text(), load_plan("main")
+    for stream, of in plan.streams.items():
+        table = tables.split(f"## {stream}: trials\n", 1)[1].split("\n## ")[0]
+        scores: dict[str, dict[str, float]] = defaultdict(dict)
+        for run in told("main-tuning")["runs"]:
+            method, _, setting = run["method"].partition("@")
+            if run["stream"] == stream and method != "baselines":
+                matrix = by_stage(rows_of("main-tuning", run["name"]), "validation")
+                scores[method][setting] = final_and_forgotten(matrix)[0]
+        assert len(scores) >= 3
+        for method, settings in scores.items():
+            cells = cells_of(table, method)
+            assert all(float(cells[setting]) == near(100 * score) for setting, score in settings.items())
+            assert of.tuned[method] == (cells["chosen"],) == (max(settings, key=settings.__getitem__),)
+
+
+# -------------------------------------------------------------------------------------------------------- the first round
+
+
+def frozen(section: str) -> str:
+    """A section of the frozen page."""
+    return (HISTORY / "README.md").read_text().split(f"\n## {section}\n", 1)[1].split("\n## ")[0].split("\n# ")[0]
+
+
+@functools.cache
+def first_round(kind: str) -> dict[str, dict[str, list[Rows]]]:
+    """plan -> method -> the rows of each seed's run, of a folder of the archive."""
+    found: dict[str, dict[str, list[Rows]]] = defaultdict(lambda: defaultdict(list))
+    for path, text in archive(HISTORY / "first-round.tar.xz").items():
+        _, top, plan, *rest = path.split("/")
+        if top == kind and rest[-1] == "rows.jsonl":
+            method = rest[0].removeprefix(f"{plan}-").rpartition("-s")[0]
+            found[plan][method].append(lines_of(text))
+    return found
+
+
+@pytest.mark.parametrize("plan", ["minilm", "keel"])
+def test_first_streams_recomputed_from_rows_by_hand(plan: str) -> None:
+    methods = first_round("streams")[plan]
+    assert len(methods) >= 5
+    for method, runs in methods.items():
+        final, forgotten = zip(*(final_and_forgotten(by_stage(rows)) for rows in runs), strict=True)
+        cells = cells_of(frozen(plan), method)
+        assert points(cells["final score"]) == near(100 * mean(final))
+        assert points(cells["forgetting"]) == near(100 * mean(forgotten))
+
+
+def test_first_exchange_recomputed_from_rows_by_hand() -> None:
+    plans = first_round("exchange")
+    assert len(plans) == 5
+    for plan, methods in plans.items():
+        for method, runs in methods.items():
+            cells = cells_of(frozen(plan), method)
+            scores = [
+                mean(score for stage in task_scores(rows, "federated").values() for score in stage.values()) for rows in runs
             ]
-            assert bool(lost) == (last > 0)
-            forgot = mean(lost) if lost else 0.0
-            up = sum(r["value"] for r in rows if r["method"] == "federated" and r["name"] == "bytes_up") / 1e6
-            found.setdefault(run["method"], []).append((last_score, forgot, up))
-        for method, values in found.items():
-            line = next(x for x in section.splitlines() if x.startswith((f"| {method} |", f"| {method} (reference) |")))
-            cells = dict(zip(header, (c.strip().replace("−", "-") for c in line.split("|")), strict=True))
-            assert cells["seeds"].split(" ")[0] == str(len(values))
-            for key, column in (("final score", 0), ("forgetting", 1)):
-                if key == "forgetting" and key not in cells:  # no stream, and so nothing to forget
-                    assert not any(v[column] for v in values)
-                    continue
-                assert float(cells[key].split("±")[0]) == pytest.approx(100 * mean(v[column] for v in values), abs=0.0501)
-            assert float(cells["MB up"]) == pytest.approx(mean(v[2] for v in values), abs=0.0501)
-            checked += 1
-    assert checked >= 3
+            assert points(cells["score"]) == near(100 * mean(scores))
+            assert float(cells["MB up"]) == near(mean(sent(rows, "bytes_up") for rows in runs) / 1e6)
+            assert cells["seeds"] == str(len(runs))
 
 
-@pytest.mark.skipif(not (ROOT / "../shared/data").is_dir(), reason="the plans name ../shared/data, which is not here")
-@pytest.mark.parametrize("suite", results_page.suite_names())
-def test_the_suite_plan_still_means_what_was_run(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    plan = load_plan(suite)
-    paths = {"data.root": "../shared/data", "model.base": "build/minilm"}
-    extra = [f"{name}:{key}={paths[key]}" for name, stream in plan.streams.items() for key in stream.needs]
-    planned = {run.name: run for run in runs_of(plan, extra=extra)[0]}
-    for folder in sorted((ROOT / "results" / "suites" / suite).iterdir()):
-        if folder.is_dir():
-            assert not other_recipe(planned[folder.name], folder)
+def test_every_run_of_the_first_round_carries_its_recipe_and_commit() -> None:
+    files = archive(HISTORY / "first-round.tar.xz")
+    runs = {path.rpartition("/")[0] for path in files if path.endswith("/rows.jsonl")}
+    assert len(runs) == 298
+    for run in runs:
+        assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", json.loads(files[f"{run}/env.json"])["commit"])
+        assert tomllib.loads(files[f"{run}/recipe.toml"])["name"] == run.rpartition("/")[2]
+    assert sum(path.startswith("first-round/plans/") for path in files) == 17

@@ -12,16 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_run import rows_of, without_time
+from suites import one_row
+from test_run import Silent, go, rows_of, without_time
 
-import collect_suite
-from fedkeel.evidence.suites.plan import Planned, load_plan, plan_names
+from fedkeel import cli
+from fedkeel.evidence.archive import RunFiles
+from fedkeel.evidence.suites.pack import pack
+from fedkeel.evidence.suites.plan import Plan, Planned, load_plan, plan_names
 from fedkeel.evidence.suites.pool import jobs_for
-from fedkeel.evidence.suites.runs import execute, finished, runs_of
+from fedkeel.evidence.suites.runs import execute, runs_of
 from fedkeel.evidence.suites.tuning import chance, final_score, trial_scores, tuned_text
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.run.folder import RunFolder
+from fedkeel.types import FedKeelError, Row
 
 PLAN = """
 title = "Two methods"
@@ -141,6 +145,7 @@ def test_choices_of_the_command_line(plan_file: Path) -> None:
         ({"streams": ["b"]}, "stream 'b' needs b:data.root"),
         ({"extra": ["z:train.lr=1"]}, "no 'z'"),
         ({"extra": ["train.lrr=1"]}, "stream 'a', method 'plain': unknown key 'train.lrr'"),
+        ({"seeds": [3, -1]}, "seeds must be a list of whole numbers from 0"),
     ):
         with pytest.raises(ConfigError, match=told):
             runs_of(plan, **asked)
@@ -185,24 +190,23 @@ def test_an_unknown_suite_names_the_nearest() -> None:
 # -------------------------------------------------------------------------------------------------------------- the choice
 
 
-def line(name: str, value: float, round: int, split: str = "validation", task: str = "") -> str:
-    row = {"run": "x", "method": "federated", "seed": 0, "round": round, "name": name, "value": value, "unit": "share"}
-    return json.dumps({**row, "site": "", "stage": 0, "task": task, "split": split})
+def test_the_final_score_is_the_mean_over_stages_at_the_end() -> None:
+    def row(name: str, value: float, round: int, split: str = "validation", task: str = "") -> Row:
+        return one_row("x", 0, name, value, round=round, split=split, task=task)
+
+    last = [row("score_of_stage_1", 0.4, 4), row("score_of_stage_2", 0.8, 4), row("score_of_stage_2", 0.0, 4, "test")]
+    stream = [row("score_of_stage_1", 0.9, 2), row("score", 0.1, 4), *last]
+    assert final_score(stream, "validation") == pytest.approx(0.6)
+    assert final_score(stream, "test") == 0.0
+    whole = [row("score", 0.3, 1), row("score", 0.5, 2), row("score", 0.7, 2, task="t")]
+    assert final_score(whole, "validation") == 0.5
+    assert final_score(whole, "test") is None
 
 
-def ended(folder: Path, *lines: str) -> None:
+def ended(folder: Path, *rows: Row) -> None:
     folder.mkdir(parents=True)
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row.as_json()) + "\n" for row in rows))
     (folder / "state.json").write_text('{"finished": true}')
-
-
-def test_the_final_score_is_the_mean_over_stages_at_the_end(tmp_path: Path) -> None:
-    ended(tmp_path / "s", line("score_of_stage_1", 0.9, 2), line("score", 0.1, 4), line("score_of_stage_1", 0.4, 4),
-          line("score_of_stage_2", 0.8, 4), line("score_of_stage_2", 0.0, 4, "test"))  # fmt: skip
-    assert final_score(tmp_path / "s", "validation") == pytest.approx(0.6)
-    assert final_score(tmp_path / "s", "test") == 0.0
-    ended(tmp_path / "w", line("score", 0.3, 1), line("score", 0.5, 2), line("score", 0.7, 2, task="t"))
-    assert final_score(tmp_path / "w", "validation") == 0.5
 
 
 def test_tuning_takes_the_best_mean_over_seeds(tmp_path: Path, plan_file: Path) -> None:
@@ -215,13 +219,16 @@ def test_tuning_takes_the_best_mean_over_seeds(tmp_path: Path, plan_file: Path) 
     }
     runs = [Planned(f"r{i}", "a", f"{m}@{s}", seed, ()) for i, (m, s, seed) in enumerate(values)]
     for run, value in zip(runs, values.values(), strict=True):
-        ended(tmp_path / run.name, line("score", value, 1))
+        ended(tmp_path / run.name, one_row(run.name, run.seed, "score", value, split="validation"))
     unfinished = Planned("no", "a", "m@k=7", 0, ())
     scores = trial_scores([*runs, unfinished], tmp_path)
     assert scores == {"a": {"m": {"k=1": pytest.approx(0.3), "k=2,l=3": pytest.approx(0.4)}, "n": {"k=1": 0.6}}}
     (tmp_path / "tuned.toml").write_text(tuned_text({"a": {"near": scores["a"]["m"], "both": scores["a"]["n"]}}))
     plan = load_plan(str(plan_file), tmp_path / "tuned.toml")
     assert plan.streams["a"].tuned == {"near": ("k=2", "l=3"), "both": ("k=1",)}
+    ended(tmp_path / "no", one_row("no", 0, "score", 0.5, split="test"))
+    with pytest.raises(FedKeelError, match=r"no/rows\.jsonl: no score on validation rows"):
+        trial_scores([unfinished], tmp_path)
 
 
 def test_at_least_one_job_and_no_more_than_memory_allows() -> None:
@@ -247,57 +254,82 @@ def tiny_plan(tiny_overrides: list[str], tmp_path: Path) -> Path:
 
 
 def test_a_suite_runs_once_and_keeps_failures_as_failures(tiny_plan: Path, tmp_path: Path) -> None:
+    """A begun run is resumed to the bits of a whole one, one that cannot work stops nothing but itself, none is done twice."""
     plan, out, heard = load_plan(str(tiny_plan)), tmp_path / "suite", Heard()
     runs, _ = runs_of(plan)
+
+    def interrupt(leg: str, done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go([*runs[0].overrides, f"out={out}"], Silent(interrupt))
+    begun = RunFolder(out / "tiny-plain-s1").state()
+    assert begun["round"] in (1, 2)
+    assert not begun["finished"]
     failed = execute(plan, runs, out, 2, heard)
     assert [r.method for r in failed] == ["broken"]
-    assert finished(out / "tiny-plain-s1")
-    assert finished(out / "tiny-near-s1")
+    assert states(out) == {"tiny-plain-s1": "finished", "tiny-near-s1": "finished", "tiny-broken-s1": "failed"}
     assert "the loss became" in (out / "tiny-broken-s1.failed").read_text()
     assert {run: bool(failure) for run, failure in heard.over} == {r.name: r.method == "broken" for r in runs}
-    told = json.loads((out / "suite.json").read_text())
-    assert [r["name"] for r in told["runs"]] == [r.name for r in runs]
+    _, whole, _ = go([*runs[0].overrides, f"out={tmp_path}"])
+    assert without_time(rows_of(RunFolder(out / "tiny-plain-s1"))) == without_time(rows_of(whole))
+    assert [r["name"] for r in json.loads((out / "suite.json").read_text())["runs"]] == [r.name for r in runs]
     before = {p: p.stat().st_mtime_ns for p in (out / "tiny-plain-s1").rglob("*")}
-    again = Heard()
-    execute(plan, [r for r in runs if r.method != "broken"], out, 2, again)
-    assert (again.begun, again.over) == ([(2, 2)], [])
+    assert passed_over(plan, out)
     assert {p: p.stat().st_mtime_ns for p in (out / "tiny-plain-s1").rglob("*")} == before
     assert {r["method"] for r in json.loads((out / "suite.json").read_text())["runs"]} == {"plain", "near", "broken"}
-    committed = tmp_path / "committed"
-    assert collect_suite.collect(out, tmp_path / "committed") == (2, ["tiny-broken-s1"])
-    over_committed = Heard()
-    execute(plan, [r for r in runs if r.method != "broken"], committed / "suite", 2, over_committed)
-    assert (over_committed.begun, over_committed.over) == ([(2, 2)], [])
-    assert final_score(committed / "suite" / "tiny-near-s1", "test") == final_score(out / "tiny-near-s1", "test")
+    kept = tmp_path / "kept"
+    assert pack(out, kept) == (2, [])
+    assert passed_over(plan, kept)
+    assert states(kept) == states(out)
     tiny_plan.write_text(tiny_plan.read_text().replace("train.proximal=0.1", "train.proximal=0.2"))
-    with pytest.raises(ConfigError, match=r"train\.proximal was 0\.1 and is 0\.2"):
-        execute(load_plan(str(tiny_plan)), runs_of(load_plan(str(tiny_plan)))[0], out, 2, Heard())
+    for folder in (out, kept):
+        with pytest.raises(ConfigError, match=r"train\.proximal was 0\.1 and is 0\.2"):
+            execute(load_plan(str(tiny_plan)), runs_of(load_plan(str(tiny_plan)))[0], folder, 2, Heard())
 
 
-def test_bench_and_report_from_the_command_line(tiny_plan: Path, tmp_path: Path) -> None:
+def states(suite: Path) -> dict[str, str]:
+    files = RunFiles(suite)
+    return {run["name"]: files.state(run["name"]) for run in json.loads((suite / "suite.json").read_text())["runs"]}
+
+
+def passed_over(plan: Plan, out: Path) -> bool:
+    """Whether a second call finds both runs that can work done, and does nothing."""
+    heard = Heard()
+    execute(plan, runs_of(plan, methods=["plain", "near"])[0], out, 2, heard)
+    return (heard.begun, heard.over) == ([(2, 2)], [])
+
+
+def test_bench_and_report_from_the_command_line(
+    tiny_plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two calls for parts of a suite: the page and suite.json hold both, chance.json keeps what it knew of other streams."""
+    monkeypatch.chdir(tmp_path)
 
-    def fedkeel(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fedkeel.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    def fedkeel(*arguments: str) -> tuple[int, str, str]:
+        """Exit status, output and errors of a call in this process; the runs have processes of their own."""
+        monkeypatch.setattr("sys.argv", ["fedkeel", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        told = capsys.readouterr()
+        return int(end.value.code or 0), told.out, told.err
 
-    assert "main" in fedkeel("bench").stdout
+    assert "main" in fedkeel("bench")[1]
     folder = tmp_path / "out" / "tiny"
     folder.mkdir(parents=True)
     (folder / "chance.json").write_text('{"other": {"t": {"majority": 0.5, "rows": 2}}}')
-    first = fedkeel("bench", str(tiny_plan), "--methods", "plain", "--out", "out", "--jobs", "1")
-    assert first.returncode == 0, first.stderr
-    assert "[1/1] tiny-plain-s1: finished" in first.stdout
-    second = fedkeel("bench", str(tiny_plan), "--methods", "near,broken", "--out", "out", "--jobs", "2")
-    assert second.returncode == 1
-    assert "1 of 2 runs failed: tiny-broken-s1" in second.stderr
+    status, told, errors = fedkeel("bench", str(tiny_plan), "--methods", "plain", "--out", "out", "--jobs", "1")
+    assert status == 0, errors
+    assert "[1/1] tiny-plain-s1: finished" in told
+    status, _, errors = fedkeel("bench", str(tiny_plan), "--methods", "near,broken", "--out", "out", "--jobs", "2")
+    assert status == 1
+    assert "1 of 2 runs failed: tiny-broken-s1" in errors
     page = (folder / "report.html").read_text()
     assert all(f">{method}" in page for method in ("plain (reference)", "near", "broken"))
     assert json.loads((folder / "chance.json").read_text()).keys() == {"other", "tiny"}
-    again = fedkeel("report", "out/tiny")
-    assert (again.returncode, again.stdout) == (0, "report: out/tiny/report.html\n")
-    nothing = fedkeel("report", ".")
-    assert "neither suite.json nor recipe.toml" in nothing.stderr
+    assert fedkeel("report", "out/tiny")[:2] == (0, "report: out/tiny/report.html\n")
+    assert "neither suite.json nor recipe.toml" in fedkeel("report", ".")[2]
 
 
 def test_chance_is_the_commonest_answer_of_each_task(tiny_plan: Path) -> None:
@@ -306,6 +338,26 @@ def test_chance_is_the_commonest_answer_of_each_task(tiny_plan: Path) -> None:
     assert chance(runs) == {"tiny": {"colour": {"majority": 1.0, "rows": 6}}}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes die with their suite on Linux only")
+def test_a_process_dies_with_its_suite(tmp_path: Path) -> None:
+    """kill -9 of a suite's process ends what it began, which holds the pipe open for as long as it lives."""
+    script = (
+        "import os, time\nfrom fedkeel.evidence.suites.pool import die_with\n"
+        "suite = os.getpid()\n"
+        "if os.fork() == 0:\n"
+        "    die_with(suite)\n"
+        "    print('begun', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    process.kill()
+    assert process.communicate(timeout=20) == (b"", None)
+
+
+@pytest.mark.slow
 def test_a_suite_killed_at_once_goes_on_and_ends_as_a_whole_one(tiny_plan: Path, tmp_path: Path) -> None:
     """kill -9 of the suite's process, also while a run is on its way; no run survives it, and none is done twice."""
     script = tmp_path / "go.py"
@@ -335,11 +387,11 @@ def test_a_suite_killed_at_once_goes_on_and_ends_as_a_whole_one(tiny_plan: Path,
     state = (first / "state.json").read_bytes()
     time.sleep(2.0)
     assert (first / "state.json").read_bytes() == state  # the run died with its suite
-    assert not finished(first) or not (cut / "tiny-near-s1").exists()
+    assert RunFiles(cut).state(first.name) != "finished" or not (cut / "tiny-near-s1").exists()
     assert begin(cut).wait() == 0
     assert begin(whole).wait() == 0
     for name in ("tiny-plain-s1", "tiny-near-s1"):
-        assert finished(cut / name)
+        assert RunFiles(cut).state(name) == "finished"
         assert without_time(rows_of(RunFolder(cut / name))) == without_time(rows_of(RunFolder(whole / name)))
         assert (cut / name / "adapter/adapter_model.safetensors").read_bytes() == (
             whole / name / "adapter/adapter_model.safetensors"

@@ -400,6 +400,18 @@ def bench(
 
 
 @app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="A suite's folder, such as runs/suites/main.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Where to keep it, such as results/suites/main.", show_default=False)],
+) -> None:
+    """Keep a suite's finished runs: their rows in one archive, recipes and tables beside it; `fedkeel report` reads it too."""
+    from fedkeel.evidence.suites.pack import pack as keep
+
+    kept, left = keep(folder, target)
+    typer.echo(f"{kept} runs: {target}/" + (f"; left out, as they have not ended: {', '.join(left)}" if left else ""))
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder or a suite's.", show_default=False)],
 ) -> None:

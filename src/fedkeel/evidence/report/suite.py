@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedkeel.evidence.archive import RunFiles
 from fedkeel.evidence.report.chance import Chance, Majority, chances
 from fedkeel.evidence.report.interval import Scores
 from fedkeel.evidence.report.run_numbers import by_task, final_score, last_stage
-from fedkeel.evidence.report.tables import METHODS, mean_and_sd, read_lines, read_rows
+from fedkeel.evidence.report.tables import METHODS, mean_and_sd, rows_of
 from fedkeel.types import FedKeelError, Row
 
 BASELINES = "baselines"  # the planned method whose runs are there for their other legs
 LEGS = ("base", "local", "centralised")
+NEEDED = ("rows.jsonl", "recipe.toml", "env.json")  # of a finished run; scores and measures may be missing
 
 
 @dataclass(frozen=True)
@@ -83,60 +85,85 @@ def _tree(path: Path) -> Any:
 
 
 def read_suite(folder: Path) -> Suite:
-    """The suite in `folder`. Raises FedKeelError if suite.json is missing or malformed, or a finished run's files are."""
+    """The suite in `folder`, its runs in folders of their own or packed (see `archive.RunFiles`).
+
+    Raises FedKeelError if suite.json is missing or malformed, or the archive or a finished run's files are.
+    """
     told = _tree(folder / "suite.json")
     chance = folder / "chance.json"
     held = _tree(chance) if chance.exists() else {}
+    files = RunFiles(folder)
     try:
         return Suite(
-            name=told["name"], title=told["title"], note=told["note"], reference=told["reference"],
-            streams=dict(told["streams"]), methods=dict(told["methods"]), trials=dict(told["trials"]),
-            factors=tuple(told["factors"]), square=tuple(told["square"]), knobs=dict(told["knobs"]),
-            runs=tuple(_run(folder, r["name"], r["stream"], r["method"], r["seed"]) for r in told["runs"]),
+            name=told["name"],
+            title=told["title"],
+            note=told["note"],
+            reference=told["reference"],
+            streams=dict(told["streams"]),
+            methods=dict(told["methods"]),
+            trials=dict(told["trials"]),
+            factors=tuple(told["factors"]),
+            square=tuple(told["square"]),
+            knobs=dict(told["knobs"]),
+            runs=tuple(_run(files, SuiteRun(r["name"], r["stream"], r["method"], r["seed"], "")) for r in told["runs"]),
             majority={s: {t: (float(v["majority"]), int(v["rows"])) for t, v in tasks.items()} for s, tasks in held.items()},
-        )  # fmt: skip
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         at = "suite.json or chance.json" if held else "suite.json"
         raise FedKeelError(f"{folder}: {at} is not what `fedkeel bench` writes: {error!r}") from error
 
 
-def _run(folder: Path, name: str, stream: str, method: str, seed: int) -> SuiteRun:
-    at, failure = folder / name, folder / f"{name}.failed"
-    state = at / "state.json"
-    has_rows = (at / "rows.jsonl").exists() or (at / "rows.jsonl.gz").exists()
-    if not (bool(_tree(state).get("finished")) if state.exists() else has_rows):
-        if failure.exists():
-            lines = failure.read_text(encoding="utf-8", errors="replace").split("\n")
-            return SuiteRun(name, stream, method, seed, "failed", next((s.strip() for s in reversed(lines) if s.strip()), ""))
-        return SuiteRun(name, stream, method, seed, "unfinished" if has_rows else "not begun")
-    try:
-        recipe = tomllib.loads((at / "recipe.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FedKeelError(f"{at / 'recipe.toml'} cannot be read: {error}") from error
-    return SuiteRun(
-        name, stream, method, seed, "finished", "", tuple(read_rows(at / "rows.jsonl")),
-        tuple(read_rows(at / "measures.jsonl")) if _there(at / "measures.jsonl") else (),
-        read_scores(at / "scores.jsonl") if _there(at / "scores.jsonl") else {}, recipe, _tree(at / "env.json"),
-    )  # fmt: skip
+def _run(files: RunFiles, planned: SuiteRun) -> SuiteRun:
+    """A planned run with what it left."""
+    run, state = planned.name, files.state(planned.name)
+    if state != "finished":
+        lines = (files.reason(run) or "").split("\n") if state == "failed" else []
+        return replace(planned, state=state, reason=next((s.strip() for s in reversed(lines) if s.strip()), ""))
+
+    def text(name: str) -> str:
+        return files.text(run, name) if name in NEEDED or files.holds(run, name) else ""
+
+    def parsed(name: str, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return parse(text(name))
+        except ValueError as error:
+            raise FedKeelError(f"{files.where(run, name)} cannot be read: {error}") from error
+
+    return replace(
+        planned,
+        state=state,
+        rows=tuple(rows_of(text("rows.jsonl"), files.where(run, "rows.jsonl"))),
+        measures=tuple(rows_of(text("measures.jsonl"), files.where(run, "measures.jsonl"))),
+        scores=scores_of(text("scores.jsonl"), files.where(run, "scores.jsonl")),
+        recipe=parsed("recipe.toml", tomllib.loads),
+        environment=parsed("env.json", json.loads),
+    )
 
 
-def _there(path: Path) -> bool:
-    return path.exists() or path.with_name(path.name + ".gz").exists()
+def scores_of(text: str, where: str) -> dict[str, Scores]:
+    """leg -> task -> id -> score of the text of a scores.jsonl, see SuiteRun.
 
-
-def read_scores(path: Path) -> dict[str, Scores]:
-    """leg -> task -> id -> score of a scores.jsonl, see SuiteRun. Raises FedKeelError, naming file and line."""
+    where: the file, for messages. Raises FedKeelError, naming file and line.
+    """
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             one = json.loads(line)
             found[one["method"]][one["task"]][one["id"]].append(float(one["score"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise FedKeelError(f"{path}:{number}: not a score of a run: {error!r}") from error
+            raise FedKeelError(f"{where}:{number}: not a score of a run: {error!r}") from error
     return {
         leg: {task: {row: sum(v) / len(v) for row, v in rows.items()} for task, rows in tasks.items()}
         for leg, tasks in found.items()
     }
+
+
+def dotted(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """The keys of a recipe as overrides write them, such as train.lr, and their values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= dotted(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return found
 
 
 def streams_of(suite: Suite) -> list[str]:

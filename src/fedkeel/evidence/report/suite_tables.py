@@ -18,7 +18,7 @@ from fedkeel.evidence.report.run_numbers import (
     measured,
     split_score,
 )
-from fedkeel.evidence.report.suite import BASELINES, Line, Suite
+from fedkeel.evidence.report.suite import BASELINES, Line, Suite, dotted
 from fedkeel.evidence.report.tables import (
     FAILED,
     MISSING,
@@ -359,11 +359,8 @@ def retention_table(stream: str, results: Sequence[Result]) -> Table:
 SKIPPED = ("name", "seed", "out", "threads", "evaluation.baselines")  # of a recipe: no part of a method
 
 
-def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-    return {key: value for key, value in found.items() if key not in SKIPPED}
+def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in dotted(recipe).items() if key not in SKIPPED}
 
 
 def method_list(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
@@ -371,12 +368,12 @@ def method_list(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
 
     A key that the reference's recipe lacks is newer than that recipe, and no difference."""
     recipes = {r.line.name: r.line.runs[0].recipe for r in results if r.line.runs and not r.line.baseline}
-    base = _flat(recipes.get(suite.reference, {}))
+    base = _settings(recipes.get(suite.reference, {}))
     lines = []
     for r in results:
         if r.line.baseline:
             continue
-        mine = _flat(recipes.get(r.line.name, {}))
+        mine = _settings(recipes.get(r.line.name, {}))
         changed = [f"{key} = {value}" for key, value in mine.items() if key in base and base[key] != value]
         own = "reference" if r.line.name == suite.reference else MISSING
         lines.append((r.line.name, suite.methods.get(r.line.name) or MISSING, "; ".join(changed) or own))

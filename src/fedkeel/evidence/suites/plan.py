@@ -1,26 +1,26 @@
-"""Plans: what a suite compares."""
+"""Plans: what a suite compares, read from TOML and checked.
+
+A plan holds only differences: what a stream of data needs, what a method is, what tuning chose for it there. `runs.runs_of`
+makes runs of it.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedkeel.evidence.report import same_value
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError, known_keys
-
-if TYPE_CHECKING:
-    pass
-
+from fedkeel.recipe.settings import ConfigError, known_keys, read_toml
 
 PLANS = Path(__file__).parent / "plans"
+KEYS = ("title", "note", "seeds", "tuning_seeds", "set", "streams", "methods", "reference", "factors", "square", "knobs")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Plan:
-    """A suite: see the module. set: overrides of every run. reference: the method that others are compared with.
+    """A suite. set: overrides of every run. reference: the method that others are compared with.
 
     tuning_seeds: seeds of trials, none of which is in `seeds`. square: the methods with neither, the first, the second and both
     of two factors. knobs: key -> {value: method}.
@@ -88,14 +88,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a suite: what `fedkeel run` is told, beside its name and folder. leg: see `Method`."""
+    """One run of a suite. given: its overrides but for name and seed. leg: see `Method`."""
 
     name: str
     stream: str
     method: str
     seed: int
-    overrides: tuple[str, ...]
+    given: tuple[str, ...]
     leg: str = "federated"
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What `fedkeel run` is told, but for the folder."""
+        return (*self.given, f"name={self.name}", f"seed={self.seed}")
 
 
 def _known(given: Iterable[str], known: Sequence[str], where: str) -> None:
@@ -111,7 +116,8 @@ def _strings(value: Any, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _one_of(name: str, known: Sequence[str], where: str) -> None:
+def one_of(name: str, known: Sequence[str], where: str) -> None:
+    """Raises ConfigError, naming the nearest of `known`, if `name` is none of them."""
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         raise ConfigError(
@@ -125,7 +131,7 @@ def _stream(name: str, tree: Any, methods: Sequence[str], where: str) -> Stream:
     _known(tree, ("text", "set", "needs", "tuned", "trial", "grid"), where)
     tuned, grid = tree.get("tuned", {}), tree.get("grid", {})
     for method in tuned:
-        _one_of(method, methods, f"{where}.tuned")
+        one_of(method, methods, f"{where}.tuned")
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{where}.grid.{key} must be a list of values")
@@ -157,15 +163,16 @@ def _method(tree: Any, streams: Sequence[str], methods: Sequence[str], where: st
     _known(tree, ("text", "set", "streams", "tuned_as", "untuned", "leg"), where)
     only, shared = _strings(tree.get("streams", []), f"{where}.streams"), str(tree.get("tuned_as", ""))
     for stream in only:
-        _one_of(stream, streams, f"{where}.streams")
+        one_of(stream, streams, f"{where}.streams")
     if shared:
-        _one_of(shared, methods, f"{where}.tuned_as")
+        one_of(shared, methods, f"{where}.tuned_as")
     set_, leg = _strings(tree.get("set", []), f"{where}.set"), str(tree.get("leg", "federated"))
-    _one_of(leg, ("federated", "centralised"), f"{where}.leg")
+    one_of(leg, ("federated", "centralised"), f"{where}.leg")
     return Method(str(tree.get("text", "")), set_, only, shared, bool(tree.get("untuned", False)), leg)
 
 
-def _seeds(value: Any, where: str) -> tuple[int, ...]:
+def checked_seeds(value: Any, where: str) -> tuple[int, ...]:
+    """`value` as seeds. Raises ConfigError if it is no list of whole numbers from 0, or empty."""
     if not (isinstance(value, list) and value and all(type(s) is int and s >= 0 for s in value)):
         raise ConfigError(f"{where} must be a list of whole numbers from 0, not {value!r}")
     return tuple(value)
@@ -176,71 +183,77 @@ def plan_names() -> list[str]:
     return sorted(path.stem for path in PLANS.glob("*.toml"))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
 def load_plan(name: str, tuned: Path | None = None) -> Plan:
     """The suite `name` of those that come with FedKeel, or the plan in the file of that name, which ends in .toml.
 
-    tuned: a file that `write_tuned` wrote, whose choices replace the plan's own.
-
-    `[knobs]` gives each key its values, and every value is a method: the reference with that one key changed, or the reference
-    itself where that is its value.
+    tuned: a file that `fedkeel bench --tune` wrote, whose choices replace the plan's own.
     Raises ConfigError on a file that is missing or malformed, a key or name that is not known, or nothing to compare.
     """
     path = Path(name) if name.endswith(".toml") else PLANS / f"{name}.toml"
     if not name.endswith(".toml"):
-        _one_of(name, plan_names(), "suite")
-    tree = _read_toml(path)
-    for at, chosen in (_read_toml(tuned).get("streams", {}) if tuned else {}).items():
-        _one_of(at, list(tree.get("streams", {})), str(tuned))
+        one_of(name, plan_names(), "suite")
+    tree = read_toml(path, "plan")
+    for at, chosen in (read_toml(tuned).get("streams", {}) if tuned else {}).items():
+        one_of(at, list(tree.get("streams", {})), str(tuned))
         tree["streams"][at]["tuned"] = chosen["tuned"]
-    top = (
-        "title", "note", "seeds", "tuning_seeds", "set", "streams", "methods", "reference", "factors", "square", "knobs",
-    )  # fmt: skip
-    _known(tree, top, str(path))
-    streams, methods = tree.get("streams", {}), dict(tree.get("methods", {}))
-    seeds, tuning = (
-        _seeds(tree.get("seeds", [1, 2, 3]), f"{path}: seeds"),
-        _seeds(tree.get("tuning_seeds", [0]), f"{path}: tuning_seeds"),
+    return _plan(path.stem, tree, str(path))
+
+
+def _plan(name: str, tree: Mapping[str, Any], where: str) -> Plan:
+    """The plan of a whole tree. where: the file, for messages."""
+    _known(tree, KEYS, where)
+    streams, own = tree.get("streams", {}), tree.get("methods", {})
+    if not streams or not own:
+        raise ConfigError(f"{where}: a plan needs [streams.NAME] and [methods.NAME]")
+    reference = str(tree.get("reference", next(iter(own))))
+    one_of(reference, list(own), f"{where}: reference")
+    knobs, points = _knobs(tree, reference, where)
+    methods = {**own, **points}
+    square, factors = (_strings(tree.get(key, []), f"{where}: {key}") for key in ("square", "factors"))
+    for method in square:
+        one_of(method, list(methods), f"{where}: square")
+    if (len(square), len(factors)) not in ((0, 0), (4, 2)):
+        raise ConfigError(f"{where}: square names four methods (neither, first, second, both) and factors the two")
+    seeds = checked_seeds(tree.get("seeds", [1, 2, 3]), f"{where}: seeds")
+    tuning = checked_seeds(tree.get("tuning_seeds", [0]), f"{where}: tuning_seeds")
+    if shared := set(seeds) & set(tuning):
+        raise ConfigError(f"{where}: seeds and tuning_seeds share {sorted(shared)}; tune on others")
+    return Plan(
+        name=name,
+        title=str(tree.get("title", name)),
+        note=" ".join(str(tree.get("note", "")).split()),
+        seeds=seeds,
+        tuning_seeds=tuning,
+        set=_strings(tree.get("set", []), f"{where}: set"),
+        streams={n: _stream(n, t, list(methods), f"{where}: streams.{n}") for n, t in streams.items()},
+        methods={n: _method(t, list(streams), list(methods), f"{where}: methods.{n}") for n, t in methods.items()},
+        reference=reference,
+        factors=factors,
+        square=square,
+        knobs=knobs,
     )
-    if set(seeds) & set(tuning):
-        raise ConfigError(f"{path}: seeds and tuning_seeds share {sorted(set(seeds) & set(tuning))}; tune on others")
-    if not streams or not methods:
-        raise ConfigError(f"{path}: a plan needs [streams.NAME] and [methods.NAME]")
-    reference = str(tree.get("reference", next(iter(methods))))
-    _one_of(reference, list(methods), f"{path}: reference")
+
+
+def _knobs(tree: Mapping[str, Any], reference: str, where: str) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+    """`[knobs]` as key -> {value: method}, and the methods it adds: the reference with that one key changed.
+
+    A value that the reference has on every stream is the reference itself, and adds none.
+    """
     knobs: dict[str, dict[str, str]] = {}
+    added: dict[str, Any] = {}
+    of = tree["methods"][reference]
     for key, values in tree.get("knobs", {}).items():
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"{path}: knobs.{key} must be a list of values")
+            raise ConfigError(f"{where}: knobs.{key} must be a list of values")
+        given = [[*tree.get("set", []), *stream.get("set", []), *of.get("set", [])] for stream in tree["streams"].values()]
+        own = [_value_of(key, overrides) for overrides in given]
         knobs[key] = {}
-        for value in values:
-            text, of = _as_text(value), methods[reference]
-            own = [
-                _value_of(key, [*tree.get("set", []), *stream.get("set", []), *of.get("set", [])])
-                for stream in streams.values()
-            ]
-            if all(same_value(text, value) for value in own):  # the reference itself is this point of the curve
+        for text in map(_as_text, values):
+            if all(same_value(text, value) for value in own):
                 knobs[key][text] = reference
                 continue
-            knobs[key][text] = f"{key}={text}"
-            methods[f"{key}={text}"] = {
-                **of, "text": "", "set": [*of.get("set", []), f"{key}={text}"], "tuned_as": of.get("tuned_as") or reference,
-            }  # fmt: skip
-    square, factors = (_strings(tree.get(key, []), f"{path}: {key}") for key in ("square", "factors"))
-    for method in square:
-        _one_of(method, list(methods), f"{path}: square")
-    if (len(square), len(factors)) not in ((0, 0), (4, 2)):
-        raise ConfigError(f"{path}: square names four methods (neither, first, second, both) and factors the two")
-    return Plan(
-        path.stem, str(tree.get("title", path.stem)), " ".join(str(tree.get("note", "")).split()), seeds, tuning,
-        _strings(tree.get("set", []), f"{path}: set"),
-        {n: _stream(n, t, list(methods), f"{path}: streams.{n}") for n, t in streams.items()},
-        {n: _method(t, list(streams), list(methods), f"{path}: methods.{n}") for n, t in methods.items()},
-        reference, factors, square, knobs,
-    )  # fmt: skip
+            name = f"{key}={text}"
+            knobs[key][text] = name
+            changed = {"text": "", "set": [*of.get("set", []), name], "tuned_as": of.get("tuned_as") or reference}
+            added[name] = {**of, **changed}
+    return knobs, added

@@ -1,4 +1,4 @@
-"""Runs of a suite in processes of their own."""
+"""Runs of a suite in processes of their own, which on Linux die with the suite."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fedkeel.evidence.suites.plan import Planned
 from fedkeel.recipe.settings import cores
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
     from multiprocessing.process import BaseProcess
-
-from fedkeel.evidence.suites.plan import Planned
 
 POLL = 0.5  # seconds between looks at the processes
 TAIL = 20  # lines of a failed run's log that are told
@@ -51,7 +50,7 @@ def jobs_for(memory_each: float = 2e9) -> int:
     return max(1, min(cores(), int(free // memory_each)))
 
 
-def _die_with(suite: int) -> None:
+def die_with(suite: int) -> None:
     """On Linux: when the process `suite` is killed, so is this one, at once, and no run goes on unseen.
 
     The parent of this process is the server that forked it, which dies too, but only after it has put its libraries away.
@@ -72,7 +71,7 @@ def _die_with(suite: int) -> None:
 
 def _work(suite: int, arguments: Sequence[str], log: str) -> None:
     """A run in a process of its own: `fedkeel run` with these arguments, everything it prints in `log`."""
-    _die_with(suite)
+    die_with(suite)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "ab", buffering=0) as told:
         for stream in (1, 2):
@@ -81,7 +80,7 @@ def _work(suite: int, arguments: Sequence[str], log: str) -> None:
     runpy.run_module("fedkeel.cli", run_name="__main__")
 
 
-def _processes() -> ForkServerContext | SpawnContext:
+def processes() -> ForkServerContext | SpawnContext:
     """Processes that begin with the libraries loaded, where the system can fork: that is a tenth of a short run."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
@@ -91,22 +90,26 @@ def _processes() -> ForkServerContext | SpawnContext:
 
 
 @dataclass
-class _Job:
+class Job:
+    """A run on its way. begin: `time.perf_counter` at its start."""
+
     run: Planned
     process: BaseProcess
     begin: float
 
 
-def _start(context: ForkServerContext | SpawnContext, run: Planned, out: Path) -> _Job:
+def start(context: ForkServerContext | SpawnContext, run: Planned, out: Path) -> Job:
+    """Begin or resume a run in a process of its own, in its folder of the suite's folder `out`."""
     resume = ["--resume"] if (out / run.name / "state.json").exists() else []
     arguments = [*run.overrides, f"out={out}", "--no-report", *resume]  # the suite's report is what is read
     # not a daemon: those may not have processes of their own, and a federation may
     process = context.Process(target=_work, args=(os.getpid(), arguments, str(out / f"{run.name}.log")))
     process.start()
-    return _Job(run, process, time.perf_counter())
+    return Job(run, process, time.perf_counter())
 
 
-def _how_far(job: _Job, out: Path) -> str:
+def how_far(job: Job, out: Path) -> str:
+    """A run's name, leg and round, in words."""
     try:
         state = json.loads((out / job.run.name / "state.json").read_text())
     except (OSError, ValueError):
@@ -114,13 +117,14 @@ def _how_far(job: _Job, out: Path) -> str:
     return f"{job.run.name}: {state['leg'] or 'between legs'}, round {state['round']}"
 
 
-def _failure(out: Path, run: Planned, code: int) -> str:
+def failure_of(out: Path, run: Planned, code: int) -> str:
+    """Exit status and the end of the log of a run that failed."""
     lines = (out / f"{run.name}.log").read_text(errors="replace").splitlines()
     return f"exit status {code}\n" + "\n".join(lines[-TAIL:])
 
 
 @contextlib.contextmanager
-def _stopped_at_the_end(jobs: Sequence[_Job]) -> Iterator[None]:
+def stopped_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
     """Whatever ends the suite also ends its runs, with time to leave a whole state behind."""
     try:
         yield

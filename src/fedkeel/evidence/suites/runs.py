@@ -1,29 +1,28 @@
-"""Suites: many runs that differ in a few keys, done once each, side by side, whatever interrupts them.
+"""The runs that a plan means, and bringing each of them to its end once, side by side, whatever interrupts them.
 
-A plan is TOML and holds only differences: what a stream of data needs, what a method is, what tuning chose for it there.
-`fedkeel bench` makes of it one run for every stream, method and seed, each a `fedkeel run` in a process of its own, so that a
-killed suite continues where it was and a run that cannot work stops nothing but itself.
+Every stream, method and seed is a `fedkeel run` in a process of its own, so that a killed suite continues where it was and a
+run that cannot work stops nothing but itself.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import tomllib
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedkeel.evidence.archive import FAILED, RunFiles
+from fedkeel.evidence.suites.plan import Plan, Planned, checked_seeds, one_of
+from fedkeel.evidence.suites.pool import POLL, Job, Watch, failure_of, how_far, processes, start, stopped_at_the_end
 from fedkeel.files import write_atomic
 from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError, to_toml
-
-if TYPE_CHECKING:
-    pass
-
-from fedkeel.evidence.suites.plan import Plan, Planned, _one_of, _read_toml
-from fedkeel.evidence.suites.pool import POLL, Watch, _failure, _how_far, _Job, _processes, _start, _stopped_at_the_end
 
 
 def _for(stream: str, extra: Sequence[str], streams: Sequence[str]) -> list[str]:
@@ -32,7 +31,7 @@ def _for(stream: str, extra: Sequence[str], streams: Sequence[str]) -> list[str]
     for given in extra:
         head, colon, rest = given.partition(":")
         if colon and "=" not in head:
-            _one_of(head, streams, given)
+            one_of(head, streams, given)
             found += [rest] if head == stream else []
         else:
             found.append(given)
@@ -60,44 +59,74 @@ def runs_of(
     Raises ConfigError on unknown names, a stream asked for whose needs are not given, or a recipe that cannot be right.
     """
     for asked in streams:
-        _one_of(asked, list(plan.streams), "streams")
+        one_of(asked, list(plan.streams), "streams")
     for asked in methods:
-        _one_of(asked, list(plan.methods), "methods")
-    left, chosen = [], []
+        one_of(asked, list(plan.methods), "methods")
+    if seeds:
+        checked_seeds(list(seeds), "seeds")
+    chosen, left = _streams(plan, streams, extra)
+    variants = {at: _variants(plan, at, methods, extra, tune) for at in chosen}
+    found = [
+        Planned(_file_name(f"{at}-{variant}-s{seed}"), at, variant, seed, given, leg)
+        for seed in seeds or (plan.tuning_seeds if tune else plan.seeds)
+        for at in chosen
+        for variant, given, leg in variants[at]
+    ]
+    return found, left
+
+
+def _streams(plan: Plan, streams: Sequence[str], extra: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The streams to run, and of each other one that lacks what it needs why it is left out; see `runs_of`."""
+    chosen, left = [], []
     for name, stream in plan.streams.items():
-        set_keys = {o.partition("=")[0] for o in (*stream.set, *_for(name, extra, list(plan.streams)))}
-        lacking = [key for key in stream.needs if key not in set_keys]
         if streams and name not in streams:
             continue
+        set_keys = {o.partition("=")[0] for o in (*stream.set, *_for(name, extra, list(plan.streams)))}
+        lacking = [key for key in stream.needs if key not in set_keys]
+        why = f"stream {name!r} needs {' and '.join(f'{name}:{key}=...' for key in lacking)}"
+        if lacking and streams:
+            raise ConfigError(why)
         if lacking:
-            why = f"stream {name!r} needs {' and '.join(f'{name}:{key}=...' for key in lacking)}"
-            if streams:
-                raise ConfigError(why)
             left.append(f"{why}; it is left out")
-            continue
-        chosen.append(name)
+        else:
+            chosen.append(name)
+    return chosen, left
+
+
+def _variants(
+    plan: Plan, at: str, methods: Sequence[str], extra: Sequence[str], tune: bool
+) -> list[tuple[str, tuple[str, ...], str]]:
+    """(method, or METHOD@SETTING of a trial; overrides; leg) of all that is run on the stream `at`; see `runs_of`.
+
+    A recipe is checked here, once for all seeds.
+    """
+    stream, last = plan.streams[at], _for(at, extra, list(plan.streams))
     found = []
-    for seed in seeds or (plan.tuning_seeds if tune else plan.seeds):
-        for at in chosen:
-            stream, last = plan.streams[at], _for(at, extra, list(plan.streams))
-            for name, method in plan.methods.items():
-                if (methods and name not in methods) or (method.streams and at not in method.streams):
-                    continue
-                tuned = stream.tuned.get(method.tuned_as or name, ())
-                variants: list[tuple[str, tuple[str, ...]]] = [(name, tuple(tuned))]
-                if tune:
-                    own = not (method.untuned or method.tuned_as)
-                    variants = [(f"{name}@{','.join(s)}", (*stream.trial, *s)) for s in stream.settings() if own]
-                for variant, settings in variants:
-                    run = _file_name(f"{at}-{variant}-s{seed}")
-                    given = [*plan.set, *stream.set, *method.set, *settings, *last]
-                    overrides = (*given, f"name={run}", f"seed={seed}")
-                    try:
-                        load_recipe(None, overrides)
-                    except ConfigError as error:
-                        raise ConfigError(f"suite {plan.name!r}, stream {at!r}, method {name!r}: {error}") from error
-                    found.append(Planned(run, at, variant, seed, overrides, method.leg))
-    return found, left
+    for name, method in plan.methods.items():
+        if (methods and name not in methods) or (method.streams and at not in method.streams):
+            continue
+        settings: list[tuple[str, tuple[str, ...]]] = [(name, tuple(stream.tuned.get(method.tuned_as or name, ())))]
+        if tune:
+            own = not (method.untuned or method.tuned_as)
+            settings = [(f"{name}@{','.join(s)}", (*stream.trial, *s)) for s in stream.settings() if own]
+        for variant, chosen in settings:
+            given = (*plan.set, *stream.set, *method.set, *chosen, *last)
+            try:
+                _recipe(given)
+            except ConfigError as error:
+                raise ConfigError(f"suite {plan.name!r}, stream {at!r}, method {name!r}: {error}") from error
+            found.append((variant, given, method.leg))
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _recipe(given: tuple[str, ...]) -> Recipe:
+    return load_recipe(None, given)
+
+
+def recipe_of(run: Planned) -> Recipe:
+    """What a planned run is to do. Raises ConfigError."""
+    return replace(_recipe(run.given), name=run.name, seed=run.seed)
 
 
 def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -111,7 +140,10 @@ def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, 
     streams = {run.stream for run in runs}
     shown = {run.method.partition("@")[0] for run in runs}
     told = {
-        "name": plan.name, "title": plan.title, "note": plan.note, "reference": plan.reference,
+        "name": plan.name,
+        "title": plan.title,
+        "note": plan.note,
+        "reference": plan.reference,
         "streams": {name: s.text for name, s in plan.streams.items() if name in streams},
         "methods": {name: m.text for name, m in plan.methods.items() if name in shown},
         "trials": {
@@ -119,28 +151,26 @@ def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, 
             for name, s in plan.streams.items()
             if name in streams
         },
-        "factors": list(plan.factors), "square": list(plan.square),
+        "factors": list(plan.factors),
+        "square": list(plan.square),
         "knobs": {key: dict(values) for key, values in plan.knobs.items()},
         "runs": [{"name": r.name, "stream": r.stream, "method": r.method, "seed": r.seed} for r in runs],
-    }  # fmt: skip
+    }
     return json.dumps(told, indent=1) + "\n"
 
 
-def finished(folder: Path) -> bool:
-    """Whether the run in `folder` has ended; packed rows without a state are those of a committed result, and have."""
-    try:
-        return bool(json.loads((folder / "state.json").read_text())["finished"])
-    except FileNotFoundError:
-        return (folder / "rows.jsonl.gz").exists()
+def other_recipe(run: Planned, held: str) -> str:
+    """What differs between `held`, the recipe.toml that a run had, and the plan's, empty if nothing does.
 
-
-def other_recipe(run: Planned, folder: Path) -> str:
-    """What differs between the recipe that `folder` was run with and the plan's, empty if nothing does.
-
-    Where it lies, the number of threads, and keys that a later version of FedKeel added do not count.
+    Where it lay, the number of threads, and keys that a later version of FedKeel added do not count. Raises ConfigError if
+    `held` is no TOML.
     """
-    meant = tomllib.loads(to_toml(load_recipe(None, run.overrides)))
-    for key, value in _read_toml(folder / "recipe.toml").items():
+    meant = tomllib.loads(to_toml(recipe_of(run)))
+    try:
+        was_told = tomllib.loads(held)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{run.name}: recipe.toml: {error}") from error
+    for key, value in was_told.items():
         for name, was in value.items() if isinstance(value, dict) else [("", value)]:
             now = meant.get(key, {}).get(name) if name else meant.get(key)
             if (key, name) not in (("out", ""), ("threads", "")) and now != was:
@@ -152,34 +182,42 @@ def execute(plan: Plan, runs: Sequence[Planned], out: Path, jobs: int, watch: Wa
     """Bring every run to its end, `jobs` at a time, and return those that failed.
 
     out: the suite's folder; it gets suite.json, and of each run a folder, a log, and where it failed the reason in
-    NAME.failed. A finished run is passed over, a begun one resumed, a failed one tried again. Raises ConfigError where a
-    finished run had another recipe than the plan has now: a table must not mix the two.
+    NAME.failed. A finished run, also one in the folder's archive, is passed over, a begun one resumed, a failed one tried
+    again. Raises ConfigError where a run there had another recipe than the plan has now: a table must not mix the two.
     """
+    files = RunFiles(out)
     for run in runs:
-        if (out / run.name / "recipe.toml").exists() and (why := other_recipe(run, out / run.name)):
+        held = files.text(run.name, "recipe.toml") if files.holds(run.name, "recipe.toml") else ""
+        if held and (why := other_recipe(run, held)):
             raise ConfigError(f"{out / run.name} was run with another recipe: {why}; remove it, or set --out to another folder")
     out.mkdir(parents=True, exist_ok=True)
     listed = out / "suite.json"
     before = json.loads(listed.read_text())["runs"] if listed.exists() else []
     write_atomic(listed, describe(plan, runs, before))
-    waiting = deque(run for run in runs if not finished(out / run.name))
+    waiting = deque(run for run in runs if files.state(run.name) != "finished")
     watch.begin(len(runs), len(runs) - len(waiting))
-    running: list[_Job] = []
-    failed, context = [], _processes()
-    with _stopped_at_the_end(running):
+    running: list[Job] = []
+    failed, context = [], processes()
+    with stopped_at_the_end(running):
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(context, waiting.popleft(), out))
-            watch.at([_how_far(job, out) for job in running])
+                running.append(start(context, waiting.popleft(), out))
+            watch.at([how_far(job, out) for job in running])
             time.sleep(POLL)
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
-                reason, code = out / f"{job.run.name}.failed", job.process.exitcode
-                failure = _failure(out, job.run, code) if code else ""
-                if failure:
-                    failed.append(job.run)
-                    write_atomic(reason, failure + "\n")
-                else:
-                    reason.unlink(missing_ok=True)
+                failure = _end(job, out)
+                failed += [job.run] if failure else []
                 watch.ended(job.run.name, time.perf_counter() - job.begin, failure)
     return failed
+
+
+def _end(job: Job, out: Path) -> str:
+    """Keep why a run failed, or forget that it once did; returns the failure, empty if there is none."""
+    reason, code = out / (job.run.name + FAILED), job.process.exitcode
+    failure = failure_of(out, job.run, code) if code else ""
+    if failure:
+        write_atomic(reason, failure + "\n")
+    else:
+        reason.unlink(missing_ok=True)
+    return failure
