@@ -31,7 +31,7 @@ def fedkeel(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
 def test_help_and_typos_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import atexit, sys\n"
-        "heavy = ('torch', 'transformers', 'peft', 'numpy', 'datasets', 'matplotlib')\n"
+        "heavy = ('torch', 'transformers', 'peft', 'numpy', 'datasets', 'altair', 'vl_convert')\n"
         "atexit.register(lambda: print('HEAVY', [m for m in heavy if m in sys.modules]))\n"
         "from fedkeel.cli import main\nmain()\n"
     )

@@ -8,18 +8,25 @@ import html
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import altair
 import pytest
+import vl_convert
+from altair.utils.schemapi import validate_jsonschema
 from suites import ODD, damages, one_leg, one_row, whole_run, whole_suite
 
 from fedkeel.evidence.report import run_charts, suite_charts, suite_markdown, write_report, write_suite_report
-from fedkeel.evidence.report.charts import Chart, Heat, Panel, Point, Series, chart_table, heat_table
-from fedkeel.evidence.report.figures import chart_figure, heat_figure, run_styles, styles_of
+from fedkeel.evidence.report.charts import Chart, Grid, Heat, Panel, Point, Series, chart_table, heat_table
+from fedkeel.evidence.report.figures import Figure, chart_figure, figures_of, heat_figure
 from fedkeel.evidence.report.page import Page, Section, Text, render
+from fedkeel.evidence.report.pictures import run_pictures, still
 from fedkeel.evidence.report.results import results_of
 from fedkeel.evidence.report.run_numbers import held_out, under_damage
+from fedkeel.evidence.report.styles import DASHES, HUES, INK, PAPER, SHAPES, run_styles, styles_of
 from fedkeel.evidence.report.suite import read_suite
 from fedkeel.evidence.report.suite_tables import score_table
 from fedkeel.evidence.report.tables import Table
@@ -211,26 +218,238 @@ def test_no_two_styles_are_the_same() -> None:
     names = [f"method {n}" for n in range(24)]
     styles = styles_of(["base", "local-only", "centralised", *names], "method 3")
     assert len({(s.colour, s.dash, s.symbol) for s in styles.values()}) == 27
-    assert styles["method 3"].colour == "@ink"
+    assert styles["method 3"].colour == INK
+    without_colour = {(s.dash, s.symbol) for name, s in styles.items() if name.startswith("method") and name != "method 3"}
+    assert len(without_colour) == 23
+
+
+def test_the_colours_are_those_of_okabe_and_ito() -> None:
+    assert [light for light, _ in HUES] == ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    assert run_styles()["federated"].colour[0] == "#0072B2"
+
+
+def layers(figure: Figure, mark: str, panel: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The layers of a panel that are drawn with a mark, in their order."""
+    return (layer for layer in figure.specs[panel]["layer"] if layer["mark"]["type"] == mark)
+
+
+def lines_of(spec: Mapping[str, Any], of: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The lines of data that a specification, or a layer of it with data of its own, draws."""
+    data = (of or spec)["data"]
+    return list(data["values"] if "values" in data else spec["datasets"][data["name"]])
+
+
+def in_series(layer: Mapping[str, Any], channel: str) -> dict[str, Any]:
+    """series -> what it has in a channel, a colour as it is on a light page."""
+    scale = layer["encoding"][channel]["scale"]
+    light = (held["expr"].rpartition("'#")[2].rstrip("'") if isinstance(held, dict) else held for held in scale["range"])
+    return dict(zip(scale["domain"], light, strict=True))
 
 
 def test_a_figure_holds_the_numbers_of_its_chart() -> None:
     series = Series("<b>", (Point(1.0, 2.0, 1.5, 2.5), Point(2.0, math.nan)))
-    chart = Chart("key", "Title", "Finding.", (Panel("", "round", "score", (series,)),), spread="range")
+    chart = Chart("key", "Title", "Finding.", (Panel("", "round", "score", (series,)),), spread="range", starts=(1.5,))
     figure = chart_figure(chart, run_styles())
-    band, curve = figure.spec["traces"]
-    assert (band["x"], band["y"]) == ([1.0, 1.0], [2.5, 1.5])
-    assert (curve["x"], curve["y"]) == ([1.0, 2.0], [2.0, None])
-    assert curve["hovertext"][0] == "<b>&lt;b&gt;</b><br>round 1: 2.0 (1.5 to 2.5)"
+    (spec,) = figure.specs
+    first, second = lines_of(spec)
+    told = {"tip": "<b>\nround 1: 2.0 (1.5 to 2.5)", "label": "2.0", "series": "<b>", "marked": True}
+    assert first == {"at": 1.0, "value": 2.0, "low": 1.5, "high": 2.5, **told}
+    assert (second["at"], second["value"], second["low"], second["tip"]) == (2.0, None, None, "<b>\nround 2: not finite")
+    (rule,), (band,), (line,), (points,) = (list(layers(figure, mark)) for mark in ("rule", "area", "line", "point"))
+    assert lines_of(spec, rule) == [{"at": 1.5}]
+    assert rule["encoding"]["x"]["field"] == "at"
+    assert [band["encoding"][channel]["field"] for channel in ("x", "y", "y2")] == ["at", "low", "high"]
+    assert [line["encoding"][channel]["field"] for channel in ("x", "y")] == ["at", "value"]
+    assert [points["encoding"][channel]["field"] for channel in ("x", "y")] == ["at", "value"]
+    assert figure.legend == ()  # one series: nothing to choose among
     assert figure.table.lines == (("1", "2.0 (1.5 to 2.5)"), ("2", "not finite"))
+
+
+def test_a_series_is_told_by_dash_and_mark_too() -> None:
+    names = ("a", "b", "federated")
+    panel = Panel("", "round", "score", tuple(Series(name, (Point(1.0, 2.0), Point(2.0, 3.0))) for name in names))
+    figure = chart_figure(Chart("key", "Title", "Finding.", (panel,)), run_styles())
+    (line,), (points,) = layers(figure, "line"), layers(figure, "point")
+    assert in_series(line, "stroke") == {"a": "0072B2", "b": "D55E00", "federated": "0072B2"}
+    assert in_series(points, "shape") == {"a": SHAPES["square"], "b": SHAPES["diamond"], "federated": SHAPES["circle"]}
+    assert in_series(line, "strokeDash") == {name: list(DASHES["solid"]) for name in names}
+    assert [entry.name for entry in figure.legend] == list(names)
+
+
+def test_of_long_curves_some_points_are_marked_and_of_a_long_one_alone_none() -> None:
+    """100 points: every 12th of each, the second series' half of that later; every point can be pointed at."""
+
+    def marked(count: int) -> list[list[int]]:
+        series = tuple(Series(f"s{k}", tuple(Point(float(n), 1.0 * n) for n in range(100))) for k in range(count))
+        (spec,) = chart_figure(Chart("key", "T", "F.", (Panel("", "round", "score", series),)), {}).specs
+        found = lines_of(spec)
+        assert len(found) == 100 * count
+        return [[line["at"] for line in found if line["marked"] and line["series"] == s.name] for s in series]
+
+    assert marked(1) == [[]]
+    assert marked(2) == [[0, 12, 24, 36, 48, 60, 72, 84, 96], [6, 18, 30, 42, 54, 66, 78, 90]]
+
+
+def test_rows_of_dots_stand_beside_their_names_with_bars() -> None:
+    """Every dot of many: two seeds' differences, a baseline set apart, and zero, which they are held against."""
+    methods = Series("methods", tuple(Point(f"m{n}", 0.5 * n, 0.5 * n - 1, 0.5 * n + 1) for n in range(50)))
+    baselines = Series("baselines", (Point("base", -3.0),), apart=True)
+    panel = Panel("Final test score", "difference, points", "", (methods, baselines))
+    figure = chart_figure(Chart("differences", "T", "F.", (panel,), "rows", "sd", "bars", (0.0,)), {})
+    (spec,) = figure.specs
+    zero, bar = layers(figure, "rule")
+    assert lines_of(spec, zero) == [{"value": 0.0}]
+    assert (zero["encoding"]["x"]["field"], bar["encoding"]["x2"]["field"]) == ("value", "high")
+    dots = list(layers(figure, "point"))[-1]
+    assert dots["encoding"]["y"]["scale"]["domain"] == [*(f"m{n}" for n in range(50)), "base"]
+    assert dots["encoding"]["x"]["title"] == "difference, points"
+    assert in_series(dots, "fill") == {"methods": "0072B2", "baselines": PAPER[0].removeprefix("#")}  # hollow
+    assert all(line["marked"] for line in lines_of(spec))
+    assert [(entry.name, entry.hollow) for entry in figure.legend] == [("methods", False), ("baselines", True)]
+
+
+def test_names_in_any_script_and_with_any_sign_are_shown_as_they_are() -> None:
+    names = ("a.b[0]", "\"q\" 'r' <i>&", "日本語", "العربية", "two\nlines", "a\u2028b", "datum.value", "null", "\\x")
+    points = tuple(Point(name, 1.0 * n) for n, name in enumerate(names))
+    panel = Panel("T", "x", "y", (Series(names[1], points), Series(names[0], points[:1], apart=True)))
+    drawn = vl_convert.vegalite_to_svg(still([Chart("key", "T", "F.", (panel,), "rows")]))
+    texts = [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)]
+    assert {*names} <= {*texts}
+    assert texts.count(names[0]) == texts.count(names[1]) == 2  # in the legend too
+    assert {f"{1.0 * n}" for n in range(len(names))} <= {*texts}
+
+
+def test_logarithms_have_no_place_for_nothing_sent() -> None:
+    panel = Panel("", "MB", "score", (Series("federated", (Point(0.0, 2.0), Point(10.0, 3.0))),), log_x=True)
+    (spec,) = chart_figure(Chart("key", "T", "F.", (panel,)), run_styles()).specs
+    assert [line["at"] for line in lines_of(spec)] == [None, 10.0]
+    none = Panel("", "MB", "score", (Series("federated", (Point(0.0, 2.0),)),), log_x=True)
+    assert chart_figure(Chart("key", "T", "F.", (none,)), run_styles()).table.lines == (("0", "2.0"),)
+
+
+def test_damage_that_training_had_used_is_drawn_on_a_tint_and_all_families_on_one_scale() -> None:
+    figure = chart_figure(run_charts.stability(damages("demo", 1, 0.7, True)), run_styles())
+    assert ["view" in spec for spec in figure.specs] == [False, False, True]
+    ends = [next(layers(figure, "line", n))["encoding"]["y"]["scale"]["domain"] for n in range(3)]
+    assert ends[0] == ends[1] == ends[2]
+    assert ends[0][0] < 60.0 < 70.0 < ends[0][1]
+    assert [line["at"] for line in lines_of(figure.specs[1])] == ["none", "8", "4"]
+
+
+def test_what_is_learnt_is_joined_to_what_is_kept(tmp_path: Path) -> None:
+    kept = suite_charts.kept(results_of(read_suite(whole_suite(tmp_path)), "s"))
+    (figure,) = figures_of(kept, {})
+    joined = next(layers(figure, "rule"))
+    ends = {line["at"]: (line["low"], line["high"]) for line in lines_of(figure.specs[0], joined)}
+    assert ends["full"] == pytest.approx((81.5, 73.0))
 
 
 def test_a_heat_map_holds_its_cells() -> None:
     heat = run_charts.stages(RUN)
     assert isinstance(heat, Heat)
-    (choice,) = heat_figure(heat).spec["choices"]
-    assert choice["trace"]["text"] == [["80.0", ""], ["60.0", "80.0"]]
-    assert (choice["trace"]["zmin"], choice["trace"]["zmax"]) == (0.0, 100.0)
+    figure = heat_figure(heat)
+    (spec,) = figure.specs
+    cells = [(line["y"], line["x"], line["label"]) for line in lines_of(spec)]
+    assert cells == [
+        ("after stage 1", "stage 1", "80.0"), ("after stage 1", "stage 2", ""),
+        ("after stage 2", "stage 1", "60.0"), ("after stage 2", "stage 2", "80.0"),
+    ]  # fmt: skip
+    assert [line["value"] for line in lines_of(spec)][1] is None
+    (rect,) = layers(figure, "rect")
+    assert rect["encoding"]["fill"]["scale"]["domain"] == [0.0, 100.0]
+    assert lines_of(spec)[2]["tip"] == "federated\nafter stage 2, test rows of stage 1: 60.0"
+    assert figure.choices == ()
+
+
+def test_of_several_grids_one_is_shown() -> None:
+    """The first cell of the second grid is empty; its column still comes first."""
+    first = Grid("a.b", "a.b: finding", ("l",), ("c1", "c2"), ((1.0, 3.0),))
+    second = Grid("x['y']", "second: finding", ("l", "m"), ("c1", "c2"), ((None, 2.0), (4.0, math.nan)))
+    figure = heat_figure(Heat("key", "T", "x", "y", "points", (first, second)))
+    (spec,) = figure.specs
+    assert {one["name"]: one["value"] for one in spec["params"]}["hidden"] == ["x['y']"]
+    assert figure.choices == (("a.b", "a.b: finding"), ("x['y']", "second: finding"))
+    params = [{**one, "value": ["a.b"]} if one["name"] == "hidden" else one for one in spec["params"]]
+    chosen = {**spec, "width": 300, "params": params}
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", vl_convert.vegalite_to_svg(chosen))
+    assert [text for text in texts if text] == ["2.0", "4.0", "not finite", "c1", "c2", "x", "l", "m"]
+
+
+def all_figures(folder: Path) -> Iterator[Figure]:
+    """Every figure of the page of a run and of that of a suite, both with all that can be measured."""
+    suite = read_suite(whole_suite(folder))
+    results = results_of(suite, "s")
+    sites, of_suite = run_charts.sites(RUN), suite_charts.sites(results)
+    measures = damages("demo", 1, 0.7, True)
+    of_run = (
+        run_charts.learning,
+        run_charts.stages,
+        run_charts.traffic,
+        run_charts.methods,
+        run_charts.drift,
+        run_charts.gates,
+    )
+    of_results = (
+        suite_charts.learning,
+        suite_charts.stability,
+        suite_charts.traffic,
+        suite_charts.kept,
+        suite_charts.drift,
+        suite_charts.gates,
+    )
+    drawn = [
+        *(make(RUN) for make in of_run),
+        *(make(results) for make in of_results),
+        run_charts.stability(measures),
+        sites and sites[0],
+        suite_charts.stages(results, ()),
+        suite_charts.differences(suite, results),
+        suite_charts.square(suite, "s", results),
+        suite_charts.knob(suite, "s", results, "train.lr", 1),
+        of_suite and of_suite[0],
+    ]
+    for chart in drawn:
+        assert chart is not None
+        yield from figures_of(chart, styles_of(["base", "local-only", "federated", "centralised", *suite.methods], "plain"))
+
+
+def test_every_specification_is_what_vega_lite_reads(tmp_path: Path) -> None:
+    """They are built without Altair's check; here each is held against the whole schema, and compiled."""
+    schema = altair.load_schema()
+    checked = 0
+    for figure in all_figures(tmp_path):
+        for spec in figure.specs:
+            validate_jsonschema(json.loads(json.dumps(spec)), schema)
+            assert vl_convert.vegalite_to_vega(spec)["marks"]
+            checked += 1
+    assert checked == 28
+    for charts in (run_pictures(RUN), [suite_charts.kept(results_of(read_suite(tmp_path), "s"))]):
+        validate_jsonschema(json.loads(json.dumps(still(charts))), schema)
+
+
+def test_no_name_is_a_column_or_part_of_an_expression(tmp_path: Path) -> None:
+    """Names may hold dots, brackets and quotes: they are values, and every column and expression is one of ours."""
+
+    def found(value: Any, key: str) -> Iterator[str]:
+        if isinstance(value, dict):
+            for name, held in value.items():
+                if name == key and isinstance(held, str):
+                    yield held
+                yield from found(held, key)
+        elif isinstance(value, list):
+            for held in value:
+                yield from found(held, key)
+
+    seen = 0
+    for figure in all_figures(tmp_path):
+        for spec in figure.specs:
+            columns = {key for lines in spec["datasets"].values() for line in lines for key in line}
+            assert columns <= {"at", "value", "low", "high", "series", "marked", "label", "tip", "x", "y"}
+            assert {*found(spec, "field")} <= columns
+            told = [*found(spec, "expr"), *found(spec, "filter"), *found(spec, "test")]
+            assert not [text for text in told if ODD in text or "train.lr" in text]
+            seen += ODD in json.dumps(spec["datasets"], ensure_ascii=False).replace('\\"', '"')
+    assert seen >= 6
 
 
 def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
@@ -246,14 +465,18 @@ def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert re.findall(r"""(?:src|href)=["'](?!#|data:)""", around) == []
     assert "url(" not in around
     assert "@import" not in around
-    assert page.count("plotly.js v") == 1
+    assert page.count("window.vegaEmbed") == 1
+    assert "unsafe-eval" not in policy[1]
+    assert "unsafe-inline" not in policy[1].split("style-src")[0]
+    assert "Mike Bostock" in around  # the licences of what the page brings along
     assert ODD not in around
     assert html.escape(ODD) in around
     assert "</script" not in around.replace("</script>\n", "", 1)  # that of the figures' numbers alone
     held = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
     assert held is not None
-    specs = json.loads(held[1])
-    assert len({spec["id"] for spec in specs}) == len(specs) == page.count("<figure id=") == page.count('role="img"')
+    figures = json.loads(held[1])
+    assert len({one["id"] for one in figures}) == len(figures) == page.count("<figure id=") == page.count('role="img"')
+    assert sum(len(one["specs"]) for one in figures) == page.count('<div class="panel">')
 
 
 def test_a_page_without_figures_has_no_script() -> None:
@@ -268,6 +491,7 @@ def test_a_run_leaves_all_its_reports(tmp_path: Path) -> None:
     assert write_report(whole_run(tmp_path / "run")).name == "report.md"
     assert {"report.html", "report.md", "table.md", "curve.svg"} <= {path.name for path in (tmp_path / "run").iterdir()}
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) <= 1_500_000
     assert "Run demo, seed 1, recipe.toml beside it, commit 0123456789ab" in page
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel.evidence.report.page import render
-from fedkeel.evidence.report.plots import Curve, curve_points, learning_curve
+from fedkeel.evidence.report.pictures import learning_curve, run_pictures
 from fedkeel.evidence.report.run_page import LONG, run_page
 from fedkeel.evidence.report.suite_page import kept_picture, suite_markdown, write_suite_report
 from fedkeel.evidence.report.suite_tables import same_value
@@ -73,7 +73,7 @@ def write_report(folder: Path) -> Path:
     if missing:
         page.append(f"**This run is not finished.** Still missing: {escape('; '.join(missing))}.\n")
     page += [escape(summary(rows)) + "\n", tables[0]]
-    if curve_points(rows) != Curve((), (), (), ()):
+    if run_pictures(rows):
         learning_curve(rows, folder / "curve.svg")
         page.append("![Validation score, training loss and test scores; the numbers are in the tables](curve.svg)\n")
     traffic = traffic_table(rows)
@@ -181,9 +181,7 @@ def _environment_table(environment: Mapping[str, Any]) -> Table:
 
 
 __all__ = [
-    "Curve",
     "Table",
-    "curve_points",
     "human_bytes",
     "kept_picture",
     "learning_curve",

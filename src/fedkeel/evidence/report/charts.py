@@ -44,7 +44,8 @@ class Chart:
     """Curves or dots. finding: what it shows, in words. spread: what low and high are; drawn as a `band`, as `bars` or not.
 
     kind: `lines` join a series' points, `dots` do not, `rows` are dots with the categories down the side.
-    starts: numbers of x at which something begins, drawn as upright rules, such as a new stage.
+    starts: numbers of x at which something begins, drawn as upright rules, such as a new stage; of `rows`, numbers of the
+    measure that its dots are held against. joined: of `rows`, bars lead from the first of two series to the second.
     digits: decimals of y. table: the numbers, where the one made by `chart_table` would not read well.
     """
 
@@ -56,6 +57,7 @@ class Chart:
     spread: str = ""
     drawn: str = "band"
     starts: tuple[float, ...] = ()
+    joined: bool = False
     digits: int = 1
     notes: tuple[str, ...] = ()
     table: Table | None = None

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing but itself: text, tables and figures, Plotly once, no request to anywhere."""
+"""A report as one HTML page that needs nothing but itself: text, tables and figures, Vega once, no request to anywhere."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import base64
 import hashlib
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from fedkeel.evidence.report.figures import Figure
+from fedkeel.evidence.report.figures import Entry, Figure
+from fedkeel.evidence.report.styles import DASHES, SHAPES
 from fedkeel.evidence.report.tables import Table
 
 WIDE = 11  # columns; a table with more is set tighter
 SHORT_NAME = 22  # letters; a line's name up to here stays on one line
+LEGEND = "Click to hide or show; double-click to see it alone"
 LONG_CELL = 34  # letters; a column with longer cells gets room for them
 
 
@@ -71,14 +73,14 @@ def render(page: Page) -> str:
     """The page as HTML. Every name in it is escaped, and scripts run only if their hash is the one that stands in the head."""
     writer = _Writer(page.source)
     body = "".join(writer.section(section, 2) for section in page.sections)
-    specs = [dict(spec, id=key) for key, spec in writer.figures]
-    held = json.dumps(_no_nan(specs), ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
-    scripts = [_plotly(), _file("page.js")] if specs else []
+    held = json.dumps(writer.figures, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    scripts = [_vega(), _file("page.js")] if writer.figures else []
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'"
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
     title = html.escape(page.title)
     lead = "".join(_paragraph(text) for text in page.lead)
     tail = "".join(f"<script>{script}</script>\n" for script in scripts)
+    notice = f"<!--\n{_file('licences.txt')}-->\n" if scripts else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -102,31 +104,24 @@ def render(page: Page) -> str:
 <main id="main" tabindex="-1">
 <noscript><p class="warning">The figures need JavaScript. Their numbers are in the tables below them.</p></noscript>
 {body}</main>
-<footer>{html.escape(page.source)}. Written by FedKeel from the runs' rows; drawn by Plotly (MIT licence).</footer>
+<footer>{html.escape(page.source)}. Written by FedKeel from the runs' rows; figures by Vega, Vega-Lite and D3.</footer>
 </div>
 <script type="application/json" id="figures">{held}</script>
-{tail}</body>
+{notice}{tail}</body>
 </html>
 """
-
-
-def _no_nan(value: Any) -> Any:
-    """`value` with null for every number that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _no_nan(held) for key, held in value.items()}
-    return [_no_nan(held) for held in value] if isinstance(value, list | tuple) else value
 
 
 def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
+@cache
+def _vega() -> str:
+    """Vega, Vega-Lite, Vega-Embed and the interpreter of expressions, without which a page would have to allow `eval`."""
+    import vl_convert
 
-    return str(get_plotlyjs())
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _file(name: str) -> str:
@@ -150,7 +145,7 @@ class _Writer:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.figures: list[tuple[str, Mapping[str, Any]]] = []
+        self.figures: list[Mapping[str, Any]] = []
         self.tables = 0
 
     def section(self, section: Section, level: int) -> str:
@@ -180,19 +175,54 @@ class _Writer:
 
     def figure(self, figure: Figure) -> str:
         key = f"figure-{len(self.figures) + 1}"
-        self.figures.append((key, figure.spec))
+        names = [entry.name for entry in figure.legend] or [name for name, _ in figure.choices]
+        self.figures.append({"id": key, "specs": figure.specs, "names": names})
         count = len(self.figures)
         table = table_html(figure.table, f"{key}-table", f"Numbers of figure {count}. {figure.table.title}")
         finding = html.escape(figure.finding)
+        described = f'id="{key}-plot" role="img" aria-label="{finding}" aria-describedby="{key}-table"'
+        panels = '<div class="panel"></div>\n' * len(figure.specs)
         return f"""<figure id="{key}">
-<figcaption><b>Figure {count}.</b> <span id="{key}-finding">{finding}</span></figcaption>
-<div class="plot" id="{key}-plot" role="img" aria-label="{finding}" aria-describedby="{key}-table"></div>
+<figcaption><b>Figure {count}.</b> <span class="finding">{finding}</span></figcaption>
+{_legend(figure.legend)}{_choice(figure.choices)}<div class="plot" {described}>
+{panels}</div>
 <details>
 <summary>Numbers of figure {count}</summary>
 {table}</details>
 <p class="source">{html.escape(self.source)}</p>
 </figure>
 """
+
+
+def _legend(entries: Sequence[Entry]) -> str:
+    """Buttons, a series each, which page.js shows; their order is that of the names that it is given."""
+    if not entries:
+        return ""
+    buttons = "".join(
+        f'<button type="button" aria-pressed="true" title="{LEGEND}">'
+        f"{_swatch(entry)}<span>{html.escape(entry.name)}</span></button>\n"
+        for entry in entries
+    )
+    return f'<div class="legend" role="group" aria-label="Shown in the figure" hidden>\n{buttons}</div>\n'
+
+
+def _swatch(entry: Entry) -> str:
+    """A piece of a series' line with its mark on it. Its colours are what page.css makes of --light and --dark."""
+    light, dark = entry.style.colour
+    dash = " ".join(f"{length:g}" for length in DASHES[entry.style.dash])
+    line = f'<path d="M-14,0H14" stroke-width="2" stroke-dasharray="{dash}"/>' if entry.line else ""
+    hollow = ' fill="none" stroke-width="0.32"' if entry.hollow else ' fill="currentColor" stroke="none"'
+    mark = f'<path d="{SHAPES[entry.style.symbol]}" transform="scale(5)"{hollow}/>'
+    size = 'viewBox="-14 -6 28 12" width="28" height="12"'
+    return f'<svg {size} stroke="currentColor" style="--light:{light};--dark:{dark}" aria-hidden="true">{line}{mark}</svg>'
+
+
+def _choice(choices: Sequence[tuple[str, str]]) -> str:
+    """A list of the grids of a heat map, which page.js shows; the value of each is what the figure then says."""
+    if not choices:
+        return ""
+    options = "".join(f'<option value="{html.escape(finding)}">{html.escape(name)}</option>\n' for name, finding in choices)
+    return f'<label class="choice" hidden>Shown <select>\n{options}</select></label>\n'
 
 
 def _cell(text: str) -> str:

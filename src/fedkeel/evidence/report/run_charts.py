@@ -22,7 +22,9 @@ from fedkeel.evidence.report.tables import (
     METHODS,
     MISSING,
     Table,
+    byte_unit,
     human_bytes,
+    last_by_site,
     mean_and_sd,
     number,
     points,
@@ -135,12 +137,30 @@ def stage_heat(matrices: Mapping[str, Matrix]) -> Heat | None:
 
 def traffic(rows: Sequence[Row]) -> Chart | None:
     scores, moved = validation(rows), sent(rows)
-    curve = tuple(Point(moved[round] / 1e6, score) for round, score in sorted(scores.items()) if round in moved)
-    if not curve:
+    held = [(moved[round], score) for round, score in sorted(scores.items()) if round in moved]
+    if not held:
         return None
-    told = f"{number(curve[-1].y)} points after {human_bytes(1e6 * float(curve[-1].x))} were sent up and down."
-    panel = Panel("Validation score", "MB sent up and down, all sites", POINTS, (Series("federated", curve),))
+    unit, bytes_ = byte_unit(held[-1][0])
+    curve = tuple(Point(size / bytes_, score) for size, score in held)
+    told = f"{number(curve[-1].y)} points after {human_bytes(held[-1][0])} were sent up and down."
+    panel = Panel("Validation score", f"{unit} sent up and down, all sites", POINTS, (Series("federated", curve),))
     return Chart("traffic", "Score against traffic", told, (panel,))
+
+
+def methods(rows: Sequence[Row]) -> Chart | None:
+    """The test score of each method, a row each; of several local-only models their mean, ± sd over sites."""
+    found = []
+    for method, name in METHODS.items():
+        scores = [100 * v for v in last_by_site(rows, method, "score", "test").values()]
+        if scores:
+            mean, sd = mean_and_sd(scores)
+            ends = (mean - sd, mean + sd) if len(scores) > 1 else (math.nan, math.nan)
+            found.append(Series(name, (Point(name, mean, *ends),)))
+    if not found:
+        return None
+    told = f"In points: {', '.join(f'{s.name} {number(s.points[0].y)}' for s in found)}."
+    panel = Panel("Held-out test score by method", POINTS, "", tuple(found))
+    return Chart("methods", "Held-out test score by method", told, (panel,), "rows", "± sd over sites", "bars")
 
 
 def fairness_lines(own: Mapping[str, Sequence[float]]) -> Table:

@@ -7,8 +7,9 @@ from typing import Any
 
 from fedkeel.evidence.report import run_charts as charts
 from fedkeel.evidence.report.charts import Chart, Heat
-from fedkeel.evidence.report.figures import figures_of, run_styles
+from fedkeel.evidence.report.figures import figures_of
 from fedkeel.evidence.report.page import Block, Code, Folded, Page, Section, Text
+from fedkeel.evidence.report.styles import run_styles
 from fedkeel.evidence.report.tables import Table, final, method_table, site_table, task_table, traffic_table
 from fedkeel.types import Row
 

@@ -167,7 +167,7 @@ def kept(results: Sequence[Result]) -> Chart | None:
     panel = Panel("Mean score over the stages", "points", "", series)
     notes = ("Means over stages of what their own rows score; the table of scores has means over tasks.",)
     title = "What is learnt, and what is kept of it"
-    return Chart("kept", title, told, (panel,), "rows", "± sd over seeds", "bars", notes=notes)
+    return Chart("kept", title, told, (panel,), "rows", "± sd over seeds", "bars", joined=True, notes=notes)
 
 
 def stages(results: Sequence[Result], left_out: Collection[str]) -> Heat | None:

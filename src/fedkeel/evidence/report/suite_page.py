@@ -9,10 +9,11 @@ from fedkeel.evidence.report import suite_charts as charts
 from fedkeel.evidence.report import suite_tables as tables
 from fedkeel.evidence.report.chance import Chance
 from fedkeel.evidence.report.charts import Chart, Heat
-from fedkeel.evidence.report.figures import figures_of, styles_of
+from fedkeel.evidence.report.figures import figures_of
 from fedkeel.evidence.report.page import Block, Folded, Page, Section, Text, render
-from fedkeel.evidence.report.plots import draw_rows
+from fedkeel.evidence.report.pictures import draw_rows
 from fedkeel.evidence.report.results import Result, results_of
+from fedkeel.evidence.report.styles import styles_of
 from fedkeel.evidence.report.suite import BASELINES, Suite, chances_of, lines_of, read_suite, streams_of
 from fedkeel.evidence.report.tables import METHODS, Table, escape
 from fedkeel.files import write_atomic
