@@ -22,9 +22,9 @@ import torch
 from machine import resident
 
 from fedkeel.exchange.codecs import make_codec
-from fedkeel.method.aggregate import AGGREGATORS
-from fedkeel.method.aggregate.rule import Options
+from fedkeel.method.aggregate.rule import Options, aggregator
 from fedkeel.rng import seed_torch
+from fedkeel.tables import RULES
 from fedkeel.types import Adapter, Lora, Update
 
 HIDDEN, GROUPS, INNER, RANK = 4096, 1024, 14336, 16
@@ -79,7 +79,7 @@ def one(rule: str, sites: int, layers: int) -> dict[str, float]:
     idle = resident()
     shares = {f"site-{k:04d}": 1.0 / sites for k in range(sites)}
     begin = time.perf_counter()
-    AGGREGATORS[rule].combine(adapter, Stream(adapter, sites), shares, Options())
+    aggregator(rule)(adapter, Stream(adapter, sites), shares, Options())
     seconds = time.perf_counter() - begin
     most = resident()  # before the bandwidth is measured, which takes memory of its own
     bound = sites * size_of(adapter) / bandwidth()
@@ -116,7 +116,7 @@ def codecs(adapter: Adapter) -> list[dict[str, float | str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--rules", nargs="+", default=[*STREAMING, *TOGETHER], choices=sorted(AGGREGATORS))
+    parser.add_argument("--rules", nargs="+", default=[*STREAMING, *TOGETHER], choices=sorted(RULES))
     parser.add_argument("--layers", type=int, default=32, help="of the rules that stream")
     parser.add_argument("--few", type=int, default=1, help="layers of the others")
     parser.add_argument("--most", type=int, default=100, help="sites of the others at most")

@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ from fedkeel.data.batches import batch_indices, collate
 from fedkeel.data.format import Example, Formatter
 from fedkeel.data.sites import make_sites
 from fedkeel.data.sources import load_records
+from fedkeel.federation.client import Site
 from fedkeel.federation.local import LocalTransport
-from fedkeel.federation.server import run_round
+from fedkeel.federation.server import Roster, run_round
 from fedkeel.federation.train import learning_rate
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
@@ -35,7 +36,7 @@ from fedkeel.run.rows import round_rows
 from fedkeel.types import Global
 
 
-def bare_loop(model: Model, sites: dict[str, Sequence[Example]], recipe: Recipe, round: int) -> None:
+def bare_loop(model: Model, sites: Mapping[str, Sequence[Example]], recipe: Recipe, round: int) -> None:
     """The optimiser steps of one round of every site, with nothing around them."""
     train = recipe.train
     model.train()
@@ -78,20 +79,22 @@ def main() -> None:
         model = Model(recipe.model, recipe.lora, recipe.seed)
         formatter = Formatter(model.tokenizer, model.kind, recipe.data.max_length)
         examples = {name: formatter.encode_all(held["train"]) for name, held in sites.rows.items()}
-        transport = LocalTransport(model, {name: [rows] for name, rows in examples.items()}, recipe, recipe.federation.rounds)
-        rows = {name: held["train"] for name, held in sites.rows.items()}
-        leg = Leg("federated", "federated", recipe.federation.rounds, [Stage(recipe, rows)])
+        rounds = recipe.federation.rounds
+        transport = LocalTransport(model, {name: Site(name, [rows], rounds, recipe) for name, rows in examples.items()})
+        roster = Roster(list(examples), recipe.federation, recipe.seed)
+        leg = Leg("federated", "federated", rounds, [Stage(recipe, {name: len(rows) for name, rows in examples.items()})])
         state = Global(0, model.read())
         whole, bare, aggregation = [], [], []
         with tempfile.TemporaryDirectory() as folder:
             run = RunFolder(Path(folder) / "run")
             progress = run.open(recipe, resume=False, fresh=False)
             for repeat in range(args.repeats + 1):
-                begin = time.perf_counter()
-                result = run_round(state, transport, list(examples), recipe.federation, recipe.seed)
+                begin, cpu = time.perf_counter(), time.process_time()
+                result = run_round(state, transport, roster)
+                cpu = time.process_time() - cpu
                 state = result.state
                 run.write_checkpoint("federated", state)
-                run.save(progress, round_rows(leg, 0, result, "bench"))
+                run.save(progress, round_rows(leg, 0, result, "bench", cpu))
                 middle = time.perf_counter()
                 bare_loop(model, examples, recipe, repeat)
                 end = time.perf_counter()

@@ -26,10 +26,10 @@ from step_cost import SHAPES, base_of
 from fedkeel.engines.coordinate import read_start
 from fedkeel.engines.sitefile import SiteFile, read_site
 from fedkeel.engines.worker import ask, stop
-from fedkeel.exchange.messages import factors_down, names_of, pack_global
-from fedkeel.method.aggregate import AGGREGATORS
+from fedkeel.exchange.messages import names_of, pack_global
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
+from fedkeel.tables import RULES
 from fedkeel.types import Global
 
 ROWS = 64
@@ -73,11 +73,12 @@ class Bench:
         self._header = {"run": secrets.token_hex(8), "site": "here", "recipe": to_toml(recipe)}
         self._ask("hello", b"")
         adapter = read_start(self._ask("start", b""))
-        sent = names_of(adapter, factors_down(AGGREGATORS[recipe.federation.rule]))
+        sent = names_of(adapter, RULES[recipe.federation.rule].down)
         self._payload = pack_global("global", Global(0, adapter), recipe.federation.codec_down, sent, tasks={})
 
     def _ask(self, kind: str, payload: bytes) -> bytes:
-        header = {**self._header, "kind": kind, "id": secrets.token_hex(8), "rounds": 4, "rank": 0, "kept": ""}
+        header = {**self._header, "kind": kind, "id": secrets.token_hex(8), "kept": ""}
+        header |= {"leg": "federated", "rounds": 4, "steps": 0, "rank": 0}
         told, out = ask(self.site, header, payload, 3600.0)
         if told.get("error"):
             raise SystemExit(told["error"])

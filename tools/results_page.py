@@ -1,4 +1,4 @@
-"""Fill the tables of docs/results.md and README.md from committed results; the words there are written by hand.
+"""Fill the tables of docs/results.md and README.md from committed results, and draw the page's pictures; words are by hand.
 
     python tools/results_page.py
 
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkeel.evidence.report import Table, method_table, read_rows
+from fedkeel.evidence.report import Table, kept_picture, method_table, read_rows
 from fedkeel.evidence.suites.pack import tables_of
 from fedkeel.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, README = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
+PICTURES = ("clinc150", "cl15")  # streams of the main suite whose kept score the page shows
 SUITES = tuple(sorted(path.parent.name for path in (RESULTS / "suites").glob("*/suite.json")))
 MARK = re.compile(r"<!-- table: (\S+) (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -146,5 +147,7 @@ def readme(text: str) -> str:
 if __name__ == "__main__":
     for suite in SUITES:
         write_atomic(RESULTS / "suites" / suite / "tables.md", suite_tables(suite))
+    for stream in PICTURES:
+        kept_picture(RESULTS / "suites" / "main", stream, RESULTS / "suites" / "main" / f"{stream}.svg")
     write_atomic(PAGE, filled(PAGE.read_text(encoding="utf-8")))
     write_atomic(README, readme(README.read_text(encoding="utf-8")))

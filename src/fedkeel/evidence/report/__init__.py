@@ -85,7 +85,7 @@ def write_report(folder: Path) -> Path:
     report = folder / "report.md"
     write_atomic(report, "\n".join(page))
     measures = folder / "measures.jsonl"
-    measured = read_rows(measures) if measures.exists() or measures.with_name("measures.jsonl.gz").exists() else []
+    measured = read_rows(measures) if measures.exists() else []
     whole = run_page(rows, measured, recipe, environment, about, summary(rows), missing)
     write_atomic(folder / "report.html", render(whole))
     return report
