@@ -30,9 +30,9 @@ from fedkeel.federation.train import learning_rate
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.legs import Leg, Stage
-from fedkeel.run.rows import round_rows
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.legs import Leg, Stage
+from fedkeel.runs.rows import round_rows
 from fedkeel.types import Global
 
 

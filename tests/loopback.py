@@ -25,7 +25,7 @@ from fedkeel.engines.sitefile import MEMBERS, SiteFile, read_members, read_site
 from fedkeel.engines.worker import stop
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
-from fedkeel.run.folder import RunFolder
+from fedkeel.runs.folder import RunFolder
 
 SECONDS = 1800.0  # on a machine that has other work too
 

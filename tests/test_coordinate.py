@@ -22,9 +22,9 @@ from fedkeel.engines.sitefile import SiteFileError, read_site
 from fedkeel.federation.server import FederationError
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.legs import Leg, Stage
-from fedkeel.run.rows import pooled_rows
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.legs import Leg, Stage
+from fedkeel.runs.rows import pooled_rows
 
 SITES = ("ward-0", "ward-1", "ward-2")
 KEPT = "federation.codec_up=topk=0.25+int4"

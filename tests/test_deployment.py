@@ -27,11 +27,11 @@ from tiny import tiny_rows
 from wire import Wire
 
 import fedkeel.federation.local
-import fedkeel.run.here
+import fedkeel.runs.here
 from fedkeel.data.pydocs import records
 from fedkeel.deploy.keys import certificate, new_key, ssh_pair
 from fedkeel.recipe.load import load_recipe
-from fedkeel.run.folder import RunFolder
+from fedkeel.runs.folder import RunFolder
 from fedkeel.types import Reply, Request
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
@@ -71,7 +71,7 @@ def twin(overrides: list[str], took: dict[str, list[int]], monkeypatch: pytest.M
             gone = [Reply(r.site, error="away") for r in requests if r not in there]
             return [*super().exchange(there, deadline), *gone]
 
-    monkeypatch.setattr(fedkeel.run.here, "LocalTransport", Away)
+    monkeypatch.setattr(fedkeel.runs.here, "LocalTransport", Away)
     return go([*overrides, "name=twin"])[1]
 
 

@@ -19,9 +19,9 @@ from flower_grid import FakeGrid
 from fedkeel.engines.flower.apps import client_app
 from fedkeel.engines.flower.simulation import Simulation, simulate
 from fedkeel.recipe.load import load_recipe
-from fedkeel.run.execute import execute
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.prepare import prepare
+from fedkeel.runs.execute import execute
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.prepare import prepare
 
 # the default rule; what a lossy codec left out is kept at the sites; a factor stays there; the base moves
 RULES = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from training import assert_loads_in_peft
 
 import fedkeel.federation.server
-import fedkeel.run.here
+import fedkeel.runs.here
 from fedkeel.data.format import Formatter
 from fedkeel.exchange.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
 from fedkeel.exchange.messages import names_of, pack, pack_global, unpack_global
@@ -34,9 +34,9 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Federation
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.prepare import prepare
-from fedkeel.run.served import trained_model
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.prepare import prepare
+from fedkeel.runs.served import trained_model
 from fedkeel.tables import RULES
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Update
 
@@ -110,7 +110,7 @@ def test_the_adapter_of_every_rule_loads_in_plain_peft(tiny_overrides: list[str]
     assert_loads_in_peft(folder.path / "adapter", model, tiny_base)
     recipe = load_recipe(None, quick(tiny_overrides, rule))
     ids = torch.arange(5, 25)[None]
-    again = trained_model(prepare(recipe), folder.path)
+    again = trained_model(recipe, folder.path)
     assert torch.equal(again.net(input_ids=ids).logits, model.net(input_ids=ids).logits)
     errors = [r["value"] for r in rows_of(folder) if r["name"] == "aggregation_error"]
     assert len(errors) == 3
@@ -132,7 +132,7 @@ def test_factors_that_stay_give_one_adapter_a_site_and_never_travel(tiny_overrid
     scores = [r for r in rows_of(folder) if r["name"] == "score" and r["split"] == "test" and r["method"] == "federated"]
     assert scores
     with pytest.raises(FedKeelError, match="leaves one adapter a site"):
-        trained_model(prepare(load_recipe(None, quick(tiny_overrides, rule))), folder.path)
+        trained_model(load_recipe(None, quick(tiny_overrides, rule)), folder.path)
 
 
 RESUMED = {
@@ -580,7 +580,7 @@ def test_the_ledger_holds_the_length_of_every_message(tiny_overrides: list[str],
             seen.extend((r.site, len(r.payload), len(by_site[r.site].payload)) for r in requests)
             return replies
 
-    monkeypatch.setattr(fedkeel.run.here, "LocalTransport", Listening)
+    monkeypatch.setattr(fedkeel.runs.here, "LocalTransport", Listening)
     _, folder, _ = go(quick(tiny_overrides, "stack", "federation.codec_up=int4"))
     rows = rows_of(folder)
     down = [(r["site"], int(r["value"])) for r in rows if r["name"] == "bytes_down"]

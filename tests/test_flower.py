@@ -34,9 +34,9 @@ from fedkeel.federation.server import FederationError, Roster, run_round
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
-from fedkeel.run.execute import execute
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.prepare import prepare
+from fedkeel.runs.execute import execute
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.prepare import prepare
 from fedkeel.types import FedKeelError, Global
 
 SITES = ["ward-0", "ward-1", "ward-2"]

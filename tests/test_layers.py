@@ -22,7 +22,7 @@ ROOMS = (
     ("exchange",),
     ("scores",),
     ("federation",),
-    ("run",),
+    ("runs",),
     ("engines",),
     ("deploy",),
     ("evidence",),
@@ -50,7 +50,7 @@ def imports(tree: ast.AST, package: str) -> Iterator[str]:
             parts = package.split(".")
             base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, [base, node.module]))
-            # `from fedkeel import run` names a module by its alias
+            # `from fedkeel import runs` names a module by its alias
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
@@ -145,18 +145,18 @@ def test_no_file_needs_itself() -> None:
         ("method", "import peft", 2),  # not for it, and only for model
         ("method", "from flwr.common import Parameters", 2),  # not for it, and only for engines/flower
         ("cli", "def f():\n    import flwr", 1),
-        ("run", "import ray", 1),
+        ("runs", "import ray", 1),
         ("exchange", "import transformers", 1),
-        ("federation", "def f():\n    from fedkeel.model import Model, load\n    import fedkeel.run", 1),
-        ("federation", "from fedkeel import run", 1),
+        ("federation", "def f():\n    from fedkeel.model import Model, load\n    import fedkeel.runs", 1),
+        ("federation", "from fedkeel import runs", 1),
         ("federation", "from .. import run", 1),
         ("federation", "from ..run import legs", 1),
         ("data", "if TYPE_CHECKING:\n    from fedkeel.model import Model", 1),
         ("model", "def f():\n    from fedkeel import scores", 1),
-        ("run", "import fedkeel.unheard_of", 1),
+        ("runs", "import fedkeel.unheard_of", 1),
         ("exchange", "import pickle", 1),
-        ("run", "def f():\n    from pickle import loads", 1),
-        ("run", "import torch\ntorch.load('x')", 1),
+        ("runs", "def f():\n    from pickle import loads", 1),
+        ("runs", "import torch\ntorch.load('x')", 1),
         ("federation", "import torch\ndef f():\n    torch.manual_seed(3)", 1),
         ("data", "import numpy as np\nnp.random.default_rng(1)", 1),
         ("data", "import numpy as np\nnp.random.seed(1)", 1),
@@ -177,7 +177,7 @@ def test_what_breaks_the_order_is_caught(name: str, source: str, found: int) -> 
         ("scores", "def f():\n    from rouge_score.rouge_scorer import RougeScorer"),
         ("model", "import peft\nfrom fedkeel.data.batches import Batch"),
         ("rng", "import numpy as np\nnp.random.default_rng(1)"),
-        ("cli", "from fedkeel import __version__, run"),
+        ("cli", "from fedkeel import __version__, runs"),
         ("federation", "from fedkeel.rng import seed_torch\nseed_torch(1)\nseed = 3"),
     ],
 )

@@ -37,10 +37,10 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
 from fedkeel.rng import derive
-from fedkeel.run.execute import execute
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.prepare import prepare
-from fedkeel.run.served import served, trained_model
+from fedkeel.runs.execute import execute
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.prepare import prepare
+from fedkeel.runs.served import served, trained_model
 from fedkeel.scores.damage import damaged, family_index
 from fedkeel.scores.evaluate import choose, overall, score
 from fedkeel.scores.metrics import consistency
@@ -102,7 +102,7 @@ def values(rows: Sequence[Row]) -> dict[str, float]:
 def loaded(folder: Path) -> tuple[Recipe, Any, Model, Formatter]:
     recipe = load_recipe(folder / "recipe.toml")
     prepared = prepare(recipe)
-    model = trained_model(prepared, folder)
+    model = trained_model(prepared.recipe, folder)
     return recipe, prepared, model, Formatter(model.tokenizer, model.kind, recipe.data.max_length, recipe.data.list_labels)
 
 
@@ -340,7 +340,7 @@ def test_unseen_tasks_are_scored_before_and_after(kind: str, folder: Path, data:
     for method in ("base", "federated"):
         model = Model(recipe.model, recipe.lora, recipe.seed, classes)
         if method == "federated":
-            final = trained_model(prepare(recipe), folder).read()
+            final = trained_model(recipe, folder).read()
             model.write(final)
         formatter = Formatter(model.tokenizer, model.kind, 64, classes=model.classes)
         records = unseen.unseen_records(settings, prepare(recipe))

@@ -47,7 +47,7 @@ from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Distill, Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
-from fedkeel.run.prepare import prepare
+from fedkeel.runs.prepare import prepare
 from fedkeel.tables import STRUCTURES
 from fedkeel.types import Forward, Global
 

@@ -9,7 +9,7 @@ import pytest
 from fedkeel.data.format import Formatter
 from fedkeel.model.load import load_tokenizer
 from fedkeel.recipe.load import load_recipe
-from fedkeel.run.prepare import prepare
+from fedkeel.runs.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"

@@ -30,11 +30,11 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe, Train
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.run.dry import describe_model, payload_bytes
-from fedkeel.run.execute import execute
-from fedkeel.run.folder import RunError, RunFolder
-from fedkeel.run.legs import legs_of
-from fedkeel.run.prepare import Prepared, prepare
+from fedkeel.runs.dry import describe_model, payload_bytes
+from fedkeel.runs.execute import execute
+from fedkeel.runs.folder import RunError, RunFolder
+from fedkeel.runs.legs import legs_of
+from fedkeel.runs.prepare import Prepared, prepare
 from fedkeel.types import Adapter, FedKeelError, Global
 
 
@@ -213,7 +213,7 @@ def killed_while_saving(overrides: list[str]) -> None:
     script = (
         "import os, signal, sys; sys.path.insert(0, 'tests')\n"
         "from test_run import go\n"
-        "import fedkeel.run.folder as folder\n"
+        "import fedkeel.runs.folder as folder\n"
         "real = folder.append_lines\n"
         "def append(path, lines):\n"
         "    size = real(path, lines)\n"

@@ -17,7 +17,7 @@ from training import same_bits
 
 import fedkeel.federation.local
 import fedkeel.federation.train
-import fedkeel.run.here
+import fedkeel.runs.here
 from fedkeel import tables
 from fedkeel.data.batches import batch_indices
 from fedkeel.data.format import Example, Formatter
@@ -35,9 +35,9 @@ from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
-from fedkeel.run.dry import describe_model, payload_bytes
-from fedkeel.run.legs import legs_of
-from fedkeel.run.prepare import Prepared, prepare
+from fedkeel.runs.dry import describe_model, payload_bytes
+from fedkeel.runs.legs import legs_of
+from fedkeel.runs.prepare import Prepared, prepare
 from fedkeel.scores.evaluate import score
 from fedkeel.scores.metrics import mean
 from fedkeel.types import Record
@@ -431,14 +431,14 @@ def test_without_a_stream_no_row_speaks_of_stages(stream: list[str]) -> None:
 def test_every_method_is_scored_on_the_same_rows_of_each_stage(stream: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Baselines in a stream: base, local and centralised legs, one of them at a site that has nothing to learn at first."""
     scored: dict[tuple[str, int], list[tuple[str, tuple[str, ...]]]] = {}
-    real = fedkeel.run.here.score_rows
+    real = fedkeel.runs.here.score_rows
 
     def watched(leg: Any, stage: int, round: int, split: str, found: Any, prepared: Any) -> Any:
         if split == "test":
             scored[leg.name, stage] = [(s.record.id, s.record.labels) for s in found]
         return real(leg, stage, round, split, found, prepared)
 
-    monkeypatch.setattr(fedkeel.run.here, "score_rows", watched)
+    monkeypatch.setattr(fedkeel.runs.here, "score_rows", watched)
     limits = ["evaluation.test_rows=6", 'evaluation.baselines=["base","local","centralised"]']
     recipe, folder, _ = go([*stream, *GROUPS, *limits])
     legs = ["base", "federated", "local/north", "local/south", "local/east", "centralised"]

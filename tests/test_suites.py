@@ -24,7 +24,7 @@ from fedkeel.evidence.suites.runs import execute, runs_of
 from fedkeel.evidence.suites.tuning import chance, final_score, trial_scores, tuned_text
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.run.folder import RunFolder
+from fedkeel.runs.folder import RunFolder
 from fedkeel.types import FedKeelError, Row
 
 PLAN = """

@@ -16,12 +16,12 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from test_run import Silent, adapter_of, go, killed_while_saving, rows_of, same
 
-import fedkeel.run.track
+import fedkeel.runs.track
 from fedkeel import tables
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.track import Point, Summary, TrackError, Tracks, plain_name, point
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.track import Point, Summary, TrackError, Tracks, plain_name, point
 from fedkeel.types import Row
 
 ROOT = Path(__file__).parent.parent
@@ -169,7 +169,7 @@ def test_a_failing_tracker_is_told_of_once_and_stops_nothing(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, whole, _ = go([*tiny_overrides, *BASE, "name=whole"])
-    real, calls = fedkeel.run.track.TensorBoard.log, [0]
+    real, calls = fedkeel.runs.track.TensorBoard.log, [0]
 
     def log(self: Any, points: Any) -> None:
         calls[0] += 1
@@ -177,7 +177,7 @@ def test_a_failing_tracker_is_told_of_once_and_stops_nothing(
             raise OSError(28, "No space left on device")
         real(self, points)
 
-    monkeypatch.setattr(fedkeel.run.track.TensorBoard, "log", log)
+    monkeypatch.setattr(fedkeel.runs.track.TensorBoard, "log", log)
     watch = Silent()
     _, folder, _ = go([*tiny_overrides, *BASE], watch)
     assert [n for n in watch.notes if "tensorboard" in n] == [
@@ -193,7 +193,7 @@ def test_a_tracker_may_fail_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def broken(*arguments: Any) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(fedkeel.run.track.TensorBoard, where, broken)
+    monkeypatch.setattr(fedkeel.runs.track.TensorBoard, where, broken)
     notes: list[str] = []
     with Tracks(["tensorboard"], tmp_path, "run", notes.append) as tracks:
         tracks.log([row("score", 0.1)])
@@ -276,7 +276,7 @@ class FakeMlflow(ModuleType):
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeWandb, FakeMlflow]:
-    for name in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", *fedkeel.run.track.QUIET):
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", *fedkeel.runs.track.QUIET):
         monkeypatch.setenv(name, "")  # so that what FedKeel sets is taken back
         monkeypatch.delenv(name)
     wandb, mlflow = FakeWandb(), FakeMlflow()
@@ -329,7 +329,7 @@ def test_the_user_s_environment_says_where_points_go(
     assert [(o["mode"], o["project"]) for o in wandb.begun] == [("online", "mine")]
     assert [s.uri for s in mlflow.stores] == ["https://mlflow.example"]
     # neither library tells its makers of its use
-    assert {name: os.environ[name] for name in fedkeel.run.track.QUIET} == fedkeel.run.track.QUIET
+    assert {name: os.environ[name] for name in fedkeel.runs.track.QUIET} == fedkeel.runs.track.QUIET
 
 
 def test_many_points_go_to_mlflow_in_parts(fakes: tuple[FakeWandb, FakeMlflow], tmp_path: Path) -> None:

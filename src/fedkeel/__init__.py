@@ -1,3 +1,24 @@
-"""FedKeel: federated fine-tuning of language models that keeps its course when the sites' data differ."""
+"""FedKeel: federated fine-tuning of language models that keeps its course when the sites' data differ.
+
+From Python: `run` a recipe over rows of your own, `load` a finished run; both give a `Result`. Nothing heavy is imported until
+one of these is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["Recipe", "Record", "Result", "load", "run"]
+
+_WHERE = {"Recipe": "recipe.schema", "Record": "types", "Result": "api", "load": "api", "run": "api"}
+
+if TYPE_CHECKING:
+    from fedkeel.api import Result, load, run
+    from fedkeel.recipe.schema import Recipe
+    from fedkeel.types import Record
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -15,15 +14,15 @@ import typer
 
 from fedkeel import __version__, tables
 from fedkeel.recipe.checks import check_one_model
-from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.load import load_recipe, with_threads
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import cores, to_toml
+from fedkeel.recipe.settings import to_toml
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedkeel.run.prepare import Prepared
+    from fedkeel.runs.prepare import Prepared
 
 app = typer.Typer(
     add_completion=False,
@@ -50,10 +49,7 @@ def _console() -> Console:
 def _recipe(arguments: Sequence[str]) -> Recipe:
     """The recipe that the command line means: an optional file first, then overrides; threads resolved to a number."""
     path = Path(arguments[0]) if arguments and "=" not in arguments[0] else None
-    recipe = load_recipe(path, arguments[1:] if path else arguments)
-    if recipe.threads:
-        return recipe
-    return dataclasses.replace(recipe, threads=min(cores(), 8))
+    return with_threads(load_recipe(path, arguments[1:] if path else arguments))
 
 
 @app.callback(invoke_without_command=True)
@@ -61,15 +57,16 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    tables.load_plugins()
 
 
 def _print_plan(console: Console, prepared: Prepared) -> None:
     from rich.table import Table
 
     from fedkeel.evidence.report import human_bytes
-    from fedkeel.run.dry import describe_model, payload_bytes
-    from fedkeel.run.legs import legs_of
-    from fedkeel.run.prepare import describe_sites
+    from fedkeel.runs.dry import describe_model, payload_bytes
+    from fedkeel.runs.legs import legs_of
+    from fedkeel.runs.prepare import describe_sites
 
     recipe = prepared.recipe
     console.print(to_toml(recipe), markup=False, highlight=False)
@@ -97,7 +94,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
 
 def _latest_unfinished(out: Path) -> list[str]:
     """The recipe of the unfinished run in `out` that was worked on last."""
-    from fedkeel.run.folder import RunFolder
+    from fedkeel.runs.folder import RunFolder
 
     found = [p.parent for p in out.glob("*/state.json") if not RunFolder(p.parent).state()["finished"]]
     if not found:
@@ -130,8 +127,8 @@ def run(
     console = _console()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("loading libraries and data"):
-        from fedkeel.run.folder import RunFolder
-        from fedkeel.run.prepare import prepare
+        from fedkeel.runs.folder import RunFolder
+        from fedkeel.runs.prepare import prepare
 
         prepared = prepare(recipe)
     if dry_run:
@@ -194,14 +191,14 @@ def evaluate(
         from rich.table import Table
 
         from fedkeel.files import write_atomic
-        from fedkeel.run.here import formatter_of
-        from fedkeel.run.prepare import prepare
-        from fedkeel.run.served import trained_model
+        from fedkeel.runs.here import formatter_of
+        from fedkeel.runs.prepare import prepare
+        from fedkeel.runs.served import trained_model
         from fedkeel.scores.evaluate import choose, score, task_table
 
         torch.set_num_threads(recipe.threads)
         prepared = prepare(recipe)
-        model = trained_model(prepared, run_folder)
+        model = trained_model(recipe, run_folder)
         formatter = formatter_of(model, prepared)
         rows = choose(prepared.stages[-1].all(split), split, recipe.evaluation.test_rows)
     if not rows:
@@ -294,11 +291,10 @@ def export(
     if not merged:
         shutil.copytree(adapter, target)
     else:
-        from fedkeel.run.prepare import prepare
-        from fedkeel.run.served import trained_model
+        from fedkeel.runs.served import trained_model
 
         partial = target.with_name(target.name + ".partial")
-        trained_model(prepare(recipe), run_folder).save_merged(partial)
+        trained_model(recipe, run_folder).save_merged(partial)
         partial.rename(target)
     typer.echo(f"{'merged model' if merged else 'adapter'}: {target}")
 

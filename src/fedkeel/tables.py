@@ -742,9 +742,9 @@ class Baseline(Entry):
 BASELINES = Table(
     "baseline",
     {
-        "base": Baseline("fedkeel.run.legs:base", title="base", before=True),
-        "local": Baseline("fedkeel.run.legs:local", title="local-only"),
-        "centralised": Baseline("fedkeel.run.legs:centralised", title="centralised", pools=True),
+        "base": Baseline("fedkeel.runs.legs:base", title="base", before=True),
+        "local": Baseline("fedkeel.runs.legs:local", title="local-only"),
+        "centralised": Baseline("fedkeel.runs.legs:centralised", title="centralised", pools=True),
     },
 )
 
@@ -759,7 +759,7 @@ class Engine(Entry):
 ENGINES = Table(
     "engine",
     {
-        "local": Engine("fedkeel.run.execute:execute", about="all sites in this process"),
+        "local": Engine("fedkeel.runs.execute:execute", about="all sites in this process"),
         "flower-sim": Engine(
             "fedkeel.engines.flower.simulation:simulate", about="in Flower's simulation, on as many cores as fit"
         ),
@@ -777,9 +777,9 @@ class Tracker(Entry):
 TRACKERS = Table(
     "tracker",
     {
-        "tensorboard": Tracker("fedkeel.run.track:TensorBoard", library="tensorboardX"),
-        "wandb": Tracker("fedkeel.run.track:Wandb", library="wandb"),
-        "mlflow": Tracker("fedkeel.run.track:Mlflow", library="mlflow"),
+        "tensorboard": Tracker("fedkeel.runs.track:TensorBoard", library="tensorboardX"),
+        "wandb": Tracker("fedkeel.runs.track:Wandb", library="wandb"),
+        "mlflow": Tracker("fedkeel.runs.track:Mlflow", library="mlflow"),
     },
 )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fedkeel.data.forms import DataError
-from fedkeel.data.sources import metadata, read_rows
+from fedkeel.data.sources import metadata, read_rows, with_label_names
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
 
@@ -30,6 +31,8 @@ def dicts_of(rows: Rows, site: str) -> Iterator[Mapping[str, Any]]:
     """
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas, without importing it
         rows = rows.to_dict("records")
+    elif hasattr(rows, "features"):  # a data set of Hugging Face's, without importing it
+        rows = with_label_names(rows)
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise DataError(f"site {site}: {type(rows).__name__} where a list of dicts, a pandas frame or a data set belongs")
     for number, row in enumerate(rows, 1):
@@ -62,6 +65,4 @@ def records_of(sites: Mapping[str, Rows], config: Data) -> list[Record]:
 
 
 def _with_labels(record: Record, labels: set[str]) -> Record:
-    from dataclasses import replace
-
     return replace(record, labels=tuple(sorted(labels))) if record.labels else record

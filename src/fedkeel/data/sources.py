@@ -47,7 +47,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], config: Data, site: str = "") -> Record:
-    """One row of any known form (`tables.FORMS`, told apart by their keys) as a Record. site: that holds it, where it is known.
+    """One row of any known form (`tables.FORMS`, told apart by their keys) as a Record. site: that holds it; empty: as
+    data.site_column says.
 
     meta: the `tasks_file`:
     {"tasks": {name: {"instruction", "labels", "label_domain": {label: group}}}, "references": {id: [...]}}.
@@ -72,7 +73,7 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
     split = text_of(row, "split", place)
     if split and split not in SPLITS:
         raise DataError(f"{place}: split {split!r} is unknown; one of {', '.join(SPLITS)} belongs here")
-    if config.site_column:
+    if config.site_column and not site:
         if config.site_column not in row:
             raise DataError(f"{place}: no column {config.site_column!r} (data.site_column) to take the site's name from")
         site = str(row[config.site_column])
@@ -138,14 +139,20 @@ def hub_rows(config: Data) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:  # the library raises many unrelated types for a wrong id, a missing file or no network
         raise DataError(f"data set {config.dataset!r} cannot be loaded: {type(error).__name__}: {error}") from error
     for split, rows in loaded.items():
-        feature = rows.features.get("label")
-        for number, row in enumerate(rows):
-            if isinstance(feature, datasets.ClassLabel) and isinstance(row["label"], int):
-                row["label"] = feature.int2str(row["label"]) if row["label"] >= 0 else None  # -1: withheld
+        for number, row in enumerate(with_label_names(rows)):
             # a set of one split has not been divided, whatever that split is called
             if split in SPLITS and len(loaded) > 1 and "split" not in row:
                 row["split"] = split
             yield f"{config.dataset}[{split}][{number}]", row
+
+
+def with_label_names(rows: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a data set; where it numbers its labels, by their names."""
+    named = getattr(rows.features.get("label"), "int2str", None)
+    for row in rows:
+        if named is not None and isinstance(row["label"], int):
+            row["label"] = named(row["label"]) if row["label"] >= 0 else None  # -1: withheld
+        yield row
 
 
 def _with_splits(records: Iterable[Record], config: Data, seed: int) -> Iterator[Record]:

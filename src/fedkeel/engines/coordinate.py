@@ -34,12 +34,12 @@ from fedkeel.federation.server import FederationError
 from fedkeel.files import write_atomic
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.legs import Cast, Leg, legs_of
-from fedkeel.run.rounds import Carrier, Loop, Memory
-from fedkeel.run.rows import Sums, pooled_rows
-from fedkeel.run.track import Tracks
-from fedkeel.run.watch import Watch
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.legs import Cast, Leg, legs_of
+from fedkeel.runs.rounds import Carrier, Loop, Memory
+from fedkeel.runs.rows import Sums, pooled_rows
+from fedkeel.runs.track import Tracks
+from fedkeel.runs.watch import Watch
 from fedkeel.types import Adapter, FedKeelError, Global, Lora, Reply, Row
 
 # what must be one at all sites, and how a person would say it

@@ -44,9 +44,9 @@ from fedkeel.method.aggregate.layouts import folded
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import make_recipe
 from fedkeel.recipe.schema import Recipe
-from fedkeel.run.here import formatter_of
-from fedkeel.run.legs import single
-from fedkeel.run.prepare import prepare
+from fedkeel.runs.here import formatter_of
+from fedkeel.runs.legs import single
+from fedkeel.runs.prepare import prepare
 from fedkeel.scores.evaluate import Scored, choose, score
 from fedkeel.types import Adapter, FedKeelError, Global
 

@@ -44,6 +44,8 @@ from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.rng import seed_torch
 from fedkeel.types import Adapter, Forward, Lora, Shift
 
+CLASSES = "fedkeel_classes.json"  # beside an adapter, where its base is an encoder
+
 
 @dataclass(frozen=True)
 class _LabelText:
@@ -452,7 +454,7 @@ class Model:
         if self.classes and self.kind == "classifier":
             head = "linear" if self._label_text is None else "label-text"
             text = json.dumps({"head": head, "classes": self.classes}, indent=1, ensure_ascii=False)
-            (folder / "fedkeel_classes.json").write_text(text + "\n")
+            (folder / CLASSES).write_text(text + "\n")
             if self._label_text is not None:
                 save_file({"embeddings": self._label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")
 

@@ -11,7 +11,7 @@ from typing import Any
 from fedkeel import tables
 from fedkeel.recipe.checks import check_data, cross_check, with_order
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError, Frozen, build, known_keys, read_toml
+from fedkeel.recipe.settings import ConfigError, Frozen, build, cores, known_keys, read_toml
 
 
 def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -46,6 +46,11 @@ def make_recipe(tree: Mapping[str, Any], data: bool = True, order: bool = False)
         recipe = with_order(recipe)
     cross_check(recipe)
     return recipe
+
+
+def with_threads(recipe: Recipe) -> Recipe:
+    """The recipe with a number of threads, for this machine where it names none."""
+    return recipe if recipe.threads else dataclasses.replace(recipe, threads=min(cores(), 8))
 
 
 def _parse_value(text: str) -> Any:

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkeel.engines.flower.courier import LIMIT, Courier, FlowerError, array, pack, unpack
 from fedkeel.engines.sitefile import MEMBERS, read_members
-from fedkeel.run.watch import Lines
+from fedkeel.runs.watch import Lines
 from fedkeel.types import FedKeelError
 
 SITE_FILE = "site-config"  # of --node-config: the path of site.toml
@@ -83,7 +83,7 @@ def coordinator(grid: Grid, context: Context) -> None:
     """
     from fedkeel.engines.coordinate import coordinate
     from fedkeel.recipe.load import make_recipe
-    from fedkeel.run.folder import RunFolder
+    from fedkeel.runs.folder import RunFolder
 
     text = _app_file("recipe.toml").read_text(encoding="utf-8")
     recipe = make_recipe(tomllib.loads(text), data=False)

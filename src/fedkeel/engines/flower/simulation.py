@@ -20,9 +20,9 @@ from fedkeel.engines.flower.apps import client_app
 from fedkeel.engines.flower.courier import Courier, FlowerError, FlowerTransport
 from fedkeel.federation.kept import Kept
 from fedkeel.recipe.schema import Recipe
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.prepare import Prepared
-from fedkeel.run.watch import Watch
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.prepare import Prepared
+from fedkeel.runs.watch import Watch
 from fedkeel.types import Reply, Request
 
 
@@ -107,7 +107,7 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
         from flwr.simulation import run_simulation
     except ImportError as error:
         raise FlowerError(f"the simulation needs an extra: pip install 'fedkeel[flower-sim]' ({error})") from error
-    from fedkeel.run.execute import execute
+    from fedkeel.runs.execute import execute
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what matters is told by exceptions; the rest is for developers
     sites = len(prepared.sites.rows)

@@ -20,7 +20,7 @@ from fedkeel.files import write_atomic
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
-from fedkeel.run.prepare import Prepared, data_view, prepare
+from fedkeel.runs.prepare import Prepared, data_view, prepare
 from fedkeel.scores.damage import check
 from fedkeel.types import Row
 

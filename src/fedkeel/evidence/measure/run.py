@@ -13,10 +13,10 @@ from fedkeel import tables
 from fedkeel.data.format import Formatter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.here import formatter_of
-from fedkeel.run.prepare import Prepared
-from fedkeel.run.served import serve
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.here import formatter_of
+from fedkeel.runs.prepare import Prepared
+from fedkeel.runs.served import serve
 from fedkeel.scores.evaluate import Scored, choose, score
 from fedkeel.types import FedKeelError, Row
 
@@ -105,7 +105,7 @@ class Finished:
 
     def served(self) -> Model:
         """The model, with what the federation serves in it."""
-        serve(self.model, RunFolder(self.folder), self.prepared)
+        serve(self.model, RunFolder(self.folder), self.prepared.recipe)
         self.model.train(False)
         return self.model
 

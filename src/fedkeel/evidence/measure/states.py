@@ -17,8 +17,8 @@ from fedkeel.federation.client import Site
 from fedkeel.federation.kept import Kept, layout_of, modules_left_out
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.server import Roster, run_round
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.served import served
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.served import served
 from fedkeel.scores.evaluate import choose
 from fedkeel.scores.metrics import linear_cka
 from fedkeel.types import Global, Reply, Row

@@ -9,10 +9,10 @@ from fedkeel.data.sources import json_lines, unique_ids
 from fedkeel.evidence.measure.run import Finished, MeasureError, Settings, UnmeasuredError, digest
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Data
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.here import formatter_of
-from fedkeel.run.prepare import Prepared
-from fedkeel.run.served import serve
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.here import formatter_of
+from fedkeel.runs.prepare import Prepared
+from fedkeel.runs.served import serve
 from fedkeel.scores.evaluate import choose, overall, score, task_table
 from fedkeel.types import Record, Row
 
@@ -66,7 +66,7 @@ def unseen(run: Finished) -> list[Row]:
     model.rewind()
     with model.net.disable_adapter():
         before = score(model, formatter, records, recipe.evaluation, advance)
-    serve(model, RunFolder(run.folder), run.prepared)
+    serve(model, RunFolder(run.folder), run.prepared.recipe)
     after = score(model, formatter, records, recipe.evaluation, advance)
     for method, scored in (("base", before), ("federated", after)):
         for task, metrics in task_table(scored).items():

@@ -241,6 +241,12 @@ def final(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r.split != "test" or r.stage == last]
 
 
+def final_scores(rows: Sequence[Row]) -> dict[str, float]:
+    """method -> its score on the test rows in the end, a share; of local models, the mean over the sites."""
+    found = {method: last_by_site(final(rows), method, "score", "test") for method in METHODS}
+    return {method: mean_and_sd(scores.values())[0] for method, scores in found.items() if scores}
+
+
 def stage_table(rows: Sequence[Row], method: str = "federated") -> Table:
     """The stage × stage matrix of a task stream, in points of 100: a line a stage that has ended, a column a stage's rows."""
     check_one_run(rows)

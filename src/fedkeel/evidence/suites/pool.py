@@ -85,7 +85,7 @@ def processes() -> ForkServerContext | SpawnContext:
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["fedkeel.run.execute", "fedkeel.display", "fedkeel.evidence.report", "peft"])
+    context.set_forkserver_preload(["fedkeel.runs.execute", "fedkeel.display", "fedkeel.evidence.report", "peft"])
     return context
 
 

@@ -90,7 +90,7 @@ def chance(runs: Sequence[Planned]) -> dict[str, dict[str, dict[str, float]]]:
     What a report needs to tell a score from chance; tasks without candidate labels are left out. Reads the data of one run of
     each stream, no weights.
     """
-    from fedkeel.run.prepare import prepare
+    from fedkeel.runs.prepare import prepare
     from fedkeel.scores.evaluate import choose
 
     found: dict[str, dict[str, dict[str, float]]] = {}

@@ -16,12 +16,12 @@ from fedkeel.federation.train import injection_of
 from fedkeel.method.aggregate.layouts import folded
 from fedkeel.model.lora import Model
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.legs import Leg
-from fedkeel.run.prepare import Prepared
-from fedkeel.run.rounds import Carrier, Memory
-from fedkeel.run.rows import score_rows, unseen_rows
-from fedkeel.run.watch import Watch
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.legs import Leg
+from fedkeel.runs.prepare import Prepared
+from fedkeel.runs.rounds import Carrier, Memory
+from fedkeel.runs.rows import score_rows, unseen_rows
+from fedkeel.runs.watch import Watch
 from fedkeel.scores.evaluate import Scored, choose, score
 from fedkeel.types import Global, Record, Reply, Row
 

@@ -11,7 +11,7 @@ from fedkeel.exchange.codecs import make_codec
 from fedkeel.exchange.messages import names_of, pack, pack_global
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
-from fedkeel.run.prepare import Prepared
+from fedkeel.runs.prepare import Prepared
 from fedkeel.types import Adapter, Global, Lora
 
 

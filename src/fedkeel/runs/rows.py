@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from fedkeel import tables
 from fedkeel.federation.server import RoundResult
-from fedkeel.run.legs import Leg
-from fedkeel.run.prepare import Prepared
+from fedkeel.runs.legs import Leg
+from fedkeel.runs.prepare import Prepared
 from fedkeel.scores.evaluate import Scored, over_tasks, overall, task_table
 from fedkeel.scores.metrics import macro
 from fedkeel.types import Row

@@ -19,11 +19,11 @@ from fedkeel.federation.server import Roster, run_round
 from fedkeel.federation.train import steps_a_round
 from fedkeel.method.aggregate.common import blend
 from fedkeel.recipe.schema import Recipe
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.legs import Leg, Stage
-from fedkeel.run.rows import round_rows
-from fedkeel.run.served import served
-from fedkeel.run.watch import Watch, tell_failures
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.legs import Leg, Stage
+from fedkeel.runs.rows import round_rows
+from fedkeel.runs.served import served
+from fedkeel.runs.watch import Watch, tell_failures
 from fedkeel.types import Adapter, Global, Reply, Row, Transport
 
 TRAIN_COST = 3.0  # a training row against a scored row, in forward passes: forward, and backward about twice that

@@ -22,7 +22,7 @@ from fedkeel.exchange.messages import pack_global, pack_shift, pack_tensors, rea
 from fedkeel.files import append_lines, write_atomic
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
-from fedkeel.run.track import Tracks
+from fedkeel.runs.track import Tracks
 from fedkeel.types import Adapter, FedKeelError, Global, Row
 
 

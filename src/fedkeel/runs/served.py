@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from functools import reduce
 from pathlib import Path
 
 from fedkeel.method.aggregate.common import blend
-from fedkeel.model.lora import Model
+from fedkeel.model.lora import CLASSES, Model
 from fedkeel.recipe.checks import check_one_model
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.prepare import Prepared
+from fedkeel.recipe.schema import Recipe
+from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.types import Adapter
 
 
@@ -23,23 +24,31 @@ def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, l
     return reduce(lambda before, end: blend(before, end, share), ends)
 
 
-def serve(model: Model, folder: RunFolder, prepared: Prepared) -> None:
+def serve(model: Model, folder: RunFolder, recipe: Recipe) -> None:
     """Put into the model what a finished federation serves: its adapter, and the base shifts below it.
 
     Raises ConfigError where there is no such one model, as factors stayed at the sites.
     """
     assert model.initial is not None
-    recipe = prepared.recipe
     check_one_model(recipe, folder.path / "adapter")
-    rounds, last = recipe.federation.rounds, len(prepared.stages) - 1
+    rounds, last = recipe.federation.rounds, max(1, len(recipe.stream.stages)) - 1
     model.rewind()
     model.replay(folder.read_checkpoint("federated", rounds * (last + 1), model.initial).shifts, 0)
     model.write(served(folder, "federated", rounds, last, recipe.stream.average, model.initial))
 
 
-def trained_model(prepared: Prepared, folder: Path) -> Model:
-    """The model of a run with its federated adapter in it."""
-    recipe = prepared.recipe
-    model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
-    serve(model, RunFolder(folder), prepared)
+def trained_model(recipe: Recipe, folder: Path) -> Model:
+    """The model of a finished run with its federated adapter in it; its data are not asked for. Raises RunError."""
+    model = Model(recipe.model, recipe.lora, recipe.seed, _classes(folder / "adapter" / CLASSES))
+    serve(model, RunFolder(folder), recipe)
     return model
+
+
+def _classes(path: Path) -> tuple[str, ...]:
+    """The classes that stand beside an encoder's adapter; of another base none do."""
+    if not path.exists():
+        return ()
+    try:
+        return tuple(map(str, json.loads(path.read_text(encoding="utf-8"))["classes"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be used: {error!r}") from error

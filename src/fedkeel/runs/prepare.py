@@ -13,7 +13,7 @@ from fedkeel.data.stages import arrivals, check_stages_are_learnt, kept_between_
 from fedkeel.model.load import kind_of, load_config
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError, Frozen
-from fedkeel.run.legs import Cast
+from fedkeel.runs.legs import Cast
 from fedkeel.types import Record
 
 

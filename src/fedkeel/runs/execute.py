@@ -8,14 +8,14 @@ import torch
 
 from fedkeel import tables
 from fedkeel.model.lora import Model
-from fedkeel.run.folder import RunFolder
-from fedkeel.run.here import Engine, Here
-from fedkeel.run.legs import legs_of
-from fedkeel.run.prepare import Prepared
-from fedkeel.run.rounds import Loop
-from fedkeel.run.served import serve
-from fedkeel.run.track import Tracks
-from fedkeel.run.watch import Watch
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.here import Engine, Here
+from fedkeel.runs.legs import legs_of
+from fedkeel.runs.prepare import Prepared
+from fedkeel.runs.rounds import Loop
+from fedkeel.runs.served import serve
+from fedkeel.runs.track import Tracks
+from fedkeel.runs.watch import Watch
 
 
 def execute(
@@ -45,7 +45,7 @@ def execute(
         for leg in legs:
             loop.run(leg)
     if not tables.RULES[recipe.federation.rule].personal:
-        serve(here.model, folder, prepared)
+        serve(here.model, folder, recipe)
     loop.state["finished"] = True
     folder.save(loop.state, [])
     return here.model

@@ -1,0 +1,312 @@
+"""FedKeel from Python: the same bits as the command, rows in many forms, own terms and rules, and what a finished run gives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+from test_run import Silent, adapter_of, go, rows_of, same, without_time
+from tiny import tiny_rows
+from torch import Tensor
+
+import fedkeel
+from fedkeel import tables
+from fedkeel.data.forms import DataError
+from fedkeel.method.aggregate.common import Aggregate
+from fedkeel.method.aggregate.updates import Checked
+from fedkeel.recipe.load import load_recipe, read_tree
+from fedkeel.recipe.settings import ConfigError
+from fedkeel.tables import Rule, Term
+from fedkeel.types import Adapter, FedKeelError, Forward, Update
+
+QUICK = ["evaluation.baselines=[]", "federation.rounds=2"]
+
+
+@pytest.fixture
+def keys(tiny_overrides: list[str]) -> dict[str, Any]:
+    return read_tree(None, [*tiny_overrides, *QUICK])
+
+
+@pytest.fixture
+def whole(tiny_overrides: list[str]) -> Any:
+    """The run of the command, over files."""
+    return go([*tiny_overrides, *QUICK, "name=whole"])[1]
+
+
+def wards() -> dict[str, list[dict[str, str]]]:
+    """The rows of each ward, without its name in them."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in tiny_rows():
+        found.setdefault(row["department"], []).append({k: v for k, v in row.items() if k != "department"})
+    return found
+
+
+def entropy(forward: Forward) -> Tensor:
+    """Mean −Σ p log p over positions."""
+    logs = forward.logits.log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1).mean()
+
+
+def again(forward: Forward, options: Any) -> Tensor:
+    """The task's loss, once more."""
+    return torch.nn.functional.cross_entropy(forward.logits, forward.targets)
+
+
+def plain_mean(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, float]) -> Aggregate:
+    """Σ p_k of every tensor, one after the other in Python."""
+    total = {name: torch.zeros_like(t) for name, t in reference.tensors().items()}
+    for update in updates:
+        for name, tensor in update.adapter.tensors().items():
+            total[name] += weights[update.site] * tensor
+    return Aggregate(reference.with_tensors(total), 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ rows
+
+
+@pytest.mark.parametrize("form", ["dicts", "pandas", "datasets"])
+def test_rows_from_python_end_in_the_bits_of_the_same_rows_in_files(form: str, keys: dict[str, Any], whole: Any) -> None:
+    sites: dict[str, Any] = wards()
+    if form == "pandas":
+        sites = {name: pandas.DataFrame(rows) for name, rows in sites.items()}
+    elif form == "datasets":
+        datasets = pytest.importorskip("datasets", reason="the extra fedkeel[hub] is not installed")
+        sites = {name: datasets.Dataset.from_list(rows) for name, rows in sites.items()}
+    result = fedkeel.run(keys, sites=sites)
+    assert same(adapter_of(result.folder), adapter_of(whole.path))
+    mine, its = ([{**r, "run": ""} for r in without_time(rows)] for rows in (rows_of_result(result), rows_of(whole)))
+    assert mine == its
+
+
+def rows_of_result(result: fedkeel.Result) -> list[dict[str, Any]]:
+    return result.rows.to_dict("records")
+
+
+def test_rows_without_labels_share_those_of_all_sites(keys: dict[str, Any]) -> None:
+    """Each site has seen one label of two; a model that is to choose must know both."""
+    from fedkeel.data.given import records_of
+
+    sites = {
+        "a": [{"text": "warm", "label": "red"}] * 3,
+        "b": [{"text": "cold", "label": "blue"}, {"text": "x", "label": "red"}],
+    }
+    found = records_of(sites, load_recipe(None, ["data.source=rows"]).data)
+    assert {r.labels for r in found} == {("blue", "red")}
+    assert [r.site for r in found] == ["a"] * 3 + ["b"] * 2
+
+
+def test_a_data_set_that_numbers_its_labels_gives_their_names() -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra fedkeel[hub] is not installed")
+    from fedkeel.data.given import dicts_of
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    assert [r.get("label") for r in dicts_of(rows, "a")] == ["yes", "no", None]
+
+
+@pytest.mark.parametrize(
+    ("sites", "told"),
+    [
+        ({"a": "rows.jsonl"}, r"site a: str where a list of dicts, a pandas frame or a data set belongs"),
+        ({"a": {"text": "x"}}, r"site a: dict where a list of dicts"),
+        ({"a": [{"input": "x", "output": "y"}, "z"]}, r"site a, row 2: str where a dict belongs"),
+        ({"a": [{"input": "x"}]}, r"site a, row 1: "),
+        ({}, r"no training row"),
+    ],
+)
+def test_rows_that_are_none_are_refused_by_site_and_number(sites: Any, told: str, keys: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=told):
+        fedkeel.run(keys, sites=sites)
+    assert not (Path(keys["out"]) / "tiny").exists()
+
+
+def test_a_recipe_of_rows_needs_them(keys: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"given from Python, as in fedkeel\.run"):
+        fedkeel.run({**keys, "data": {**keys["data"], "source": "rows"}})
+
+
+# --------------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_a_recipe_is_a_file_or_keys_nested_or_dotted(keys: dict[str, Any], tiny_overrides: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    meant = load_recipe(None, [*tiny_overrides, *QUICK])
+    from fedkeel.recipe.settings import to_toml
+
+    file.write_text(to_toml(meant))
+    dotted = {f"{k}.{n}" if isinstance(v, dict) else k: w for k, v in keys.items()
+              for n, w in (v.items() if isinstance(v, dict) else [(k, v)])}  # fmt: skip
+    for given in (file, str(file), meant, dotted):
+        assert fedkeel.run(given, existing="replace").recipe == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"train.lrr": 1.0}, "unknown key 'train.lrr'; did you mean 'train.lr'"),
+        ({"train": 3, "train.lr": 1.0}, "train is a table of keys, not 3"),
+        ({"federation.rounds": "many"}, "federation.rounds = 'many': int belongs here"),
+        ("nowhere.toml", "recipe not found: nowhere.toml"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_told_as_everywhere(given: Any, told: str) -> None:
+    with pytest.raises(FedKeelError, match=told):
+        fedkeel.run(given)
+
+
+def test_a_run_that_is_there_is_refused_resumed_or_replaced(keys: dict[str, Any]) -> None:
+    first = fedkeel.run(keys)
+    with pytest.raises(FedKeelError, match="holds a run already"):
+        fedkeel.run(keys)
+    lines: list[str] = []
+    assert fedkeel.run(keys, existing="resume", watch=lines.append).scores == first.scores
+    assert not any("round" in line for line in lines)  # it was over
+    fedkeel.run(keys, existing="replace", watch=lines.append)
+    assert sum("federated round" in line for line in lines) == 2
+    with pytest.raises(FedKeelError, match=r"existing = 'keep': one of refuse, resume, replace belongs here"):
+        fedkeel.run(keys, existing="keep")
+
+
+# ------------------------------------------------------------------------------------------------------------- terms and rules
+
+
+def test_a_term_by_its_function_alone(keys: dict[str, Any], whole: Any) -> None:
+    """It counts 1 unless the recipe says otherwise, and its mean is a row; at weight 0 it leaves no trace."""
+    result = fedkeel.run(keys, terms=[entropy])
+    assert not same(adapter_of(result.folder), adapter_of(whole.path))
+    rows = [r for r in rows_of_result(result) if r["name"] == "entropy_loss"]
+    assert {r["site"] for r in rows} == {"ward-0", "ward-1", "ward-2"}
+    assert all(0 < r["value"] < torch.tensor(400.0).log() and r["unit"] == "nats" for r in rows)
+    off = fedkeel.run({**keys, "name": "off", "term": {"entropy": {"weight": 0.0}}}, terms=[entropy])
+    assert same(adapter_of(off.folder), adapter_of(whole.path))
+    assert result.recipe.own["term.entropy"].weight == 1.0
+    assert "entropy" not in tables.TERMS
+
+
+def test_a_term_adds_its_weight_times_its_value(keys: dict[str, Any], whole: Any) -> None:
+    """The task's loss once more at 3, and the gradient cut to one norm either way: the same adapter."""
+    tight = {**keys, "train": {**keys["train"], "clip_norm": 1e-3}}
+    plain = fedkeel.run({**tight, "name": "tight"})
+    double = fedkeel.run({**tight, "name": "double", "term": {"again": {"weight": 3.0}}}, terms=[again])
+    for name, tensor in adapter_of(plain.folder).items():
+        torch.testing.assert_close(adapter_of(double.folder)[name], tensor, rtol=0, atol=1e-3 * float(tensor.abs().max()))
+    rows = rows_of_result(double)
+    values = {n: [r["value"] for r in rows if r["name"] == n] for n in ("loss", "again_loss")}
+    assert values["again_loss"] == pytest.approx(values["loss"], rel=1e-6)
+
+
+def test_a_term_of_an_entry_says_what_it_needs(keys: dict[str, Any]) -> None:
+    seen: list[bool] = []
+
+    def agree(forward: Forward, options: Any) -> Tensor:
+        seen.append(forward.teacher is not None)
+        return forward.logits.sum() * 0
+
+    fedkeel.run(keys, terms=[Term(agree, needs=("teacher",))])
+    assert seen
+    assert all(seen)
+
+
+def test_a_rule_by_its_function_alone(keys: dict[str, Any], whole: Any) -> None:
+    result = fedkeel.run(keys, rule=plain_mean)
+    for name, tensor in adapter_of(whole.path).items():
+        torch.testing.assert_close(adapter_of(result.folder)[name], tensor, rtol=0, atol=1e-5)
+    assert result.recipe.federation.rule == "plain_mean"
+    assert "plain_mean" not in tables.RULES
+    entry = fedkeel.run({**keys, "name": "entry"}, rule=Rule(plain_mean_checked, mixed=True))
+    assert same(adapter_of(entry.folder), adapter_of(result.folder))
+
+
+def plain_mean_checked(reference: Adapter, updates: Checked, weights: Mapping[str, float], options: Any) -> Aggregate:
+    assert options.round in (0, 1)
+    return plain_mean(reference, updates, weights)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"terms": [lambda forward: forward.logits.mean()]}, "<lambda>: a term or rule goes by its function's name"),
+        ({"terms": [entropy, entropy]}, "two terms of one name among entropy, entropy"),
+        ({"terms": [Term(entropy, name="distill")]}, "there is a term 'distill' already"),
+        ({"rule": Rule(plain_mean, name="krum")}, "there is a rule 'krum' already"),
+    ],
+)
+def test_names_of_terms_and_rules_are_ones_own(more: dict[str, Any], told: str, keys: dict[str, Any]) -> None:
+    before = [*tables.TERMS, *tables.RULES]
+    with pytest.raises(FedKeelError, match=told):
+        fedkeel.run(keys, **more)
+    assert [*tables.TERMS, *tables.RULES] == before
+
+
+def test_a_term_that_breaks_is_told_with_its_traceback_and_taken_out(keys: dict[str, Any]) -> None:
+    def broken(forward: Forward) -> Tensor:
+        raise ZeroDivisionError("of my own making")
+
+    with pytest.raises(FedKeelError, match=r"(?s)0 of 3 sites.*ZeroDivisionError: of my own making"):
+        fedkeel.run(keys, terms=[broken])
+    assert "broken" not in tables.TERMS
+
+
+# -------------------------------------------------------------------------------------------------------------------- a result
+
+
+def test_a_result_and_the_same_loaded(keys: dict[str, Any]) -> None:
+    """Scores by hand from the rows; the model of the run and the one that its folder gives answer alike, to the bit."""
+    with_all = {**keys, "evaluation": {**keys["evaluation"], "baselines": ["base", "local"]}}
+    watch = Silent()
+    result = fedkeel.run(with_all, sites=wards(), terms=[entropy], rule=plain_mean, watch=watch)
+    assert watch.results
+    loaded = fedkeel.load(result.folder)
+    rows = [r for r in rows_of_result(result) if r["split"] == "test" and r["name"] == "score" and not r["task"]]
+    locals_ = [r["value"] for r in rows if r["method"] == "local"]
+    assert len(locals_) == 3
+    expected = {r["method"]: r["value"] for r in rows} | {"local": sum(locals_) / 3}
+    assert result.scores == pytest.approx(expected)
+    assert loaded.scores == result.scores
+    assert loaded.rows.equals(result.rows)
+    assert loaded.adapter == result.adapter == result.folder / "adapter"
+    prompt = result.tokenizer("the red cat", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(result.model(**prompt).logits, loaded.model(**prompt).logits)
+    assert result.report() == result.folder / "report.html"
+    assert "entropy" in (result.folder / "report.md").read_text()
+
+
+def test_rows_without_pandas_are_rows(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    result = fedkeel.run(keys)
+    frame = result.rows
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert [r.as_json() for r in result.rows] == frame.to_dict("records")
+
+
+@pytest.mark.parametrize("rule", ["share_a", "stack"])
+def test_what_a_rule_leaves_is_what_a_result_gives(rule: str, keys: dict[str, Any]) -> None:
+    """With factors that stay at the sites there is no one model; with shifts of the base, the model has them."""
+    result = fedkeel.run({**keys, "federation": {**keys["federation"], "rule": rule}})
+    if rule == "share_a":
+        for wanted in (lambda: result.adapter, lambda: result.model, lambda: fedkeel.load(result.folder).model):
+            with pytest.raises(ConfigError, match="share_a"):
+                wanted()
+        return
+    prompt = result.tokenizer("the red cat", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(result.model(**prompt).logits, fedkeel.load(result.folder).model(**prompt).logits)
+
+
+def test_no_run_to_load(tmp_path: Path) -> None:
+    with pytest.raises(FedKeelError, match=r"recipe not found: .*recipe\.toml"):
+        fedkeel.load(tmp_path)
+
+
+def test_the_face_is_light_until_it_is_used() -> None:
+    code = "import sys, fedkeel; fedkeel.run, fedkeel.load, fedkeel.Recipe; print('torch' in sys.modules); fedkeel.missing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "module 'fedkeel' has no attribute 'missing'" in done.stderr
+    shown = subprocess.run([sys.executable, "-m", "fedkeel", "--version"], capture_output=True, text=True)
+    assert shown.stdout.strip().endswith(fedkeel.__version__)
