@@ -38,7 +38,8 @@ scheme = "alternating"
 [scheme.alternating]
 names = ["here", "there", "beyond"]
 [train]
-local_steps = 2
+local_steps = 20
+lr = 0.02
 batch_size = 4
 [structure]
 blink = 0.25
@@ -51,7 +52,7 @@ rounds = 2
 rule = "first"
 codec_up = "mirror"
 [evaluation]
-baselines = ["local"]
+baselines = ["base", "local"]
 max_new_tokens = 3
 """
 
@@ -121,9 +122,8 @@ def test_one_of_each_kind_from_outside(theirs: Path) -> None:
     products = [scale * factors[f"{p}.lora_B.weight"] @ factors[f"{p}.lora_A.weight"] for p in paths]
     by_hand = sum(float(product.square().sum()) for product in products)
     assert measured["adapter_weight"] == pytest.approx(by_hand, rel=1e-5)
-    base = [r["value"] for r in rows if r["name"] == "score" and r["split"] == "test" and not r["task"]]
-    assert measured["damage/clean"] in base
-    assert measured["damage/mute/0/score"] == 0.0
+    scores = {r["method"]: r["value"] for r in rows if r["name"] == "score" and r["split"] == "test" and not r["task"]}
+    assert measured["damage/clean"] == scores["federated"] > measured["damage/mute/0/score"] == scores["base"]  # without branches
 
 
 def test_a_report_knows_them(theirs: Path) -> None:

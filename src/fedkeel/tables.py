@@ -605,7 +605,7 @@ class Damage(Entry):
     """A family of damage: (model, strength, seed, undo) damages a model, see `scores.damage`.
 
     axis: what a strength is. none: the strength that is no damage, a number or a word. strengths: those that are measured, from
-    the least damage to the most. distance: (strength) -> how far it is from none; empty: itself. random: another seed is other
+    the least damage to the most. distance: (strength) -> how far it is from none; empty: their difference. random: another seed is other
     damage. branches: only maps with an adapter branch are damaged. trained_by: structures that disturb the same while training.
     """
 
@@ -619,7 +619,9 @@ class Damage(Entry):
 
     def apart(self, strength: float) -> float:
         """How far `strength` is from no damage, which is 0."""
-        return float(_found(self.distance, self.name)(strength)) if self.distance else float(strength)
+        if self.distance:
+            return float(_found(self.distance, self.name)(strength))
+        return abs(strength - self.none) if isinstance(self.none, int | float) else float(strength)
 
 
 _DAMAGE = "fedkeel.scores.damage"
@@ -644,7 +646,6 @@ DAMAGES = Table(
             axis="factor on the adapter",
             none=1.0,
             strengths=(0.5, 0.75, 1.25, 1.5),
-            distance=f"{_DAMAGE}:from_one",
             random=False,
             branches=True,
             trained_by=("rank",),

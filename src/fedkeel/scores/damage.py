@@ -175,11 +175,6 @@ def bits(model: Model, bits: float, seed: int, undo: ExitStack) -> None:
     _rewrite(model, lambda branch, w: quantised(w, int(bits)), undo)
 
 
-def from_one(factor: float) -> float:
-    """How far a factor is from leaving things as they are."""
-    return abs(factor - 1.0)
-
-
 def step_of(bits: float) -> float:
     """The quantisation step as a share of a row's largest entry: 0 would be no quantisation."""
     return 1.0 / (2.0 ** (bits - 1.0) - 1.0)
