@@ -123,7 +123,7 @@ def test_one_of_each_kind_from_outside(theirs: Path) -> None:
     by_hand = sum(float(product.square().sum()) for product in products)
     assert measured["adapter_weight"] == pytest.approx(by_hand, rel=1e-5)
     scores = {r["method"]: r["value"] for r in rows if r["name"] == "score" and r["split"] == "test" and not r["task"]}
-    assert measured["damage/clean"] == scores["federated"] > measured["damage/mute/0/score"] == scores["base"]  # without branches
+    assert measured["damage/clean"] == scores["federated"] > measured["damage/mute/0/score"] == scores["base"]
 
 
 def test_a_report_knows_them(theirs: Path) -> None:

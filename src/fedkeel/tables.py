@@ -605,8 +605,9 @@ class Damage(Entry):
     """A family of damage: (model, strength, seed, undo) damages a model, see `scores.damage`.
 
     axis: what a strength is. none: the strength that is no damage, a number or a word. strengths: those that are measured, from
-    the least damage to the most. distance: (strength) -> how far it is from none; empty: their difference. random: another seed is other
-    damage. branches: only maps with an adapter branch are damaged. trained_by: structures that disturb the same while training.
+    the least damage to the most. distance: (strength) -> how far it is from none; empty: their difference. random: another seed
+    is other damage. branches: only maps with an adapter branch are damaged. trained_by: structures that disturb the same while
+    training.
     """
 
     axis: str = "strength"
