@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,89 @@ def test_private_files_end_in_the_bits_of_one_process(
     assert config["base_model_name_or_path"] == "tiny_base"
     assert there.state()["finished"]
 
-    def scores(folder: RunFolder) -> dict[tuple[Any, ...], float]:
-        kept = ("score", "accuracy", "rouge_l", "exact_match", "rows", "own_score", "loss", "positions", "bytes_up")
-        rows = [r for r in rows_of(folder) if r["name"] in kept]
-        return {(r["name"], r["method"], r["round"], r["site"], r["task"], r["split"]): r["value"] for r in rows}
+    assert stated(there) == pytest.approx(stated(here))
 
-    assert scores(there) == pytest.approx(scores(here))
+
+STREAM = ["stream.stages=colour,echo", "evaluation.baselines=base,local"]
+METHOD = ["distill.weight=1", "distill.memory=0.4", "structure.heads=0.2", "structure.rank=0.1", "train.proximal=0.1"]
+
+
+def stated(folder: RunFolder) -> dict[tuple[Any, ...], float]:
+    """What a run says of scores, losses and bytes, by all that tells one row from another."""
+    names = ("score", "accuracy", "rouge_l", "exact_match", "rows", "own_score", "loss", "positions", "bytes_up")
+    rows = [r for r in rows_of(folder) if r["name"] in names or r["name"].startswith("score_of_stage")]
+    return {(r["name"], r["method"], r["round"], r["stage"], r["site"], r["task"], r["split"]): r["value"] for r in rows}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([*METHOD, KEPT, "stream.average=0.5"], id="method"),
+        pytest.param([], id="plain", marks=pytest.mark.slow),
+        pytest.param(["federation.rule=residual"], id="shifts", marks=pytest.mark.slow),
+    ],
+)
+def test_a_stream_and_its_baselines_end_in_the_bits_of_one_process(
+    more: list[str], deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each site knows which of its rows are whose stage's; ward-1 has none of the first, and is not asked in it. A local model
+    is trained and scored where its rows are: of it the coordinator has the site's own score, and no other site's rows."""
+    overrides, files = deployment
+    lines = [line for line in (files[1].parent / "rows.jsonl").read_text().splitlines(True) if '"colour"' not in line]
+    (files[1].parent / "rows.jsonl").write_text("".join(lines))
+    (tmp_path / "all").mkdir()
+    every = "".join((file.parent / "rows.jsonl").read_text() for file in files)
+    (tmp_path / "all" / "rows.jsonl").write_text(every)
+    (tmp_path / "all" / "tasks.json").write_text((files[0].parent / "tasks.json").read_text())
+    told = [*overrides, *STREAM, *more, f"data.root={tmp_path / 'all'}"]
+    _, here, _ = go(told)
+    there = coordinate(told, files, tmp_path, monkeypatch)
+    assert same(adapter_of(here.path), adapter_of(there.path))
+    asked = {(r["site"], r["stage"]) for r in rows_of(there) if (r["name"], r["method"]) == ("loss", "federated")}
+    assert asked == {(name, 1) for name in SITES} | {("ward-0", 0), ("ward-2", 0)}
+    mine, its = stated(here), stated(there)
+    assert its == pytest.approx({key: mine[key] for key in its})
+    # in one process a local model is scored on the rows of all sites too
+    left_out = {key for key in mine.keys() - its.keys() if not (key[1] == "local" and key[0] != "own_score")}
+    assert not left_out
+    assert {key[4] for key in its if key[:2] == ("own_score", "local")} == {"ward-1", "ward-2"}  # ward-0 has no test row
+    assert {key[0] for key in its if key[1] == "base"} >= {"score", "score_of_stage_1", "score_of_stage_2", "own_score"}
+
+
+def test_a_stream_with_baselines_that_was_killed_goes_on_where_it_was(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second stage, in a local leg, and between a leg's end and its scores."""
+    overrides, files = deployment
+    told = [*overrides, *STREAM, KEPT, "federation.rounds=2"]
+    _, here, _ = go(told)
+    seen = 0
+
+    def killed(message: Any, reply: Any) -> list[tuple[int, Any]]:
+        nonlocal seen
+        seen += 1
+        if seen in stops:
+            stops.remove(seen)
+            raise KeyboardInterrupt
+        return [(0, reply)]
+
+    stops = {15, 40, 60}
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            coordinate(told, files, tmp_path, monkeypatch, killed)
+    there = coordinate(told, files, tmp_path, monkeypatch, killed)
+    assert not stops
+    assert same(adapter_of(here.path), adapter_of(there.path))
+    mine, its = stated(here), stated(there)
+    assert its == pytest.approx({key: mine[key] for key in its})
+    counts = [Counter(without_value(folder)) for folder in (here, there)]
+    assert {key: n for key, n in counts[1].items() if "load_seconds" not in key} == {
+        key: counts[0][key] for key in counts[1] if "load_seconds" not in key
+    }
+
+
+def without_value(folder: RunFolder) -> list[str]:
+    return [json.dumps({**r, "value": 0, "run": ""}) for r in rows_of(folder)]
 
 
 def test_a_coordinator_that_was_killed_goes_on_where_it_was(

@@ -115,6 +115,31 @@ def test_the_quickstart_at_three_sites_ends_in_the_bits_of_one_process(tmp_path:
     assert score(there.results) == pytest.approx(score(here))
 
 
+def test_a_stream_with_baselines_at_three_sites_ends_in_the_bits_of_one_process(
+    tiny_overrides: list[str], tiny_base: Path, tmp_path: Path
+) -> None:
+    """Two stages, guidance with a memory of the first, and the base and local models beside the federated one."""
+    overrides = [
+        *tiny_overrides, "stream.stages=colour,echo", "evaluation.baselines=base,local", "federation.rounds=2",
+        "distill.weight=1", "distill.memory=0.4", "structure.heads=0.2", "evaluation.test_rows=0", "evaluation.every=9",
+        "federation.codec_up=topk=0.25+int4",
+    ]  # fmt: skip
+    _, here, _ = go([*overrides, "name=here"])
+    with wards(tmp_path, overrides, tiny_base) as there:
+        there.up()
+        start_sites(there)
+        code, told = there.run()
+        assert code == 0, told + there.log()
+    assert same(adapter_of(here.path), adapter_of(there.results.path))
+
+    def scores(folder: RunFolder) -> dict[tuple[Any, ...], float]:
+        rows = [r for r in rows_of(folder) if r["split"] == "test" and (r["method"] != "local" or r["name"] == "own_score")]
+        return {(r["method"], r["name"], r["stage"], r["task"], r["site"]): r["value"] for r in rows}
+
+    assert scores(there.results) == pytest.approx(scores(here))
+    assert {method for method, *_ in scores(here)} == {"base", "federated", "local"}
+
+
 def test_killed_workers_and_coordinators_change_no_bit(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
     """A worker is killed in the first rounds, then the ServerApp; a second run goes on from the last checkpoint."""
     few = ["evaluation.baselines=[]", "evaluation.test_rows=1", "evaluation.every=9", "federation.rounds=5"]
