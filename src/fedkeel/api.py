@@ -45,26 +45,27 @@ class Result:
     _trained: Model | None = field(default=None, repr=False)
 
     @cached_property
-    def _rows(self) -> list[Row]:
+    def measured(self) -> list[Row]:
+        """All that was measured."""
         from fedkeel.evidence.report.tables import read_rows
 
         return read_rows(self.folder / "rows.jsonl")
 
     @property
     def rows(self) -> Any:
-        """All that was measured (`types.Row`): a pandas frame where pandas is installed, else a list of Rows."""
+        """All that was measured, as a pandas frame where pandas is installed, else a list of Rows (`types.Row`)."""
         try:
             import pandas
         except ImportError:
-            return list(self._rows)
-        return pandas.DataFrame([row.as_json() for row in self._rows])
+            return list(self.measured)
+        return pandas.DataFrame([row.as_json() for row in self.measured])
 
     @property
     def scores(self) -> dict[str, float]:
         """method -> its score on the test rows at the end of the run, a share; of local models, the mean over the sites."""
         from fedkeel.evidence.report.tables import final_scores
 
-        return final_scores(self._rows)
+        return final_scores(self.measured)
 
     @property
     def adapter(self) -> Path:

@@ -52,8 +52,9 @@ class Lines:
         """See `Watch`."""
         sent = sum(result.bytes_down.values()) + sum(result.bytes_up.values())
         losses = [u.stats["loss"] for u in result.updates]
+        sites = f"{len(losses)} site{'s' * (len(losses) != 1)}"
         self._line(
-            f"{leg} round {done} of {rounds}: {len(result.updates)} sites, loss {sum(losses) / len(losses):.3f} nats, "
+            f"{leg} round {done} of {rounds}: {sites}, loss {sum(losses) / len(losses):.3f} nats, "
             f"{result.seconds:.1f} s, {sent:,} bytes"
         )
 
