@@ -187,8 +187,8 @@ def test_an_encoder_predicts_among_the_labels_of_the_row(name: str) -> None:
         example = Example("", "", formatter.encode(record).ids, target=0)
         with torch.no_grad():
             hidden = model.net(input_ids=torch.tensor([example.ids])).last_hidden_state[0].mean(0)
-        assert model._label_text is not None
-        cosines = (torch.nn.functional.normalize(hidden, dim=0) @ model._label_text.embeddings.T).tolist()
+        assert model.label_text is not None
+        cosines = (torch.nn.functional.normalize(hidden, dim=0) @ model.label_text.embeddings.T).tolist()
         expected.append(max(record.labels, key=lambda label: cosines[LABELS.index(label)]))
         weights = [math.exp(20 * cosines[LABELS.index(label)]) for label in record.labels]
         chances.append([w / sum(weights) for w in weights])

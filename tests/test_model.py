@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fedkeel import tables
 from fedkeel.data.batches import Batch, collate
 from fedkeel.data.format import Example, Formatter
+from fedkeel.model.export import save_adapter, save_merged
 from fedkeel.model.load import ModelError, kind_of, load_config, load_tokenizer, uses_bf16
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import LoraConfig
@@ -288,7 +289,7 @@ def test_an_adapter_that_does_not_fit_is_refused_whole_and_named(fault: str) -> 
 def test_peft_loads_a_saved_adapter(name: str, tmp_path: Path) -> None:
     model = make(name)
     randomise(model)
-    model.save(tmp_path)
+    save_adapter(model, tmp_path)
     expected = logits_of(model, name)
     loaded = peft.PeftModel.from_pretrained(auto_class(model).from_pretrained(base(name)), tmp_path).eval()
     assert not (tmp_path / "README.md").exists()
@@ -307,7 +308,7 @@ def test_a_merged_model_gives_the_same_logits_alone(name: str, tmp_path: Path) -
     model = make(name)
     randomise(model)
     expected = logits_of(model, name)
-    model.save_merged(tmp_path)
+    save_merged(model, tmp_path)
     alone = auto_class(model).from_pretrained(tmp_path).eval()
     text = "No news is good news 42"
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == model.tokenizer(text)["input_ids"]
@@ -347,13 +348,13 @@ def test_a_linear_head_is_trained_and_survives_saving(name: str, tmp_path: Path)
 
     other = make(name, seed=9, **made)
     other.write(model.read())
-    model.save(tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter")
     # loaded by PEFT on a base whose fresh head is drawn anew, and so is another one
     torch.manual_seed(77)
     fresh = transformers.AutoModelForSequenceClassification.from_pretrained(base(name), num_labels=3)
     fresh.config.pad_token_id = model.tokenizer.pad_token_id
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-    model.save_merged(tmp_path / "merged")
+    save_merged(model, tmp_path / "merged")
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         close(other.forward(batch).logits, forward.logits)

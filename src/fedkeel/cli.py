@@ -291,10 +291,11 @@ def export(
     if not merged:
         shutil.copytree(adapter, target)
     else:
+        from fedkeel.model.export import save_merged
         from fedkeel.runs.served import trained_model
 
         partial = target.with_name(target.name + ".partial")
-        trained_model(recipe, run_folder).save_merged(partial)
+        save_merged(trained_model(recipe, run_folder), partial)
         partial.rename(target)
     typer.echo(f"{'merged model' if merged else 'adapter'}: {target}")
 

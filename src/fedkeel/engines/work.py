@@ -41,6 +41,7 @@ from fedkeel.exchange.messages import (
 from fedkeel.federation.client import Site, answer
 from fedkeel.federation.kept import Kept, layout_of
 from fedkeel.method.aggregate.layouts import folded
+from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import make_recipe
 from fedkeel.recipe.schema import Recipe
@@ -204,7 +205,7 @@ class Work:
         _, state = unpack_global(payload, "checkpoint", self.initial)
         self.model.write(state.adapter)
         with tempfile.TemporaryDirectory() as folder:
-            self.model.save(Path(folder), folded(state.adapter, state.shifts) if state.shifts else None)
+            save_adapter(self.model, Path(folder), folded(state.adapter, state.shifts) if state.shifts else None)
             files = {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in Path(folder).iterdir()}
         return pack_tensors(files, kind="export")
 

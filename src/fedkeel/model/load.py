@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,56 @@ def kind_of(config: ModelConfig, base_config: Any) -> str:
     if "ForCausalLM" in names or "LMHeadModel" in names or (causal and not encoder):
         return "causal"
     return "classifier"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as it is to be built.
+
+    about: its own configuration, see `load_config`. kind: see `kind_of`. head: classes of a fresh classification head; 0: none.
+    dtype: of its weights.
+    """
+
+    config: ModelConfig
+    about: Any
+    kind: str
+    head: int
+    dtype: torch.dtype
+
+    @property
+    def _auto(self) -> Any:
+        if self.head:
+            return transformers.AutoModelForSequenceClassification
+        return {
+            "causal": transformers.AutoModelForCausalLM,
+            "seq2seq": transformers.AutoModelForSeq2SeqLM,
+            "classifier": transformers.AutoModel,
+        }[self.kind]
+
+    def load(self) -> Any:
+        """Its modules with its weights; what a checkpoint lacks of an encoder, such as a head, is drawn by torch's generator.
+
+        Raises ModelError if it cannot be loaded, or lacks tensors of a language model.
+        """
+        where = base_location(self.config.base)
+        options = _revision(self.config, where) | ({"num_labels": self.head} if self.head else {})
+        net, info = _load(self._auto, self.config.base, where, dtype=self.dtype, output_loading_info=True, **options)
+        # An encoder's checkpoint may lack a pooler or head; a language model that lacks a tensor would get a random one.
+        if self.kind != "classifier" and info["missing_keys"]:
+            lacking = ", ".join(sorted(info["missing_keys"])[:3])
+            raise ModelError(
+                f"model.base = {self.config.base!r} lacks {len(info['missing_keys'])} tensors of a {self.kind} model "
+                f"({lacking}); is it a language model, and whole?"
+            )
+        return net
+
+    def outline(self) -> Any:
+        """Its modules on torch's `meta` device, without weights. Raises ModelError if they cannot be built."""
+        about = copy.deepcopy(self.about)
+        if self.head:
+            about.num_labels = self.head
+        with torch.device("meta"), _loading(self.config.base):
+            return self._auto.from_config(about, trust_remote_code=False)
 
 
 def targets_for(base_config: Any, asked: Sequence[str]) -> list[str] | str:

@@ -1,4 +1,4 @@
-"""One frozen base model with a LoRA adapter: load, run, read and write. The only file that imports peft.
+"""One frozen base model with a LoRA adapter: run, read and write.
 
 Logits are computed at supervised positions only: a hook in front of the output projection gathers the hidden states of
 those positions, so a (batch, time, V) tensor never exists, whatever the architecture does after the projection.
@@ -6,49 +6,32 @@ those positions, so a (batch, time, V) tensor never exists, whatever the archite
 
 from __future__ import annotations
 
-import copy
 import inspect
-import json
 from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-import transformers
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedkeel.data.batches import Batch
-from fedkeel.model.load import (
-    ModelError,
-    _load,
-    _loading,
-    _revision,
-    base_location,
-    kind_of,
-    load_config,
-    load_tokenizer,
-    quiet,
-    targets_for,
-    uses_bf16,
-)
+from fedkeel.model.load import Base, ModelError, kind_of, load_config, load_tokenizer, quiet, targets_for, uses_bf16
 from fedkeel.model.places import Places, find_places
 from fedkeel.recipe.schema import LoraConfig
 from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.rng import seed_torch
 from fedkeel.types import Adapter, Forward, Lora, Shift
 
-CLASSES = "fedkeel_classes.json"  # beside an adapter, where its base is an encoder
+PREFIX = "base_model.model."  # before a path in the base model, in PEFT's names
 
 
 @dataclass(frozen=True)
-class _LabelText:
+class LabelText:
     """Class scores of an encoder: 20 · cos(mean-pooled text, frozen mean-pooled label text), as CLIP and
     sentence-transformers scale a cosine into logits."""
 
@@ -78,6 +61,44 @@ def _folded(module: Any, x: Tensor) -> Tensor:
     return nn.functional.linear(x, torch.addmm(base.weight, b, a, alpha=scale), base.bias)
 
 
+def _with_lora(net: Any, base: Base, lora: LoraConfig) -> Any:
+    """`net`, the modules of `base`, with fresh branches by torch's generator. Raises ModelError if LoRA has no place in it."""
+    kind = {
+        "causal": peft.TaskType.CAUSAL_LM,
+        "seq2seq": peft.TaskType.SEQ_2_SEQ_LM,
+        "classifier": peft.TaskType.SEQ_CLS if base.head else peft.TaskType.FEATURE_EXTRACTION,
+    }[base.kind]
+    config = peft.LoraConfig(
+        task_type=kind,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
+        lora_dropout=lora.dropout,
+        target_modules=targets_for(base.about, lora.targets),
+        # a checkpoint may lack the pooler (DeBERTa's always does): drawn afresh, it is part of the fresh head
+        modules_to_save=["pooler"] if base.head else None,
+    )
+    try:
+        with quiet():
+            return peft.get_peft_model(net, config)
+    except ValueError as error:
+        raise ModelError(f"LoRA cannot be put into {base.config.base!r} ({base.about.model_type}): {error}") from error
+
+
+def _lora_layers(net: nn.Module) -> dict[str, Any]:
+    """Path in the base model -> LoRA layer."""
+    return {name.removeprefix(PREFIX): m for name, m in net.named_modules() if isinstance(m, LoraLayer)}
+
+
+def _dense_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Path in the base model -> parameter, of what is trained beside the branches."""
+    return {
+        name.removeprefix(PREFIX).replace(".modules_to_save.default", ""): parameter
+        for name, parameter in net.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+
+
 class Model:
     """A base model with one adapter in it, on one device.
 
@@ -91,92 +112,51 @@ class Model:
 
         Raises ModelError if the base cannot be loaded or LoRA has no place in it.
         """
-        where = base_location(config.base)
-        base_config = load_config(config)
+        about = load_config(config)
         self.config = config
-        self.kind = kind_of(config, base_config)
+        self.kind = kind_of(config, about)
         self.tokenizer = load_tokenizer(config)
         self.classes = tuple(classes)
         self.device = torch.device(config.device)
         self.bf16 = uses_bf16(config.precision, config.device)
-        self.linear_head = self.kind == "classifier" and config.head == "linear"
         if self.kind == "classifier" and not self.classes:
             raise ModelError("a classifier needs classification rows: no row of this data has labels")
-
-        task, auto = {
-            "causal": (peft.TaskType.CAUSAL_LM, transformers.AutoModelForCausalLM),
-            "seq2seq": (peft.TaskType.SEQ_2_SEQ_LM, transformers.AutoModelForSeq2SeqLM),
-            "classifier": (peft.TaskType.FEATURE_EXTRACTION, transformers.AutoModel),
-        }[self.kind]
-        options = _revision(config, where)
-        if self.linear_head:
-            task, auto = peft.TaskType.SEQ_CLS, transformers.AutoModelForSequenceClassification
-            options["num_labels"] = len(self.classes)
         # A frozen base is best held in the type it computes in; on a CPU float32 weights are the faster source.
-        options["dtype"] = torch.bfloat16 if self.bf16 and self.device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if self.bf16 and self.device.type == "cuda" else torch.float32
+        self.linear_head = self.kind == "classifier" and config.head == "linear"
+        head = len(self.classes) if self.linear_head else 0
+        self._base = Base(config, about, self.kind, head, dtype)
         seed_torch(seed, "fresh head")
-        self._load_base = partial(_load, auto, config.base, where, **options)
-        if weights:
-            base, info = self._load_base(output_loading_info=True)
-            # An encoder's checkpoint may lack a pooler or head; a language model that lacks a tensor would get a random one.
-            if self.kind != "classifier" and info["missing_keys"]:
-                lacking = ", ".join(sorted(info["missing_keys"])[:3])
-                raise ModelError(
-                    f"model.base = {config.base!r} lacks {len(info['missing_keys'])} tensors of a {self.kind} model "
-                    f"({lacking}); is it a language model, and whole?"
-                )
-        else:
-            if self.linear_head:
-                base_config.num_labels = len(self.classes)
-            with torch.device("meta"), _loading(config.base):
-                base = auto.from_config(base_config, trust_remote_code=False)
-        base.config.use_cache = False
-        if base.config.pad_token_id is None:
-            base.config.pad_token_id = self.tokenizer.pad_token_id
-        peft_config = peft.LoraConfig(
-            task_type=task,
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            use_rslora=lora.rslora,
-            lora_dropout=lora.dropout,
-            target_modules=targets_for(base_config, lora.targets),
-            # a checkpoint may lack the pooler (DeBERTa's always does): drawn afresh, it is part of the fresh head
-            modules_to_save=["pooler"] if self.linear_head else None,
-        )
+        net = self._base.load() if weights else self._base.outline()
+        net.config.use_cache = False
+        if net.config.pad_token_id is None:
+            net.config.pad_token_id = self.tokenizer.pad_token_id
         seed_torch(seed, "adapter")
-        try:
-            with quiet():
-                self.net = peft.get_peft_model(base, peft_config)
-        except ValueError as error:
-            raise ModelError(f"LoRA cannot be put into {config.base!r} ({base_config.model_type}): {error}") from error
+        self.net = _with_lora(net, self._base, lora)
         if weights:
             self.net.to(self.device)
         self.net.eval()
-        self._prefix = "base_model.model."
-        self._lora = {
-            name.removeprefix(self._prefix): module
-            for name, module in self.net.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-        self._dense = {
-            name.removeprefix(self._prefix).replace(".modules_to_save.default", ""): parameter
-            for name, parameter in self.net.named_parameters()
-            if parameter.requires_grad and "lora_" not in name
-        }
+        self._lora = _lora_layers(self.net)
+        self._dense = _dense_parameters(self.net)
         self._slots = [parameter for _, parameter in sorted(self._tensors().items())]
         # others (a quantised base, an embedding) keep their branch
         self._foldable = [m for m in self._lora.values() if type(m.get_base_layer()) in (nn.Linear, Conv1D)]
         self._gather: tuple[Tensor, Tensor] | None = None
         if self.kind != "classifier":
-            projection = self.net.get_output_embeddings()
-            if projection is None:
-                raise ModelError(f"{config.base!r} ({base_config.model_type}) has no output projection to read logits from")
-            projection.register_forward_pre_hook(self._gather_positions)
+            self._projection().register_forward_pre_hook(self._gather_positions)
         self._ranks: dict[str, int] = {}  # of what was last written; empty before that, when all room is taken
         self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
         self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
         similar = weights and self.kind == "classifier" and not self.linear_head
-        self._label_text = self._embed_labels() if similar else None
+        self.label_text = self._embed_labels() if similar else None
+
+    def _projection(self) -> nn.Module:
+        """The map from hidden states to logits. Raises ModelError if there is none."""
+        found: nn.Module | None = self.net.get_output_embeddings()
+        if found is None:
+            told = f"{self.config.base!r} ({self._base.about.model_type})"
+            raise ModelError(f"{told} has no output projection to read logits from")
+        return found
 
     def _gather_positions(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """(rows, time, d) -> (1, N, d) in front of the output projection, while `forward` runs."""
@@ -258,7 +238,7 @@ class Model:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
 
     @torch.no_grad()
-    def _embed_labels(self) -> _LabelText:
+    def _embed_labels(self) -> LabelText:
         """The classes' own words through the base without its adapter: computed once, then frozen."""
         rows = []
         with self.net.disable_adapter():
@@ -266,7 +246,7 @@ class Model:
                 inputs = self.tokenizer(text, return_tensors="pt").to(self.device)
                 hidden = self.net(**inputs).last_hidden_state
                 rows.append(_pool(hidden, inputs["attention_mask"])[0].float())
-        return _LabelText(nn.functional.normalize(torch.stack(rows), dim=-1))
+        return LabelText(nn.functional.normalize(torch.stack(rows), dim=-1))
 
     def forward(self, batch: Batch, states: bool = False) -> Forward:
         """Logits at the supervised positions of `batch`, on this model's device; see `types.Forward`.
@@ -289,8 +269,8 @@ class Model:
         rows, columns, targets = (t.to(self.device) for t in (batch.rows, batch.columns, batch.targets))
         if self.kind == "classifier":
             out = self.net(**inputs)
-            if self._label_text is not None:
-                logits = self._label_text(_pool(out.last_hidden_state, inputs["attention_mask"]))
+            if self.label_text is not None:
+                logits = self.label_text(_pool(out.last_hidden_state, inputs["attention_mask"]))
             else:
                 logits = out.logits
             if batch.allowed is not None:
@@ -364,7 +344,7 @@ class Model:
     def rewind(self) -> None:
         """Take every base shift out: the maps are read again, as taking sums off would leave rounding behind."""
         if self.shifts:
-            fresh = self._load_base()
+            fresh = self._base.load()
             for path, module in self._lora.items():
                 module.get_base_layer().weight.copy_(fresh.get_submodule(path).weight)
             self.shifts = 0
@@ -420,51 +400,3 @@ class Model:
     def base_parameters(self) -> int:
         """The number of frozen scalars."""
         return sum(p.numel() for p in self.net.parameters() if not p.requires_grad)
-
-    def save(self, folder: Path, adapter: Adapter | None = None) -> None:
-        """The adapter in PEFT format; `PeftModel.from_pretrained(base, folder)` loads it.
-
-        adapter: what to write instead of the model's own, for the same maps but of whatever ranks.
-        An encoder's classes are written beside it, and with the `label-text` head their frozen embeddings, without which
-        the adapter's hidden states could not be turned into class scores.
-        """
-        if adapter is None and any(rank < self.net.peft_config["default"].r for rank in self._ranks.values()):
-            adapter = self.read()  # a site of a lower rank: its padding stays here
-        if adapter is None:
-            self.net.save_pretrained(folder)
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            config = copy.deepcopy(self.net.peft_config["default"])
-            # one rank and scale for all maps, as servers of adapters expect: rows of 0 fill up, scales go into B
-            config.r = max(m.a.shape[0] for m in adapter.lora.values())
-            config.use_rslora, config.lora_alpha, config.inference_mode = False, config.r, True
-            config.save_pretrained(folder)
-            tensors = peft.get_peft_model_state_dict(self.net)
-            for path, factors in adapter.lora.items():
-                more, where = config.r - factors.a.shape[0], f"{self._prefix}{path}.lora"
-                tensors[f"{where}_A.weight"] = nn.functional.pad(factors.a, (0, 0, 0, more))
-                tensors[f"{where}_B.weight"] = nn.functional.pad(factors.scale * factors.b, (0, more))
-            save_file(
-                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors"
-            )
-        self._save_classes(folder)
-
-    def _save_classes(self, folder: Path) -> None:
-        if self.classes and self.kind == "classifier":
-            head = "linear" if self._label_text is None else "label-text"
-            text = json.dumps({"head": head, "classes": self.classes}, indent=1, ensure_ascii=False)
-            (folder / CLASSES).write_text(text + "\n")
-            if self._label_text is not None:
-                save_file({"embeddings": self._label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")
-
-    def save_merged(self, folder: Path) -> None:
-        """Base and adapter in one, in Hugging Face layout, with the tokenizer and what `save` writes of an encoder's classes.
-
-        This object is of no further use after it.
-        """
-        merged = self.net.merge_and_unload()
-        merged.config.use_cache = True
-        merged.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self._save_classes(folder)

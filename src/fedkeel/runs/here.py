@@ -14,6 +14,7 @@ from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.train import injection_of
 from fedkeel.method.aggregate.layouts import folded
+from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
@@ -165,10 +166,10 @@ class Here:
         if tables.RULES[leg.stages[-1].recipe.federation.rule].personal:
             for name in sorted(self.prepared.sites.rows):  # also of a site that was never asked: it has what is shared
                 self.model.write(self.kept.get(name, Kept()).adapter(current.adapter))
-                self.model.save(partial / name)
+                save_adapter(self.model, partial / name)
         else:
             self.model.write(current.adapter)
-            self.model.save(partial, folded(self.model.read(), current.shifts) if current.shifts else None)
+            save_adapter(self.model, partial, folded(self.model.read(), current.shifts) if current.shifts else None)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
 

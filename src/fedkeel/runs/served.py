@@ -7,7 +7,8 @@ from functools import reduce
 from pathlib import Path
 
 from fedkeel.method.aggregate.common import blend
-from fedkeel.model.lora import CLASSES, Model
+from fedkeel.model.export import CLASSES
+from fedkeel.model.lora import Model
 from fedkeel.recipe.checks import check_one_model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.folder import RunError, RunFolder

@@ -1,0 +1,72 @@
+"""A model's adapter on disk in PEFT's format, or merged into its base in Hugging Face layout."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+from safetensors.torch import save_file
+from torch import nn
+
+from fedkeel.model.lora import PREFIX, Model
+from fedkeel.types import Adapter
+
+CLASSES = "fedkeel_classes.json"  # beside an adapter, where its base is an encoder
+
+
+def save_adapter(model: Model, folder: Path, adapter: Adapter | None = None) -> None:
+    """The adapter in PEFT format; `PeftModel.from_pretrained(base, folder)` loads it.
+
+    adapter: what to write instead of the model's own, for the same maps but of whatever ranks.
+    An encoder's classes are written beside it, and with the `label-text` head their frozen embeddings, without which
+    the adapter's hidden states could not be turned into class scores.
+    """
+    if adapter is None:
+        own, room = model.read(), model.net.peft_config["default"].r
+        if any(factors.a.shape[0] < room for factors in own.lora.values()):
+            adapter = own  # a site of a lower rank: its padding stays here
+    if adapter is None:
+        model.net.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
+    else:
+        _save_given(model, folder, adapter)
+    _save_classes(model, folder)
+
+
+def _save_given(model: Model, folder: Path, adapter: Adapter) -> None:
+    """One rank and scale for all maps, as servers of adapters expect: rows of 0 fill up, scales go into B."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.net.peft_config["default"])
+    config.r = max(m.a.shape[0] for m in adapter.lora.values())
+    config.use_rslora, config.lora_alpha, config.inference_mode = False, config.r, True
+    config.save_pretrained(folder)
+    tensors = peft.get_peft_model_state_dict(model.net)
+    for path, factors in adapter.lora.items():
+        more, where = config.r - factors.a.shape[0], f"{PREFIX}{path}.lora"
+        tensors[f"{where}_A.weight"] = nn.functional.pad(factors.a, (0, 0, 0, more))
+        tensors[f"{where}_B.weight"] = nn.functional.pad(factors.scale * factors.b, (0, more))
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+def _save_classes(model: Model, folder: Path) -> None:
+    if model.kind != "classifier":
+        return
+    head = "linear" if model.label_text is None else "label-text"
+    text = json.dumps({"head": head, "classes": model.classes}, indent=1, ensure_ascii=False)
+    (folder / CLASSES).write_text(text + "\n")
+    if model.label_text is not None:
+        save_file({"embeddings": model.label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")
+
+
+def save_merged(model: Model, folder: Path) -> None:
+    """Base and adapter in one, in Hugging Face layout, with the tokenizer and an encoder's classes, see `save_adapter`.
+
+    `model` is of no further use after it.
+    """
+    merged = model.net.merge_and_unload()
+    merged.config.use_cache = True
+    merged.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    _save_classes(model, folder)
