@@ -26,7 +26,7 @@ from step_cost import SHAPES, base_of
 from fedkeel.engines.coordinate import read_start
 from fedkeel.engines.sitefile import SiteFile, read_site
 from fedkeel.engines.worker import ask, stop
-from fedkeel.exchange.messages import names_of, pack_global
+from fedkeel.exchange.messages import Way, names_of, pack_global
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
 from fedkeel.tables import RULES
@@ -73,8 +73,8 @@ class Bench:
         self._header = {"run": secrets.token_hex(8), "site": "here", "recipe": to_toml(recipe)}
         self._ask("hello", b"")
         adapter = read_start(self._ask("start", b""))
-        sent = names_of(adapter, RULES[recipe.federation.rule].down)
-        self._payload = pack_global("global", Global(0, adapter), recipe.federation.codec_down, sent, tasks={})
+        way = Way(recipe.federation.codec_down, names_of(adapter, RULES[recipe.federation.rule].down))
+        self._payload = pack_global("global", Global(0, adapter), way, tasks={})
 
     def _ask(self, kind: str, payload: bytes) -> bytes:
         header = {**self._header, "kind": kind, "id": secrets.token_hex(8), "kept": ""}

@@ -23,7 +23,7 @@ from fedkeel.model.places import Place
 from fedkeel.recipe.schema import Evaluation, LoraConfig
 from fedkeel.rng import counter_normal, derive, numpy_generator
 from fedkeel.scores import damage
-from fedkeel.scores.damage import DamageError, compare, damaged, family_index, outcomes, quantised, stability
+from fedkeel.scores.damage import DamageError, Subject, compare, damaged, family_index, outcomes, quantised
 from fedkeel.scores.evaluate import Scored, score, task_table
 from fedkeel.tables import DAMAGES as FAMILIES
 from fedkeel.types import Record
@@ -348,21 +348,26 @@ def test_consistency_is_of_the_rows_that_have_labels_however_many() -> None:
 
 
 @pytest.mark.parametrize(("name", "labels"), [("bert", LABELS), ("llama", LABELS), ("llama", ()), ("t5", LABELS), ("t5", ())])
-def test_stability_is_scores_under_damage(name: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcomes_are_scores_under_damage(name: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     model, formatter = prepared(name)
     rows, config = records(labels), Evaluation(batch_size=3, max_new_tokens=3)
     before, calls = state(model), []
     monkeypatch.setattr(damage, "score", lambda *args: calls.append(1) or score(*args))
     asked = {"heads": (0.5,), "scale": (0.5, 3.0), "bits": (2.0,)}
-    found = stability(model, formatter, rows, config, asked, draws=2, seed=4)
+    undamaged = score(model, formatter, rows, config)
+
+    def tried() -> list[damage.Outcome]:
+        subject = Subject(model, formatter, config, draws=2, seed=4)
+        return [o for family, strengths in asked.items() for o in outcomes(subject, undamaged, family, strengths)]
+
+    found = tried()
     assert [o[:3] for o in found] == [
-        ("", 0.0, 0), ("heads", 0.5, 0), ("heads", 0.5, 1), ("scale", 0.5, 0), ("scale", 3.0, 0), ("bits", 2.0, 0),
+        ("heads", 0.5, 0), ("heads", 0.5, 1), ("scale", 0.5, 0), ("scale", 3.0, 0), ("bits", 2.0, 0),
     ]  # fmt: skip
     assert len(calls) == len(found)
-    undamaged = score(model, formatter, rows, config)
-    assert found[0].agreement == 1.0
-    assert found[0].consistency == (1.0 if labels else None)
-    for outcome in found[1:]:
+    same = compare("", 0.0, 0, undamaged, undamaged)
+    assert (same.agreement, same.consistency) == (1.0, 1.0 if labels else None)
+    for outcome in found:
         with damaged(model, outcome.family, outcome.strength, derive(4, outcome.draw)):
             scored = score(model, formatter, rows, config)
         table = task_table(scored)
@@ -371,7 +376,7 @@ def test_stability_is_scores_under_damage(name: str, labels: tuple[str, ...], mo
         pairs = [(a.distribution, b.distribution) for a, b in zip(scored, undamaged, strict=True)]
         same = sum(1 - jensen_shannon(p, q) / math.log(2) for p, q in pairs) / 4
         assert outcome.consistency == (pytest.approx(same, abs=1e-9) if labels else None)
-    assert stability(model, formatter, rows, config, asked, draws=2, seed=4) == found
+    assert tried() == found
     assert state(model) == before
 
 
@@ -392,7 +397,8 @@ def test_blocks_below_the_adapter_run_once_a_batch_and_say_the_same(name: str, f
     )
     undamaged = score(model, formatter, records(), config)
     once = len(calls)
-    found = [o[3:] for o in outcomes(model, formatter, config, undamaged, family, FAMILIES[family].strengths[:2], 3, 7)]
+    subject = Subject(model, formatter, config, draws=3, seed=7)
+    found = [o[3:] for o in outcomes(subject, undamaged, family, FAMILIES[family].strengths[:2])]
     kept = kind == "classifier" and FAMILIES[family].branches and name != "deberta-v2"  # which says more than states
     assert len(calls) == (2 if kept else 1 + len(found)) * once
     expected = []
@@ -407,13 +413,9 @@ def test_blocks_below_the_adapter_run_once_a_batch_and_say_the_same(name: str, f
     assert not [m for m in model.net.modules() if "forward" in m.__dict__]
 
 
-def test_stability_tells_what_cannot_be_before_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, formatter = prepared("llama")
-    monkeypatch.setattr(damage, "score", lambda *args: pytest.fail("scored"))
+def test_what_cannot_be_damaged_so_is_told_without_scoring() -> None:
     with pytest.raises(DamageError, match="not 9"):
-        stability(model, formatter, records(), Evaluation(), {"heads": (0.1,), "skip": (9,)})
-    with pytest.raises(ValueError, match="0 draws"):
-        stability(model, formatter, records(), Evaluation(), draws=0)
+        damage.check(prepared("llama")[0], {"heads": (0.1,), "skip": (9,)})
 
 
 def test_the_index_of_a_family_by_hand() -> None:

@@ -21,7 +21,7 @@ import fedkeel.federation.server
 import fedkeel.runs.here
 from fedkeel.data.format import Formatter
 from fedkeel.exchange.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
-from fedkeel.exchange.messages import names_of, pack, pack_global, unpack_global
+from fedkeel.exchange.messages import Way, names_of, pack, pack_global, unpack_global
 from fedkeel.federation.client import Site, answer
 from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
@@ -203,7 +203,8 @@ def test_another_frozen_factor_at_the_site_is_refused_before_training(tiny_overr
     recipe = load_recipe(None, quick(tiny_overrides, "freeze_a"))
     model = Model(recipe.model, recipe.lora, recipe.seed)
     assert model.initial is not None
-    payload = pack_global("global", Global(0, model.initial), "fp32", names_of(model.initial, "b"), tasks={}, unsent="0" * 16)
+    way = Way(names=names_of(model.initial, "b"))
+    payload = pack_global("global", Global(0, model.initial), way, tasks={}, unsent="0" * 16)
     with pytest.raises(FedKeelError, match="seed, base and fedkeel must be the same"):
         answer(payload, model, Site("here", [[]], 1, recipe), Kept())
 
@@ -235,7 +236,7 @@ def test_error_feedback_keeps_what_was_not_sent_and_sends_it_later(tiny_override
     name, held = next(iter(prepared.sites.rows.items()))
     rows = formatter.encode_all(held["train"])
     assert model.initial is not None
-    start = pack_global("global", Global(0, model.initial), "fp32", tasks={})
+    start = pack_global("global", Global(0, model.initial), tasks={})
     kept, residual = Kept(), {n: torch.zeros_like(t) for n, t in model.initial.tensors().items()}
     for _ in range(2):  # the same round twice: the same change, so the second shows what was kept
         payload = answer(start, model, Site(name, [rows], 3, recipe), kept)
@@ -266,9 +267,8 @@ def test_a_site_goes_on_from_the_factor_that_it_kept(tiny_overrides: list[str], 
     assert model.initial is not None
     own, fresh = RULES[rule].keeps, model.initial.tensors()
     mine = {n: 0.1 * numbers(i, *t.shape) for i, (n, t) in enumerate(fresh.items()) if n.endswith(f".{own}")}
-    payload = pack_global(
-        "global", Global(0, model.initial), "fp32", names_of(model.initial, frozenset("ab") - {own}), tasks={}
-    )
+    way = Way(names=names_of(model.initial, frozenset("ab") - {own}))
+    payload = pack_global("global", Global(0, model.initial), way, tasks={})
     kept = Kept(personal=mine)
     answer(payload, model, Site(name, [formatter.encode_all(held["train"])], 3, recipe), kept)
     assert kept.personal.keys() == mine.keys()
@@ -293,7 +293,7 @@ def test_a_lower_rank_in_a_larger_model_trains_as_a_model_of_that_rank(tiny_over
         assert model.initial is not None
         like = first_rows(model.initial, 2, spec.lora.scale(2)) if rank else model.initial
         start = start or like.tensors()
-        payload = pack_global("global", Global(0, like.with_tensors(start)), "fp32", tasks={})
+        payload = pack_global("global", Global(0, like.with_tensors(start)), tasks={})
         sent = answer(payload, model, Site(name, [formatter.encode_all(held["train"])], 3, spec), Kept(rank=rank))
         changes.append(open_envelope(sent)[1])
     padded, built = changes
@@ -438,7 +438,7 @@ def test_a_base_replays_a_log_once_and_refuses_a_gap(tiny_overrides: list[str]) 
 )
 def test_a_log_of_nonsense_is_refused(log: Any, told: str) -> None:
     like = make_adapter(0)
-    header, tensors = open_envelope(pack_global("global", Global(0, like), "fp32"))
+    header, tensors = open_envelope(pack_global("global", Global(0, like)))
     with pytest.raises(EnvelopeError, match=told):
         unpack_global(seal(header | {"shifts": log}, tensors), "global", like)
 

@@ -23,7 +23,7 @@ import fedkeel.federation.client
 import fedkeel.federation.local
 from fedkeel.engines.coordinate import Terms
 from fedkeel.engines.flower.apps import client_app
-from fedkeel.engines.flower.courier import Courier, FlowerError
+from fedkeel.engines.flower.courier import Courier, Errand, FlowerError
 from fedkeel.engines.flower.simulation import Simulation
 from fedkeel.engines.sitefile import read_members
 from fedkeel.engines.store import Store
@@ -149,7 +149,7 @@ def test_a_disk_that_lost_what_was_kept_costs_one_round(tiny_overrides: list[str
     recipe = load_recipe(None, [*tiny_overrides, "federation.codec_up=int4", "federation.quorum=0.6"])
     prepared = prepare(recipe)
     grid = FakeGrid(client_app, 3, of("ward-1", wiped, round=1))
-    courier = Courier(grid, to_toml(recipe), "r0", tmp_path / "sites")
+    courier = Courier(grid, Errand(to_toml(recipe), "r0", tmp_path / "sites"))
     courier.find(SITES, 30)
     transport = courier.transport(Terms("federated", recipe.federation.rounds, 0, {}), {}, lambda reply: None)
     initial = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes).initial
@@ -207,7 +207,7 @@ def test_a_round_that_changed_nothing_is_an_error(
 def test_names_are_looked_up(tiny_overrides: list[str], tmp_path: Path) -> None:
     text = to_toml(load_recipe(None, tiny_overrides))
     grid = FakeGrid(client_app, 3)
-    courier = Courier(grid, text, "r1", tmp_path)
+    courier = Courier(grid, Errand(text, "r1", tmp_path))
     with pytest.raises(FlowerError, match=r"no node says that it is site ward-7 after 5 s; ward-0, ward-1, ward-2 answered"):
         courier.find([*SITES, "ward-7"], 5)
     assert courier.nodes == {"ward-0": 900, "ward-1": 893, "ward-2": 886}
@@ -216,7 +216,7 @@ def test_names_are_looked_up(tiny_overrides: list[str], tmp_path: Path) -> None:
     grid = FakeGrid(client_app, 3)
     grid.nodes[893] = 0
     with pytest.raises(FlowerError, match="two nodes say that they are site 'ward-0'"):
-        Courier(grid, text, "r2", tmp_path).find(SITES, 5)
+        Courier(grid, Errand(text, "r2", tmp_path)).find(SITES, 5)
 
 
 def test_a_name_is_its_keys(tiny_overrides: list[str], tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_name_is_its_keys(tiny_overrides: list[str], tmp_path: Path) -> None:
     grid = FakeGrid(client_app, 3)
     grid.nodes[893] = 0
     keys = {"ward-0": 900, "ward-1": 893, "ward-2": 886}
-    courier = Courier(grid, text, "r7", tmp_path, members=lambda: keys)
+    courier = Courier(grid, Errand(text, "r7", tmp_path), members=lambda: keys)
     said = "node 893 says that it is site 'ward-0', and is not believed: that name's key was registered as node 900"
     # the three answers arrive at one look
     courier.greet(lambda found: {"ward-0", "ward-2"} <= set(found), 60)
@@ -261,7 +261,7 @@ def test_members_are_read_as_register_writes_them(tmp_path: Path) -> None:
 
 def test_a_node_that_comes_back_under_another_id_is_found(tiny_overrides: list[str], tmp_path: Path) -> None:
     grid = FakeGrid(client_app, 3)
-    courier = Courier(grid, to_toml(load_recipe(None, tiny_overrides)), "r3", tmp_path)
+    courier = Courier(grid, Errand(to_toml(load_recipe(None, tiny_overrides)), "r3", tmp_path))
     courier.find(SITES, 5)
     grid.nodes[41] = grid.nodes.pop(893)
     answers = courier.ask("start", {site: ({}, b"") for site in SITES}, 5)
@@ -274,7 +274,7 @@ def test_a_node_that_is_slow_to_say_hello_is_found_by_a_later_call(tiny_override
         return [(8 if message.metadata.dst_node_id == 893 else 0, reply)]  # looks, longer than one call looks
 
     grid = FakeGrid(client_app, 3, slow)
-    courier = Courier(grid, to_toml(load_recipe(None, tiny_overrides)), "r6", tmp_path)
+    courier = Courier(grid, Errand(to_toml(load_recipe(None, tiny_overrides)), "r6", tmp_path))
     calls = 0
     while "ward-1" not in courier.nodes:
         courier.greet(lambda found: set(SITES) <= set(found), 0.2)
@@ -286,7 +286,7 @@ def test_a_node_that_is_slow_to_say_hello_is_found_by_a_later_call(tiny_override
 
 def test_a_message_over_the_limit_is_not_sent(tiny_overrides: list[str], tmp_path: Path) -> None:
     grid = FakeGrid(client_app, 3)
-    courier = Courier(grid, to_toml(load_recipe(None, tiny_overrides)), "r4", tmp_path, limit=1000)
+    courier = Courier(grid, Errand(to_toml(load_recipe(None, tiny_overrides)), "r4", tmp_path), limit=1000)
     courier.find(SITES, 5)
     before = len(grid.sent)
     answers = courier.ask("train", {"ward-0": ({}, b"x" * 1001)}, 5)

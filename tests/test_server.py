@@ -399,12 +399,12 @@ def test_a_site_that_answers_twice_or_was_not_asked_stops_the_round() -> None:
 def test_a_state_and_its_message_are_the_same() -> None:
     memory = make_adapter(5)
     state = Global(7, REFERENCE, memory, {"a": {"colour": 3}}, {"layer.0": 0.25, "layer.1": 1e6})
-    header, back = unpack_global(pack_global("global", state, "fp32", tasks={"colour": 3}), "global", REFERENCE)
+    header, back = unpack_global(pack_global("global", state, tasks={"colour": 3}), "global", REFERENCE)
     assert (back.round, back.drift, header["tasks"]) == (7, {"layer.0": 0.25, "layer.1": 1e6}, {"colour": 3})
     assert flat(back.adapter) == flat(REFERENCE)
     assert flat(back.memory) == flat(memory)
     assert back.counts == {}, "what each site holds is not sent to the others"
-    _, bare = unpack_global(pack_global("global", Global(0, REFERENCE), "fp32"), "global", REFERENCE)
+    _, bare = unpack_global(pack_global("global", Global(0, REFERENCE)), "global", REFERENCE)
     assert (bare.memory, bare.drift) == (None, {})
 
 
@@ -422,7 +422,7 @@ def test_a_state_and_its_message_are_the_same() -> None:
     ],
 )
 def test_a_global_message_is_refused_for_what_is_wrong_with_it(changed: dict[str, Any], told: str) -> None:
-    header, tensors = open_envelope(pack_global("global", Global(3, REFERENCE, make_adapter(5)), "fp32"))
+    header, tensors = open_envelope(pack_global("global", Global(3, REFERENCE, make_adapter(5))))
     with pytest.raises(EnvelopeError) as caught:
         unpack_global(seal(header | changed, tensors), "global", REFERENCE)
     assert told in str(caught.value)
@@ -430,7 +430,7 @@ def test_a_global_message_is_refused_for_what_is_wrong_with_it(changed: dict[str
 
 @pytest.mark.parametrize("lost", ["memory/layer.0.q.a", "layer.0.q.a"])
 def test_half_a_memory_is_refused(lost: str) -> None:
-    header, tensors = open_envelope(pack_global("global", Global(3, REFERENCE, make_adapter(5)), "fp32"))
+    header, tensors = open_envelope(pack_global("global", Global(3, REFERENCE, make_adapter(5))))
     left = {name: tensor for name, tensor in tensors.items() if name != lost}
     with pytest.raises(EnvelopeError, match=f"{lost}: missing"):
         unpack_global(seal(header, left), "global", REFERENCE)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +22,7 @@ from fedkeel.types import FedKeelError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedkeel.evidence.suites.plan import Plan, Planned
     from fedkeel.runs.prepare import Prepared
 
 app = typer.Typer(
@@ -318,6 +319,43 @@ def _names(given: str) -> list[str]:
     return [name for name in given.split(",") if name]
 
 
+def _seeds(given: str) -> list[int]:
+    try:
+        return [int(seed) for seed in _names(given)]
+    except ValueError:
+        raise FedKeelError(f"--seeds {given}: whole numbers joined by commas belong here") from None
+
+
+def _needed(plan: Plan, given: Mapping[str, Path | None]) -> list[str]:
+    """Overrides of the streams that need one of the keys of `given`."""
+    return [
+        f"{name}:{key}={value}"
+        for name, stream in plan.streams.items()
+        for key, value in given.items()
+        if value is not None and key in stream.needs
+    ]
+
+
+def _write_chosen(console: Console, folder: Path, trials: Sequence[Planned]) -> None:
+    from fedkeel.evidence.suites.tuning import trial_scores, tuned_text
+    from fedkeel.files import write_atomic
+
+    write_atomic(folder / "tuned.toml", tuned_text(trial_scores(trials, folder)))
+    console.print(f"chosen by validation rows: {folder / 'tuned.toml'}", markup=False, highlight=False)
+
+
+def _report_suite(console: Console, folder: Path, runs: Sequence[Planned]) -> None:
+    from fedkeel.evidence.report import write_suite_report
+    from fedkeel.evidence.suites.tuning import chance
+    from fedkeel.files import write_atomic
+
+    with console.status("reading the data, for chance levels"):
+        path = folder / "chance.json"  # also of other streams, if another call ran those
+        known = json.loads(path.read_text()) if path.exists() else {}
+        write_atomic(path, json.dumps({**known, **chance(runs)}, indent=1) + "\n")
+    console.print(f"report: {write_suite_report(folder)}", markup=False, highlight=False)
+
+
 @app.command()
 def bench(
     suite: Annotated[str, typer.Argument(help="A suite by name, or a plan (.toml); without one, a list.")] = "",
@@ -345,18 +383,10 @@ def bench(
     from fedkeel.evidence.suites.plan import load_plan
     from fedkeel.evidence.suites.pool import jobs_for
     from fedkeel.evidence.suites.runs import execute, runs_of
-    from fedkeel.evidence.suites.tuning import chance, trial_scores, tuned_text
 
     plan = load_plan(suite, tuned)
-    wanted = [*(overrides or [])]
-    for name, stream in plan.streams.items():
-        for key, given in (("data.root", data), ("model.base", encoder)):
-            wanted += [f"{name}:{key}={given}"] if given is not None and key in stream.needs else []
-    try:
-        asked = [int(seed) for seed in _names(seeds)]
-    except ValueError:
-        raise FedKeelError(f"--seeds {seeds}: whole numbers joined by commas belong here") from None
-    runs, left_out = runs_of(plan, _names(streams), _names(methods), asked, wanted, tune)
+    wanted = [*(overrides or []), *_needed(plan, {"data.root": data, "model.base": encoder})]
+    runs, left_out = runs_of(plan, _names(streams), _names(methods), _seeds(seeds), wanted, tune)
     for why in left_out:
         console.print(f"note: {why}", style="yellow", markup=False, highlight=False)
     if dry_run:
@@ -370,7 +400,6 @@ def bench(
     jobs = jobs or jobs_for()
     console.print(f"{plan.title} -> {folder}/", markup=False, highlight=False)
     from fedkeel.display import SuiteDisplay
-    from fedkeel.files import write_atomic
 
     try:
         with SuiteDisplay(console, jobs) as display:
@@ -380,16 +409,9 @@ def bench(
         raise typer.Exit(130) from None
     if tune:
         every, _ = runs_of(plan, extra=wanted, tune=True)  # also trials of another call, for other streams or methods
-        write_atomic(folder / "tuned.toml", tuned_text(trial_scores(every, folder)))
-        console.print(f"chosen by validation rows: {folder / 'tuned.toml'}", markup=False, highlight=False)
+        _write_chosen(console, folder, every)
     else:
-        from fedkeel.evidence.report import write_suite_report
-
-        with console.status("reading the data, for chance levels"):
-            path = folder / "chance.json"  # also of other streams, if another call ran those
-            known = json.loads(path.read_text()) if path.exists() else {}
-            write_atomic(path, json.dumps({**known, **chance(runs)}, indent=1) + "\n")
-        console.print(f"report: {write_suite_report(folder)}", markup=False, highlight=False)
+        _report_suite(console, folder, runs)
     if failed:
         raise FedKeelError(
             f"{len(failed)} of {len(runs)} runs failed: {', '.join(r.name for r in failed)}; see their .log files"

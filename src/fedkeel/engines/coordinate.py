@@ -245,7 +245,7 @@ class Away:
 
     def score(self, leg: Leg, stage: int, current: Global, split: str) -> list[Row]:
         """See `Parties`. A site without an answer is left out, and said so."""
-        payload = pack_global("checkpoint", current, "fp32", since=0)  # the whole state, exactly
+        payload = pack_global("checkpoint", current, since=0)  # the whole state, exactly
         header = {"split": split, "stage": stage}
         asked = {s: ({**header, "kept": self._kept.get(s, "")}, payload) for s in self._scoring(leg)}
         sums = {}
@@ -270,7 +270,7 @@ class Away:
     def _export(self, current: Global) -> None:
         """The PEFT folder, from the first site whose files hold the coordinator's tensors. Raises FederationError."""
         told = []
-        payload = pack_global("checkpoint", current, "fp32", since=0)
+        payload = pack_global("checkpoint", current, since=0)
         for site in self.fine():
             outcome = self.sites.ask("export", {site: ({"kept": ""}, payload)}, self.recipe.federation.deadline)[site]
             try:

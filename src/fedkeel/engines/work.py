@@ -198,7 +198,7 @@ class Work:
     def start(self) -> bytes:
         """The adapter that a federation starts from, which is the same at every site of one seed and base."""
         scales = {path: factors.scale for path, factors in self.initial.lora.items()}
-        return pack_global("checkpoint", Global(0, self.initial), "fp32", scales=scales)
+        return pack_global("checkpoint", Global(0, self.initial), scales=scales)
 
     def export(self, payload: bytes) -> bytes:
         """The files of a PEFT folder of an adapter, by name, as bytes: what a coordinator without a base cannot make."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,21 +89,21 @@ def read_counts(value: Any) -> dict[str, int]:
     return value
 
 
-def pack_global(
-    kind: str,
-    state: Global,
-    codec: str,
-    names: Collection[str] | None = None,
-    key: int = 0,
-    since: int | None = None,
-    **more: Any,
-) -> bytes:
+@dataclass(frozen=True)
+class Way:
+    """How an adapter travels. codec: its spec. names: of the tensors that do; None: all. key: of what the codec draws."""
+
+    codec: str = "fp32"
+    names: Collection[str] | None = None
+    key: int = 0
+
+
+def pack_global(kind: str, state: Global, way: Way = Way(), since: int | None = None, **more: Any) -> bytes:
     """The state of a federation as a message of `kind` (`global` or `checkpoint`), without the sites' counts.
 
-    names: the tensors of the adapter that travel; None: all. since: entries of the log of base shifts that the receiver
-    holds; those after them travel, in float32. None sends none.
+    since: entries of the log of base shifts that the receiver holds; those after them travel, in float32. None sends none.
     """
-    tensors = {name: t for name, t in state.adapter.tensors().items() if names is None or name in names}
+    tensors = {name: t for name, t in state.adapter.tensors().items() if way.names is None or name in way.names}
     if state.memory is not None:
         # copies: tensors that share memory are refused by the format
         tensors |= {MEMORY + name: tensor.clone() for name, tensor in state.memory.tensors().items()}
@@ -114,10 +115,9 @@ def pack_global(
             plain[f"{SHIFT}{number}/{path}.left"], plain[f"{SHIFT}{number}/{path}.right"] = left, right
     log = {"first": first, "ranks": ranks}
     remembers = state.memory is not None
-    encoded = make_codec(codec).encode(tensors, key) | plain
-    return pack(
-        kind, state.round, state.adapter, encoded, codec, drift=dict(state.drift), memory=remembers, shifts=log, **more
-    )  # fmt: skip
+    encoded = make_codec(way.codec).encode(tensors, way.key) | plain
+    about = {"drift": dict(state.drift), "memory": remembers, "shifts": log, **more}
+    return pack(kind, state.round, state.adapter, encoded, way.codec, **about)
 
 
 def unpack_global(

@@ -13,7 +13,7 @@ import torch
 
 from fedkeel import tables
 from fedkeel.exchange.codecs import EnvelopeError
-from fedkeel.exchange.messages import layout, names_of, pack_global, unpack_global, unsent
+from fedkeel.exchange.messages import Way, layout, names_of, pack_global, unpack_global, unsent
 from fedkeel.federation.screen import Expected, screen
 from fedkeel.method.aggregate.common import Aggregate, exact_factors, product_norm
 from fedkeel.method.aggregate.drift import drift
@@ -189,12 +189,11 @@ def _laid_out(state: Global, like: Adapter | None) -> Global:
 
 def _message(state: Global, roster: Roster, tasks: Mapping[str, int], held: int) -> _Sent:
     """The message for sites that hold `held` base shifts."""
-    codec, adapter = roster.federation.codec_down, state.adapter
-    sent = names_of(adapter, roster.rule.down)
-    key = derive(roster.seed, "down", state.round)
-    payload = pack_global("global", state, codec, sent, key, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule))
+    adapter = state.adapter
+    way = Way(roster.federation.codec_down, names_of(adapter, roster.rule.down), derive(roster.seed, "down", state.round))
+    payload = pack_global("global", state, way, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule))
     # The bytes are read back, not the tensors kept: what a site starts from is what the codec left of the global adapter.
-    _, back = unpack_global(payload, "global", adapter, sent, codec)
+    _, back = unpack_global(payload, "global", adapter, way.names, way.codec)
     return _Sent(payload, back.adapter)
 
 

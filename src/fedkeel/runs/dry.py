@@ -8,7 +8,7 @@ import torch
 
 from fedkeel import tables
 from fedkeel.exchange.codecs import make_codec
-from fedkeel.exchange.messages import names_of, pack, pack_global
+from fedkeel.exchange.messages import Way, names_of, pack, pack_global
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.prepare import Prepared
@@ -32,7 +32,8 @@ def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tupl
     remembers = recipe.distill.weight and recipe.distill.memory and len(recipe.stream.stages) > 1
     federation, state = recipe.federation, Global(0, adapter, adapter if remembers else None)
     rule = tables.RULES[federation.rule]
-    down = pack_global("global", state, federation.codec_down, names_of(adapter, rule.down), tasks={}, unsent="0" * 16)
+    way = Way(federation.codec_down, names_of(adapter, rule.down))
+    down = pack_global("global", state, way, tasks={}, unsent="0" * 16)
     sent = names_of(adapter, rule.trained(0) & rule.shared)
     changes = {name: t for name, t in adapter.tensors().items() if name in sent}
     encoded = make_codec(federation.codec_up).encode(changes, 0)

@@ -174,7 +174,7 @@ class RunFolder:
                 write_atomic(target / "optimiser.fkl", optimiser)
                 # as large as the adapters of all sites together, and needed to go on from the last rounds only
                 shutil.rmtree(self._kept(leg, state.round - 2), ignore_errors=True)
-            write_atomic(self.checkpoint(leg, state.round), pack_global("checkpoint", state, "fp32", **more))
+            write_atomic(self.checkpoint(leg, state.round), pack_global("checkpoint", state, **more))
         except ValueError as error:
             raise RunError(
                 f"the checkpoint of round {state.round} cannot be written: {error}; the one before stands"

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from fedkeel.recipe.schema import Evaluation
 from fedkeel.rng import counter_normal, derive, numpy_generator
 from fedkeel.scores.evaluate import Scored, overall, score
 from fedkeel.scores.metrics import consistency, mean, stability_index
-from fedkeel.types import FedKeelError, Record
+from fedkeel.types import FedKeelError
 
 T = TypeVar("T")
 
@@ -265,46 +266,30 @@ def _lower_blocks_once(model: Model) -> Iterator[None]:
         yield
 
 
-def outcomes(
-    model: Model, formatter: Formatter, config: Evaluation, clean: Sequence[Scored], family: str,
-    strengths: Sequence[float], draws: int, seed: int,
-) -> Iterator[Outcome]:  # fmt: skip
+@dataclass(frozen=True)
+class Subject:
+    """A model that is damaged, and how it is scored. draws: of each random damage; draw d of one seed is the same damage in
+    every model of an architecture."""
+
+    model: Model
+    formatter: Formatter
+    config: Evaluation
+    draws: int = 20
+    seed: int = 0
+
+
+def outcomes(subject: Subject, clean: Sequence[Scored], family: str, strengths: Sequence[float]) -> Iterator[Outcome]:
     """Scores of `clean`'s rows under every strength and draw of one family, as they come; without chance there is one draw.
 
-    clean: the scores without damage. Draw d of one seed is the same damage in every model of an architecture.
+    clean: the scores without damage.
     """
-    records = [s.record for s in clean]
+    model, records = subject.model, [s.record for s in clean]
     with _lower_blocks_once(model) if tables.DAMAGES[family].branches else nullcontext():
         for strength in strengths:
-            for draw in range(draws if tables.DAMAGES[family].random else 1):
-                with damaged(model, family, strength, derive(seed, draw)):
-                    scored = score(model, formatter, records, config)
+            for draw in range(subject.draws if tables.DAMAGES[family].random else 1):
+                with damaged(model, family, strength, derive(subject.seed, draw)):
+                    scored = score(model, subject.formatter, records, subject.config)
                 yield compare(family, strength, draw, scored, clean)
-
-
-def stability(
-    model: Model,
-    formatter: Formatter,
-    records: Sequence[Record],
-    config: Evaluation,
-    families: Mapping[str, Sequence[float]] | None = None,
-    draws: int = 20,
-    seed: int = 0,
-) -> list[Outcome]:
-    """Scores without damage, which come first, and under every family, strength and draw, see `outcomes`.
-
-    families: name -> strengths; None: all, at theirs. It costs one scoring of `records` an outcome. Raises DamageError, see
-    `damaged`, and ValueError on no records or draws.
-    """
-    if draws < 1:
-        raise ValueError(f"{draws} draws")
-    families = {name: entry.strengths for name, entry in tables.DAMAGES.items()} if families is None else families
-    check(model, families)
-    clean = score(model, formatter, records, config)
-    found = [compare("", 0.0, 0, clean, clean)]
-    for family, strengths in families.items():
-        found += outcomes(model, formatter, config, clean, family, strengths, draws, seed)
-    return found
 
 
 def family_index(family: str, scores: Mapping[float, float], clean: float) -> float:

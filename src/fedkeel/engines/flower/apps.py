@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedkeel.engines.flower.courier import LIMIT, Courier, FlowerError, array, pack, unpack
+from fedkeel.engines.flower.courier import LIMIT, Courier, Errand, FlowerError, array, pack, unpack
 from fedkeel.engines.sitefile import MEMBERS, read_members
 from fedkeel.runs.watch import Lines
 from fedkeel.types import FedKeelError
@@ -99,7 +99,7 @@ def coordinator(grid: Grid, context: Context) -> None:
         watch.note(f"no key was registered for {', '.join(unknown)}: ./register.sh")
 
     def meet(run: str) -> Courier:
-        courier = Courier(grid, text, run, members=lambda: read_members(Path(MEMBERS)))
+        courier = Courier(grid, Errand(text, run), members=lambda: read_members(Path(MEMBERS)))
         watch.leg("federated", f"waiting for {len(names)} sites, at most {seconds:.0f} s")
         courier.greet(lambda found: set(names) <= set(found), seconds)
         for trouble in courier.troubles:

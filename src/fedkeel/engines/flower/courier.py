@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ def _fail(message: Message) -> str:
     return f"Flower's error {code} ({ERRORS.get(code, 'of no known kind')}): {reason}"
 
 
+@dataclass(frozen=True)
+class Errand:
+    """What every request of a run says. recipe: TOML. run: its name. state: where sites of a simulation keep things."""
+
+    recipe: str
+    run: str
+    state: Path | None = None
+
+    def told(self) -> dict[str, Any]:
+        """As keys of a header."""
+        return {"run": self.run, "recipe": self.recipe} | ({} if self.state is None else {"state": str(self.state)})
+
+
 class Courier:
     """Carries requests to sites by their names, and brings the answers of one run.
 
@@ -79,13 +93,16 @@ class Courier:
     """
 
     def __init__(
-        self, grid: Grid, recipe: str, run: str, state: Path | None = None, stopped: threading.Event | None = None,
-        limit: int = LIMIT, members: Callable[[], Mapping[str, int] | None] = lambda: None,
-    ) -> None:  # fmt: skip
-        """recipe: TOML, sent along with every request. run: names this run. state: of a simulation, where sites keep what they
-        keep. stopped: set from another thread, it ends the waiting. limit: bytes of a payload. members: looked up at
-        each greeting: site -> the node that its key was registered as, and no other is this site; None: a node is believed."""
-        self._grid, self._recipe, self._run, self._state = grid, recipe, run, state
+        self,
+        grid: Grid,
+        errand: Errand,
+        stopped: threading.Event | None = None,
+        limit: int = LIMIT,
+        members: Callable[[], Mapping[str, int] | None] = lambda: None,
+    ) -> None:
+        """stopped: set from another thread, it ends the waiting. limit: bytes of a payload. members: looked up at each
+        greeting: site -> the node that its key was registered as, and no other is this site; None: a node is believed."""
+        self._grid, self._errand = grid, errand
         self._stopped = stopped or threading.Event()
         self._limit, self._members = limit, members
         self.nodes: dict[str, int] = {}
@@ -97,9 +114,7 @@ class Courier:
 
     def _send(self, node: int, kind: str, header: Mapping[str, Any], payload: Array | None, seconds: float) -> str:
         """Hand one message over; its id. Raises FlowerError."""
-        whole = {**header, "kind": kind, "run": self._run, "recipe": self._recipe, "seconds": seconds}
-        if self._state is not None:
-            whole["state"] = str(self._state)
+        whole = {**header, **self._errand.told(), "kind": kind, "seconds": seconds}
         # a message that nobody waits for any more is not worth delivering
         message = Message(pack(whole, payload), node, KINDS[kind], ttl=min(max(seconds, 1.0), 1e9))
         ids = [one for one in self._grid.push_messages([message]) if one]
@@ -129,10 +144,10 @@ class Courier:
         if message.has_error():
             raise FlowerError(_fail(message))
         header, payload = unpack(message)
-        if header.get("run") != self._run or header.get("id") != identity:
+        if header.get("run") != self._errand.run or header.get("id") != identity:
             raise FlowerError(
-                f"refused: an answer of run {header.get('run')!r} to request {header.get('id')!r}, where {self._run!r} and "
-                f"{identity!r} belong"
+                f"refused: an answer of run {header.get('run')!r} to request {header.get('id')!r}, where "
+                f"{self._errand.run!r} and {identity!r} belong"
             )
         if header.get("error"):
             raise SiteFailure(str(header["error"]), bool(header.get("lost")))

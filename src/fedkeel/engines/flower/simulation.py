@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkeel.engines.coordinate import Terms
 from fedkeel.engines.flower.apps import client_app
-from fedkeel.engines.flower.courier import Courier, FlowerError, FlowerTransport
+from fedkeel.engines.flower.courier import Courier, Errand, FlowerError, FlowerTransport
 from fedkeel.federation.kept import Kept
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.folder import RunFolder
@@ -39,7 +39,7 @@ class Simulation:
         self._names = sorted(prepared.sites.rows)
         self._run = secrets.token_hex(8)
         self._folder = folder
-        self._courier = Courier(grid, to_toml(_absolute(prepared.recipe)), self._run, folder, stopped)
+        self._courier = Courier(grid, Errand(to_toml(_absolute(prepared.recipe)), self._run, folder), stopped)
         self._deadline = prepared.recipe.federation.deadline
 
     def connect(self, rounds: int, kept: dict[str, Kept], watch: Callable[[Reply], None]) -> _Simulated:

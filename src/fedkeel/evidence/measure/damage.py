@@ -9,7 +9,7 @@ from typing import Any
 
 from fedkeel import tables
 from fedkeel.evidence.measure.run import Finished, Settings
-from fedkeel.scores.damage import family_index, outcomes
+from fedkeel.scores.damage import Subject, family_index, outcomes
 from fedkeel.scores.evaluate import overall
 from fedkeel.scores.metrics import mean
 from fedkeel.types import Row
@@ -37,10 +37,11 @@ def undamaged(run: Finished) -> list[Row]:
 def damage(run: Finished, family: str) -> list[Row]:
     """Scores under one family, and its stability index: there is none where the undamaged model scores 0."""
     draws, strengths = run.settings.draws, tables.DAMAGES[family].strengths
-    clean, model, part = run.clean, run.served(), f"damage/{family}"
+    clean, part = run.clean, f"damage/{family}"
+    subject = Subject(run.served(), run.formatter, run.recipe.evaluation, draws)
     total = len(strengths) * (draws if tables.DAMAGES[family].random else 1)
     found = []
-    for outcome in outcomes(model, run.formatter, run.recipe.evaluation, clean, family, strengths, draws, seed=0):
+    for outcome in outcomes(subject, clean, family, strengths):
         found.append(outcome)
         run.watch(part, len(found), total)
     rows, scores = [], {}

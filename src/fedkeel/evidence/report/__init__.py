@@ -12,7 +12,7 @@ from typing import Any
 
 from fedkeel.evidence.report.page import render
 from fedkeel.evidence.report.pictures import learning_curve, run_pictures
-from fedkeel.evidence.report.run_page import LONG, run_page
+from fedkeel.evidence.report.run_page import LONG, Run, run_page
 from fedkeel.evidence.report.suite_page import kept_picture, suite_markdown, write_suite_report
 from fedkeel.evidence.report.suite_tables import same_value
 from fedkeel.evidence.report.tables import (
@@ -50,26 +50,15 @@ def write_report(folder: Path) -> Path:
     Reads rows.jsonl, recipe.toml and env.json there, and measures.jsonl if it is there; a run that is not finished gets a
     report that says so. Raises FedKeelError if one of the first three is missing or malformed, or if there is no Row yet.
     """
-    rows = read_rows(folder / "rows.jsonl")
-    if not rows:
-        raise FedKeelError(f"{folder / 'rows.jsonl'} is empty: nothing is measured yet")
-    check_one_run(rows)
-    recipe = _text(folder / "recipe.toml")
-    try:
-        settings = tomllib.loads(recipe)
-    except tomllib.TOMLDecodeError as error:
-        raise FedKeelError(f"{folder / 'recipe.toml'} is not TOML: {error}") from error
-    try:
-        environment = json.loads(_text(folder / "env.json"))
-    except json.JSONDecodeError as error:
-        raise FedKeelError(f"{folder / 'env.json'} is not JSON: {error}") from error
+    run = _read(folder)
+    rows = run.rows
     tables = [method_table(rows).markdown(), _foldable(task_table(rows))]
     stages = stage_table(rows)
     if stages.lines:
         tables.insert(1, stages.markdown())
     write_atomic(folder / "table.md", "\n".join(tables))
-    page = [f"# {escape(rows[0].run)}: report of a FedKeel run\n"]
-    missing = missing_parts(rows, settings)
+    page = [f"# {escape(run.name)}: report of a FedKeel run\n"]
+    missing = missing_parts(rows, tomllib.loads(run.recipe))
     if missing:
         page.append(f"**This run is not finished.** Still missing: {escape('; '.join(missing))}.\n")
     page += [escape(summary(rows)) + "\n", tables[0]]
@@ -79,16 +68,31 @@ def write_report(folder: Path) -> Path:
     traffic = traffic_table(rows)
     if traffic.lines:
         tables.append(traffic.markdown())
-    page += [*tables[1:], _foldable(site_table(rows)), "## How it was run\n", _fenced(recipe, "toml")]
-    about = _environment_table(environment)
-    page.append(about.markdown())
+    page += [*tables[1:], _foldable(site_table(rows)), "## How it was run\n", _fenced(run.recipe, "toml")]
+    page.append(run.environment_table().markdown())
     report = folder / "report.md"
     write_atomic(report, "\n".join(page))
-    measures = folder / "measures.jsonl"
-    measured = read_rows(measures) if measures.exists() else []
-    whole = run_page(rows, measured, recipe, environment, about, summary(rows), missing)
-    write_atomic(folder / "report.html", render(whole))
+    write_atomic(folder / "report.html", render(run_page(run, summary(rows), missing)))
     return report
+
+
+def _read(folder: Path) -> Run:
+    """What a run's folder says. Raises FedKeelError, see `write_report`."""
+    rows = read_rows(folder / "rows.jsonl")
+    if not rows:
+        raise FedKeelError(f"{folder / 'rows.jsonl'} is empty: nothing is measured yet")
+    check_one_run(rows)
+    recipe = _text(folder / "recipe.toml")
+    try:
+        tomllib.loads(recipe)
+    except tomllib.TOMLDecodeError as error:
+        raise FedKeelError(f"{folder / 'recipe.toml'} is not TOML: {error}") from error
+    try:
+        environment = json.loads(_text(folder / "env.json"))
+    except json.JSONDecodeError as error:
+        raise FedKeelError(f"{folder / 'env.json'} is not JSON: {error}") from error
+    measures = folder / "measures.jsonl"
+    return Run(rows, read_rows(measures) if measures.exists() else [], recipe, environment)
 
 
 def missing_parts(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
@@ -170,14 +174,6 @@ def _fenced(text: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
-
-
-def _environment_table(environment: Mapping[str, Any]) -> Table:
-    lines = []
-    for key, value in environment.items():
-        named = value.items() if isinstance(value, dict) else [(key.replace("_", " "), value)]
-        lines += [(name, "not known" if shown == "" else str(shown)) for name, shown in named]
-    return Table("Environment", ("what", "value"), tuple(lines))
 
 
 __all__ = [

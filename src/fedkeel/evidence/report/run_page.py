@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedkeel.evidence.report import run_charts as charts
@@ -20,12 +21,31 @@ def foldable(table: Table) -> Block:
     return Folded(table) if len(table.lines) > LONG else table
 
 
-def run_page(
-    rows: Sequence[Row], measures: Sequence[Row], recipe: str, environment: Mapping[str, Any], environment_table: Table,
-    summary: str, missing: Sequence[str],
-) -> Page:  # fmt: skip
-    """rows: of one run. recipe: its TOML. summary: a paragraph. missing: what a run that is not finished lacks."""
-    name = rows[0].run
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says. rows: never none. measures: of `fedkeel measure`. recipe: TOML. environment: of env.json."""
+
+    rows: Sequence[Row]
+    measures: Sequence[Row]
+    recipe: str
+    environment: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.rows[0].run
+
+    def environment_table(self) -> Table:
+        """Software and machine, a line each."""
+        lines = []
+        for key, value in self.environment.items():
+            named = value.items() if isinstance(value, dict) else [(key.replace("_", " "), value)]
+            lines += [(name, "not known" if shown == "" else str(shown)) for name, shown in named]
+        return Table("Environment", ("what", "value"), tuple(lines))
+
+
+def run_page(run: Run, summary: str, missing: Sequence[str]) -> Page:
+    """summary: a paragraph. missing: what a run that is not finished lacks."""
+    rows, measures = run.rows, run.measures
     styles = run_styles()
 
     def figure(chart: Chart | Heat | None) -> tuple[Block, ...]:
@@ -45,12 +65,13 @@ def run_page(
         ("gates", "Gates over time", figure(charts.gates(rows))),
         ("stability", "Stability under damage", figure(charts.stability(measures))),
         ("kept", "Retention and generalisation", (kept,) if kept.lines else ()),
-        ("how", "How it was run", (Code("Recipe", recipe.rstrip()), environment_table)),
+        ("how", "How it was run", (Code("Recipe", run.recipe.rstrip()), run.environment_table())),
     ]
     lead = [Text(f"This run is not finished. Still missing: {'; '.join(missing)}.", "warning")] if missing else []
     lead.append(Text(summary, "lead"))
-    source = f"Run {name}, seed {rows[0].seed}, recipe.toml beside it, commit {environment.get('commit') or 'not known'}"
+    commit = run.environment.get("commit") or "not known"
+    source = f"Run {run.name}, seed {rows[0].seed}, recipe.toml beside it, commit {commit}"
     return Page(
-        name, "FedKeel · report of a run", tuple(lead), source,
+        run.name, "FedKeel · report of a run", tuple(lead), source,
         tuple(Section(key, title, blocks) for key, title, blocks in found if blocks),
     )  # fmt: skip

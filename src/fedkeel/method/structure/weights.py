@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,21 +48,29 @@ def weights(places: Places, amount: float, draw: Draw) -> list[RemovableHandle]:
     """
     places.need(places.branches, "weights")
     return [
-        b.whole.register_forward_hook(partial(_add, draw, amount / math.sqrt(b.shape[2]), row_norms(b), b.path))
+        b.whole.register_forward_hook(_Noise(draw, amount / math.sqrt(b.shape[2]), row_norms(b), b.path))
         for b in places.branches
     ]
 
 
-def _add(
-    draw: Draw, amount: float, norms: Tensor, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor
-) -> Tensor | None:
-    if not draw.active:
-        return None
-    first, rows, _ = draw.rows_of(output)
-    times = output.shape[:-1].numel() // rows
-    row = torch.arange(first, first + rows, device=output.device)[:, None, None] << 40
-    time = torch.arange(times, device=output.device)[:, None] << 20
-    counters = row + time + torch.arange(output.shape[-1], device=output.device)
-    noise = counter_normal(derive(draw.key, "weights", path), counters).view(output.shape)
-    length = torch.linalg.vector_norm(inputs[0].float(), dim=-1, keepdim=True)
-    return output + (amount * draw.strength * length * (norms * noise)).to(output.dtype)
+@dataclass(frozen=True)
+class _Noise:
+    """The hook of one map. amount: σ/√d_in. norms: ‖W_i‖, (d_out,). path: of the map, a key of what is drawn."""
+
+    draw: Draw
+    amount: float
+    norms: Tensor
+    path: str
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        draw = self.draw
+        if not draw.active:
+            return None
+        first, rows, _ = draw.rows_of(output)
+        times = output.shape[:-1].numel() // rows
+        row = torch.arange(first, first + rows, device=output.device)[:, None, None] << 40
+        time = torch.arange(times, device=output.device)[:, None] << 20
+        counters = row + time + torch.arange(output.shape[-1], device=output.device)
+        noise = counter_normal(derive(draw.key, "weights", self.path), counters).view(output.shape)
+        length = torch.linalg.vector_norm(inputs[0].float(), dim=-1, keepdim=True)
+        return output + (self.amount * draw.strength * length * (self.norms * noise)).to(output.dtype)
