@@ -136,6 +136,56 @@ def test_no_file_needs_itself() -> None:
     assert not needs, {name: sorted(of & set(needs)) for name, of in needs.items()}
 
 
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def borrowed(source: str) -> list[str]:
+    """Private names of FedKeel's that a file takes from elsewhere: imports of them, and reads of attributes that it does not
+    itself define. Those of other libraries are another matter (a public call may be lacking)."""
+    nodes = list(ast.walk(ast.parse(source)))
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    others, found = set(), []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            others |= {(one.asname or one.name).split(".")[0] for one in node.names if one.name.split(".")[0] != "fedkeel"}
+        elif isinstance(node, ast.ImportFrom):
+            ours = node.level or (node.module or "").split(".")[0] == "fedkeel"
+            found += [one.name for one in node.names if ours and private(one.name)]
+            others |= {one.asname or one.name for one in node.names if not ours}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own:
+            whole = dotted(node)
+            if whole.split(".")[0] not in others:
+                found.append(whole)
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_private_name_stays_in_its_file(path: Path) -> None:
+    assert borrowed(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from fedkeel.model.load import _load, quiet", ["_load"]),
+        ("def f():\n    from ..model.load import _load as load", ["_load"]),
+        ("from fedkeel.model import load\nload._load(1)", ["load._load"]),
+        ("import fedkeel.model.load\nfedkeel.model.load._load(1)", ["fedkeel.model.load._load"]),
+        ("import fedkeel.model.load as at\nat._load(1)", ["at._load"]),
+        ("def f(model):\n    return model._lora", ["model._lora"]),
+        ("from __future__ import annotations\nimport torch\ntorch.cpu._is_avx512_supported()", []),
+        ("class A:\n    def f(self, other):\n        self._x = 1\n        return other._x + other.__len__()", []),
+        ("def _f(): ...\n_f()", []),
+    ],
+)
+def test_a_borrowed_private_name_is_caught(source: str, found: list[str]) -> None:
+    assert borrowed(source) == found
+
+
 @pytest.mark.parametrize(
     ("name", "source", "found"),
     [
