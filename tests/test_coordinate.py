@@ -247,9 +247,15 @@ def test_pooled_scores_by_hand(tiny_overrides: list[str]) -> None:
     ("text", "told"),
     [
         ("", "name is not set"),
-        ('name = "a"\n[data]\nmax_length = 4', "unknown key 'data.max_length'"),
+        (
+            'name = "a"\n[data]\nmax_length = 4',
+            r"unknown key 'data.max_length'; .*\[data\] has root, files, tasks_file, site_column, dataset, subset",
+        ),
         ('name = "a"\nseed = 4', "unknown key 'seed'"),
-        ('name = "a"\nthreads = 0', "threads = 0: a number above 0"),
+        ('name = "a"\n[worker]\nkye = "k"', "unknown key 'worker.kye'; did you mean 'worker.key'"),
+        ('name = "a"\nworker = 1', "worker is a table of keys"),
+        ('name = "a"\n[worker]\nwarm = "no"', "worker.warm = 'no': bool belongs here"),
+        ('name = "a"\nthreads = 0', "threads = 0: must be at least 1"),
         (f'name = "a"\n[worker]\nsocket = "{"x" * 120}"', "at most 100 bytes"),
         ("name = ", "cannot be read"),
     ],
@@ -267,5 +273,5 @@ def test_a_site_file_is_read_with_whole_paths(tmp_path: Path) -> None:
     assert (site.state, site.base, site.data) == (
         tmp_path / "s",
         str(tmp_path / "b"),
-        {"root": str(tmp_path.parent), "files": ["r"]},
+        {"root": str(tmp_path.parent), "files": ("r",)},
     )

@@ -227,7 +227,7 @@ def test_site_files_are_read_by_their_reader(folder: Path) -> None:
         read = read_site(folder / f"site-{site}/site.toml")
         assert read.name == site
         assert read.key == (folder / f"site-{site}/worker.key").resolve()
-        assert read.data == {"root": f"/srv/fedkeel/{site}", "files": ["rows.jsonl"], "tasks_file": "tasks.json"}
+        assert read.data == {"root": f"/srv/fedkeel/{site}", "files": ("rows.jsonl",), "tasks_file": "tasks.json"}
         assert read.recipe_sha256 == hashlib.sha256((folder / f"site-{site}/recipe.toml").read_bytes()).hexdigest()
         assert read.warm
 

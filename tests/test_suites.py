@@ -140,12 +140,12 @@ def test_choices_of_the_command_line(plan_file: Path) -> None:
     recipe = load_recipe(None, runs[0].overrides)
     assert (recipe.train.lr, recipe.train.clip_norm, recipe.data.root) == (5.0, 2.0, "")
     for asked, told in (
-        ({"streams": ["c"]}, "no 'c'; there are a, b"),
-        ({"methods": ["plane"]}, "Did you mean 'plain'"),
+        ({"streams": ["c"]}, "streams = 'c': one of a, b belongs here"),
+        ({"methods": ["plane"]}, "did you mean 'plain'"),
         ({"streams": ["b"]}, "stream 'b' needs b:data.root"),
-        ({"extra": ["z:train.lr=1"]}, "no 'z'"),
+        ({"extra": ["z:train.lr=1"]}, "z:train.lr=1: streams = 'z': one of a, b"),
         ({"extra": ["train.lrr=1"]}, "stream 'a', method 'plain': unknown key 'train.lrr'"),
-        ({"seeds": [3, -1]}, "seeds must be a list of whole numbers from 0"),
+        ({"seeds": [3, -1]}, "seeds = \\[3, -1\\]: whole numbers from 0"),
     ):
         with pytest.raises(ConfigError, match=told):
             runs_of(plan, **asked)
@@ -164,16 +164,29 @@ def test_every_method_is_tried_with_every_setting_of_the_grid(plan_file: Path) -
     ("change", "told"),
     [
         (("title", "titel"), "unknown key 'titel'; did you mean 'title'"),
-        (('reference = "plain"', 'reference = "plane"'), "reference: no 'plane'"),
+        (
+            ('reference = "plain"', 'reference = "plane"'),
+            "reference = 'plane': one of plain, near, far, both belongs here; did you mean 'plain'",
+        ),
         (("tuning_seeds = [9]", "tuning_seeds = [4]"), r"share \[4\]"),
         (("seeds = [3, 4]", "seeds = [true]"), "whole numbers from 0"),
-        (('streams = ["a"]', 'streams = ["aa"]'), "no 'aa'"),
-        (('tuned_as = "near"', 'tuned_as = "nearer"'), "no 'nearer'"),
-        (("[4, 16, 8]", "[]"), "must be a list of values"),
+        (('streams = ["a"]', 'streams = ["aa"]'), "methods.far.streams = 'aa': one of a, b belongs here"),
+        (('tuned_as = "near"', 'tuned_as = "nearer"'), "methods.far.tuned_as = 'nearer': .* did you mean 'near'"),
+        (("[4, 16, 8]", "[]"), r"knobs\.train\.batch_size = \[\]: a list of values, not empty"),
         (('factors = ["near", "far"]', ""), "square names four methods"),
         (('"train.batch_size" =', '"train.batch" ='), "unknown key 'train.batch'; did you mean 'train.batch_size'"),
-        (("tuned = { near", "tuned = { neer"), "no 'neer'"),
-        (("[streams.a]", "[streams.a"), "two.toml"),
+        (("tuned = { near", "tuned = { neer"), "streams.a.tuned = 'neer': .* did you mean 'near'"),
+        (("[streams.a]", "[streams.a"), "two.toml: cannot be read"),
+        (("tuning_seeds = [9]", "tuning_seeds = []"), "tuning_seeds = .*, not empty"),
+        (
+            ('set = ["train.local_steps=3"]', 'set = ["train.local_steps"]'),
+            "streams.a.set = .* overrides such as 'train.lr=0.1'",
+        ),
+        (("[0.2, 0.3]", "0.2"), "streams.a.grid.train.lr = 0.2: a list of values"),
+        (('needs = ["data.root"]', "need = []"), "unknown key 'streams.b.need'; did you mean 'streams.b.needs'"),
+        (("untuned = true", 'untuned = "yes"'), "methods.plain.untuned = 'yes': bool belongs here"),
+        (("untuned = true", 'leg = "local"'), "methods.plain.leg = 'local': one of federated, centralised"),
+        (("[streams.a]", "[stream.a]"), "unknown key 'stream'; did you mean 'streams'"),
     ],
 )
 def test_a_plan_that_cannot_be_right_names_what_is_wrong(plan_file: Path, change: tuple[str, str], told: str) -> None:
@@ -182,8 +195,45 @@ def test_a_plan_that_cannot_be_right_names_what_is_wrong(plan_file: Path, change
         load_plan(str(plan_file))
 
 
+def test_a_plan_needs_something_to_compare(plan_file: Path) -> None:
+    plan_file.write_text("[streams.a]\n")
+    with pytest.raises(ConfigError, match=r"methods is not set: a plan needs \[streams.NAME\] and \[methods.NAME\]"):
+        load_plan(str(plan_file))
+
+
+def test_a_knob_at_its_default_is_the_reference(plan_file: Path) -> None:
+    plan_file.write_text(
+        PLAN.replace('"train.batch_size" = [4, 16, 8]', '"structure.heads" = [0.0, 0.1]\n"lora.targets" = [[]]')
+    )
+    assert load_plan(str(plan_file)).knobs == {
+        "structure.heads": {"0.0": "plain", "0.1": "structure.heads=0.1"},
+        "lora.targets": {"[]": "plain"},
+        "train.lr": {"0.1": "plain"},
+    }
+
+
+def test_choices_of_tuning_replace_the_plans_own(plan_file: Path, tmp_path: Path) -> None:
+    chosen = tmp_path / "tuned.toml"
+    chosen.write_text('[streams.a.tuned]\nboth = ["train.lr=0.7"]\n')
+    plan = load_plan(str(plan_file), chosen)
+    assert (plan.streams["a"].tuned, plan.streams["b"].tuned) == ({"both": ("train.lr=0.7",)}, {})
+    for text, told in (
+        ('[streams.c.tuned]\nboth = ["train.lr=0.7"]', "tuned.toml: streams = 'c': one of a, b belongs here"),
+        ("[streams.a]\ntunde = {}", "tuned.toml: unknown key 'streams.a.tunde'; did you mean 'streams.a.tuned'"),
+        (
+            '[streams.a.tuned]\nbohr = ["train.lr=0.7"]',
+            "two.toml with .*tuned.toml: streams.a.tuned = 'bohr': .* did you mean 'both'",
+        ),
+    ):
+        chosen.write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            load_plan(str(plan_file), chosen)
+    with pytest.raises(ConfigError, match="tuned file not found"):
+        load_plan(str(plan_file), tmp_path / "none.toml")
+
+
 def test_an_unknown_suite_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no 'mian'; there are .*Did you mean 'main'"):
+    with pytest.raises(ConfigError, match=r"suite = 'mian': one of .*; did you mean 'main'"):
         load_plan("mian")
 
 

@@ -88,7 +88,9 @@ def test_one_who_says_stop_and_goes_away_is_obeyed(site: SiteFile, tiny_override
 
 def test_a_worker_that_cannot_start_says_why(site: SiteFile) -> None:
     broken = replace(site, path=site.path.with_name("absent.toml"))
-    with pytest.raises(WorkerError, match=r"its worker could not start:[\s\S]*absent.toml: cannot be read"):
+    with pytest.raises(
+        WorkerError, match=r"its worker could not start:[\s\S]*site file not found: .*absent.toml; did you mean site.toml"
+    ):
         ask(broken, {"kind": "hello"}, b"", SECONDS)
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedkeel.recipe.settings import ConfigError, build, needed, number, read_toml
 from fedkeel.types import FedKeelError
 
 MEMBERS = "members"  # in the coordinator's state: a line "NODE_ID NAME" for each key that was registered
 LONGEST_SOCKET = 100  # bytes; the system allows 107
-PLACES = ("root", "files", "tasks_file", "site_column", "dataset", "subset")  # keys of [data] that say where rows are
 
 
 class SiteFileError(FedKeelError):
@@ -43,59 +42,79 @@ class SiteFile:
     recipe_sha256: str = ""
 
 
+@dataclass(frozen=True)
+class _Model:
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The keys of a recipe's [data] that say where rows are."""
+
+    root: str = ""
+    files: tuple[str, ...] = ()
+    tasks_file: str = ""
+    site_column: str = ""
+    dataset: str = ""
+    subset: str = ""
+
+
+@dataclass(frozen=True)
+class _Worker:
+    warm: bool = True
+    socket: str = ""
+    key: str = ""
+    idle: float = number(3600.0, 0, above=True, infinite=True)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """The keys of site.toml; what they mean stands at `SiteFile`."""
+
+    name: str = needed("the site's name in the federation")
+    state: str = "state"
+    device: str = "cpu"
+    threads: int = number(1, 1)
+    recipe_sha256: str = ""
+    model: _Model = field(default_factory=_Model)
+    data: _Data = field(default_factory=_Data)
+    worker: _Worker = field(default_factory=_Worker)
+
+
 def read_site(path: Path) -> SiteFile:
     """The site's file, with every path absolute. Raises SiteFileError naming the file and the key."""
-
-    def wrong(what: str) -> SiteFileError:
-        return SiteFileError(f"{path}: {what}")
-
     try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise wrong(f"cannot be read: {error}") from error
-    known = {"": {"name", "state", "device", "threads", "recipe_sha256"}, "model": {"base"}, "data": set(PLACES),
-             "worker": {"warm", "socket", "key", "idle"}}  # fmt: skip
-    tables = {table: told.get(table, {}) for table in ("model", "data", "worker")}
-    for table, keys in (("", {k: v for k, v in told.items() if k not in tables}), *tables.items()):
-        if not isinstance(keys, dict):
-            raise wrong(f"{table} is a table of keys")
-        for odd in set(keys) - known[table]:
-            place = f"{table}.{odd}" if table else odd
-            raise wrong(f"unknown key {place!r}; a site may set {', '.join(sorted(known[table]))} there")
+        tree = read_toml(path, "site file")
+        told = build(_Told, tree, str(path))
+    except ConfigError as error:
+        raise SiteFileError(str(error)) from None
 
-    def text(table: Mapping[str, Any], key: str, default: str = "") -> str:
-        value = table.get(key, default)
-        if not isinstance(value, str):
-            raise wrong(f"{key} = {value!r}: text belongs here")
-        return value
-
-    def number(table: Mapping[str, Any], key: str, default: float) -> float:
-        value = table.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise wrong(f"{key} = {value!r}: a number above 0 belongs here")
-        return float(value)
-
-    def absolute(value: str) -> Path:
+    def absolute(value: str | Path) -> Path:
         return (path.absolute().parent / Path(value).expanduser()).resolve()
 
-    name = text(told, "name")
-    if not name:
-        raise wrong("name is not set: the site's name in the federation")
-    state = absolute(text(told, "state", "state"))
-    base = text(tables["model"], "base")
-    data = dict(tables["data"])
+    state, base, worker = absolute(told.state), told.model.base, told.worker
+    data = {key: getattr(told.data, key) for key in tree.get("data", {})}  # a key that is not given is the recipe's
     if "root" in data:
-        data["root"] = str(absolute(text(data, "root")))
-    worker = tables["worker"]
-    where = absolute(text(worker, "socket", str(state / "worker.sock")))
-    if len(os.fsencode(where)) > LONGEST_SOCKET:
-        raise wrong(f"worker.socket = {where}: at most {LONGEST_SOCKET} bytes are possible; choose a shorter path")
+        data["root"] = str(absolute(data["root"]))
+    socket = absolute(worker.socket or state / "worker.sock")
+    if len(os.fsencode(socket)) > LONGEST_SOCKET:
+        raise SiteFileError(
+            f"{path}: worker.socket = {socket}: at most {LONGEST_SOCKET} bytes are possible; choose a shorter path"
+        )
     return SiteFile(
-        path.absolute(), name, state, text(told, "device", "cpu"), int(number(told, "threads", 1)),
-        str(absolute(base)) if base.startswith((".", "~", "/")) else base, data, worker.get("warm", True) is True, where,
-        absolute(text(worker, "key", str(state / "worker.key"))), number(worker, "idle", 3600.0),
-        text(told, "recipe_sha256"),
-    )  # fmt: skip
+        path=path.absolute(),
+        name=told.name,
+        state=state,
+        device=told.device,
+        threads=told.threads,
+        base=str(absolute(base)) if base.startswith((".", "~", "/")) else base,
+        data=data,
+        warm=worker.warm,
+        socket=socket,
+        key=absolute(worker.key or state / "worker.key"),
+        idle=worker.idle,
+        recipe_sha256=told.recipe_sha256,
+    )
 
 
 def read_members(path: Path) -> dict[str, int] | None:
@@ -110,11 +129,11 @@ def read_members(path: Path) -> dict[str, int] | None:
             f"{path.absolute()} cannot be read: {error}; register.sh writes it, run as SuperLink's user"
         ) from error
     found = {}
-    for number, line in enumerate(lines, 1):
+    for count, line in enumerate(lines, 1):
         node, _, name = line.partition(" ")
         if not (node.isascii() and node.isdigit() and name):
             raise SiteFileError(
-                f"{path.absolute()}, line {number}: a node's number and a site's name belong there, not {line!r}"
+                f"{path.absolute()}, line {count}: a node's number and a site's name belong there, not {line!r}"
             )
         found[name] = int(node)
     return found

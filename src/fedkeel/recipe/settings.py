@@ -1,9 +1,9 @@
 """One loader of settings from tables of keys: for recipes, plans and site files.
 
-Settings are frozen dataclasses. A field's type says what belongs there: text, a number, true or false, a list of texts or whole
-numbers, another such dataclass (a table of keys), or a mapping of names to one of these. `one_of` and `number` say which
-values. An unknown key is an error that names the nearest known one; a value of the wrong type or out of its range is one that
-names the key, the value and what would be right.
+Settings are frozen dataclasses. A field's type says what belongs there: text, a number, true or false, a list (of texts, whole
+numbers or anything), another such dataclass (a table of keys), or a mapping of names to one of these, each with the field's
+metadata. `one_of`, `number` and the like say which values. An unknown key is an error that names the nearest known one; a value
+of the wrong type or out of its range is one that names the key, the value and what would be right.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import os
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -69,8 +69,18 @@ def number(default: float, low: float, high: float = math.inf, *, above: bool = 
     return field(default=default, metadata={"low": low, "high": high, "above": above, "infinite": infinite})
 
 
+def needed(what: str) -> Any:
+    """A value without a default, that must be given and not be empty. what: it is, for the error."""
+    return field(metadata={"needed": what})
+
+
+def filled(default: tuple[Any, ...], low: int = 1) -> Any:
+    """A list that is not empty; one of whole numbers, each from `low`."""
+    return field(default=default, metadata={"filled": True, "low": low})
+
+
 def checked(default: Any, check: Callable[[Any], str]) -> Any:
-    """A value that `check` has nothing to say against: value -> what would be right, empty where it is."""
+    """A value or list that `check` has nothing to say against: it -> what would be right, empty where it is."""
     return field(default=default, metadata={"check": check})
 
 
@@ -133,14 +143,17 @@ class _Reader:
     def error(self, text: str) -> ConfigError:
         return ConfigError(f"{self.where}: {text}" if self.where else text)
 
-    def unknown(self, prefix: str, name: str, here: Iterable[str]) -> ConfigError:
+    def unknown(self, prefix: str, name: str, here: Sequence[str]) -> ConfigError:
         """A slip within the table comes first, then the same name in another one, then what looks alike."""
         key = prefix + name
-        close = difflib.get_close_matches(name, list(here), 1, cutoff=0.75) if prefix else []
+        close = difflib.get_close_matches(name, here, 1, cutoff=0.75) if prefix else []
         same = [k for k in self.known if k.rpartition(".")[2] == name]
-        near = difflib.get_close_matches(key, self.known, 1, cutoff=0.4)
+        near = difflib.get_close_matches(key, [*self.known, *(prefix + n for n in here if prefix)], 1, cutoff=0.4)
         best = prefix + close[0] if close else next(iter([*same, *near]), None)
-        return self.error(f"unknown key {key!r}" + (f"; did you mean {best!r}?" if best else ""))
+        told = f"unknown key {key!r};" + (f" did you mean {best!r}?" if best else "")
+        if not best or (prefix and not close and not same):  # a guess, if any
+            told += f" {f'[{prefix[:-1]}] has' if prefix else 'there are'} {', '.join(here)}"
+        return self.error(told)
 
     def build(self, cls: type[T], tree: Mapping[str, Any], prefix: str) -> T:
         """An instance of `cls` from the keys of `tree`, which stand under `prefix`."""
@@ -161,7 +174,10 @@ class _Reader:
                 f = kinds[name]
                 inner.setdefault(f.name, {}).update(self.own(name, value, f.metadata["own"][name], prefix))
             else:
-                raise self.unknown(prefix, name, [*fields, *named])
+                raise self.unknown(prefix, name, [*fields, *named, *kinds])
+        for name, (f, _) in fields.items():
+            if "needed" in f.metadata and not tree.get(name):
+                raise self.error(f"{prefix}{name} is not set: {f.metadata['needed']}")
         return cls(**arguments, **{name: Frozen(content) for name, content in inner.items()})
 
     def own(self, kind: str, tree: Any, table: Table[Any], prefix: str) -> dict[str, Any]:
@@ -184,6 +200,12 @@ class _Reader:
 
     def value(self, key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
         """`value` as the type of its field."""
+        found = self.typed(key, value, hint, metadata)
+        if "check" in metadata and not isinstance(found, Mapping) and (wrong := metadata["check"](found)):
+            raise self.error(f"{key} = {value!r}: {wrong}")
+        return found
+
+    def typed(self, key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
         if dataclasses.is_dataclass(hint):
             return self.build(typing.cast(type, hint), self.table(key, value), f"{key}.")
         if typing.get_origin(hint) in (Mapping, Frozen):
@@ -191,6 +213,8 @@ class _Reader:
             return Frozen({n: self.value(f"{key}.{n}", v, of, metadata) for n, v in self.table(key, value).items()})
         if hint == tuple[int, ...]:
             return self.whole_numbers(key, value, metadata)
+        if hint == tuple[Any, ...]:
+            return self.anything(key, value, metadata)
         if typing.get_origin(hint) is tuple:
             return self.texts(key, value, metadata)
         if hint is Any:
@@ -199,19 +223,11 @@ class _Reader:
             value = float(value)
         if type(value) is not hint:
             raise self.error(f"{key} = {value!r}: {hint.__name__} belongs here, not {type(value).__name__}")
-        self.choice(key, value, metadata.get("choices"))
+        if "choices" in metadata:
+            choose(key, value, metadata["choices"], self.where)
         if "low" in metadata:
             self.bounds(key, value, metadata)
-        if "check" in metadata and (wrong := metadata["check"](value)):
-            raise self.error(f"{key} = {value!r}: {wrong}")
         return value
-
-    def choice(self, key: str, value: Any, choices: Iterable[str] | None) -> None:
-        known = list(choices or ())
-        if known and value not in known:
-            near = difflib.get_close_matches(str(value), known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise self.error(f"{key} = {value!r}: one of {', '.join(known)} belongs here{hint}")
 
     def bounds(self, key: str, value: float, metadata: Mapping[str, Any]) -> None:
         low, high, above = metadata["low"], metadata["high"], metadata["above"]
@@ -229,6 +245,11 @@ class _Reader:
             value = [value]
         if not isinstance(value, list | tuple) or not all(type(v) is int and v >= low for v in value):
             raise self.error(f"{key} = {value!r}: a list of whole numbers from {low} belongs here")
+        return self.anything(key, value, metadata)
+
+    def anything(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple) or (metadata.get("filled") and not value):
+            raise self.error(f"{key} = {value!r}: a list of values{', not empty,' * ('filled' in metadata)} belongs here")
         return tuple(value)
 
     def texts(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[str, ...]:
@@ -236,9 +257,28 @@ class _Reader:
             value = [v for v in value.split(",") if v]
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise self.error(f"{key} = {value!r}: a list of strings belongs here")
-        for one in value:
-            self.choice(key, one, metadata.get("choices"))
+        for one in value if "choices" in metadata else ():
+            choose(key, one, metadata["choices"], self.where)
         return tuple(value)
+
+
+def choose(key: str, value: str, known: Iterable[str], where: str = "") -> None:
+    """Raise ConfigError, naming the nearest of `known`, unless `value` is one of them. where: as in `build`."""
+    names = list(known)
+    if value not in names:
+        near = difflib.get_close_matches(value, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        told = f"{key} = {value!r}: one of {', '.join(names)} belongs here{hint}"
+        raise ConfigError(f"{where}: {told}" if where else told)
+
+
+def check_key(cls: type, key: str, where: str = "") -> None:
+    """Raise ConfigError, naming the nearest, unless `key` is one of `known_keys`. where: as in `build`."""
+    known = known_keys(cls)
+    if key not in known:
+        table, dot, name = key.rpartition(".")
+        here = [k.removeprefix(table + dot) for k in known if k.rpartition(".")[0] == table]
+        raise _Reader(known, where).unknown(table + dot, name, here)
 
 
 def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
@@ -255,7 +295,7 @@ def read_toml(path: Path, what: str = "file") -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         raise ConfigError(f"{what} not found: {path}" + (f"; did you mean {near[0]}?" if near else "")) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def toml_value(value: Any) -> str:

@@ -6,21 +6,34 @@ makes runs of it.
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from fedkeel.evidence.report import same_value
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError, known_keys, read_toml
+from fedkeel.recipe.settings import (
+    ConfigError,
+    Frozen,
+    build,
+    check_key,
+    checked,
+    choose,
+    filled,
+    needed,
+    one_of,
+    read_toml,
+    tree_of,
+)
 
 PLANS = Path(__file__).parent / "plans"
-KEYS = ("title", "note", "seeds", "tuning_seeds", "set", "streams", "methods", "reference", "factors", "square", "knobs")
+
+
+def _overrides(given: Sequence[str]) -> str:
+    return "" if all("=" in one for one in given) else "a list of overrides such as 'train.lr=0.1' belongs here"
 
 
 @dataclass(frozen=True)
@@ -33,18 +46,19 @@ class Stream:
     """
 
     text: str = ""
-    set: tuple[str, ...] = ()
+    set: tuple[str, ...] = checked((), _overrides)
     needs: tuple[str, ...] = ()
-    tuned: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    trial: tuple[str, ...] = ()
-    grid: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    tuned: Mapping[str, tuple[str, ...]] = field(default_factory=Frozen, metadata={"check": _overrides})
+    trial: tuple[str, ...] = checked((), _overrides)
+    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=Frozen, metadata={"filled": True})
 
     def settings(self) -> list[tuple[str, ...]]:
         """The settings that tuning tries, each as overrides; empty without a grid."""
         if not self.grid:
             return []
         return [
-            tuple(f"{key}={v}" for key, v in zip(self.grid, values, strict=True)) for values in product(*self.grid.values())
+            tuple(f"{key}={_as_text(v)}" for key, v in zip(self.grid, values, strict=True))
+            for values in product(*self.grid.values())
         ]
 
 
@@ -57,11 +71,40 @@ class Method:
     """
 
     text: str = ""
-    set: tuple[str, ...] = ()
+    set: tuple[str, ...] = checked((), _overrides)
     streams: tuple[str, ...] = ()
     tuned_as: str = ""
     untuned: bool = False
-    leg: str = "federated"
+    leg: str = one_of("federated", ("federated", "centralised"))
+
+
+@dataclass(frozen=True)
+class _File:
+    """The keys of a plan's file; see `Plan`. knobs: key of a recipe -> its values."""
+
+    streams: Mapping[str, Stream] = needed("a plan needs [streams.NAME] and [methods.NAME]")
+    methods: Mapping[str, Method] = needed("a plan needs [streams.NAME] and [methods.NAME]")
+    title: str = ""
+    note: str = ""
+    seeds: tuple[int, ...] = filled((1, 2, 3), 0)
+    tuning_seeds: tuple[int, ...] = filled((0,), 0)
+    set: tuple[str, ...] = checked((), _overrides)
+    reference: str = ""
+    factors: tuple[str, ...] = ()
+    square: tuple[str, ...] = ()
+    knobs: Mapping[str, tuple[Any, ...]] = field(default_factory=Frozen, metadata={"filled": True})
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    tuned: Mapping[str, tuple[str, ...]] = field(default_factory=Frozen, metadata={"check": _overrides})
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The keys of tuned.toml."""
+
+    streams: Mapping[str, _Tuned] = field(default_factory=Frozen)
 
 
 @dataclass(frozen=True)
@@ -103,79 +146,20 @@ class Planned:
         return (*self.given, f"name={self.name}", f"seed={self.seed}")
 
 
-def _known(given: Iterable[str], known: Sequence[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-
-
-def _strings(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ConfigError(f"{where} must be a list of strings, not {value!r}")
-    return tuple(value)
-
-
-def one_of(name: str, known: Sequence[str], where: str) -> None:
-    """Raises ConfigError, naming the nearest of `known`, if `name` is none of them."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        raise ConfigError(
-            f"{where}: no {name!r}; there are {', '.join(known)}" + (f". Did you mean {near[0]!r}?" if near else "")
-        )
-
-
-def _stream(name: str, tree: Any, methods: Sequence[str], where: str) -> Stream:
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{where} must be a table")
-    _known(tree, ("text", "set", "needs", "tuned", "trial", "grid"), where)
-    tuned, grid = tree.get("tuned", {}), tree.get("grid", {})
-    for method in tuned:
-        one_of(method, methods, f"{where}.tuned")
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"{where}.grid.{key} must be a list of values")
-    return Stream(
-        str(tree.get("text", "")),
-        _strings(tree.get("set", []), f"{where}.set"),
-        _strings(tree.get("needs", []), f"{where}.needs"),
-        {method: _strings(given, f"{where}.tuned.{method}") for method, given in tuned.items()},
-        _strings(tree.get("trial", []), f"{where}.trial"),
-        {key: tuple(map(_as_text, values)) for key, values in grid.items()},
-    )
-
-
 def _as_text(value: Any) -> str:
     """A value of a plan as an override writes it."""
     return json.dumps(value) if isinstance(value, bool | list) else str(value)
 
 
 def _value_of(key: str, overrides: Sequence[str]) -> str:
-    """What `key` has under these overrides, as an override writes it. Raises ConfigError on an unknown key."""
-    _known([key], list(known_keys(Recipe)), "knobs")
+    """What `key` of a recipe has under these overrides, as an override writes it; empty for an option that is not given."""
     given = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == key]
-    return given[-1] if given else _as_text(attrgetter(key)(Recipe()))
-
-
-def _method(tree: Any, streams: Sequence[str], methods: Sequence[str], where: str) -> Method:
-    if not isinstance(tree, dict):
-        raise ConfigError(f'{where} must be a table, such as {{text = "...", set = ["train.proximal=0.1"]}}')
-    _known(tree, ("text", "set", "streams", "tuned_as", "untuned", "leg"), where)
-    only, shared = _strings(tree.get("streams", []), f"{where}.streams"), str(tree.get("tuned_as", ""))
-    for stream in only:
-        one_of(stream, streams, f"{where}.streams")
-    if shared:
-        one_of(shared, methods, f"{where}.tuned_as")
-    set_, leg = _strings(tree.get("set", []), f"{where}.set"), str(tree.get("leg", "federated"))
-    one_of(leg, ("federated", "centralised"), f"{where}.leg")
-    return Method(str(tree.get("text", "")), set_, only, shared, bool(tree.get("untuned", False)), leg)
-
-
-def checked_seeds(value: Any, where: str) -> tuple[int, ...]:
-    """`value` as seeds. Raises ConfigError if it is no list of whole numbers from 0, or empty."""
-    if not (isinstance(value, list) and value and all(type(s) is int and s >= 0 for s in value)):
-        raise ConfigError(f"{where} must be a list of whole numbers from 0, not {value!r}")
-    return tuple(value)
+    if given:
+        return given[-1]
+    value: Any = tree_of(Recipe())
+    for part in key.split("."):
+        value = value.get(part, {})
+    return "" if value == {} else _as_text(list(value) if isinstance(value, tuple) else value)
 
 
 def plan_names() -> list[str]:
@@ -191,62 +175,68 @@ def load_plan(name: str, tuned: Path | None = None) -> Plan:
     """
     path = Path(name) if name.endswith(".toml") else PLANS / f"{name}.toml"
     if not name.endswith(".toml"):
-        one_of(name, plan_names(), "suite")
-    tree = read_toml(path, "plan")
-    for at, chosen in (read_toml(tuned).get("streams", {}) if tuned else {}).items():
-        one_of(at, list(tree.get("streams", {})), str(tuned))
-        tree["streams"][at]["tuned"] = chosen["tuned"]
-    return _plan(path.stem, tree, str(path))
+        choose("suite", name, plan_names())
+    file = build(_File, read_toml(path, "plan"), str(path))
+    if tuned:
+        chosen = build(_Chosen, read_toml(tuned, "tuned file"), str(tuned)).streams
+        for at in chosen:
+            choose("streams", at, file.streams, str(tuned))
+        streams = {at: replace(s, tuned=chosen[at].tuned) if at in chosen else s for at, s in file.streams.items()}
+        file = replace(file, streams=streams)
+    return _plan(path.stem, file, f"{path} with {tuned}" if tuned else str(path))
 
 
-def _plan(name: str, tree: Mapping[str, Any], where: str) -> Plan:
-    """The plan of a whole tree. where: the file, for messages."""
-    _known(tree, KEYS, where)
-    streams, own = tree.get("streams", {}), tree.get("methods", {})
-    if not streams or not own:
-        raise ConfigError(f"{where}: a plan needs [streams.NAME] and [methods.NAME]")
-    reference = str(tree.get("reference", next(iter(own))))
-    one_of(reference, list(own), f"{where}: reference")
-    knobs, points = _knobs(tree, reference, where)
-    methods = {**own, **points}
-    square, factors = (_strings(tree.get(key, []), f"{where}: {key}") for key in ("square", "factors"))
-    for method in square:
-        one_of(method, list(methods), f"{where}: square")
-    if (len(square), len(factors)) not in ((0, 0), (4, 2)):
+def _plan(name: str, file: _File, where: str) -> Plan:
+    """The plan of a file, its names looked up. where: the file, for messages. Raises ConfigError."""
+    reference = file.reference or next(iter(file.methods))
+    choose("reference", reference, file.methods, where)
+    knobs, points = _knobs(file, reference, where)
+    methods = {**file.methods, **points}
+    for key, names, known in _names(file, methods):
+        for one in names:
+            choose(key, one, known, where)
+    if (len(file.square), len(file.factors)) not in ((0, 0), (4, 2)):
         raise ConfigError(f"{where}: square names four methods (neither, first, second, both) and factors the two")
-    seeds = checked_seeds(tree.get("seeds", [1, 2, 3]), f"{where}: seeds")
-    tuning = checked_seeds(tree.get("tuning_seeds", [0]), f"{where}: tuning_seeds")
-    if shared := set(seeds) & set(tuning):
+    if shared := set(file.seeds) & set(file.tuning_seeds):
         raise ConfigError(f"{where}: seeds and tuning_seeds share {sorted(shared)}; tune on others")
     return Plan(
         name=name,
-        title=str(tree.get("title", name)),
-        note=" ".join(str(tree.get("note", "")).split()),
-        seeds=seeds,
-        tuning_seeds=tuning,
-        set=_strings(tree.get("set", []), f"{where}: set"),
-        streams={n: _stream(n, t, list(methods), f"{where}: streams.{n}") for n, t in streams.items()},
-        methods={n: _method(t, list(streams), list(methods), f"{where}: methods.{n}") for n, t in methods.items()},
+        title=file.title or name,
+        note=" ".join(file.note.split()),
+        seeds=file.seeds,
+        tuning_seeds=file.tuning_seeds,
+        set=file.set,
+        streams=file.streams,
+        methods=methods,
         reference=reference,
-        factors=factors,
-        square=square,
+        factors=file.factors,
+        square=file.square,
         knobs=knobs,
     )
 
 
-def _knobs(tree: Mapping[str, Any], reference: str, where: str) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+def _names(file: _File, methods: Mapping[str, Method]) -> Iterator[tuple[str, Iterable[str], Iterable[str]]]:
+    """(key, the names that stand there, those that may): of every key that names streams or methods."""
+    yield "square", file.square, methods
+    for name, stream in file.streams.items():
+        yield f"streams.{name}.tuned", stream.tuned, methods
+    for name, method in file.methods.items():
+        yield f"methods.{name}.streams", method.streams, file.streams
+        yield f"methods.{name}.tuned_as", filter(None, [method.tuned_as]), methods
+
+
+def _knobs(file: _File, reference: str, where: str) -> tuple[dict[str, dict[str, str]], dict[str, Method]]:
     """`[knobs]` as key -> {value: method}, and the methods it adds: the reference with that one key changed.
 
-    A value that the reference has on every stream is the reference itself, and adds none.
+    A value that the reference has on every stream is the reference itself, and adds none. Raises ConfigError on a key that no
+    recipe has.
     """
     knobs: dict[str, dict[str, str]] = {}
-    added: dict[str, Any] = {}
-    of = tree["methods"][reference]
-    for key, values in tree.get("knobs", {}).items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"{where}: knobs.{key} must be a list of values")
-        given = [[*tree.get("set", []), *stream.get("set", []), *of.get("set", [])] for stream in tree["streams"].values()]
-        own = [_value_of(key, overrides) for overrides in given]
+    added: dict[str, Method] = {}
+    of = file.methods[reference]
+    for key, values in file.knobs.items():
+        check_key(Recipe, key, f"{where}: knobs")
+        own = [_value_of(key, [*file.set, *stream.set, *of.set]) for stream in file.streams.values()]
         knobs[key] = {}
         for text in map(_as_text, values):
             if all(same_value(text, value) for value in own):
@@ -254,6 +244,5 @@ def _knobs(tree: Mapping[str, Any], reference: str, where: str) -> tuple[dict[st
                 continue
             name = f"{key}={text}"
             knobs[key][text] = name
-            changed = {"text": "", "set": [*of.get("set", []), name], "tuned_as": of.get("tuned_as") or reference}
-            added[name] = {**of, **changed}
+            added[name] = replace(of, text="", set=(*of.set, name), tuned_as=of.tuned_as or reference)
     return knobs, added

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel.evidence.archive import FAILED, RunFiles
-from fedkeel.evidence.suites.plan import Plan, Planned, checked_seeds, one_of
+from fedkeel.evidence.suites.plan import Plan, Planned
 from fedkeel.evidence.suites.pool import POLL, Job, Watch, failure_of, how_far, processes, start, stopped_at_the_end
 from fedkeel.files import write_atomic
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError, to_toml
+from fedkeel.recipe.settings import ConfigError, choose, to_toml
 
 
 def _for(stream: str, extra: Sequence[str], streams: Sequence[str]) -> list[str]:
@@ -31,7 +31,7 @@ def _for(stream: str, extra: Sequence[str], streams: Sequence[str]) -> list[str]
     for given in extra:
         head, colon, rest = given.partition(":")
         if colon and "=" not in head:
-            one_of(head, streams, given)
+            choose("streams", head, streams, given)
             found += [rest] if head == stream else []
         else:
             found.append(given)
@@ -59,11 +59,11 @@ def runs_of(
     Raises ConfigError on unknown names, a stream asked for whose needs are not given, or a recipe that cannot be right.
     """
     for asked in streams:
-        one_of(asked, list(plan.streams), "streams")
+        choose("streams", asked, plan.streams)
     for asked in methods:
-        one_of(asked, list(plan.methods), "methods")
-    if seeds:
-        checked_seeds(list(seeds), "seeds")
+        choose("methods", asked, plan.methods)
+    if any(seed < 0 for seed in seeds):
+        raise ConfigError(f"seeds = {list(seeds)}: whole numbers from 0 belong here")
     chosen, left = _streams(plan, streams, extra)
     variants = {at: _variants(plan, at, methods, extra, tune) for at in chosen}
     found = [
