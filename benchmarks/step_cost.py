@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py [--repeats 5] [--shapes keel-nano llama-20m] [--device cpu]
 
-Each variant is `client.train_round` itself, on the same rows with the same batches; variants take turns, so that a machine
+Each variant is `train.train_round` itself, on the same rows with the same batches; variants take turns, so that a machine
 whose speed drifts does not favour one. Ratios are medians over the repeats of (variant / plain of the same repeat). Peak
 memory is measured in a process of its own for each variant: the most resident memory, or on CUDA the most allocated.
 "joint, cached" makes three local epochs; its plain is plain with three local epochs.

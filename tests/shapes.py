@@ -283,7 +283,7 @@ def base(name: str) -> str:
 
 
 def make(name: str, classes: tuple[str, ...] = (), seed: int = 1, weights: bool = True, **options: Any) -> Model:
-    """This architecture as FedKeel loads it, float32 on the CPU. options: of `config.Model` or `config.LoraConfig`."""
+    """This architecture as FedKeel loads it, float32 on the CPU. options: of `schema.Model` or `schema.LoraConfig`."""
     of_model = {k: v for k, v in options.items() if k in ModelConfig.__dataclass_fields__}
     of_lora = {k: v for k, v in options.items() if k not in of_model}
     if ARCHITECTURES[name][0] == "classifier":

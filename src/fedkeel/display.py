@@ -62,21 +62,21 @@ class Display:
         self._progress.stop()
 
     def begin(self, total_work: float) -> None:
-        """See `run.Watch`."""
+        """See `watch.Watch`."""
         self._progress.reset(self._task, total=total_work, description="starting", detail=f"{self._sites} sites")
 
     def leg(self, name: str, detail: str) -> None:
-        """See `run.Watch`."""
+        """See `watch.Watch`."""
         self._progress.update(self._task, description=name, detail=detail)
         if not self._live and detail == "scoring held-out rows":
             self._console.print(f"[{time.perf_counter() - self._begin:7.1f} s] {name}: {detail}", markup=False, highlight=False)
 
     def advance(self, work: float) -> None:
-        """See `run.Watch`."""
+        """See `watch.Watch`."""
         self._progress.advance(self._task, work)
 
     def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
-        """See `run.Watch`."""
+        """See `watch.Watch`."""
         positions = sum(u.positions for u in result.updates)
         loss = sum(u.stats["loss"] * u.positions for u in result.updates) / positions
         line = f"{leg} round {done}/{rounds}: {len(result.updates)} sites, training loss {loss:.3f} nats"
@@ -88,12 +88,12 @@ class Display:
         )
 
     def note(self, text: str) -> None:
-        """See `run.Watch`."""
+        """See `watch.Watch`."""
         self._console.print(f"note: {text}", style="yellow", markup=False, highlight=False)
 
 
 class SuiteDisplay:
-    """The `suites.Watch` of a suite: how many runs have ended, what runs now, the time left; use it as a context manager."""
+    """The `pool.Watch` of a suite: how many runs have ended, what runs now, the time left; use it as a context manager."""
 
     def __init__(self, console: Console, jobs: int) -> None:
         self._console, self._jobs = console, jobs
@@ -119,14 +119,14 @@ class SuiteDisplay:
         self._progress.stop()
 
     def begin(self, total: int, done: int) -> None:
-        """See `suites.Watch`."""
+        """See `pool.Watch`."""
         self._done, self._total = done, total
         self._progress.update(self._task, total=total, completed=done)
         ended = f", {done} ended before" if done else ""
         self._console.print(f"{total} runs{ended}, {self._jobs} at a time", markup=False, highlight=False)
 
     def at(self, running: Sequence[str]) -> None:
-        """See `suites.Watch`."""
+        """See `pool.Watch`."""
         self._progress.update(self._task, now="; ".join(running))
 
     def _left(self) -> str:
@@ -137,7 +137,7 @@ class SuiteDisplay:
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
     def ended(self, run: str, seconds: float, failure: str) -> None:
-        """See `suites.Watch`."""
+        """See `pool.Watch`."""
         self._done += 1
         self._took.append(seconds)
         left = self._left()

@@ -128,7 +128,7 @@ class Term(Entry):
 
     always: no key switches it on. key: the recipe's key that does, at whose default it is off; empty: `term.NAME.weight`, and
     then its options have a `weight`. section: where its options are, of a recipe's own sections; empty: `[term.NAME]`. weight:
-    (options, moment) -> the weight at a step (`objective.Moment`); empty: the options' `weight`. mode: it is taken in this
+    (options, moment) -> the weight at a step (`terms.Moment`); empty: the options' `weight`. mode: it is taken in this
     structure.mode only.
     needs: what of a `Forward` it reads beside logits and targets: `teacher`, `again`, `clean`. once: it reads no position but
     `types.Parameters`, and is taken once a step, not once a micro-batch. row: the name

@@ -105,7 +105,7 @@ class Teacher:
     """What the global model says at the N positions of a `Forward`, and what it is trusted for. No gradient reaches it.
 
     logits: (N, V); where a class is not allowed, −inf as in the student's. states: (N, d) a tapped layer, as the student's.
-    gold_trust, rest_trust: (N,) ≥ 0, the weight w of the gold part and of the rest (task and site, METHOD §2): over a site's
+    gold_trust, rest_trust: (N,) ≥ 0, the weight w of the gold part and of the rest (task and site, method.md §2): over a site's
     rows about u on average, in [¼, 1]. layer_trust: one number a tapped layer, π, ≥ 0 with sum 1; empty where none is.
     """
 

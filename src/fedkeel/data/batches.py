@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fedkeel.data.format import Example
 from fedkeel.data.forms import DataError
 from fedkeel.rng import numpy_generator
 
 if TYPE_CHECKING:
     import numpy as np
-
-from fedkeel.data.format import Example
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """From records to batches: prompts, masks, lengths, order.
 
-Everything is a supervised position (METHOD §1): the answer's tokens of a language model, the decoder's tokens of an
+Everything is a supervised position (method.md §1): the answer's tokens of a language model, the decoder's tokens of an
 encoder-decoder, or the one class of a classifier row. Prompt and answer are tokenised apart, the answer behind a short
 anchor (the end of every prompt), so that the border between them is exact for any tokenizer, and so that scoring sees the
 very tokens that training saw.
@@ -12,14 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedkeel.data.forms import DataError
 from fedkeel.types import Record
-
-if TYPE_CHECKING:
-    pass
-
 
 PLAIN_ANCHOR = "\nAnswer:"
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedkeel import __version__
+from fedkeel.data.sources import load_records
 from fedkeel.deploy.manifest import DeployError, base_files, files_hash, read_manifest
 from fedkeel.engines.sitefile import SiteFile, read_site
 from fedkeel.types import FedKeelError
@@ -274,9 +275,9 @@ def check_disk(site: Site) -> str:
 
 def _same(site: Site, what: str, key: str) -> str:
     """A hash of the base's files against the manifest's."""
-    manifest = read_manifest(site.folder / "manifest.json")
-    from fedkeel.model.load import base_location
+    from fedkeel.model.load import base_location  # heavy
 
+    manifest = read_manifest(site.folder / "manifest.json")
     # of the recipe's file alone, so that a mistake in [data] is told once
     base = site.file.base or manifest["base"]
     folder = Path(base_location(base))
@@ -307,8 +308,7 @@ def check_tokenizer(site: Site) -> str:
 
 def check_data(site: Site) -> str:
     """The site's rows, read as a round reads them."""
-    from fedkeel.data.sources import load_records
-    from fedkeel.engines.work import localised
+    from fedkeel.engines.work import localised  # heavy
 
     recipe = localised(_recipe_text(site), site.file)
     records = load_records(recipe.data, recipe.seed)

@@ -35,11 +35,11 @@ from fedkeel.deploy.parts import EMBEDDED, Plan, app_files, check_list, coordina
 from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
+from fedkeel.tables import BASELINES
 
 SITE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 DNS_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 PRIVATE = ("ca.key", "tls.key", "node.key", "worker.key", "site.toml")  # files that only their owner may read
-POOLED = "centralised"  # the baseline on all rows in one place
 
 
 def check_sites(names: Sequence[str]) -> tuple[str, ...]:
@@ -98,9 +98,8 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
             f"{path}: partition.scheme = {recipe.partition.scheme!r} deals rows that lie in one place; in a deployment a site "
             f"holds its own rows: set it to 'natural'"
         )
-    notes: tuple[str, ...] = ()
-    if POOLED in evaluation.baselines:
-        notes = (f"evaluation.baselines: {POOLED!r} is left out, as rows never come together in a deployment",)
+    pooling = [name for name in evaluation.baselines if BASELINES[name].pools]
+    notes = (f"evaluation.baselines: {name!r} is left out, as rows never come together in a deployment" for name in pooling)
     base = Path(recipe.model.base).expanduser()
     here = base.resolve() if base.is_dir() else None
     if recipe.model.base == EMBEDDED:
@@ -114,9 +113,9 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
         data=replace(recipe.data, root=""),
         # the coordinator has no tasks file to look an order up in
         stream=replace(recipe.stream, order="", tasks_a_stage=1),
-        evaluation=replace(evaluation, baselines=tuple(name for name in evaluation.baselines if name != POOLED)),
+        evaluation=replace(evaluation, baselines=tuple(name for name in evaluation.baselines if name not in pooling)),
     )
-    return AppRecipe(travels, here, notes)
+    return AppRecipe(travels, here, tuple(notes))
 
 
 def init(

@@ -66,7 +66,7 @@ class Terms:
 
 
 class Sites(Protocol):
-    """The sites, as `flower.Courier` reaches them. vet: (site, what it said) -> why it is not asked, or nothing."""
+    """The sites, as `courier.Courier` reaches them. vet: (site, what it said) -> why it is not asked, or nothing."""
 
     hellos: dict[str, dict[str, Any]]
     vet: Callable[[str, Mapping[str, Any]], str]

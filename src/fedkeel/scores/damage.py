@@ -1,4 +1,4 @@
-"""Damage to a trained model at evaluation time, and the score under it (METHOD §6, structural stability).
+"""Damage to a trained model at evaluation time, and the score under it (method.md §6, structural stability).
 
 Damage is put into the whole model for a while and leaves no trace: hooks that are removed, or other tensors in the place of
 frozen weights, which come back as they were, the same memory. It knows nothing of what training used (`structure`), so that

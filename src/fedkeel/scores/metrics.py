@@ -117,7 +117,7 @@ def forgetting(table: Table) -> float:
 def retention_ratio(table: Table) -> float:
     """mean_{i<S} R[S][i] / max_s R[s][i], the maximum over all stages, the last too: the share kept of the best, in [0, 1].
 
-    Source: METHOD §6. Raises ValueError on no triangle, a single stage, or a stage that never scored above 0: nothing to keep.
+    Source: method.md §6. Raises ValueError on no triangle, a single stage, or one that never scored above 0: nothing to keep.
     """
     rows = _triangle(table, 2)
     best = [max(row[i] for row in rows[i:]) for i in range(len(rows) - 1)]
@@ -134,7 +134,7 @@ def stability_index(strengths: Sequence[float], scores: Sequence[float], clean: 
     begins at the clean score, so a model that every damage brings to 0 still has strengths[0] / (2 strengths[-1]).
     Two indices compare only over equal strengths, and say nothing of the clean score: report it beside them.
     strengths: > 0 and rising, one a score. clean: the score without damage, > 0. Raises ValueError outside these.
-    Source: METHOD §6.
+    Source: method.md §6.
     """
     if not strengths or len(strengths) != len(scores):
         raise ValueError(f"{len(strengths)} strengths and {len(scores)} scores: one score a strength, and at least one")
@@ -196,7 +196,7 @@ def perplexity_ratio(tuned: Sequence[float], base: Sequence[float]) -> float:
     """exp(mean(tuned) − mean(base)): perplexity after tuning over that before, > 0; above 1 the text surprises more.
 
     tuned, base: −ln p of every token of one text, in nats. Raises ValueError on no tokens or unequally many.
-    Source: METHOD §6.
+    Source: method.md §6.
     """
     if len(tuned) != len(base):
         raise ValueError(f"{len(tuned)} and {len(base)} tokens: both models read the same text")
@@ -287,7 +287,7 @@ def step_cost(seconds: Sequence[float], reference: Sequence[float]) -> float:
     """Mean processor seconds of a method's rounds over those of the reference's rounds, plain LoRA; > 0, above 1 is dearer.
 
     Both as measured on one machine, of rounds with equally many steps on equal rows. Raises ValueError on nothing, or on
-    a reference that took no time. Source: METHOD §6.
+    a reference that took no time. Source: method.md §6.
     """
     if mean(reference) <= 0.0:
         raise ValueError("the reference's rounds took no time")

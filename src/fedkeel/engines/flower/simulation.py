@@ -18,8 +18,11 @@ from flwr.serverapp import Grid, ServerApp
 from fedkeel.engines.coordinate import Terms
 from fedkeel.engines.flower.apps import client_app
 from fedkeel.engines.flower.courier import Courier, Errand, FlowerError, FlowerTransport
+from fedkeel.engines.store import Store
 from fedkeel.federation.kept import Kept
 from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import cores, to_toml
+from fedkeel.runs.execute import execute
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.prepare import Prepared
 from fedkeel.runs.watch import Watch
@@ -34,8 +37,6 @@ class Simulation:
     """
 
     def __init__(self, grid: Grid, prepared: Prepared, folder: Path, stopped: threading.Event | None = None) -> None:
-        from fedkeel.recipe.settings import to_toml
-
         self._names = sorted(prepared.sites.rows)
         self._run = secrets.token_hex(8)
         self._folder = folder
@@ -55,8 +56,6 @@ class _Simulated(FlowerTransport):
     def __init__(
         self, courier: Courier, rounds: int, kept: dict[str, Kept], watch: Callable[[Reply], None], folder: Path
     ) -> None:
-        from fedkeel.engines.store import Store
-
         self._tensors, self._stores = kept, {site: Store(folder, site) for site in courier.nodes}
         tokens = {}
         for site, held in kept.items():
@@ -66,8 +65,6 @@ class _Simulated(FlowerTransport):
 
     def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
         """See `types.Transport`."""
-        from fedkeel.federation.kept import Kept
-
         replies = super().exchange(requests, deadline)
         for reply in replies:
             token = self.kept.get(reply.site, "")
@@ -87,8 +84,6 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 def resources(recipe: Recipe, sites: int) -> tuple[int, dict[str, float]]:
     """(workers, what Ray reserves for one): a worker has the recipe's threads, and on CUDA a device of its own."""
-    from fedkeel.recipe.settings import cores
-
     needs = {"num_cpus": float(recipe.threads), "num_gpus": 1.0 if recipe.model.device.startswith("cuda") else 0.0}
     return min(max(1, cores() // recipe.threads), sites), needs
 
@@ -107,8 +102,6 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
         from flwr.simulation import run_simulation
     except ImportError as error:
         raise FlowerError(f"the simulation needs an extra: pip install 'fedkeel[flower-sim]' ({error})") from error
-    from fedkeel.runs.execute import execute
-
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what matters is told by exceptions; the rest is for developers
     sites = len(prepared.sites.rows)
     workers, needs = resources(prepared.recipe, sites)

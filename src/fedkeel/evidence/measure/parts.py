@@ -1,4 +1,4 @@
-"""What a finished run is measured by beside its scores (METHOD §6): damage, general text, hidden states, unseen tasks.
+"""What a finished run is measured by beside its scores (method.md §6): damage, general text, hidden states, unseen tasks.
 
 Each part is measured once: `measures.json` in the run's folder keeps its rows beside the settings that they were measured
 with and the hash of the adapter, so that a later or interrupted measuring does only what is lacking. `measures.jsonl` holds

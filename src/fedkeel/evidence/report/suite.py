@@ -45,7 +45,7 @@ class SuiteRun:
 
 @dataclass(frozen=True)
 class Suite:
-    """See `suites.describe`, which wrote it. majority: stream -> task -> (majority share, test rows), where it is known."""
+    """See `runs.describe`, which wrote it. majority: stream -> task -> (majority share, test rows), where it is known."""
 
     name: str
     title: str

@@ -19,7 +19,7 @@ def drift(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, f
     1e6, which also stands for Δ̄ = 0 with sites that did move. Factors are compared as they are, not their products: they
     start from the same point. One pass over `updates` (see `Checked`), one held at a time. Raises ValueError, with the
     site, where sites differ in rank or scale: their factors cannot be compared.
-    Source: METHOD §2 (π); it is Γ − 1 of METHOD §6, block by block.
+    Source: method.md §2 (π); it is Γ − 1 of method.md §6, block by block.
     """
     blocks = {f"{path}.{factor}": block_of(path) for path in reference.lora for factor in "ab"}
     before = reference.tensors()

@@ -1,4 +1,4 @@
-"""The objective of a site's training: a weighted sum of terms (METHOD §4).
+"""The objective of a site's training: a weighted sum of terms (method.md §4).
 
 A term is a function (forward, options) -> its mean per supervised position, in nats, or a `types.Loss`. The training loop alone
 weights terms and micro-batches, the latter by n_micro / n_step, so that 1 × 8 rows and 4 × 2 rows give the same step. A term

@@ -22,7 +22,7 @@ def self_consistency(clean: Tensor, perturbed: Tensor) -> Tensor:
     """Mean KL(clean ‖ perturbed), in nats per position, ≥ 0 up to rounding. No gradient reaches `clean`.
 
     clean, perturbed: (N, V) logits of the student without and with perturbation, −inf at the same entries (not allowed).
-    Raises ValueError if the shapes disagree or N = 0. Mode `self` of METHOD §3.
+    Raises ValueError if the shapes disagree or N = 0. Mode `self` of method.md §3.
     """
     _check(clean, perturbed)
     p, q = log_probabilities(clean.detach()), log_probabilities(perturbed)

@@ -1,4 +1,4 @@
-"""Differentiated distillation guidance: what a site takes from the global model, by token, task, site and layer (METHOD §2).
+"""Differentiated distillation guidance: what a site takes from the global model, by token, task, site and layer (method.md §2).
 
 KL(teacher ‖ student) splits into a gold part and a rest (Zhao et al. 2022, DKD, arXiv:2203.08679, eq. 7):
 
@@ -292,7 +292,7 @@ def _misalignment(forward: Forward, guidance: Guidance) -> Tensor | float:
 
 
 def distill(forward: Forward, guidance: Guidance) -> Distilled:
-    """τ² · mean_i [u_i a_i TCKD_i + v_i b_i NCKD_i] + η · Σ_l π_l (1 − align_l), in nats per position; METHOD §2.
+    """τ² · mean_i [u_i a_i TCKD_i + v_i b_i NCKD_i] + η · Σ_l π_l (1 − align_l), in nats per position; method.md §2.
 
     u, v, π: gold_trust, rest_trust and layer_trust of the teacher. TCKD, NCKD and the 1 − p_y in b are at temperature τ;
     what else the gates read is at 1. ≥ 0 up to rounding. Gradient reaches the student's logits and states only, through

@@ -1,4 +1,4 @@
-"""How far a site trusts the global model, task by task and as a whole: the weight w of METHOD §2, and π over layers."""
+"""How far a site trusts the global model, task by task and as a whole: the weight w of method.md §2, and π over layers."""
 
 from __future__ import annotations
 

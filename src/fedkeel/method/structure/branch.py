@@ -24,7 +24,7 @@ def branch(places: Places, amount: float, draw: Draw) -> list[RemovableHandle]:
 
     amount: the probability p, in [0, 1). A branch that is kept is scaled by 1/(1 − p), so the mean is the branch.
     Raises StructureError if there is no branch.
-    Source: stochastic depth (arXiv:1603.09382) on adapter branches; METHOD §3.
+    Source: stochastic depth (arXiv:1603.09382) on adapter branches; method.md §3.
     """
     places.need(places.branches, "branch")
     return [b.a.register_forward_hook(partial(_drop, draw, amount, b.path)) for b in places.branches]

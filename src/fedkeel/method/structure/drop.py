@@ -49,7 +49,7 @@ def channels(places: Places, amount: float, draw: Draw) -> list[RemovableHandle]
 
     amount: the probability p, in [0, 1). The last block may be shorter. What is kept is scaled by 1/(1 − p), so the mean is
     the input. Raises StructureError if the architecture is unknown or its experts are fused.
-    Source: dropout (Srivastava et al. 2014, JMLR 15) of whole blocks of feed-forward units; METHOD §3.
+    Source: dropout (Srivastava et al. 2014, JMLR 15) of whole blocks of feed-forward units; method.md §3.
     """
     places.need(places.down, "channels")
     widths = [in_width(p.module) for p in places.down]

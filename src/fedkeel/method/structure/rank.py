@@ -17,7 +17,7 @@ def rank(places: Places, amount: float, draw: Draw) -> list[RemovableHandle]:
     """Multiply a(x), (rows, time, r), of every branch by 1 + ζ, ζ ~ N(0, σ²) for each row and rank direction.
 
     amount: σ ≥ 0. The mean is a(x). Raises StructureError if there is no branch.
-    Source: Gaussian dropout (Srivastava et al. 2014, §10) on the rank; METHOD §3.
+    Source: Gaussian dropout (Srivastava et al. 2014, §10) on the rank; method.md §3.
     """
     places.need(places.branches, "rank")
 
