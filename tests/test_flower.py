@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,11 @@ def test_a_round_that_changed_nothing_is_an_error(
     monkeypatch.setattr(fedkeel.federation.client, "train_round", lambda *arguments: (1, {"loss": 1.0}))
     with pytest.raises(FederationError, match="round 1 changed nothing"):
         run(tiny_overrides, tmp_path)
+
+
+def test_a_process_that_hands_a_message_over_needs_no_torch() -> None:
+    code = "import sys, fedkeel.engines.flower.apps; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_names_are_looked_up(tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from fedkeel.federation.server import RoundResult
+if TYPE_CHECKING:
+    from fedkeel.federation.server import RoundResult
 
 
 class Watch(Protocol):

@@ -1,4 +1,8 @@
-"""The two components of FedKeel's Flower app: a site's answers, and the coordinator of a deployment."""
+"""The two components of FedKeel's Flower app: a site's answers, and the coordinator of a deployment.
+
+Flower starts a process for each message to a site. It only hands the message to the warm worker, so it does without torch: what
+is heavy is imported where it is needed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedkeel.engines.flower.courier import LIMIT, Courier, Errand, FlowerError, array, pack, unpack
-from fedkeel.engines.sitefile import MEMBERS, read_members
+from fedkeel.engines.sitefile import MEMBERS, read_members, read_site
+from fedkeel.engines.worker import ask
+from fedkeel.recipe.load import make_recipe
 from fedkeel.runs.watch import Lines
 from fedkeel.types import FedKeelError
 
@@ -32,9 +38,6 @@ def _answer(message: Message, context: Context) -> Message:
     header, payload = unpack(message)
     where = context.node_config.get(SITE_FILE)
     if where is not None:
-        from fedkeel.engines.sitefile import read_site
-        from fedkeel.engines.worker import ask
-
         told: dict[str, Any] = {"run": header.get("run"), "id": header.get("id"), "site": header.get("site")}
         try:
             site = read_site(Path(str(where)))
@@ -82,7 +85,6 @@ def coordinator(grid: Grid, context: Context) -> None:
     recipe that has not ended, the run goes on from its last round.
     """
     from fedkeel.engines.coordinate import coordinate
-    from fedkeel.recipe.load import make_recipe
     from fedkeel.runs.folder import RunFolder
 
     text = _app_file("recipe.toml").read_text(encoding="utf-8")

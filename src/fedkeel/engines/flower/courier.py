@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedkeel.engines.coordinate import Terms
 from fedkeel.types import FedKeelError, Reply, Request
+
+if TYPE_CHECKING:
+    from fedkeel.engines.coordinate import Terms
 
 LIMIT = 128 * 2**20  # bytes of one payload: Flower's stores hold every message in memory or SQLite, at about 30 MB/s
 HELLO = 120.0  # seconds that an answer to hello is waited for, over rounds: a site that comes back may load its base first
