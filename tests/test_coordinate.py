@@ -251,7 +251,7 @@ def test_pooled_scores_by_hand(tiny_overrides: list[str]) -> None:
             'name = "a"\n[data]\nmax_length = 4',
             r"unknown key 'data.max_length'; .*\[data\] has root, files, tasks_file, site_column, dataset, subset",
         ),
-        ('name = "a"\nseed = 4', "unknown key 'seed'"),
+        ('name = "a"\nseed = 4', r"unknown key 'seed'; .* there are name, state, device, threads"),
         ('name = "a"\n[worker]\nkye = "k"', "unknown key 'worker.kye'; did you mean 'worker.key'"),
         ('name = "a"\nworker = 1', "worker is a table of keys"),
         ('name = "a"\n[worker]\nwarm = "no"', "worker.warm = 'no': bool belongs here"),

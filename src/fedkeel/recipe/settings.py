@@ -146,12 +146,12 @@ class _Reader:
     def unknown(self, prefix: str, name: str, here: Sequence[str]) -> ConfigError:
         """A slip within the table comes first, then the same name in another one, then what looks alike."""
         key = prefix + name
-        close = difflib.get_close_matches(name, here, 1, cutoff=0.75) if prefix else []
+        close = difflib.get_close_matches(name, here, 1, cutoff=0.75)
         same = [k for k in self.known if k.rpartition(".")[2] == name]
         near = difflib.get_close_matches(key, [*self.known, *(prefix + n for n in here if prefix)], 1, cutoff=0.4)
-        best = prefix + close[0] if close else next(iter([*same, *near]), None)
+        best = prefix + close[0] if close and prefix else next(iter([*same, *near]), None)
         told = f"unknown key {key!r};" + (f" did you mean {best!r}?" if best else "")
-        if not best or (prefix and not close and not same):  # a guess, if any
+        if not (close or same):  # a guess, if any
             told += f" {f'[{prefix[:-1]}] has' if prefix else 'there are'} {', '.join(here)}"
         return self.error(told)
 
