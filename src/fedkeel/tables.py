@@ -438,17 +438,20 @@ class Source(Entry):
     """Where rows come from: (recipe's [data], seed) -> Records without a split where they have none.
 
     needs: keys of [data] that must be set. files: data.files lie below data.root. splits: rows come with their split.
+    capped: it keeps to data.rows_per_site by itself. everywhere: every machine holds all of it.
     """
 
     needs: tuple[str, ...] = ()
     files: bool = False
     splits: bool = False
+    capped: bool = False
+    everywhere: bool = False
 
 
 SOURCES = Table(
     "data source",
     {
-        "pydocs": Source("fedkeel.data.pydocs:source", splits=True),
+        "pydocs": Source("fedkeel.data.pydocs:source", splits=True, capped=True, everywhere=True),
         "jsonl": Source("fedkeel.data.sources:json_lines", needs=("root", "files"), files=True),
         "hub": Source("fedkeel.data.sources:hub", needs=("dataset",)),
         "rows": Source("fedkeel.data.given:source"),

@@ -44,7 +44,7 @@ def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
     for name, indices in held.items():
         sites[name] = {s: [records[i] for i in indices if records[i].split == s] for s in ("train", "validation", "test")}
         cap = recipe.data.rows_per_site
-        if cap and recipe.data.source != "pydocs":  # pydocs caps by itself, balanced over its tasks
+        if cap and not tables.SOURCES[recipe.data.source].capped:
             hashed = sorted(sites[name]["train"], key=lambda r: derive(recipe.seed, "cap", r.id))[:cap]
             sites[name]["train"] = sorted(hashed, key=lambda r: r.id)
     empty = [name for name, held_rows in sites.items() if not held_rows["train"]]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedkeel import __version__
+from fedkeel import __version__, tables
 from fedkeel.data.sources import load_records
 from fedkeel.deploy.manifest import DeployError, base_files, files_hash, read_manifest
 from fedkeel.engines.sitefile import SiteFile, read_site
@@ -312,7 +312,7 @@ def check_data(site: Site) -> str:
 
     recipe = localised(_recipe_text(site), site.file)
     records = load_records(recipe.data, recipe.seed)
-    if recipe.data.source != "pydocs":  # of which every machine holds all
+    if not tables.SOURCES[recipe.data.source].everywhere:
         foreign = Counter(r.site for r in records if r.site and r.site != site.file.name)
         if foreign:
             name, count = foreign.most_common(1)[0]

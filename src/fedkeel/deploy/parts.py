@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkeel import __version__
+from fedkeel import __version__, tables
 from fedkeel.deploy.requirements import needed_extras, pins
 from fedkeel.engines.sitefile import MEMBERS
 from fedkeel.recipe.schema import Recipe
@@ -164,9 +164,9 @@ def _base(recipe: Recipe) -> str:
 def _rows(recipe: Recipe, site: str) -> str:
     """The lines of site.toml that say where the rows are."""
     data, root = recipe.data, toml_value(f"/srv/fedkeel/{site}")
-    if data.source == "pydocs":
+    if tables.SOURCES[data.source].everywhere:
         return f"# root = {root}  # a folder of Python files; without it, the library of this Python"
-    if data.source == "hub":
+    if "dataset" in tables.SOURCES[data.source].needs:
         return (
             f"dataset = {toml_value(data.dataset)}  # an id in this machine's cache, or a folder\n"
             f"subset = {toml_value(data.subset)}"
