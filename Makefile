@@ -1,17 +1,22 @@
-# make run: the quickstart. make test: the tests. make check: all that CI checks. make faults: tests of real sites that die or
-# are cut off, which mostly wait. Each sets up what it needs, in .venv.
+# make run: the quickstart. make test: the quick tests. make check: all that CI checks. make slow: all other tests, among them
+# those of real deployments, which mostly wait; make faults: of those, sites that die or are cut off. Each sets up what it
+# needs, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test faults check format lint types clean
+.PHONY: run test slow faults check format lint types clean
 
 run: .venv/installed
 	$(BIN)/fedkeel run recipes/quickstart.toml --fresh
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+slow: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest pretrain/tests
 
 faults: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m faults

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -12,6 +14,22 @@ import tiny
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # until all tests are collected: what imports leave behind stays
+SLOW = ("deployment", "faults", "simulation")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """What starts Flower's processes is slow."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """A million objects of imports, which no garbage collection of a test goes through."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

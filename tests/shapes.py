@@ -10,12 +10,14 @@ import atexit
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of transformers: nothing here may ask a network
 
+import pytest
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -231,6 +233,15 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 CAUSAL = [name for name, (kind, _, _) in ARCHITECTURES.items() if kind == "causal"]
 ENCODERS = [name for name, (kind, _, _) in ARCHITECTURES.items() if kind == "classifier"]
 SEQ2SEQ = [name for name, (kind, _, _) in ARCHITECTURES.items() if kind == "seq2seq"]
+# a decoder with a map for each of q, k and v, one that fuses them, one that also holds its maps transposed; an encoder; both
+FAMILIES = ("llama", "phi3", "gpt2", "bert", "t5")
+
+
+def chosen(*lists: Iterable[str]) -> list[Any]:
+    """Names of architectures for `parametrize`, of which one of each family is tried in every run and the rest is slow."""
+    names = [name for names in lists for name in names]
+    return [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="fedkeel-shapes-")
 atexit.register(_FOLDER.cleanup)
