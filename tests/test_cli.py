@@ -5,26 +5,54 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from fedkeel.cli import main
+from fedkeel.display import Display
 from fedkeel.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+Done = subprocess.CompletedProcess[str]
+Command = Callable[..., Done]
 
 
-def fedkeel(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from fedkeel.cli import main; main()"
+def process(*arguments: str) -> Done:
+    """The command as a process of its own."""
+    code = "from fedkeel.cli import main; main()"
     environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, check=False, env=environment
-    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command in this process, which has imported torch already."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr("sys.argv", ["fedkeel", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Done(arguments, int(end.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(params=["here", pytest.param("process", marks=pytest.mark.slow)])
+def fedkeel(request: pytest.FixtureRequest, here: Command) -> Command:
+    """The command in this process, and again as one of its own where there is time for it."""
+    return here if request.param == "here" else process
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "train.lrr=1"], ["--version"]])
@@ -39,6 +67,14 @@ def test_help_and_typos_import_nothing_heavy(arguments: list[str]) -> None:
     assert "HEAVY []" in done.stdout, done.stdout + done.stderr
 
 
+def assert_one_paragraph(done: Done, told: str) -> None:
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert done.stderr.startswith("fedkeel: ")
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().split("\n")) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -46,8 +82,6 @@ def test_help_and_typos_import_nothing_heavy(arguments: list[str]) -> None:
         (["run", "recipes/quikstart.toml"], "recipe not found: recipes/quikstart.toml; did you mean quickstart.toml?"),
         (["run", "recipes/clinc150.toml"], "data.root is not set"),
         (["run", "recipes/clinc150.toml", "data.root=/nowhere"], "data file not found: /nowhere/intents/clinc150.jsonl.gz"),
-        (["run", "model.base=./nowhere"], "model.base = './nowhere': no such folder"),
-        (["run", "model.base=nobody/nothing", "data.rows_per_site=8"], "model.base = 'nobody/nothing' cannot be loaded"),
         (["run", "federation.rule=medium"], "federation.rule = 'medium': one of mean, freeze_a, alternate, svd"),
         (["run", "--engine", "flower"], "--engine flower: one of local, flower-sim belongs here"),
         (["evaluate", "runs/never"], "is missing: runs/never is not a run whose federation has ended"),
@@ -55,12 +89,20 @@ def test_help_and_typos_import_nothing_heavy(arguments: list[str]) -> None:
     ],
 )
 def test_mistakes_are_one_paragraph_and_exit_1(arguments: list[str], told: str) -> None:
-    done = fedkeel(*arguments)
-    assert done.returncode == 1
-    assert told in done.stderr
-    assert done.stderr.startswith("fedkeel: ")
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().split("\n")) == 1
+    assert_one_paragraph(process(*arguments), told)
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ("./nowhere", "model.base = './nowhere': no such folder"),
+        ("nobody/nothing", "model.base = 'nobody/nothing' cannot be loaded"),
+    ],
+)
+def test_mistakes_that_libraries_find_are_one_paragraph_too(
+    base: str, told: str, fedkeel: Command, tiny_overrides: list[str]
+) -> None:
+    assert_one_paragraph(fedkeel("run", *tiny_overrides, f"model.base={base}"), told)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -74,7 +116,7 @@ def test_every_recipe_is_well_formed(path: Path, tmp_path: Path) -> None:
     assert recipe.name == path.stem
 
 
-def test_dry_run_shows_the_plan_and_does_nothing(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_dry_run_shows_the_plan_and_does_nothing(fedkeel: Command, tiny_overrides: list[str], tmp_path: Path) -> None:
     done = fedkeel("run", *tiny_overrides, "--dry-run")
     assert done.returncode == 0, done.stderr
     for part in ("rank = 4", "ward-0", "ward-2", "frozen parameters", "trainable parameters", "bytes", "a round"):
@@ -84,7 +126,7 @@ def test_dry_run_shows_the_plan_and_does_nothing(tiny_overrides: list[str], tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_smollm2_recipe_with_local_stand_ins(tiny_base: Path, tmp_path: Path) -> None:
+def test_smollm2_recipe_with_local_stand_ins(fedkeel: Command, tiny_base: Path, tmp_path: Path) -> None:
     """The hub recipe as it is, but for two names: a folder in Hugging Face layout and a folder of chats."""
     pytest.importorskip("datasets", reason="the hub source needs the extra `hub`")
     (tmp_path / "chats").mkdir()
@@ -107,7 +149,7 @@ def test_smollm2_recipe_with_local_stand_ins(tiny_base: Path, tmp_path: Path) ->
     assert sum(c[3] for c in counts) == 8
 
 
-def test_run_evaluate_export(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
+def test_run_evaluate_export(fedkeel: Command, tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
     """From text to a merged model: the table, the report, the scores of `evaluate`, and logits of what `export` wrote."""
     done = fedkeel("run", *tiny_overrides)
     assert done.returncode == 0, done.stderr
@@ -143,28 +185,45 @@ def test_run_evaluate_export(tiny_overrides: list[str], tiny_base: Path, tmp_pat
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
 
 
-def test_resume_from_the_command_line(tiny_overrides: list[str], tmp_path: Path) -> None:
-    """Ctrl-C in the middle (SIGINT), then --resume, ends in the adapter of a run that was never stopped."""
-    import signal
-    import time
+ADAPTER = "adapter/adapter_model.safetensors"
 
-    whole = fedkeel("run", *tiny_overrides, "name=whole", "federation.rounds=12")
+
+def test_resume_from_the_command_line(
+    here: Command, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle (SIGINT), then --resume, ends in the adapter of a run that was never stopped."""
+    brief = [*tiny_overrides, "evaluation.baselines=[]"]
+    assert here("run", *brief, "name=whole").returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "round", lambda self, leg, done, *more: done == 2 and signal.raise_signal(signal.SIGINT))
+        stopped = here("run", *brief)
+    assert_stopped(stopped, tmp_path / "tiny")
+    resumed = here("run", *brief, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "tiny" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def assert_stopped(done: Done, folder: Path) -> None:
+    assert done.returncode == 130, done.stderr
+    assert "stopped; continue with: fedkeel run" in done.stdout
+    assert not json.loads((folder / "state.json").read_text())["finished"]
+
+
+@pytest.mark.slow
+def test_a_process_stops_and_resumes_from_the_command_line(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """The same of processes, the signal from outside."""
+    whole = process("run", *tiny_overrides, "name=whole", "federation.rounds=12")
     assert whole.returncode == 0, whole.stderr
     arguments = [*tiny_overrides, "federation.rounds=12"]
-    code = "from fedkeel.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "run", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    command = [sys.executable, "-c", "from fedkeel.cli import main; main()", "run", *arguments]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     state = tmp_path / "tiny" / "state.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (state.exists() and json.loads(state.read_text())["round"] >= 2):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "stopped; continue with: fedkeel run" in out
-    assert not json.loads(state.read_text())["finished"]
-    resumed = fedkeel("run", *arguments, "--resume")
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert_stopped(Done(command, running.returncode, out, err), tmp_path / "tiny")
+    resumed = process("run", *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    adapter = "adapter/adapter_model.safetensors"
-    assert (tmp_path / "tiny" / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()
+    assert (tmp_path / "tiny" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
