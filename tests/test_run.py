@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import peft
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -89,6 +91,19 @@ def without_time(rows: list[dict]) -> list[dict]:
     return [r for r in rows if r["unit"] != "seconds"]
 
 
+@pytest.fixture(scope="module")
+def uncut(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The tiny federation with all its legs, whole, for many tests to read."""
+    return go(tiny.overrides(tiny_base, tiny_data, tmp_path_factory.mktemp("uncut")))[1]
+
+
+def assert_ends_as(resumed: RunFolder, whole: RunFolder) -> None:
+    """The same adapter, rows and scores of rows."""
+    assert same(adapter_of(resumed.path), adapter_of(whole.path))
+    assert without_time(rows_of(resumed)) == without_time(rows_of(whole))
+    assert (resumed.path / "scores.jsonl").read_text() == (whole.path / "scores.jsonl").read_text()
+
+
 def test_one_site_is_plain_lora_training(tiny_overrides: list[str], tiny_base: Path) -> None:
     """The whole system with one site against a bare loop on transformers and peft, no code of FedKeel's in the loop but the
     choice of batches: logits over the vocabulary, labels of −100 elsewhere, transformers' own loss."""
@@ -161,7 +176,7 @@ def test_micro_batches_add_up(tiny_overrides: list[str]) -> None:
 
 
 def test_same_seed_same_bits_and_file_order_means_nothing(tiny_overrides: list[str]) -> None:
-    base = [*tiny_overrides, "evaluation.baselines=[]"]
+    base = [*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=2"]
     _, first, _ = go(base)
     _, again, _ = go([*base, "name=again"])
     _, turned, _ = go([*base, "name=turned", 'data.files=["reversed.jsonl"]'])
@@ -174,32 +189,27 @@ def test_same_seed_same_bits_and_file_order_means_nothing(tiny_overrides: list[s
 
 
 @pytest.mark.parametrize(("leg", "after"), [("federated", 1), ("federated", 2), ("local/ward-1", 1), ("centralised", 1)])
-def test_an_interrupted_run_resumes_to_the_same_bits(tiny_overrides: list[str], leg: str, after: int) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bits(tiny_overrides: list[str], uncut: RunFolder, leg: str, after: int) -> None:
     """Interrupted before the checkpoint of that round is written: the round is done again, and every row stands once."""
 
     def interrupt(at: str, done: int) -> None:
         if (at, done) == (leg, after):
             raise KeyboardInterrupt
 
-    _, whole, _ = go([*tiny_overrides, "name=whole"])
     with pytest.raises(KeyboardInterrupt):
         go(tiny_overrides, Silent(interrupt))
     watch = Silent()
     _, resumed, _ = go(tiny_overrides, watch, resume=True)
     assert watch.work == pytest.approx(watch.total)
-    assert same(adapter_of(whole.path), adapter_of(resumed.path))
-    renamed = [{**r, "run": "whole"} for r in without_time(rows_of(resumed))]
-    assert renamed == without_time(rows_of(whole))
-    assert (resumed.path / "scores.jsonl").read_text() == (whole.path / "scores.jsonl").read_text()
+    assert_ends_as(resumed, uncut)
     assert resumed.state()["finished"]
 
 
-def test_every_final_test_row_keeps_its_score(tiny_overrides: list[str]) -> None:
+def test_every_final_test_row_keeps_its_score(uncut: RunFolder) -> None:
     """Their mean by task is the score that the Rows tell; one line a row and leg, local legs under their site."""
-    _, folder, _ = go(tiny_overrides)
-    lines = [json.loads(line) for line in (folder.path / "scores.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (uncut.path / "scores.jsonl").read_text().splitlines()]
     assert len({(line["method"], line["site"], line["id"]) for line in lines}) == len(lines)
-    told = {(r["method"], r["site"], r["task"]): r["value"] for r in rows_of(folder)
+    told = {(r["method"], r["site"], r["task"]): r["value"] for r in rows_of(uncut)
             if (r["name"], r["split"]) == ("score", "test") and r["task"]}  # fmt: skip
     by: dict[tuple[str, str, str], list[float]] = {}
     for line in lines:
@@ -227,15 +237,13 @@ def killed_while_saving(overrides: list[str]) -> None:
     assert killed.returncode == -9, killed.stderr
 
 
-def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], uncut: RunFolder, tmp_path: Path) -> None:
     """kill -9 while rows of an unfinished unit are already in the file: they are cut off again."""
-    _, whole, _ = go([*tiny_overrides, "name=whole"])
     killed_while_saving(tiny_overrides)
     folder = RunFolder(tmp_path / "tiny")
     assert len(folder.rows_file.read_bytes()) > folder.state()["rows_bytes"]
     _, resumed, _ = go(tiny_overrides, resume=True)
-    assert same(adapter_of(whole.path), adapter_of(resumed.path))
-    assert [{**r, "run": "whole"} for r in without_time(rows_of(resumed))] == without_time(rows_of(whole))
+    assert_ends_as(resumed, uncut)
 
 
 def test_folder_rules(tiny_overrides: list[str], tmp_path: Path) -> None:
@@ -261,11 +269,10 @@ def test_the_adapter_loads_in_peft(tiny_overrides: list[str], tiny_base: Path) -
     assert_loads_in_peft(folder.path / "adapter", model, tiny_base)
 
 
-def test_rows_of_a_run(tiny_overrides: list[str]) -> None:
+def test_rows_of_a_run(tiny_overrides: list[str], uncut: RunFolder) -> None:
     """Every leg is scored on the same rows, bytes are those of real messages, and svd states a smaller error than mean."""
-    watch = Silent()
-    recipe, folder, _ = go(tiny_overrides, watch)
-    rows = rows_of(folder)
+    recipe = load_recipe(None, tiny_overrides)
+    rows = rows_of(uncut)
     test = [r for r in rows if r["split"] == "test" and r["name"] == "rows"]
     counts = {(r["method"], r["site"]): {} for r in test}
     for r in test:
@@ -279,7 +286,7 @@ def test_rows_of_a_run(tiny_overrides: list[str]) -> None:
         assert len(sent) == 9
         assert all(abs(b - planned) <= 200 for b in sent), (planned, sent)
     errors = {"mean": [r["value"] for r in rows if r["name"] == "aggregation_error" and r["method"] == "federated"]}
-    _, exact, _ = go([*tiny_overrides, "name=svd", "federation.rule=svd", "evaluation.baselines=[]"])
+    _, exact, _ = go([*tiny_overrides, "federation.rule=svd", "evaluation.baselines=[]"])
     errors["svd"] = [r["value"] for r in rows_of(exact) if r["name"] == "aggregation_error"]
     assert all(s < m for s, m in zip(errors["svd"][:1], errors["mean"][:1], strict=True))
     assert not any(r["name"] == "failed" for r in rows)
@@ -322,27 +329,24 @@ def test_budgets_of_the_legs(tiny_overrides: list[str]) -> None:
 
 def test_memory_does_not_grow_with_rounds(tiny_overrides: list[str]) -> None:
     """The number of live tensors after 2 rounds and after 6 is the same, and there is one base model."""
-    live: dict[int, int] = {}
-    bases: dict[int, int] = {}
 
-    def alive(kind: type) -> int:
+    def alive() -> tuple[int, int]:
+        """Tensors and base models."""
         gc.collect()
-        return sum(isinstance(o, kind) for o in gc.get_objects())
+        objects = gc.get_objects()
+        return sum(isinstance(o, torch.Tensor) for o in objects), sum(isinstance(o, transformers.LlamaModel) for o in objects)
 
-    before = alive(transformers.LlamaModel)  # other tests of this process may keep models of their own
-
-    def count(leg: str, done: int) -> None:
-        live[done] = alive(torch.Tensor)
-        bases[done] = alive(transformers.LlamaModel) - before
+    _, before = alive()  # other tests of this process may keep models of their own
+    live: dict[int, tuple[int, int]] = {}
 
     class Forgetful(Silent):
         def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
             del result
-            count(leg, done)
+            live[done] = alive()
 
     go([*tiny_overrides, "federation.rounds=6", "evaluation.baselines=[]", "evaluation.validation_rows=1"], Forgetful())
-    assert live[6] == live[3]
-    assert set(bases.values()) == {1}
+    assert live[6][0] == live[3][0]
+    assert {bases for _, bases in live.values()} == {before + 1}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_site(tiny_overrides: list[str]) -> None:
@@ -377,7 +381,9 @@ def test_quorum_goes_on_without_a_broken_site(tiny_overrides: list[str], monkeyp
     assert len(told) == 2, watch.notes
 
 
-def test_full_disk_leaves_a_run_that_resumes(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_a_run_that_resumes(
+    tiny_overrides: list[str], uncut: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fedkeel.files
     from fedkeel.files import DiskError
 
@@ -389,13 +395,12 @@ def test_full_disk_leaves_a_run_that_resumes(tiny_overrides: list[str], monkeypa
             raise OSError(28, "No space left on device")
         real(descriptor)
 
-    _, whole, _ = go([*tiny_overrides, "name=whole"])
     monkeypatch.setattr(fedkeel.files.os, "fsync", fsync)
     with pytest.raises(DiskError, match="No space left on device"):
         go(tiny_overrides)
     monkeypatch.setattr(fedkeel.files.os, "fsync", real)
     _, resumed, _ = go(tiny_overrides, resume=True)
-    assert same(adapter_of(whole.path), adapter_of(resumed.path))
+    assert_ends_as(resumed, uncut)
     assert not list(resumed.path.rglob("*.partial"))
 
 
@@ -406,13 +411,14 @@ def test_an_empty_site_is_named(tiny_overrides: list[str]) -> None:
         prepare(load_recipe(None, [*tiny_overrides, "data.site_column="]))
 
 
-def test_a_recipe_that_cannot_run_leaves_no_folder_and_replaces_none(tiny_overrides: list[str]) -> None:
+def test_a_recipe_that_cannot_run_leaves_no_folder_and_replaces_none(tiny_overrides: list[str], uncut: RunFolder) -> None:
     broken = [*tiny_overrides, "data.max_length=8"]
     with pytest.raises(FedKeelError, match=r"raise data\.max_length"):
         go(broken)
     recipe = load_recipe(None, broken)
-    assert not (Path(recipe.out) / recipe.name).exists()
-    _, folder, _ = go(tiny_overrides)
+    folder = RunFolder(Path(recipe.out) / recipe.name)
+    assert not folder.path.exists()
+    shutil.copytree(uncut.path, folder.path)
     before = rows_of(folder)
     with pytest.raises(FedKeelError, match=r"raise data\.max_length"):
         go(broken, fresh=True)

@@ -573,7 +573,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"folder": tmp_path_factory.mktemp("whole")}
 
 
-@pytest.mark.parametrize("stop", [{"done": 1}, {"done": 2}, {"scoring": 1}, {"done": 3}, {"done": 4}, {"scoring": 2}], ids=str)
+STOPS = [
+    {"done": 1}, {"scoring": 1}, {"done": 3},
+    *(pytest.param(stop, marks=pytest.mark.slow) for stop in ({"done": 2}, {"done": 4}, {"scoring": 2})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=str)
 def test_a_stream_resumes_to_the_same_bits(stream: list[str], uninterrupted: dict[str, Any], stop: dict[str, int]) -> None:
     """Memory, counts, drift and every random number are those of the whole run, wherever it was cut: within a stage, and at
     its border before the scoring (scoring=1: of stage 1) or after it (done=3 begins anew from the end of stage 1)."""

@@ -111,6 +111,7 @@ def test_what_sites_make_together_by_hand() -> None:
 # ----------------------------------------------------------------------------------------------------------- a run and its end
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_in_an_event_file_with_every_row_once(tiny_overrides: list[str], tmp_path: Path) -> None:
     """kill -9 while rows lie in rows.jsonl that are done again; then an interruption; then to the end."""
     killed_while_saving([*tiny_overrides, *BASE])
