@@ -7,13 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
-
 import pytest
-import tiny
-import torch
 
-torch.set_num_threads(1)
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 os.fsync = lambda descriptor: None  # a power cut is not among the tests, and a disk takes its time for each
 gc.disable()  # until all tests are collected: what imports leave behind stays
 SLOW = ("deployment", "faults", "simulation")
@@ -28,7 +24,11 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """A million objects of imports, which no garbage collection of a test goes through."""
+    """A million objects of imports, which no garbage collection of a test goes through. One thread a process of tests; what
+    only hands them out needs no torch."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.freeze()
     gc.enable()
 
@@ -36,6 +36,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `tiny.write_base`."""
+    import tiny
+
     folder = tmp_path_factory.mktemp("tiny_base")
     tiny.write_base(folder)
     return folder
@@ -44,6 +46,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `tiny.write_data`."""
+    import tiny
+
     folder = tmp_path_factory.mktemp("tiny_data")
     tiny.write_data(folder)
     return folder
@@ -52,4 +56,6 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_overrides(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> list[str]:
     """See `tiny.overrides`."""
+    import tiny
+
     return tiny.overrides(tiny_base, tiny_data, tmp_path)

@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from tiny import tiny_rows
 
+import fedkeel.engines.flower.courier
 import fedkeel.engines.work
 import fedkeel.exchange.messages
 import fedkeel.federation.client
@@ -44,6 +45,30 @@ from fedkeel.types import FedKeelError, Global
 SITES = ["ward-0", "ward-1", "ward-2"]
 
 
+class Clock:
+    """A clock that only waiting moves, and that lets nobody wait."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += max(seconds, 1e-3)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fedkeel.engines.flower.courier, "time", Clock())
+
+
+@pytest.fixture
+def tiny_overrides(tiny_overrides: list[str]) -> list[str]:
+    """No baselines, and few rows to score."""
+    return [*tiny_overrides, "evaluation.baselines=[]", "evaluation.test_rows=2", "evaluation.validation_rows=2"]
+
+
 def header(message: Message) -> dict[str, Any]:
     return json.loads(str(message.content["fedkeel"]["header"]))
 
@@ -65,7 +90,7 @@ def of(site: str, twist: Twist, round: int | None = None) -> Twist:
 def run(
     overrides: list[str], tmp_path: Path, twist: Twist | None = None, watch: Silent | None = None, **options: bool
 ) -> RunFolder:
-    recipe = load_recipe(None, [*overrides, "evaluation.baselines=[]"])
+    recipe = load_recipe(None, overrides)
     folder, prepared = RunFolder(Path(recipe.out) / recipe.name), prepare(recipe)
     grid = FakeGrid(client_app, len(prepared.sites.rows), twist)
     execute(prepared, folder, watch or Silent(), engine=Simulation(grid, prepared, tmp_path / "sites"), **options)
@@ -135,7 +160,7 @@ def test_a_site_starts_from_what_was_accepted(
 
     monkeypatch.setattr(fedkeel.federation.local, "answer", raising)
     watch = Silent()
-    _, here, _ = go([*overrides, "evaluation.baselines=[]"], watch)
+    _, here, _ = go(overrides, watch)
     assert [list(r.failures) for _, r in watch.results] == [[], ["ward-1"], []]
     assert same(adapter_of(here.path), adapter_of(there.path))
 
@@ -166,7 +191,7 @@ def test_a_disk_that_lost_what_was_kept_costs_one_round(tiny_overrides: list[str
 
 
 def test_a_run_that_stopped_goes_on_in_another_engine(tiny_overrides: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny_overrides, "federation.codec_up=topk=0.25+int4", "evaluation.baselines=[]"]
+    overrides = [*tiny_overrides, "federation.codec_up=topk=0.25+int4"]
     whole = run([*overrides, "name=whole"], tmp_path)
 
     def stop(leg: str, done: int) -> None:
