@@ -51,11 +51,23 @@ def rows_of(sites: int) -> dict[str, list[dict[str, str]]]:
 
 def overrides_of(rounds: int, folder: Path) -> list[str]:
     return [
-        "name=bench", f"out={folder / 'runs'}", "threads=1", "data.source=jsonl", f"data.root={folder}",
-        'data.files=["rows.jsonl"]', "data.tasks_file=tasks.json", "data.site_column=site", "partition.scheme=natural",
-        "train.local_steps=4", "train.batch_size=8", f"federation.rounds={rounds}", "evaluation.baselines=[]",
-        f"evaluation.every={rounds}", "evaluation.validation_rows=0", "evaluation.test_rows=0",
-    ]  # fmt: skip
+        "name=bench",
+        f"out={folder / 'runs'}",
+        "threads=1",
+        "data.source=jsonl",
+        f"data.root={folder}",
+        'data.files=["rows.jsonl"]',
+        "data.tasks_file=tasks.json",
+        "data.site_column=site",
+        "partition.scheme=natural",
+        "train.local_steps=4",
+        "train.batch_size=8",
+        f"federation.rounds={rounds}",
+        "evaluation.baselines=[]",
+        f"evaluation.every={rounds}",
+        "evaluation.validation_rows=0",
+        "evaluation.test_rows=0",
+    ]
 
 
 class Memory:
@@ -162,8 +174,17 @@ def main() -> None:
                 f"{row['mb']:>8.0f}{row['mb_ratio']:>7.2f}",
                 flush=True,
             )
-    print(json.dumps({"benchmark": "engines", "rounds": args.rounds, "repeats": args.repeats, "cores": os.cpu_count(),
-                      "results": results}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "engines",
+                "rounds": args.rounds,
+                "repeats": args.repeats,
+                "cores": os.cpu_count(),
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -29,10 +29,14 @@ from fedkeel.types import Adapter, Lora, Update
 
 HIDDEN, GROUPS, INNER, RANK = 4096, 1024, 14336, 16
 MAPS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (GROUPS, HIDDEN), "self_attn.v_proj": (GROUPS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (GROUPS, HIDDEN),
+    "self_attn.v_proj": (GROUPS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
-}  # fmt: skip
+}
 STREAMING = ("mean", "freeze_a", "alternate")
 TOGETHER = ("svd", "stack", "residual")
 CODECS = ("fp32", "bf16", "int8", "int4", "topk=0.1", "topk=0.1+int8", "topk=0.1+int4")
@@ -42,8 +46,9 @@ def adapter_of(layers: int) -> Adapter:
     seed_torch(1, "bench exchange")
     lora = {
         f"model.layers.{n}.{name}": Lora(0.01 * torch.randn(RANK, d_in), 0.01 * torch.randn(d_out, RANK), 2.0)
-        for n in range(layers) for name, (d_out, d_in) in MAPS.items()
-    }  # fmt: skip
+        for n in range(layers)
+        for name, (d_out, d_in) in MAPS.items()
+    }
     return Adapter(lora)
 
 
@@ -136,8 +141,11 @@ def main() -> None:
             command = [sys.executable, __file__, "--one", rule, str(sites), str(layers)]
             got = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
             results.append({"rule": rule, "sites": sites, "layers": layers, **{k: round(v, 3) for k, v in got.items()}})
-            print(f"{rule:<12}{sites:>6}{layers:>8}{got['seconds']:>9.2f}{got['ratio']:>11.1f}{got['peak_mb']:>9.0f}"
-                  f"{got['idle_mb']:>14.0f}", flush=True)  # fmt: skip
+            print(
+                f"{rule:<12}{sites:>6}{layers:>8}{got['seconds']:>9.2f}{got['ratio']:>11.1f}{got['peak_mb']:>9.0f}"
+                f"{got['idle_mb']:>14.0f}",
+                flush=True,
+            )
     speed = codecs(adapter_of(4))
     print(f"\n{'codec':<16}{'encode GB/s':>12}{'decode GB/s':>12}{'of memcpy':>16}{'times smaller':>15}")
     copy = speed[0]["encode_gb_s"]

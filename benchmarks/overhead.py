@@ -69,10 +69,16 @@ def main() -> None:
         recipe = load_recipe(
             None,
             [
-                "data.source=pydocs", "partition.scheme=iid", f"partition.sites={count}", f"train.local_steps={args.steps}",
-                "train.batch_size=16", f"federation.rounds={args.repeats + 1}", "threads=1", *args.overrides,
+                "data.source=pydocs",
+                "partition.scheme=iid",
+                f"partition.sites={count}",
+                f"train.local_steps={args.steps}",
+                "train.batch_size=16",
+                f"federation.rounds={args.repeats + 1}",
+                "threads=1",
+                *args.overrides,
             ],
-        )  # fmt: skip
+        )
         torch.set_num_threads(1)
         records = load_records(recipe.data, recipe.seed)
         sites = make_sites(records, recipe)
@@ -110,8 +116,10 @@ def main() -> None:
             "aggregation_seconds": round(statistics.median(aggregation), 3),
         }
         results.append(row)
-        print(f"{count:>5} {row['whole_seconds']:>14.3f} {row['bare_seconds']:>13.3f} {row['ratio']:>6.3f} "
-              f"{row['aggregation_seconds']:>12.3f}")  # fmt: skip
+        print(
+            f"{count:>5} {row['whole_seconds']:>14.3f} {row['bare_seconds']:>13.3f} {row['ratio']:>6.3f} "
+            f"{row['aggregation_seconds']:>12.3f}"
+        )
     print(json.dumps({"benchmark": "overhead", "steps": args.steps, "repeats": args.repeats, "results": results}))
 
 

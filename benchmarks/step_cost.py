@@ -66,10 +66,18 @@ def base_of(shape: str, folder: Path) -> str:
     hidden, inner, layers, heads, groups, vocabulary = SHAPES[shape]
     tokenizer = load_tokenizer(load_recipe(None).model)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=groups, max_position_embeddings=512, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     seed_torch(1, "bench", shape)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -81,11 +89,13 @@ def rows_of(recipe: Recipe, count: int, length: int, answer: int) -> list[Exampl
     rng = numpy_generator(recipe.seed, "bench rows")
     return [
         Example(
-            f"row-{n}", "task", tuple(rng.integers(8, 1000, length).tolist()),
+            f"row-{n}",
+            "task",
+            tuple(rng.integers(8, 1000, length).tolist()),
             (False,) * (length - answer) + (True,) * answer,
         )
         for n in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def noisy(adapter: Adapter) -> Adapter:
@@ -118,8 +128,22 @@ class Bench:
 
 def peak(base: str, device: str, variant: str, sizes: list[int]) -> float:
     """MB at most, of a fresh process that runs one variant."""
-    command = [sys.executable, __file__, "--peak", variant, "--base", base, "--device", device, "--rows", str(sizes[0]),
-               "--length", str(sizes[1]), "--answer", str(sizes[2])]  # fmt: skip
+    command = [
+        sys.executable,
+        __file__,
+        "--peak",
+        variant,
+        "--base",
+        base,
+        "--device",
+        device,
+        "--rows",
+        str(sizes[0]),
+        "--length",
+        str(sizes[1]),
+        "--answer",
+        str(sizes[2]),
+    ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -166,8 +190,19 @@ def main() -> None:
             }
             results.append(row)
             print(f"{shape:<12}{name:<17}{row['seconds']:>10}{row['ratio']:>7}{row['peak_mb']:>9}{row['peak_ratio']:>7}")
-    print(json.dumps({"benchmark": "step_cost", "device": args.device, "rows": args.rows, "length": args.length,
-                      "answer": args.answer, "repeats": args.repeats, "results": results}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "step_cost",
+                "device": args.device,
+                "rows": args.rows,
+                "length": args.length,
+                "answer": args.answer,
+                "repeats": args.repeats,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

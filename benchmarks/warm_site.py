@@ -39,10 +39,16 @@ COLOURS = ["red", "green", "blue", "white"]
 def site_in(folder: Path, base: str) -> SiteFile:
     """A site of `ROWS` rows whose base is the embedded model or the folder `base`."""
     rows = [
-        {"task": "colour", "instruction": "Which colour?", "input": f"row {n}: " + f"a {COLOURS[n % 4]} house; " * 6,
-         "output": COLOURS[n % 4], "site": "here", "split": "train"}
+        {
+            "task": "colour",
+            "instruction": "Which colour?",
+            "input": f"row {n}: " + f"a {COLOURS[n % 4]} house; " * 6,
+            "output": COLOURS[n % 4],
+            "site": "here",
+            "split": "train",
+        }
         for n in range(ROWS)
-    ]  # fmt: skip
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tasks.json").write_text(json.dumps({"tasks": {"colour": {"labels": COLOURS}}}))
     model = "" if base == "keel-nano" else f'[model]\nbase = "{base}"\n'
@@ -64,10 +70,16 @@ class Bench:
 
     def __init__(self, site: SiteFile, base: str, steps: int) -> None:
         overrides = [
-            f"model.base={base}", "data.source=jsonl", f"data.root={site.path.parent}", 'data.files=["rows.jsonl"]',
-            "data.tasks_file=tasks.json", "data.site_column=site", "partition.scheme=natural", f"train.local_steps={steps}",
+            f"model.base={base}",
+            "data.source=jsonl",
+            f"data.root={site.path.parent}",
+            'data.files=["rows.jsonl"]',
+            "data.tasks_file=tasks.json",
+            "data.site_column=site",
+            "partition.scheme=natural",
+            f"train.local_steps={steps}",
             "train.batch_size=4",
-        ]  # fmt: skip
+        ]
         recipe = load_recipe(None, overrides)
         self.site, self.base = site, base
         self._header = {"run": secrets.token_hex(8), "site": "here", "recipe": to_toml(recipe)}
@@ -122,11 +134,15 @@ def main() -> None:
                 for how in ("cold", "disk")
             )
             row = {
-                "base": shape, "megabytes": round(megabytes, 1), "warm": round(statistics.median(taken["warm"]), 2),
-                "cold": round(statistics.median(taken["cold"]), 2), "load": round(load, 2),
+                "base": shape,
+                "megabytes": round(megabytes, 1),
+                "warm": round(statistics.median(taken["warm"]), 2),
+                "cold": round(statistics.median(taken["cold"]), 2),
+                "load": round(load, 2),
                 "share": round(statistics.median((c - w) / c for w, c in zip(taken["warm"], taken["cold"], strict=True)), 2),
-                "from_disk": round(disk, 2) if base != "keel-nano" else None, "hidden_at": round(9 * load, 1),
-            }  # fmt: skip
+                "from_disk": round(disk, 2) if base != "keel-nano" else None,
+                "hidden_at": round(9 * load, 1),
+            }
             results.append(row)
             told = "-" if row["from_disk"] is None else f"{disk:.1f}"
             print(

@@ -53,10 +53,17 @@ class Deployment:
     """
 
     def __init__(
-        self, folder: Path, overrides: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, Any]]],
-        labels: Mapping[str, Sequence[str]], base: Path | None, host: str = "localhost",
-        inside: Mapping[str, Sequence[str]] | None = None, wait: float = 600.0, recipe: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        overrides: Sequence[str],
+        rows: Mapping[str, Sequence[Mapping[str, Any]]],
+        labels: Mapping[str, Sequence[str]],
+        base: Path | None,
+        host: str = "localhost",
+        inside: Mapping[str, Sequence[str]] | None = None,
+        wait: float = 600.0,
+        recipe: Path | None = None,
+    ) -> None:
         self.folder, self.sites, self._inside = folder, tuple(rows), inside or {}
         (folder.parent / "recipe.toml").write_text(to_toml(load_recipe(recipe, overrides)))
         self.port = free_port()

@@ -18,9 +18,17 @@ def one_row(run: str, seed: int, name: str, value: float, unit: str = "share", m
 
 
 def scored(
-    run: str, seed: int, tasks: Mapping[str, float], own: Mapping[str, float], method: str = "federated", stage: int = 0,
-    stages: Sequence[float] = (), site: str = "", round: int = 0, split: str = "test",
-) -> list[Row]:  # fmt: skip
+    run: str,
+    seed: int,
+    tasks: Mapping[str, float],
+    own: Mapping[str, float],
+    method: str = "federated",
+    stage: int = 0,
+    stages: Sequence[float] = (),
+    site: str = "",
+    round: int = 0,
+    split: str = "test",
+) -> list[Row]:
     """One scoring as a run writes it: every task on 10 rows, their mean, own scores, and score_of_stage_i."""
     at: dict[str, Any] = {"method": method, "stage": stage, "round": round, "split": split}
     rows = []
@@ -71,10 +79,18 @@ def write_plan(folder: Path, runs: Sequence[tuple[str, str, str, int]], **told: 
     streams = {stream: f"what {stream} is" for _, stream, _, _ in runs}
     methods = {method: f"what {method} is" for _, _, method, _ in runs}
     plan = {
-        "name": "demo", "title": "A demonstration", "note": "Made by hand.", "reference": "plain", "streams": streams,
-        "methods": methods, "trials": {}, "factors": [], "square": [], "knobs": {},
+        "name": "demo",
+        "title": "A demonstration",
+        "note": "Made by hand.",
+        "reference": "plain",
+        "streams": streams,
+        "methods": methods,
+        "trials": {},
+        "factors": [],
+        "square": [],
+        "knobs": {},
         "runs": [{"name": n, "stream": s, "method": m, "seed": k} for n, s, m, k in runs],
-    }  # fmt: skip
+    }
     (folder / "suite.json").write_text(json.dumps(plan | told))
 
 
@@ -154,11 +170,16 @@ def whole_suite(folder: Path) -> Path:
         wave = 0.1 * (len(method) % 3)  # of no effect on a mean, but on its interval
         scores = [
             {
-                "method": leg, "site": "", "task": task, "id": f"{task}{k}",
+                "method": leg,
+                "site": "",
+                "task": task,
+                "id": f"{task}{k}",
                 "score": 0.3 + k % 5 / 10 + shift + (wave if (k + seed) % 2 else -wave),
             }
-            for leg in legs for task in "AB" for k in range(20)
-        ]  # fmt: skip
+            for leg in legs
+            for task in "AB"
+            for k in range(20)
+        ]
         measures = damages(name, seed, 0.7 + shift, method in ("full", ODD))
         write_run(folder / name, rows, scores=scores, measures=measures, recipe="[train]\nlr = 0.2\nlocal_steps = 5\n")
     return folder

@@ -140,8 +140,11 @@ def test_a_recipe_is_a_file_or_keys_nested_or_dotted(keys: dict[str, Any], tiny_
     from fedkeel.recipe.settings import to_toml
 
     file.write_text(to_toml(meant))
-    dotted = {f"{k}.{n}" if isinstance(v, dict) else k: w for k, v in keys.items()
-              for n, w in (v.items() if isinstance(v, dict) else [(k, v)])}  # fmt: skip
+    dotted = {
+        f"{k}.{n}" if isinstance(v, dict) else k: w
+        for k, v in keys.items()
+        for n, w in (v.items() if isinstance(v, dict) else [(k, v)])
+    }
     for given in (file, str(file), meant, dotted):
         assert fedkeel.run(given, existing="replace").recipe == meant
 

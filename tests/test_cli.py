@@ -137,9 +137,13 @@ def test_smollm2_recipe_with_local_stand_ins(fedkeel: Command, tiny_base: Path, 
         ]
         (tmp_path / "chats" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = fedkeel(
-        "run", "recipes/smollm2.toml", f"model.base={tiny_base}", f"data.dataset={tmp_path / 'chats'}", "data.subset=",
+        "run",
+        "recipes/smollm2.toml",
+        f"model.base={tiny_base}",
+        f"data.dataset={tmp_path / 'chats'}",
+        "data.subset=",
         "--dry-run",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     counts = [
         list(map(int, re.findall(r"\d+", line.split("│", 1)[1]))) for line in done.stdout.splitlines() if "│ site-" in line

@@ -226,12 +226,15 @@ def test_an_order_becomes_stages(ordered: list[str], tmp_path: Path, overrides: 
     [
         (["order=ordr1"], "stream.order = 'ordr1' is not in {}; did you mean 'order1'? known: order1, order4, random1"),
         (["order=x"], "stream.order = 'x' is not in {}; known: order1, order4, random1"),
-        (["order=order1", "stages=d,a"], "stream.order = 'order1', stream.tasks_a_stage = 1 means stages ['d', 'a', 'y', 'n'], "
-                                         "and stream.stages is ['d', 'a']: set one of stream.order and stream.stages"),
+        (
+            ["order=order1", "stages=d,a"],
+            "stream.order = 'order1', stream.tasks_a_stage = 1 means stages ['d', 'a', 'y', 'n'], "
+            "and stream.stages is ['d', 'a']: set one of stream.order and stream.stages",
+        ),
         (["order=order1", "tasks_a_stage=2", "stages=d,a,y,n"], "means stages ['d + a', 'y + n'], and stream.stages is ['d'"),
         (["tasks_a_stage=2"], "stream.tasks_a_stage = 2 groups the tasks of stream.order, which is not set"),
     ],
-)  # fmt: skip
+)
 def test_orders_that_cannot_be(ordered: list[str], tmp_path: Path, overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(None, [*ordered, *(f"stream.{override}" for override in overrides)])

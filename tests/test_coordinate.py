@@ -236,11 +236,21 @@ def test_pooled_scores_by_hand(tiny_overrides: list[str]) -> None:
         "b": {0: {"t": {"score": (1.0, 6.0), "accuracy": (1.0, 6.0)}}},
     }
     found = {(r.name, r.task, r.site): r.value for r in pooled_rows(leg, 0, 1, "test", sums, "run")}
-    assert found == pytest.approx({
-        ("score", "t", ""): 0.4, ("accuracy", "t", ""): 0.4, ("rows", "t", ""): 10, ("score", "u", ""): 0.5,
-        ("rouge_l", "u", ""): 0.5, ("rows", "u", ""): 2, ("score", "", ""): 0.45, ("accuracy", "", ""): 0.4,
-        ("rouge_l", "", ""): 0.5, ("own_score", "", "a"): 0.625, ("own_score", "", "b"): 1 / 6,
-    })  # fmt: skip
+    assert found == pytest.approx(
+        {
+            ("score", "t", ""): 0.4,
+            ("accuracy", "t", ""): 0.4,
+            ("rows", "t", ""): 10,
+            ("score", "u", ""): 0.5,
+            ("rouge_l", "u", ""): 0.5,
+            ("rows", "u", ""): 2,
+            ("score", "", ""): 0.45,
+            ("accuracy", "", ""): 0.4,
+            ("rouge_l", "", ""): 0.5,
+            ("own_score", "", "a"): 0.625,
+            ("own_score", "", "b"): 1 / 6,
+        }
+    )
 
 
 @pytest.mark.parametrize(

@@ -362,8 +362,12 @@ def test_outcomes_are_scores_under_damage(name: str, labels: tuple[str, ...], mo
 
     found = tried()
     assert [o[:3] for o in found] == [
-        ("heads", 0.5, 0), ("heads", 0.5, 1), ("scale", 0.5, 0), ("scale", 3.0, 0), ("bits", 2.0, 0),
-    ]  # fmt: skip
+        ("heads", 0.5, 0),
+        ("heads", 0.5, 1),
+        ("scale", 0.5, 0),
+        ("scale", 3.0, 0),
+        ("bits", 2.0, 0),
+    ]
     assert len(calls) == len(found)
     same = compare("", 0.0, 0, undamaged, undamaged)
     assert (same.agreement, same.consistency) == (1.0, 1.0 if labels else None)

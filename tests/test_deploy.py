@@ -163,10 +163,12 @@ def test_flowers_own_loaders_take_keys_certificates_and_app(folder: Path) -> Non
     from flwr.common.config import parse_config_args
 
     arguments = argparse.Namespace(
-        auth_supernode_private_key=str(folder / "site-clinic-a/node.key"), auth_supernode_public_key=None,
-        ssl_certfile=str(folder / "coordinator/tls.pem"), ssl_keyfile=str(folder / "coordinator/tls.key"),
+        auth_supernode_private_key=str(folder / "site-clinic-a/node.key"),
+        auth_supernode_public_key=None,
+        ssl_certfile=str(folder / "coordinator/tls.pem"),
+        ssl_keyfile=str(folder / "coordinator/tls.key"),
         ssl_ca_certfile=str(folder / "coordinator/ca.pem"),
-    )  # fmt: skip
+    )
     private, public = supernode._try_setup_client_authentication(arguments)
     assert private.curve.name == "secp384r1"
     assert try_load_public_key(folder / "coordinator/keys/clinic-a.pub")

@@ -87,10 +87,20 @@ def test_the_quickstart_at_three_sites_ends_in_the_bits_of_one_process(tmp_path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for of in rows.values() for row in of))
     (tmp_path / "tasks.json").write_text(json.dumps({"tasks": {task: {"labels": of} for task, of in labels.items()}}))
     overrides = [
-        "name=there", f"out={tmp_path}", "threads=1", "data.source=jsonl", f"data.root={tmp_path}", 'data.files=["rows.jsonl"]',
-        "data.tasks_file=tasks.json", "data.site_column=site", "federation.rounds=3", "evaluation.baselines=[]",
-        "evaluation.test_rows=0", "evaluation.validation_rows=1", "evaluation.every=9",
-    ]  # fmt: skip
+        "name=there",
+        f"out={tmp_path}",
+        "threads=1",
+        "data.source=jsonl",
+        f"data.root={tmp_path}",
+        'data.files=["rows.jsonl"]',
+        "data.tasks_file=tasks.json",
+        "data.site_column=site",
+        "federation.rounds=3",
+        "evaluation.baselines=[]",
+        "evaluation.test_rows=0",
+        "evaluation.validation_rows=1",
+        "evaluation.every=9",
+    ]
     _, here, _ = go([*overrides, "name=here"], recipe=QUICKSTART)
     with deployed(tmp_path / "deployment", overrides, rows, labels, None, recipe=QUICKSTART) as there:
         there.up()
@@ -120,10 +130,17 @@ def test_a_stream_with_baselines_at_three_sites_ends_in_the_bits_of_one_process(
 ) -> None:
     """Two stages, guidance with a memory of the first, and the base and local models beside the federated one."""
     overrides = [
-        *tiny_overrides, "stream.stages=colour,echo", "evaluation.baselines=base,local", "federation.rounds=2",
-        "distill.weight=1", "distill.memory=0.4", "structure.heads=0.2", "evaluation.test_rows=0", "evaluation.every=9",
+        *tiny_overrides,
+        "stream.stages=colour,echo",
+        "evaluation.baselines=base,local",
+        "federation.rounds=2",
+        "distill.weight=1",
+        "distill.memory=0.4",
+        "structure.heads=0.2",
+        "evaluation.test_rows=0",
+        "evaluation.every=9",
         "federation.codec_up=topk=0.25+int4",
-    ]  # fmt: skip
+    ]
     _, here, _ = go([*overrides, "name=here"])
     with wards(tmp_path, overrides, tiny_base) as there:
         there.up()
@@ -172,9 +189,14 @@ if "fedkeel.engines.worker" in sys.orig_argv and os.path.exists({flag!r}):
 
 
 FEW = [
-    "evaluation.baselines=[]", "evaluation.test_rows=1", "evaluation.every=9", "federation.rounds=6", "federation.quorum=0.6",
-    "federation.deadline=45", "federation.codec_up=topk=0.25+int4",
-]  # fmt: skip
+    "evaluation.baselines=[]",
+    "evaluation.test_rows=1",
+    "evaluation.every=9",
+    "federation.rounds=6",
+    "federation.quorum=0.6",
+    "federation.deadline=45",
+    "federation.codec_up=topk=0.25+int4",
+]
 
 
 @pytest.mark.faults
@@ -328,9 +350,12 @@ def cut_off() -> Iterator[tuple[dict[str, Wire], dict[str, list[str]]]]:
 
 @pytest.mark.faults
 def test_lost_packets_and_a_partition_lose_nothing(
-    tiny_overrides: list[str], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tiny_overrides: list[str],
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     cut_off: tuple[dict[str, Wire], dict[str, list[str]]],
-) -> None:  # fmt: skip
+) -> None:
     """One packet in fifty is lost; one site is cut off for a moment, then for longer than two rounds wait for it."""
     wires, inside = cut_off
     overrides = [*tiny_overrides, *FEW, "federation.rounds=10"]

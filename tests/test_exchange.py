@@ -59,10 +59,34 @@ def bytes_of(folder: RunFolder, name: str) -> list[float]:
 
 @pytest.mark.parametrize(
     "spec",
-    ["fp32", "bf16", "fp16", "int8", "int4", "topk=0.1", "topk=0.5+int4", "topk=0.1+bf16", "topk=1e-3", "",
-     "int2", "topk", "topk=0", "topk=1", "topk=-0.1", "topk=x", "topk=nan", "int8+topk=0.1", "int8+int4", "topk=0.1+topk=0.1",
-     "topk=0.1+", "+int8", "topk=0.1+int8+bf16", "FP32", " int8"],
-)  # fmt: skip
+    [
+        "fp32",
+        "bf16",
+        "fp16",
+        "int8",
+        "int4",
+        "topk=0.1",
+        "topk=0.5+int4",
+        "topk=0.1+bf16",
+        "topk=1e-3",
+        "",
+        "int2",
+        "topk",
+        "topk=0",
+        "topk=1",
+        "topk=-0.1",
+        "topk=x",
+        "topk=nan",
+        "int8+topk=0.1",
+        "int8+int4",
+        "topk=0.1+topk=0.1",
+        "topk=0.1+",
+        "+int8",
+        "topk=0.1+int8+bf16",
+        "FP32",
+        " int8",
+    ],
+)
 def test_recipe_and_codecs_accept_the_same_specs(spec: str) -> None:
     try:
         make_codec(spec)
@@ -394,10 +418,14 @@ def test_a_site_that_missed_rounds_is_sent_what_it_missed_and_one_that_failed_al
     assert len(state.shifts) == 4
     # every entry is the exact sum of that round
     expected = sum(
-        2.0 * ((like.lora["layer.0.q"].b + 0.1 * numbers(ord(s) + 1, 10, 3)).double()
-               @ (like.lora["layer.0.q"].a + 0.1 * numbers(ord(s), 3, 14)).double()) / 3
+        2.0
+        * (
+            (like.lora["layer.0.q"].b + 0.1 * numbers(ord(s) + 1, 10, 3)).double()
+            @ (like.lora["layer.0.q"].a + 0.1 * numbers(ord(s), 3, 14)).double()
+        )
+        / 3
         for s in "abc"
-    )  # fmt: skip
+    )
     left, right = state.shifts[0]["layer.0.q"]
     torch.testing.assert_close(left.double() @ right.double(), expected, rtol=0, atol=1e-5)
 

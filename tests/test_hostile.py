@@ -89,9 +89,7 @@ def fuzz(cases: SearchStrategy[Any], check: Callable[[Any], str]) -> Counter[str
     """How often `check` of a case gave what, over EXAMPLES cases (the same ones in every run)."""
     seen: Counter[str] = Counter()
 
-    @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )  # fmt: skip
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(cases)
     def every(case: Any) -> None:
         seen[check(case)] += 1
@@ -120,9 +118,30 @@ NASTY_NUMBERS = [
     10**400,
 ]
 NASTY_NAMES = [
-    "", "/m.a", "../m.a", "m/../../x", "m\\a", "m\0a", "m\na", "\u202em", "\ud800", "m.a", "m.A", "m.a#scale", "m.a#mask",
-    "m.a#index", "m.a#", "#", "__metadata__", "x" * MAX_NAME, "x" * (MAX_NAME + 1), "é", "con", "m.a ", "CON:",
-]  # fmt: skip
+    "",
+    "/m.a",
+    "../m.a",
+    "m/../../x",
+    "m\\a",
+    "m\0a",
+    "m\na",
+    "\u202em",
+    "\ud800",
+    "m.a",
+    "m.A",
+    "m.a#scale",
+    "m.a#mask",
+    "m.a#index",
+    "m.a#",
+    "#",
+    "__metadata__",
+    "x" * MAX_NAME,
+    "x" * (MAX_NAME + 1),
+    "é",
+    "con",
+    "m.a ",
+    "CON:",
+]
 names = st.sampled_from(NASTY_NAMES) | st.text(max_size=12)
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | names | st.sampled_from(NASTY_NUMBERS),
@@ -305,8 +324,18 @@ def test_a_message_with_its_description_changed_is_taken_or_refused() -> None:
 NASTY_VALUES = [
     *(struct.pack("<f", v) for v in (math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, -1.0, -0.0, 1e-45, 3e36)),
     *(struct.pack("<i", v) for v in (-1, 2**31 - 1, -(2**31), 69, 70, 71, 0)),
-    b"\x80\x7f", b"\xc0\x7f", b"\x00\x7c", b"\x00\x7e", b"\x80\xff", b"\x80", b"\x08", b"\x88", b"\x01", b"\xff", b"\x00",
-]  # fmt: skip
+    b"\x80\x7f",
+    b"\xc0\x7f",
+    b"\x00\x7c",
+    b"\x00\x7e",
+    b"\x80\xff",
+    b"\x80",
+    b"\x08",
+    b"\x88",
+    b"\x01",
+    b"\xff",
+    b"\x00",
+]
 
 
 def test_a_message_with_its_values_overwritten_is_taken_or_refused() -> None:

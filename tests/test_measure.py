@@ -47,10 +47,16 @@ from fedkeel.scores.metrics import consistency
 from fedkeel.tables import DAMAGES as FAMILIES
 from fedkeel.types import Row
 
-TEXT = "\n".join((
-    "the red boat turns to the sea", "", "  a blue lamp hums over the table, and nobody says why  ", "red",
-    "the red boat turns to the sea", "",
-))  # fmt: skip
+TEXT = "\n".join(
+    (
+        "the red boat turns to the sea",
+        "",
+        "  a blue lamp hums over the table, and nobody says why  ",
+        "red",
+        "the red boat turns to the sea",
+        "",
+    )
+)
 DAMAGE = Settings(("modules", "bits"), draws=2, rows=4, states=False)
 
 
@@ -72,11 +78,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(base: Path | str, data: Path, out: Path, *more: str) -> Path:
     """A finished federation of three sites."""
     overrides = [
-        "name=tiny", f"out={out}", "threads=1", f"model.base={base}", "model.precision=fp32", "lora.rank=4",
-        "data.source=jsonl", f"data.root={data}", 'data.files=["rows.jsonl"]', "data.tasks_file=tasks.json",
-        "data.site_column=department", "data.max_length=64", "train.local_steps=8", "train.batch_size=4", "train.lr=0.02",
-        "federation.rounds=2", "evaluation.max_new_tokens=4", "evaluation.validation_rows=0", "evaluation.baselines=[]",
-    ]  # fmt: skip
+        "name=tiny",
+        f"out={out}",
+        "threads=1",
+        f"model.base={base}",
+        "model.precision=fp32",
+        "lora.rank=4",
+        "data.source=jsonl",
+        f"data.root={data}",
+        'data.files=["rows.jsonl"]',
+        "data.tasks_file=tasks.json",
+        "data.site_column=department",
+        "data.max_length=64",
+        "train.local_steps=8",
+        "train.batch_size=4",
+        "train.lr=0.02",
+        "federation.rounds=2",
+        "evaluation.max_new_tokens=4",
+        "evaluation.validation_rows=0",
+        "evaluation.baselines=[]",
+    ]
     recipe = load_recipe(None, [*overrides, *more])
     execute(prepare(recipe), RunFolder(out / "tiny"), Silent())
     return out / "tiny"
@@ -128,10 +149,14 @@ def test_damage_is_scores_under_damage_apart_for_what_training_used(folder: Path
             same = [[a.prediction == b.prediction for a, b in zip(s, clean, strict=True)] for s in drawn]
             expected[f"{at}/agreement"] = mean(mean(map(float, s)) for s in same)
             labelled = [
-                consistency(*zip(*[(a.distribution, b.distribution) for a, b in zip(s, clean, strict=True) if b.distribution],
-                                 strict=True))
+                consistency(
+                    *zip(
+                        *[(a.distribution, b.distribution) for a, b in zip(s, clean, strict=True) if b.distribution],
+                        strict=True,
+                    )
+                )
                 for s in drawn
-            ]  # fmt: skip
+            ]
             expected[f"{at}/consistency"] = mean(labelled)
             if draws > 1:
                 expected[f"{at}/sd"] = stdev(overall(s) for s in drawn)
@@ -349,8 +374,10 @@ def test_unseen_tasks_are_scored_before_and_after(kind: str, folder: Path, data:
             ("mood", "the red boat sings", ("glad", "very sad")),
             ("size", "the sea", ("large", "small")),
         ]
-        hits = {task: [s.score for s in score(model, formatter, records, recipe.evaluation) if s.record.task == task]
-                for task in ("mood", "size")}  # fmt: skip
+        hits = {
+            task: [s.score for s in score(model, formatter, records, recipe.evaluation) if s.record.task == task]
+            for task in ("mood", "size")
+        }
         expected |= {(method, task): mean(found) for task, found in hits.items()}
         expected[method, ""] = mean(map(mean, hits.values()))
     assert {(r.method, r.task): r.value for r in rows if r.name == "score"} == expected
@@ -413,7 +440,10 @@ def test_the_command_and_its_table(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert threads == [1]
     table = measures_table({folder: Measured(read_rows(folder / "measures.jsonl"), ("x not measured",))})
     assert table.header == ("run", "undamaged", "held-out damage: mean fall", "SSI held out")
-    cells = (f"{100 * found['damage/clean']:.1f}", f"{100 * found['damage/held_out_fall']:.1f}",
-             f"{found['damage/held_out_ssi']:.3f}")  # fmt: skip
+    cells = (
+        f"{100 * found['damage/clean']:.1f}",
+        f"{100 * found['damage/held_out_fall']:.1f}",
+        f"{found['damage/held_out_ssi']:.3f}",
+    )
     assert table.lines == (("copy", *cells),)
     assert "copy: x not measured." in table.notes

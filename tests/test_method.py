@@ -52,12 +52,28 @@ from fedkeel.tables import STRUCTURES
 from fedkeel.types import Forward, Global
 
 OFF = [
-    "distill.weight=0", "distill.temperature=3", "distill.gold=hard", "distill.kappa=0.1", "distill.rest=entropy",
-    "distill.beta=2", "distill.task_trust=false", "distill.site_trust=false", "distill.align=cosine",
-    "distill.align_weight=5", "distill.layer_trust=false", "distill.memory=0.5", "distill.ramp=0", "distill.cache=7",
-    "structure.mode=rdrop", "structure.weight=9", "structure.every=1", "structure.ramp=0", "structure.anneal=0",
-    "train.proximal=0", "train.sam=0",
-]  # fmt: skip
+    "distill.weight=0",
+    "distill.temperature=3",
+    "distill.gold=hard",
+    "distill.kappa=0.1",
+    "distill.rest=entropy",
+    "distill.beta=2",
+    "distill.task_trust=false",
+    "distill.site_trust=false",
+    "distill.align=cosine",
+    "distill.align_weight=5",
+    "distill.layer_trust=false",
+    "distill.memory=0.5",
+    "distill.ramp=0",
+    "distill.cache=7",
+    "structure.mode=rdrop",
+    "structure.weight=9",
+    "structure.every=1",
+    "structure.ramp=0",
+    "structure.anneal=0",
+    "train.proximal=0",
+    "train.sam=0",
+]
 ALL = {"heads": 0.3, "channels": 0.3, "branch": 0.3, "layers": 0.3, "lodrop": 0.2, "rank": 0.3, "weights": 0.1}
 EVERY_STRUCTURE = [f"structure.{name}={value}" for name, value in ALL.items()] + ["structure.adversary=0.1"]
 KINDS = pytest.mark.parametrize("name", ["llama", "distilbert", "t5"])
@@ -158,8 +174,15 @@ def test_where_the_student_is_the_teacher_there_is_nothing_to_learn_from_it(name
 def test_plain_distillation_against_a_twin_in_one_line() -> None:
     """gold = constant, rest = kl, no trusts: τ² KL(teacher ‖ student), by torch's own kl_div, with another teacher than
     the student; three steps of plain descent."""
-    more = ["distill.weight=1.5", "distill.temperature=2", "distill.gold=constant", "distill.task_trust=false",
-            "distill.site_trust=false", "train.clip_norm=1e9", "train.lr=0.002"]  # fmt: skip
+    more = [
+        "distill.weight=1.5",
+        "distill.temperature=2",
+        "distill.gold=constant",
+        "distill.task_trust=false",
+        "distill.site_trust=false",
+        "train.clip_norm=1e9",
+        "train.lr=0.002",
+    ]
     recipe = recipe_of(*more)
     model, examples = setting("llama")
     given = model.read()
@@ -302,8 +325,15 @@ def test_anchored_is_implicit_with_distillation_to_the_bit() -> None:
 @pytest.mark.parametrize("mode", ["self", "rdrop"])
 def test_consistency_against_two_forwards_by_hand(mode: str) -> None:
     """One step of plain descent; the twin runs the two passes itself, with the same keys."""
-    overrides = ["structure.heads=0.4", "structure.rank=0.3", "structure.weight=0.7", "train.local_steps=1",
-                 f"structure.mode={mode}", "train.clip_norm=1e9", "train.lr=0.002"]  # fmt: skip
+    overrides = [
+        "structure.heads=0.4",
+        "structure.rank=0.3",
+        "structure.weight=0.7",
+        "train.local_steps=1",
+        f"structure.mode={mode}",
+        "train.clip_norm=1e9",
+        "train.lr=0.002",
+    ]
     recipe = recipe_of(*overrides)
     model, examples = setting("llama")
     with plain_descent():
@@ -521,10 +551,20 @@ QUARTILES = ("mean", "q1", "q2", "q3")
 def test_gates_and_strength_are_told_by_site_and_round(tiny_overrides: list[str]) -> None:
     """Constant gates: a = 1, b = 0.7, weights 1 at every position. Two rounds of two steps, ramp ½: strength 0, ½ | 1, 1."""
     more = [
-        "evaluation.baselines=[]", "federation.rounds=2", "train.local_steps=2", "distill.weight=1", "distill.ramp=0",
-        "distill.gold=constant", "distill.rest=constant", "distill.beta=0.7", "distill.task_trust=false",
-        "distill.site_trust=false", "structure.branch=0.4", "structure.ramp=0.5", "structure.anneal=0",
-    ]  # fmt: skip
+        "evaluation.baselines=[]",
+        "federation.rounds=2",
+        "train.local_steps=2",
+        "distill.weight=1",
+        "distill.ramp=0",
+        "distill.gold=constant",
+        "distill.rest=constant",
+        "distill.beta=0.7",
+        "distill.task_trust=false",
+        "distill.site_trust=false",
+        "structure.branch=0.4",
+        "structure.ramp=0.5",
+        "structure.anneal=0",
+    ]
     recipe, folder, model = go([*tiny_overrides, *more])
     rows = {(r["name"], r["site"], r["round"]): r["value"] for r in rows_of(folder)}
     units = {r["name"]: r["unit"] for r in rows_of(folder)}
@@ -627,9 +667,17 @@ def strange_base(tiny_base: Path, tmp_path: Path) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.StableLmConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     transformers.StableLmForCausalLM(config).save_pretrained(folder)
     return folder
 

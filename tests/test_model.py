@@ -336,8 +336,9 @@ def test_a_linear_head_is_trained_and_survives_saving(name: str, tmp_path: Path)
     made = {"kind": "classifier", "head": "linear", "classes": CLASSES}
     model = make(name, **made)
     assert set(model.read().dense) >= LINEAR[name]
-    assert set(model.read().lora) == {f"{blocks}.{i}.{m}" for (blocks, maps), i in
-                                      zip_layers(name, model) for m in maps.split()}  # fmt: skip
+    assert set(model.read().lora) == {
+        f"{blocks}.{i}.{m}" for (blocks, maps), i in zip_layers(name, model) for m in maps.split()
+    }
     randomise(model)
     rows = [Example(r, "t", e.ids, target=n) for n, (r, e) in enumerate(zip("abc", examples(name), strict=True))]
     batch = collate(rows, "classifier", model.tokenizer.pad_token_id, 3)

@@ -122,19 +122,33 @@ def test_places_are_found_in_a_model_with_lora(name: str) -> None:
 
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 110, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "pad_token_id": 0,
-    "num_attention_heads": HEADS, "num_key_value_heads": KV_GROUPS, "embedding_size": HIDDEN, "num_local_experts": 2,
-    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 110,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "pad_token_id": 0,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_GROUPS,
+    "embedding_size": HIDDEN,
+    "num_local_experts": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
 OTHER_NAMES = {
     "bloom": {"n_layer": LAYERS, "n_head": HEADS},
     "mbart": {
-        "d_model": HIDDEN, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": HEADS,
-        "decoder_attention_heads": HEADS, "encoder_ffn_dim": INNER, "decoder_ffn_dim": INNER,
+        "d_model": HIDDEN,
+        "encoder_layers": LAYERS,
+        "decoder_layers": LAYERS,
+        "encoder_attention_heads": HEADS,
+        "decoder_attention_heads": HEADS,
+        "encoder_ffn_dim": INNER,
+        "decoder_ffn_dim": INNER,
     },
     "mt5": {"d_model": HIDDEN, "d_kv": 12, "d_ff": INNER, "num_layers": LAYERS, "num_heads": HEADS},
     "gemma3_text": {"head_dim": 16, "sliding_window": 4, "layer_types": ["full_attention"] * LAYERS},
-}  # fmt: skip
+}
 STRUCTURES = [name for name, entry in tables.STRUCTURES.items() if not entry.learns]
 UNSHAPED = sorted(set(tables.ARCHITECTURES) - set(ARCHITECTURES))
 

@@ -75,9 +75,17 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     tokenizer.save_pretrained(folder / "base")
     torch.manual_seed(0)
     config = Starcoder2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     Starcoder2ForCausalLM(config).save_pretrained(folder / "base")
     rows = [{"question": f"{q} {n}", "answers": [a]} for n in range(12) for q, a in QUIZ]
     (folder / "quiz.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -92,8 +92,13 @@ def test_method_table_by_hand() -> None:
     table = method_table(run_rows())
     assert table.header[:4] == ("method", "score, points", "accuracy", "ROUGE-L")
     assert table.header[4:] == (
-        "worst site, own rows", "mean over sites, own rows", "bytes up", "bytes down", "train, s", "rows scored"
-    )  # fmt: skip
+        "worst site, own rows",
+        "mean over sites, own rows",
+        "bytes up",
+        "bytes down",
+        "train, s",
+        "rows scored",
+    )
     # local-only: 20, 30 and 70: mean 40, deviations -20, -10, 30: variance 1400 / 2 = 700, whose root is 26.46
     assert table.lines == (
         ("base", "15.0", "20.0", "10.0", "10.0", "20.0", "–", "–", "–", "40"),
@@ -134,10 +139,14 @@ def stream_rows() -> list[Row]:
     first = [
         row("federated", name, value, unit, 1, task=task, split="test")
         for name, value, unit, task in (
-            ("score", 0.8, "share", "area|gap"), ("accuracy", 0.8, "share", "area|gap"), ("rows", 30, "rows", "area|gap"),
-            ("score", 0.8, "share", ""), ("accuracy", 0.8, "share", ""), ("score_of_stage_1", 0.8, "share", ""),
+            ("score", 0.8, "share", "area|gap"),
+            ("accuracy", 0.8, "share", "area|gap"),
+            ("rows", 30, "rows", "area|gap"),
+            ("score", 0.8, "share", ""),
+            ("accuracy", 0.8, "share", ""),
+            ("score_of_stage_1", 0.8, "share", ""),
         )
-    ]  # fmt: skip
+    ]
     second = scored("federated", 2, 0.5, 0.3, {"a": 0.5})
     second += [row("federated", f"score_of_stage_{n}", v, round=2, split="test") for n, v in ((1, 0.5), (2, 0.3))]
     return [*in_stage(0, first), *in_stage(1, second)]
@@ -224,8 +233,15 @@ def test_the_picture_has_its_names_and_numbers_as_text(tmp_path: Path) -> None:
 def test_byte_units() -> None:
     sizes = (0, 999, 1000, 659_788, 999_949, 999_950, 1_234_567_890, 5e15)
     assert [human_bytes(s) for s in sizes] == [
-        "0 B", "999 B", "1.0 kB", "659.8 kB", "999.9 kB", "1.0 MB", "1.2 GB", "5000.0 TB"
-    ]  # fmt: skip
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "659.8 kB",
+        "999.9 kB",
+        "1.0 MB",
+        "1.2 GB",
+        "5000.0 TB",
+    ]
 
 
 def test_null_becomes_nan_and_is_told_in_words(tmp_path: Path) -> None:
@@ -255,8 +271,15 @@ def test_rows_of_two_runs_are_not_added_up() -> None:
 def test_markdown_shows_names_as_they_are() -> None:
     table = Table("T", ("task", "n"), (("a|b", "1"), ("*x* _y_ a_b <br>\n`z`", "–")), ("note|",))
     assert table.markdown().splitlines() == [
-        "## T", "", "| task | n |", "| --- | ---: |", r"| a\|b | 1 |", r"| \*x\* \_y\_ a_b \<br> \`z\` | – |", "", r"- note\|"
-    ]  # fmt: skip
+        "## T",
+        "",
+        "| task | n |",
+        "| --- | ---: |",
+        r"| a\|b | 1 |",
+        r"| \*x\* \_y\_ a_b \<br> \`z\` | – |",
+        "",
+        r"- note\|",
+    ]
     assert r"| area\|gap | accuracy | 30 |" in task_table(run_rows()).markdown()
 
 

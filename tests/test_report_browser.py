@@ -33,9 +33,15 @@ pytestmark = [
     ),
 ]
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run", "--hide-scrollbars",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--hide-scrollbars",
+)
 
 
 @dataclass
@@ -154,15 +160,35 @@ def test_the_page_shows_what_was_measured(browser: Browser, pages: dict[str, Pat
     browser.open(pages["run"])
     titles = [h.text for h in browser.driver.find_elements(By.CSS_SELECTOR, "h2")]
     assert titles == [
-        "Scores", "Learning curves", "Score by stage", "Score against traffic", "Sites", "Drift by layer", "Gates over time",
-        "Stability under damage", "Retention and generalisation", "How it was run",
-    ]  # fmt: skip
+        "Scores",
+        "Learning curves",
+        "Score by stage",
+        "Score against traffic",
+        "Sites",
+        "Drift by layer",
+        "Gates over time",
+        "Stability under damage",
+        "Retention and generalisation",
+        "How it was run",
+    ]
     browser.open(pages["suite"])
     titles = [h.text for h in browser.driver.find_elements(By.CSS_SELECTOR, "h3")]
     assert titles == [
-        "Scores", "Differences", "Two by two", "Every part alone", "Sensitivity", "Tasks", "Learning curves", "Score by stage",
-        "Stability under damage", "Retention", "Traffic", "Sites", "Drift", "Gates",
-    ]  # fmt: skip
+        "Scores",
+        "Differences",
+        "Two by two",
+        "Every part alone",
+        "Sensitivity",
+        "Tasks",
+        "Learning curves",
+        "Score by stage",
+        "Stability under damage",
+        "Retention",
+        "Traffic",
+        "Sites",
+        "Drift",
+        "Gates",
+    ]
     assert ODD in browser.driver.find_element(By.ID, "main").text  # shown as it is, and harmless
 
 

@@ -110,8 +110,10 @@ def test_held_out_damage_comes_first_and_trained_damage_stands_apart() -> None:
     chart = run_charts.stability(damages("demo", 1, 0.7, True))
     assert chart is not None
     assert [(p.title, p.apart) for p in chart.panels] == [
-        ("noise, held out", False), ("bits, held out", False), ("heads, trained on", True)
-    ]  # fmt: skip
+        ("noise, held out", False),
+        ("bits, held out", False),
+        ("heads, trained on", True),
+    ]
     noise, bits, _ = (panel.series[0].points for panel in chart.panels)
     assert [(p.x, round(p.y, 6)) for p in noise] == [(0.0, 70.0), (0.05, 65.0), (0.1, 60.0)]
     assert (noise[1].low, noise[1].high) == pytest.approx((64.0, 66.0))
@@ -155,8 +157,14 @@ def test_suite_pictures_by_hand(tmp_path: Path) -> None:
     assert forest is not None
     points = {p.x: round(p.y, 6) for s in forest.panels[0].series for p in s.points}
     assert points == {
-        "full": 10.0, "guided": 5.0, ODD: 2.0, "train.lr=0.1": 3.0, "train.lr=0.4": -3.0, "base": -48.0, "centralised": 27.0
-    }  # fmt: skip
+        "full": 10.0,
+        "guided": 5.0,
+        ODD: 2.0,
+        "train.lr=0.1": 3.0,
+        "train.lr=0.4": -3.0,
+        "base": -48.0,
+        "centralised": 27.0,
+    }
     # A 80 when learnt and 50 in the end, B 70, each but A's first shifted; the base has one stage, so nothing to keep
     kept = suite_charts.kept(results)
     assert kept is not None
@@ -351,9 +359,11 @@ def test_a_heat_map_holds_its_cells() -> None:
     (spec,) = figure.specs
     cells = [(line["y"], line["x"], line["label"]) for line in lines_of(spec)]
     assert cells == [
-        ("after stage 1", "stage 1", "80.0"), ("after stage 1", "stage 2", ""),
-        ("after stage 2", "stage 1", "60.0"), ("after stage 2", "stage 2", "80.0"),
-    ]  # fmt: skip
+        ("after stage 1", "stage 1", "80.0"),
+        ("after stage 1", "stage 2", ""),
+        ("after stage 2", "stage 1", "60.0"),
+        ("after stage 2", "stage 2", "80.0"),
+    ]
     assert [line["value"] for line in lines_of(spec)][1] is None
     (rect,) = layers(figure, "rect")
     assert rect["encoding"]["fill"]["scale"]["domain"] == [0.0, 100.0]

@@ -40,9 +40,11 @@ def two_stages(run: str, seed: int, first: float, last: tuple[float, float], own
         *scored(run, seed, {"A": a, "B": b}, own, stage=1, stages=last, round=2),
         *(
             one_row(run, seed, name, 1e6 * (n + 1), "bytes", round=n, site=site)
-            for name in ("bytes_up", "bytes_down") for n in (1, 2) for site in ("a", "b")
+            for name in ("bytes_up", "bytes_down")
+            for n in (1, 2)
+            for site in ("a", "b")
         ),
-    ]  # fmt: skip
+    ]
 
 
 def cost(run: str, seed: int, seconds: float) -> list[Row]:
@@ -52,8 +54,9 @@ def cost(run: str, seed: int, seconds: float) -> list[Row]:
 def per_row(a: float, b: float, method: str = "federated") -> list[dict[str, object]]:
     return [
         {"method": method, "site": "", "task": task, "id": f"{task}{k}", "score": base + (k % 3) / 10}
-        for task, base in (("A", a), ("B", b)) for k in range(9)
-    ]  # fmt: skip
+        for task, base in (("A", a), ("B", b))
+        for k in range(9)
+    ]
 
 
 def make(folder: Path) -> Path:
@@ -139,8 +142,12 @@ def test_an_unfinished_run_counts_for_nothing(tmp_path: Path) -> None:
     (folder / "p2" / "state.json").write_text('{"finished": false}')
     suite = read_suite(folder)
     assert {r.name: r.state for r in suite.runs} == {
-        "b1": "finished", "p1": "finished", "p2": "unfinished", "k1": "finished", "k2": "failed"
-    }  # fmt: skip
+        "b1": "finished",
+        "p1": "finished",
+        "p2": "unfinished",
+        "k1": "finished",
+        "k2": "failed",
+    }
     assert cells(suite)["plain (reference)"]["seeds"] == "1 of 2"
     assert cells(suite)["plain (reference)"]["final score"] == "60.0"
     states = [line[4] for line in run_table(suite).lines]

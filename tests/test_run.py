@@ -116,10 +116,12 @@ def test_one_site_is_plain_lora_training(tiny_overrides: list[str], tiny_base: P
     plain = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32),
         peft.LoraConfig(
-            r=4, lora_alpha=16, task_type="CAUSAL_LM",
+            r=4,
+            lora_alpha=16,
+            task_type="CAUSAL_LM",
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         ),
-    )  # fmt: skip
+    )
     plain.load_state_dict(start)
     trained = [p for p in plain.parameters() if p.requires_grad]
     for round in range(3):
@@ -149,8 +151,17 @@ def test_one_site_is_plain_lora_training(tiny_overrides: list[str], tiny_base: P
 def test_learning_rate_by_hand() -> None:
     train = Train(lr=1.0, warmup=0.2, final_lr=0.5, local_steps=5)
     assert [round(learning_rate(train, s, 10), 4) for s in range(10)] == [
-        0.5, 1.0, 1.0, 0.9375, 0.875, 0.8125, 0.75, 0.6875, 0.625, 0.5625,
-    ]  # fmt: skip
+        0.5,
+        1.0,
+        1.0,
+        0.9375,
+        0.875,
+        0.8125,
+        0.75,
+        0.6875,
+        0.625,
+        0.5625,
+    ]
 
 
 def test_steps_a_round() -> None:
@@ -209,8 +220,11 @@ def test_every_final_test_row_keeps_its_score(uncut: RunFolder) -> None:
     """Their mean by task is the score that the Rows tell; one line a row and leg, local legs under their site."""
     lines = [json.loads(line) for line in (uncut.path / "scores.jsonl").read_text().splitlines()]
     assert len({(line["method"], line["site"], line["id"]) for line in lines}) == len(lines)
-    told = {(r["method"], r["site"], r["task"]): r["value"] for r in rows_of(uncut)
-            if (r["name"], r["split"]) == ("score", "test") and r["task"]}  # fmt: skip
+    told = {
+        (r["method"], r["site"], r["task"]): r["value"]
+        for r in rows_of(uncut)
+        if (r["name"], r["split"]) == ("score", "test") and r["task"]
+    }
     by: dict[tuple[str, str, str], list[float]] = {}
     for line in lines:
         by.setdefault((line["method"], line["site"], line["task"]), []).append(line["score"])
@@ -448,8 +462,10 @@ def test_partition_serves_every_split(tiny_overrides: list[str]) -> None:
     prepared = prepare(recipe)
     everything = sorted(r.id for s in ("train", "validation", "test") for r in prepared.sites.all(s))
     assert len(everything) == len(set(everything)) == 72
-    again = make_sites(sorted(prepared.sites.all("train") + prepared.sites.all("validation") + prepared.sites.all("test"),
-                              key=lambda r: r.id), recipe)  # fmt: skip
+    again = make_sites(
+        sorted(prepared.sites.all("train") + prepared.sites.all("validation") + prepared.sites.all("test"), key=lambda r: r.id),
+        recipe,
+    )
     assert again == prepared.sites
 
 
@@ -478,8 +494,11 @@ def test_checkpoints_hold_every_round(tiny_overrides: list[str]) -> None:
         stored = folder.read_checkpoint("federated", result.state.round, model.read())
         assert same(stored.adapter.tensors(), dict(result.state.adapter.tensors()))
         assert (stored.round, stored.counts, stored.drift, stored.memory) == (
-            result.state.round, result.state.counts, result.state.drift, None
-        )  # fmt: skip
+            result.state.round,
+            result.state.counts,
+            result.state.drift,
+            None,
+        )
     path = folder.checkpoint("federated", 2)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(RunError, match=r"round-0002\.fkl cannot be used.*checksum"):

@@ -65,9 +65,17 @@ class Sites:
             change = difference(after, self.like.with_tensors(self.received[site]))
             positions = 1 + sorted(self.changes).index(site)
             payload = pack(
-                "update", header["round"], self.like, make_codec(self.codec_up).encode(change, 0), self.codec_up,
-                site=site, positions=positions, stats=STATS, seconds=SECONDS, tasks=TASKS,
-            )  # fmt: skip
+                "update",
+                header["round"],
+                self.like,
+                make_codec(self.codec_up).encode(change, 0),
+                self.codec_up,
+                site=site,
+                positions=positions,
+                stats=STATS,
+                seconds=SECONDS,
+                tasks=TASKS,
+            )
             replies.append(self.broken.get(site, Reply(site, payload)))
         return self.reorder(replies)
 

@@ -136,53 +136,68 @@ def _replaced_key(site: Path, content: bytes) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "another FedKeel": (
-        lambda s: change(s / "manifest.json", '"fedkeel": "', '"fedkeel": "9.'), "version", "the federation runs 9.",
+        lambda s: change(s / "manifest.json", '"fedkeel": "', '"fedkeel": "9.'),
+        "version",
+        "the federation runs 9.",
     ),
     "another recipe": (
-        lambda s: change(s / "recipe.toml", "rounds = 10", "rounds = 11"), "recipe", "belongs by manifest.json: copy both",
+        lambda s: change(s / "recipe.toml", "rounds = 10", "rounds = 11"),
+        "recipe",
+        "belongs by manifest.json: copy both",
     ),
     "a recipe that the site did not agree to": (
-        lambda s: change(s / "site.toml", 'recipe_sha256 = "', 'recipe_sha256 = "0'), "recipe",
+        lambda s: change(s / "site.toml", 'recipe_sha256 = "', 'recipe_sha256 = "0'),
+        "recipe",
         "site.toml agrees to recipe_sha256 = 0",
     ),
     "no recipe": (lambda s: (s / "recipe.toml").unlink(), "recipe data", "recipe.toml cannot be read"),
     "no ca.pem": (lambda s: (s / "ca.pem").unlink(), "certificate clock", "ca.pem is no certificate"),
     "ca.pem of another authority": (
         lambda s: (s / "ca.pem").write_bytes(certificate("other", new_key(), 9).public_bytes(Encoding.PEM)),
-        "certificate clock", "the certificate is not of the authority in",
+        "certificate clock",
+        "the certificate is not of the authority in",
     ),
     "key others may read": (lambda s: (s / "node.key").chmod(0o640), "key", "has mode 0640: others may read it; run chmod 600"),
     "no key": (lambda s: (s / "node.key").unlink(), "key", "node.key cannot be read: No such file"),
     "key on another curve": (
         lambda s: _replaced_key(s, ssh_pair(ec.generate_private_key(ec.SECP256R1()), "x")[0]),
-        "key", "is a key of kind secp256r1",
+        "key",
+        "is a key of kind secp256r1",
     ),
     "key in another format": (lambda s: _replaced_key(s, pem(new_key())), "key", "is no private key in OpenSSH's format"),
     "worker key others may read": (lambda s: (s / "worker.key").chmod(0o644), "worker", "worker.key has mode 0644"),
     "short worker key": (lambda s: (s / "worker.key").write_text("secret"), "worker", "a key of 32 bytes or more belongs"),
     "socket is a file": (
-        lambda s: (s / "state/worker.sock").write_text(""), "worker", "is there and is no socket",
+        lambda s: (s / "state/worker.sock").write_text(""),
+        "worker",
+        "is there and is no socket",
     ),
     "socket in no folder": (
-        lambda s: change(s / "site.toml", '"state/worker.sock"', '"site.toml/worker.sock"'), "worker", "no socket can be made",
+        lambda s: change(s / "site.toml", '"state/worker.sock"', '"site.toml/worker.sock"'),
+        "worker",
+        "no socket can be made",
     ),
     "state is a file": (lambda s: change(s / "site.toml", 'state = "state"', 'state = "node.pub"'), "disk", "File exists"),
     "other weights": (_weights, "base", "this is not the base of the federation"),
     "other chat template": (_template, "tokenizer", "this is not the tokenizer of the federation"),
     "no base": (
-        lambda s: change(s / "site.toml", 'base = "', 'base = "/nowhere'), "base tokenizer", "no such folder",
+        lambda s: change(s / "site.toml", 'base = "', 'base = "/nowhere'),
+        "base tokenizer",
+        "no such folder",
     ),
     "no rows": (lambda s: change(s / "site.toml", '"rows.jsonl"', '"row.jsonl"'), "data", "data file not found"),
     "a broken line": (lambda s: _rows(s, '{"input": '), "data", "rows.jsonl:25: not JSON"),
     "an unknown label": (
         lambda s: _rows(s, '{"task": "colour", "input": "x", "output": "pink", "department": "ward-1"}'),
-        "data", "rows.jsonl:25: label 'pink' is not among the labels",
+        "data",
+        "rows.jsonl:25: label 'pink' is not among the labels",
     ),
     "another site's rows": (
         lambda s: _rows(s, '{"task": "echo", "instruction": "i", "input": "x", "output": "y", "department": "ward-2"}'),
-        "data", "1 rows are of site 'ward-2' by their column 'department', and this is 'ward-1'",
+        "data",
+        "1 rows are of site 'ward-2' by their column 'department', and this is 'ward-1'",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

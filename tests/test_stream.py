@@ -53,9 +53,16 @@ LABELS = list(DOMAINS)
 GROUPS = ["stream.stages=bank,travel+home"]
 TASKS = ["stream.stages=intent,echo"]
 METHOD = [
-    "distill.weight=1", "distill.ramp=0.3", "distill.align=cosine", "distill.memory=0.4", "structure.mode=anchored",
-    "structure.heads=0.2", "structure.rank=0.2", "structure.adversary=0.05", "structure.ramp=0.3",
-]  # fmt: skip
+    "distill.weight=1",
+    "distill.ramp=0.3",
+    "distill.align=cosine",
+    "distill.memory=0.4",
+    "structure.mode=anchored",
+    "structure.heads=0.2",
+    "structure.rank=0.2",
+    "structure.adversary=0.05",
+    "structure.ramp=0.3",
+]
 
 
 def stream_rows() -> list[dict[str, str]]:
@@ -88,9 +95,15 @@ def stream_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stream(tiny_overrides: list[str], stream_data: Path) -> list[str]:
     """key=value of a run of two rounds of two steps a stage, at three sites; no baselines."""
     return [
-        *tiny_overrides, f"data.root={stream_data}", "data.site_column=ward", "federation.rounds=2", "train.local_steps=2",
-        "evaluation.baselines=[]", "evaluation.validation_rows=2", "evaluation.max_new_tokens=2",
-    ]  # fmt: skip
+        *tiny_overrides,
+        f"data.root={stream_data}",
+        "data.site_column=ward",
+        "federation.rounds=2",
+        "train.local_steps=2",
+        "evaluation.baselines=[]",
+        "evaluation.validation_rows=2",
+        "evaluation.max_new_tokens=2",
+    ]
 
 
 def prepared_of(overrides: list[str]) -> Prepared:
@@ -229,8 +242,12 @@ def test_replay_keeps_a_few_training_rows_of_each_earlier_stage(stream: list[str
 def test_a_site_without_new_rows_takes_part_with_what_it_keeps(stream: list[str]) -> None:
     """Whole tasks to two sites: without replay one site learns in each stage; with it the first goes on with two rows."""
     shares = [*stream, *TASKS, "partition.scheme=by-task", "partition.sites=2"]
-    first, second = (name for task in ("intent", "echo") for name, held in prepared_of(shares).sites.rows.items()
-                     if held["train"][0].task == task)  # fmt: skip
+    first, second = (
+        name
+        for task in ("intent", "echo")
+        for name, held in prepared_of(shares).sites.rows.items()
+        if held["train"][0].task == task
+    )
     asked = []
     for replay in (0, 2):
         watch = Silent()
@@ -239,8 +256,11 @@ def test_a_site_without_new_rows_takes_part_with_what_it_keeps(stream: list[str]
         rows = rows_of(folder)
         asked.append([[u.site for u in result.updates] for leg, result in watch.results if leg == "federated"])
         # test rows follow the partition, and a stage scores what has come by then
-        own = {(r["stage"], r["site"]) for r in rows if r["name"] == "own_score" and r["split"] == "test"
-               and r["method"] == "federated"}  # fmt: skip
+        own = {
+            (r["stage"], r["site"])
+            for r in rows
+            if r["name"] == "own_score" and r["split"] == "test" and r["method"] == "federated"
+        }
         assert own == {(0, first), (1, first), (1, second)}
         learnt = {(r["site"], r["stage"]) for r in rows if r["name"] == "loss" and r["method"] == "local"}
         assert learnt == {(first, 0), (second, 1)} | ({(first, 1)} if replay else set())
@@ -574,9 +594,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 STOPS = [
-    {"done": 1}, {"scoring": 1}, {"done": 3},
+    {"done": 1},
+    {"scoring": 1},
+    {"done": 3},
     *(pytest.param(stop, marks=pytest.mark.slow) for stop in ({"done": 2}, {"done": 4}, {"scoring": 2})),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=str)

@@ -62,8 +62,11 @@ def test_positions_held_by_task_or_label() -> None:
     assert held_positions(examples, "task") == {"side": 4, "topic": 8}
     # rows 2, 5, 8, 11 answer labels 0, 1, 0, 1 of `side`; rows 0, 1, 3, 4, 6, 7, 9, 10 labels 0, 1, 0, 1, … of `topic`
     assert held_positions(examples, "label") == {
-        "side: science": 2, "side: world": 2, "topic: business news": 4, "topic: sport": 4,
-    }  # fmt: skip
+        "side: science": 2,
+        "side: world": 2,
+        "topic: business news": 4,
+        "topic: sport": 4,
+    }
 
 
 @KINDS

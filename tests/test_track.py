@@ -95,15 +95,23 @@ def test_tags_and_steps_by_hand() -> None:
 
 def test_what_sites_make_together_by_hand() -> None:
     summary = Summary()
-    first = [row("loss", 1.0, site="a", unit="nats"), row("loss", 2.0, site="b", unit="nats"),
-             row("seconds", 9.0, unit="seconds"),
-             row("positions", 5, site="a", unit="positions"), row("positions", 7, site="b", unit="positions"),
-             row("bytes_up", 10, site="a", unit="bytes"), row("bytes_up", 20, site="b", unit="bytes"),
-             row("failed", 1, site="c", unit="rounds"), row("failed", 1, site="d", unit="rounds")]  # fmt: skip
+    first = [
+        row("loss", 1.0, site="a", unit="nats"),
+        row("loss", 2.0, site="b", unit="nats"),
+        row("seconds", 9.0, unit="seconds"),
+        row("positions", 5, site="a", unit="positions"),
+        row("positions", 7, site="b", unit="positions"),
+        row("bytes_up", 10, site="a", unit="bytes"),
+        row("bytes_up", 20, site="b", unit="bytes"),
+        row("failed", 1, site="c", unit="rounds"),
+        row("failed", 1, site="d", unit="rounds"),
+    ]
     assert summary.points(first) == [
-        Point("federated/loss", 3, 1.5), Point("federated/positions", 3, 12), Point("federated/bytes_up", 3, 30),
+        Point("federated/loss", 3, 1.5),
+        Point("federated/positions", 3, 12),
+        Point("federated/bytes_up", 3, 30),
         Point("federated/failed", 3, 2),
-    ]  # fmt: skip
+    ]
     assert summary.points([row("bytes_up", 5, site="a", unit="bytes", round=4)]) == [Point("federated/bytes_up", 4, 35)]
     assert summary.points([row("loss", 1.0, site="a", method="local", unit="nats")]) == []
 

@@ -34,10 +34,18 @@ def write_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
         eos_token_id=2,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -66,8 +74,22 @@ def write_data(folder: Path) -> None:
 def overrides(base: Path, data: Path, out: Path) -> list[str]:
     """key=value of a federation of three sites that takes a second or two."""
     return [
-        "name=tiny", f"out={out}", "threads=1", f"model.base={base}", "model.precision=fp32", "lora.rank=4",
-        "data.source=jsonl", f"data.root={data}", 'data.files=["rows.jsonl"]', "data.tasks_file=tasks.json",
-        "data.site_column=department", "data.max_length=128", "train.local_steps=3", "train.batch_size=4", "train.lr=0.01",
-        "federation.rounds=3", "evaluation.max_new_tokens=4", "evaluation.validation_rows=4",
-    ]  # fmt: skip
+        "name=tiny",
+        f"out={out}",
+        "threads=1",
+        f"model.base={base}",
+        "model.precision=fp32",
+        "lora.rank=4",
+        "data.source=jsonl",
+        f"data.root={data}",
+        'data.files=["rows.jsonl"]',
+        "data.tasks_file=tasks.json",
+        "data.site_column=department",
+        "data.max_length=128",
+        "train.local_steps=3",
+        "train.batch_size=4",
+        "train.lr=0.01",
+        "federation.rounds=3",
+        "evaluation.max_new_tokens=4",
+        "evaluation.validation_rows=4",
+    ]

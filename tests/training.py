@@ -81,9 +81,13 @@ def other(adapter: Adapter, seed: int = 9, size: float = 0.3) -> Adapter:
 
 
 def train(
-    model: Model, examples: Sequence[Example], recipe: Recipe, state: Global | None = None, rounds: int = 2,
+    model: Model,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    state: Global | None = None,
+    rounds: int = 2,
     total: Mapping[str, int] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, float]]:  # fmt: skip
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors and stats after one round from `state` (default: round 0 from the model's own adapter)."""
     state = state or Global(0, model.read())
     model.write(state.adapter)

@@ -40,10 +40,12 @@ def adapter_of(seed: int, rank: int, scale: float) -> Adapter:
 def dense(path: str, updates: Sequence[Update], shares: Mapping[str, float]) -> Tensor:
     """The slow, obvious sum."""
     return sum(
-        (shares[u.site] * u.adapter.lora[path].scale * (u.adapter.lora[path].b.double() @ u.adapter.lora[path].a.double())
-         for u in updates),
+        (
+            shares[u.site] * u.adapter.lora[path].scale * (u.adapter.lora[path].b.double() @ u.adapter.lora[path].a.double())
+            for u in updates
+        ),
         torch.zeros(SHAPES[path], dtype=torch.float64),
-    )  # fmt: skip
+    )
 
 
 def measured(name: str) -> float:

@@ -127,9 +127,10 @@ ONE_RANK = {"alpha/r": ((3,), (8 / 3,)), "rsLoRA": ((3,), (8 / math.sqrt(3),))}
 SEVERAL = {"mixed": (MIXED_RANKS, MIXED_SCALES), "full": ((24, 3), (8 / 24, 8 / math.sqrt(3)))}
 EXACT = {
     f"{rule.entry.name}, {name}": (rule, *case)
-    for rule in AGGREGATORS.values() if rule.entry.exact
+    for rule in AGGREGATORS.values()
+    if rule.entry.exact
     for name, case in (ONE_RANK | SEVERAL if rule.entry.mixed else ONE_RANK).items()
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("rule", "ranks", "scales"), EXACT.values(), ids=EXACT.keys())
@@ -208,9 +209,17 @@ def test_what_is_trained_and_sent() -> None:
 
 @pytest.mark.parametrize(
     ("name", "round", "averaged"),
-    [("freeze_a", 0, "b"), ("alternate", 0, "b"), ("alternate", 1, "a"), ("alternate", 2, "b"), ("share_a", 5, "a"),
-     ("share_b", 5, "b"), ("mean", 3, "ab"), ("residual", 3, "ab")],
-)  # fmt: skip
+    [
+        ("freeze_a", 0, "b"),
+        ("alternate", 0, "b"),
+        ("alternate", 1, "a"),
+        ("alternate", 2, "b"),
+        ("share_a", 5, "a"),
+        ("share_b", 5, "b"),
+        ("mean", 3, "ab"),
+        ("residual", 3, "ab"),
+    ],
+)
 def test_what_is_not_averaged_is_the_references_to_the_bit(name: str, round: int, averaged: str) -> None:
     updates, reference = make_updates(3), make_adapter(0)
     shares = weights(updates, "positions")

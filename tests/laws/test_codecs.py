@@ -42,9 +42,17 @@ LARGEST = float(np.finfo(np.float32).max)
 
 # both factors of an adapter, a square, odd sizes, one dimension, none, three, and one long enough for places as numbers
 SHAPES = {
-    "m.a": (3, 14), "m.b": (10, 3), "square": (5, 5), "vector": (7,), "one": (1,), "scalar": (), "cube": (2, 3, 5),
-    "tall": (5, 2, 3), "long": (1, 700), "mask": (4, 9),
-}  # fmt: skip
+    "m.a": (3, 14),
+    "m.b": (10, 3),
+    "square": (5, 5),
+    "vector": (7,),
+    "one": (1,),
+    "scalar": (),
+    "cube": (2, 3, 5),
+    "tall": (5, 2, 3),
+    "long": (1, 700),
+    "mask": (4, 9),
+}
 
 
 def shaped(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -392,8 +400,13 @@ def test_whole_numbers_and_scales_are_those_of_the_slow_twin(bits: int, kind: st
 def test_both_factors_of_an_adapter_have_a_scale_for_each_rank() -> None:
     wire = make_codec("int8").wire({"a": (4, 64), "b": (96, 4), "square": (6, 6), "flat": (50,), "cube": (2, 3, 5), "dot": ()})
     assert {n: shape for n, (_, shape) in wire.items() if n.endswith("#scale")} == {
-        "a#scale": (4,), "b#scale": (4,), "square#scale": (6,), "flat#scale": (1,), "cube#scale": (5,), "dot#scale": (1,)
-    }  # fmt: skip
+        "a#scale": (4,),
+        "b#scale": (4,),
+        "square#scale": (6,),
+        "flat#scale": (1,),
+        "cube#scale": (5,),
+        "dot#scale": (1,),
+    }
     # one large number spoils the precision of its own row only
     factor = numbers(1, 4, 64)
     factor[2, 5] = 1e6

@@ -166,8 +166,11 @@ def _start(site: SiteFile) -> Connection:
             with _log(site).open("ab") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "fedkeel.engines.worker", str(site.path)],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                )  # fmt: skip
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
         connection = _connect(site, end - time.monotonic())
         if connection is not None:
             return connection

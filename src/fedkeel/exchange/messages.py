@@ -50,8 +50,13 @@ def pack(kind: str, round: int, adapter: Adapter, encoded: Mapping[str, Tensor],
 
 
 def unpack(
-    payload: bytes, kind: str, round: int | None, like: Adapter, names: Collection[str] | None = None, codec: str = "",
-) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
+    payload: bytes,
+    kind: str,
+    round: int | None,
+    like: Adapter,
+    names: Collection[str] | None = None,
+    codec: str = "",
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and float32 tensors of a message made by `pack` for an adapter laid out as `like`.
 
     round: what the message must be of; None takes any. names: the tensors that it must carry; None: all. codec: what it
@@ -121,8 +126,12 @@ def pack_global(kind: str, state: Global, way: Way = Way(), since: int | None = 
 
 
 def unpack_global(
-    payload: bytes, kind: str, like: Adapter, names: Collection[str] | None = None, codec: str = "",
-) -> tuple[dict[str, Any], Global]:  # fmt: skip
+    payload: bytes,
+    kind: str,
+    like: Adapter,
+    names: Collection[str] | None = None,
+    codec: str = "",
+) -> tuple[dict[str, Any], Global]:
     """Header and state of a message made by `pack_global`. Tensors that do not travel are those of `like`.
 
     The state's `shifts` are the entries that travelled; header["shifts"]["first"] counts those before them.

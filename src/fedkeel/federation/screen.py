@@ -19,9 +19,18 @@ STAT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 MOST_STATS = 64
 # rows that the server writes itself; a site may not tell a number under such a name
 OWN_ROWS = {
-    "positions", "failed", "score", "own_score", "rows", "aggregation_error", "aggregation_seconds", "bytes_up", "bytes_down",
-    "site_seconds", "test_seconds",
-}  # fmt: skip
+    "positions",
+    "failed",
+    "score",
+    "own_score",
+    "rows",
+    "aggregation_error",
+    "aggregation_seconds",
+    "bytes_up",
+    "bytes_down",
+    "site_seconds",
+    "test_seconds",
+}
 
 
 @dataclass(frozen=True)

@@ -97,11 +97,14 @@ def local(cast: Cast) -> list[Leg]:
     """The baseline `local`: every site on its own."""
     stages = range(len(cast.rows))
     return [
-        Leg(f"local/{name}", "local", 1, [
-            Stage(single(cast.recipe, cast.steps(s).get(name, 0)), {name: cast.rows[s].get(name, 0)}) for s in stages
-        ])
+        Leg(
+            f"local/{name}",
+            "local",
+            1,
+            [Stage(single(cast.recipe, cast.steps(s).get(name, 0)), {name: cast.rows[s].get(name, 0)}) for s in stages],
+        )
         for name in cast.sites
-    ]  # fmt: skip
+    ]
 
 
 def centralised(cast: Cast) -> list[Leg]:

@@ -132,9 +132,15 @@ class Wandb:
         shutil.rmtree(folder / "wandb", ignore_errors=True)
         # nothing but points: no console, code, repository, machine or list of packages
         settings = wandb.Settings(
-            console="off", disable_code=True, disable_git=True, x_disable_meta=True, x_disable_stats=True,
-            x_disable_machine_info=True, x_save_requirements=False, host=PROJECT,
-        )  # fmt: skip
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+            host=PROJECT,
+        )
         project, mode = os.environ.get("WANDB_PROJECT", PROJECT), os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(project=project, name=run, dir=str(folder), mode=mode, settings=settings)
         self._run.define_metric("*", step_metric="round")

@@ -82,9 +82,13 @@ def score(
 
 
 def _classify(
-    model: Model, formatter: Formatter, records: Sequence[Record], config: Evaluation,
-    found: dict[str, Scored], advance: Callable[[int], None],
-) -> None:  # fmt: skip
+    model: Model,
+    formatter: Formatter,
+    records: Sequence[Record],
+    config: Evaluation,
+    found: dict[str, Scored],
+    advance: Callable[[int], None],
+) -> None:
     pairs = sorted(((formatter.encode(r), r) for r in records), key=lambda p: (p[0].length, p[1].id))
     for start in range(0, len(pairs), config.batch_size):
         chunk = pairs[start : start + config.batch_size]
@@ -189,9 +193,13 @@ def _behind_encoder(model: Model, prompts: Sequence[Sequence[int]], flat: Sequen
 
 
 def _by_likelihood(
-    model: Model, formatter: Formatter, records: Sequence[Record], config: Evaluation,
-    found: dict[str, Scored], advance: Callable[[int], None],
-) -> None:  # fmt: skip
+    model: Model,
+    formatter: Formatter,
+    records: Sequence[Record],
+    config: Evaluation,
+    found: dict[str, Scored],
+    advance: Callable[[int], None],
+) -> None:
     encoded = []
     for record in records:
         answers = [formatter.answer_ids(record, label) for label in record.labels]
@@ -208,9 +216,13 @@ def _by_likelihood(
 
 
 def _generate(
-    model: Model, formatter: Formatter, records: Sequence[Record], config: Evaluation,
-    found: dict[str, Scored], advance: Callable[[int], None],
-) -> None:  # fmt: skip
+    model: Model,
+    formatter: Formatter,
+    records: Sequence[Record],
+    config: Evaluation,
+    found: dict[str, Scored],
+    advance: Callable[[int], None],
+) -> None:
     encoded = [(formatter.prompt_ids(r, config.max_new_tokens), r) for r in records]
     encoded.sort(key=lambda e: (len(e[0]), e[1].id))
     for start in range(0, len(encoded), config.batch_size):
@@ -225,10 +237,15 @@ def _generate(
         ends = {model.tokenizer.eos_token_id}.union(*(last for last in lasts if len(last) == 1))
         with quiet():
             out = model.net.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, use_cache=True,
-                max_new_tokens=config.max_new_tokens, pad_token_id=pad,
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                max_new_tokens=config.max_new_tokens,
+                pad_token_id=pad,
                 eos_token_id=sorted(e for e in ends if e is not None),
-            )  # fmt: skip
+            )
         new = out if model.kind == "seq2seq" else out[:, ids.shape[1] :]
         for (_, record), tokens in zip(chunk, new, strict=True):
             text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -220,9 +220,12 @@ class Courier:
             )
 
     def ask(
-        self, kind: str, requests: Mapping[str, tuple[Mapping[str, Any], bytes]], deadline: float,
+        self,
+        kind: str,
+        requests: Mapping[str, tuple[Mapping[str, Any], bytes]],
+        deadline: float,
         done: Callable[[str], None] = lambda site: None,
-    ) -> dict[str, tuple[dict[str, Any], bytes] | FedKeelError]:  # fmt: skip
+    ) -> dict[str, tuple[dict[str, Any], bytes] | FedKeelError]:
         """site -> the answer (header, payload) to its request, or what went wrong; all within `deadline` seconds.
 
         requests: site -> (header, payload). done: called with a site's name as its answer comes.

@@ -128,8 +128,13 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
     with tempfile.TemporaryDirectory(prefix="fk-", ignore_cleanup_errors=True) as home:
         os.environ["FLWR_HOME"] = home
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: they would stand back behind all else that runs
-        init = {"num_cpus": workers * prepared.recipe.threads, "include_dashboard": False, "log_to_driver": False,
-                "_temp_dir": f"{home}/ray", "logging_level": logging.ERROR}  # fmt: skip
+        init = {
+            "num_cpus": workers * prepared.recipe.threads,
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "_temp_dir": f"{home}/ray",
+            "logging_level": logging.ERROR,
+        }
         crash: BaseException | None = None
         try:
             run_simulation(app, client_app, sites, backend_config={"init_args": init, "client_resources": needs})

@@ -65,9 +65,7 @@ def _row_scores(line: Line, left_out: Collection[str]) -> dict[int, Scores]:
     return {seed: scores for seed, scores in kept.items() if scores}
 
 
-def _result(
-    line: Line, reference: Line | None, stream: str, left_out: Collection[str], families: Collection[str]
-) -> Result:  # fmt: skip
+def _result(line: Line, reference: Line | None, stream: str, left_out: Collection[str], families: Collection[str]) -> Result:
     final = _finals(line, left_out)
     against = _finals(reference, left_out) if reference else {}
     compared = reference is not None and reference != line
@@ -84,16 +82,21 @@ def _result(
         return tuple(v for v in values if v is not None)
 
     return Result(
-        line, final, {seed: score - against[seed] for seed, score in final.items() if compared and seed in against}, interval,
+        line,
+        final,
+        {seed: score - against[seed] for seed, score in final.items() if compared and seed in against},
+        interval,
         {name: tuple(n[name] for n in numbers if name in n) for name in ("learnt", "final", "bwt", "forgetting", "retention")},
-        tuple(map(metrics.worst, own)), tuple(map(metrics.bottom_decile, own)),
+        tuple(map(metrics.worst, own)),
+        tuple(map(metrics.bottom_decile, own)),
         tuple(metrics.spread(values) for values in own if len(values) > 1),
-        known([ssi for ssi, _ in damaged]), known([fall for _, fall in damaged]),
+        known([ssi for ssi, _ in damaged]),
+        known([fall for _, fall in damaged]),
         tuple(rounds_done(r.rows) for r in federated),
         known([total(r.rows, "federated", "bytes_up") for r in federated]),
         known([total(r.rows, "federated", "bytes_down") for r in federated]),
         tuple(seconds for r in federated for seconds in cpu_seconds(r.rows)),
-    )  # fmt: skip
+    )
 
 
 def _finals(line: Line, left_out: Collection[str]) -> dict[int, float]:
@@ -121,10 +124,14 @@ def interaction(results: Sequence[Result], square: Sequence[str]) -> dict[int, d
     neither, first, second, both = (by_name[name] for name in square)
     return {
         seed: {
-            "neither": neither[seed], "first": first[seed], "second": second[seed], "both": both[seed],
-            "first alone": first[seed] - neither[seed], "second alone": second[seed] - neither[seed],
+            "neither": neither[seed],
+            "first": first[seed],
+            "second": second[seed],
+            "both": both[seed],
+            "first alone": first[seed] - neither[seed],
+            "second alone": second[seed] - neither[seed],
             "together": both[seed] - neither[seed],
             "interaction": metrics.interaction(neither[seed], first[seed], second[seed], both[seed]),
         }
         for seed in sorted(set(neither) & set(first) & set(second) & set(both))
-    }  # fmt: skip
+    }

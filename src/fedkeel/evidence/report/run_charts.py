@@ -100,9 +100,15 @@ def learning(rows: Sequence[Row]) -> Chart | None:
     starts = stage_starts(rows)
     notes = ("Upright rules: a new stage begins; validation rows are of the tasks that have come by then.",) if starts else ()
     return Chart(
-        "learning", "Learning curves", " ".join(told), tuple(panels), spread="lowest to highest of the sites",
-        starts=starts, digits=2, notes=notes,
-    )  # fmt: skip
+        "learning",
+        "Learning curves",
+        " ".join(told),
+        tuple(panels),
+        spread="lowest to highest of the sites",
+        starts=starts,
+        digits=2,
+        notes=notes,
+    )
 
 
 def stage_grid(name: str, matrix: Matrix) -> Grid:
@@ -114,9 +120,12 @@ def stage_grid(name: str, matrix: Matrix) -> Grid:
     if "bwt" in numbers:
         told += f"; backward transfer {signed(100 * numbers['bwt'])}, forgetting {points(numbers['forgetting'])} points"
     return Grid(
-        name, told + ".", tuple(f"after stage {s + 1}" for s in sorted(matrix)), tuple(f"stage {i + 1}" for i in columns),
+        name,
+        told + ".",
+        tuple(f"after stage {s + 1}" for s in sorted(matrix)),
+        tuple(f"stage {i + 1}" for i in columns),
         tuple(tuple(100 * matrix[s][i] if i in matrix[s] else None for i in columns) for s in sorted(matrix)),
-    )  # fmt: skip
+    )
 
 
 def stages(rows: Sequence[Row]) -> Heat | None:
@@ -130,9 +139,15 @@ def stage_heat(matrices: Mapping[str, Matrix]) -> Heat | None:
     if not grids:
         return None
     return Heat(
-        "stages", "Score by stage", "test rows of", "read", "points from 0 to 100", grids, (0.0, 100.0),
+        "stages",
+        "Score by stage",
+        "test rows of",
+        "read",
+        "points from 0 to 100",
+        grids,
+        (0.0, 100.0),
         notes=("The diagonal is what was just learnt; down a column, what is left of it.",),
-    )  # fmt: skip
+    )
 
 
 def traffic(rows: Sequence[Row]) -> Chart | None:
@@ -167,11 +182,16 @@ def fairness_lines(own: Mapping[str, Sequence[float]]) -> Table:
     """Worst, bottom decile, mean and standard deviation over sites, a line a name, in points."""
     lines = tuple(
         (
-            name, str(len(v)), points(metrics.worst(v)), points(metrics.bottom_decile(v)), points(mean_and_sd(v)[0]),
-            points(max(v)), points(metrics.spread(v)) if len(v) > 1 else MISSING,
+            name,
+            str(len(v)),
+            points(metrics.worst(v)),
+            points(metrics.bottom_decile(v)),
+            points(mean_and_sd(v)[0]),
+            points(max(v)),
+            points(metrics.spread(v)) if len(v) > 1 else MISSING,
         )
         for name, v in own.items()
-    )  # fmt: skip
+    )
     header = ("model", "sites", "worst", "bottom decile", "mean", "best", "sd")
     notes = (
         "Points on a site's own test rows. Bottom decile: the mean of the lowest tenth of the sites, rounded up; "
@@ -230,9 +250,12 @@ def drift(rows: Sequence[Row]) -> Heat | None:
     most = max(means, key=lambda block: means[block])
     told = f"The sites disagree most in {most}, with D = {number(means[most], 2)} in the mean over rounds."
     grid = Grid(
-        "federated", told, tuple(found), tuple(str(round) for round in order),
+        "federated",
+        told,
+        tuple(found),
+        tuple(str(round) for round in order),
         tuple(tuple(values.get(round) for round in order) for values in found.values()),
-    )  # fmt: skip
+    )
     note = ("D = (Σ p‖Δ‖² − ‖Σ p Δ‖²)/‖Σ p Δ‖² of the sites' updates Δ of a block: 0 where all moved alike; Γ = D + 1.",)
     return Heat("drift", "Drift by layer", "round", "block", "D, a ratio", (grid,), digits=2, notes=note)
 
@@ -247,9 +270,15 @@ def site_cka(rows: Sequence[Row]) -> Chart | None:
     panel = Panel("One more local round against the final model", "tap", "1 − CKA", (Series("federated", curve),))
     note = ("On fixed prompts; 0 where the site's hidden states are those of the final model.",)
     return Chart(
-        "site-cka", "What a local round changes, by layer", told, (panel,), spread="lowest to highest of the sites",
-        drawn="bars", digits=3, notes=note,
-    )  # fmt: skip
+        "site-cka",
+        "What a local round changes, by layer",
+        told,
+        (panel,),
+        spread="lowest to highest of the sites",
+        drawn="bars",
+        digits=3,
+        notes=note,
+    )
 
 
 def cka_by_tap(rows: Sequence[Row]) -> dict[str, list[float]]:
@@ -278,11 +307,12 @@ def gate_curve(rows: Sequence[Row], name: str) -> tuple[Point, ...]:
     low, high = (by_round(rows, f"{name}_{q}") for q in ("q1", "q3"))
     return tuple(
         Point(
-            round, mean_and_sd(values)[0],
+            round,
+            mean_and_sd(values)[0],
             *((mean_and_sd(low[round])[0], mean_and_sd(high[round])[0]) if round in low and round in high else ()),
         )
         for round, values in mean.items()
-    )  # fmt: skip
+    )
 
 
 def gates(rows: Sequence[Row]) -> Chart | None:
@@ -296,9 +326,14 @@ def gates(rows: Sequence[Row]) -> Chart | None:
     if not panels:
         return None
     return Chart(
-        "gates", "Gates over time", f"Means over sites: {'; '.join(told)}.", tuple(panels), starts=stage_starts(rows), digits=3,
+        "gates",
+        "Gates over time",
+        f"Means over sites: {'; '.join(told)}.",
+        tuple(panels),
+        starts=stage_starts(rows),
+        digits=3,
         spread="lower to upper quartile over positions, mean over sites",
-    )  # fmt: skip
+    )
 
 
 def _family(name: str) -> tables.Damage:
@@ -370,8 +405,13 @@ def stability(measures: Sequence[Row]) -> Chart | None:
     )
     table = Table("Score under damage", header, tuple(lines), notes, tuple(rules))
     return Chart(
-        "stability", "Stability under damage", told, tuple(panels), spread="± sd over draws", table=table,
-    )  # fmt: skip
+        "stability",
+        "Stability under damage",
+        told,
+        tuple(panels),
+        spread="± sd over draws",
+        table=table,
+    )
 
 
 def _stability_words(measures: Sequence[Row], clean: float | None) -> str:

@@ -72,6 +72,9 @@ def run_page(run: Run, summary: str, missing: Sequence[str]) -> Page:
     commit = run.environment.get("commit") or "not known"
     source = f"Run {run.name}, seed {rows[0].seed}, recipe.toml beside it, commit {commit}"
     return Page(
-        run.name, "FedKeel · report of a run", tuple(lead), source,
+        run.name,
+        "FedKeel · report of a run",
+        tuple(lead),
+        source,
         tuple(Section(key, title, blocks) for key, title, blocks in found if blocks),
-    )  # fmt: skip
+    )

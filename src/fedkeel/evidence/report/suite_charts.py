@@ -71,9 +71,15 @@ def learning(results: Sequence[Result]) -> Chart | None:
     starts = stage_starts(_methods(results)[0].line.runs[0].rows)
     notes = ("Upright rules: a new stage begins; validation rows are of the tasks that have come by then.",) if starts else ()
     return Chart(
-        "learning", "Learning curves by method", _ends(series, "points on validation rows"),
-        (Panel("Validation score", ROUND, POINTS, series),), spread="± sd over seeds", drawn="none", starts=starts, notes=notes,
-    )  # fmt: skip
+        "learning",
+        "Learning curves by method",
+        _ends(series, "points on validation rows"),
+        (Panel("Validation score", ROUND, POINTS, series),),
+        spread="± sd over seeds",
+        drawn="none",
+        starts=starts,
+        notes=notes,
+    )
 
 
 def traffic(results: Sequence[Result]) -> Chart | None:
@@ -106,10 +112,13 @@ def traffic(results: Sequence[Result]) -> Chart | None:
         lines.append((s.name, *cells, *([MISSING] * (len(header) - 1 - len(cells)))))
     notes = ("MB (10⁶ bytes) up and down of all sites since the start and validation score in points, means over seeds.",)
     return Chart(
-        "traffic", "Score against traffic by method", told,
-        (Panel("Validation score", "MB sent up and down, all sites", POINTS, tuple(series), log_x=True),), drawn="none",
+        "traffic",
+        "Score against traffic by method",
+        told,
+        (Panel("Validation score", "MB sent up and down, all sites", POINTS, tuple(series), log_x=True),),
+        drawn="none",
         table=Table("Score against traffic by method", header, tuple(lines), notes),
-    )  # fmt: skip
+    )
 
 
 def differences(suite: Suite, results: Sequence[Result]) -> Chart | None:
@@ -191,11 +200,17 @@ def stability(results: Sequence[Result]) -> Chart | None:
                 scores = [names[key] for names, _ in held if (key := f"{at:g}/score") in names]
                 falls = [clean - names[key] for names, clean in held if clean is not None and key in names]
                 alike = [names[key] for names, _ in held if (key := f"{at:g}/consistency") in names]
-                lines[family].append((
-                    family, f"{at:g}", r.line.name, "trained on" if trained else "held out", points(mean_and_sd(scores)[0]),
-                    points(mean_and_sd(falls)[0]) if falls else MISSING,
-                    number(mean_and_sd(alike)[0], 3) if alike else MISSING,
-                ))  # fmt: skip
+                lines[family].append(
+                    (
+                        family,
+                        f"{at:g}",
+                        r.line.name,
+                        "trained on" if trained else "held out",
+                        points(mean_and_sd(scores)[0]),
+                        points(mean_and_sd(falls)[0]) if falls else MISSING,
+                        number(mean_and_sd(alike)[0], 3) if alike else MISSING,
+                    )
+                )
     if not families:
         return None
     order = sorted(families, key=lambda f: (any(s.apart for s in families[f]), *family_place(f)))
@@ -220,9 +235,13 @@ def stability(results: Sequence[Result]) -> Chart | None:
     rules = tuple(n for n in range(1, len(ordered)) if ordered[n][0] != ordered[n - 1][0])
     notes = ("Score and fall (clean less damaged) in points, consistency = 1 − E[JS]/ln 2; means over draws and seeds.",)
     return Chart(
-        "stability", "Stability under damage by method", told, tuple(panels), drawn="none",
+        "stability",
+        "Stability under damage by method",
+        told,
+        tuple(panels),
+        drawn="none",
         table=Table("Stability under damage by method", header, tuple(ordered), notes, rules),
-    )  # fmt: skip
+    )
 
 
 def sites(results: Sequence[Result]) -> tuple[Chart, Table] | None:
@@ -291,9 +310,15 @@ def gates(results: Sequence[Result]) -> Chart | None:
     told = f"{first.title} ends at {number(ends[0][0], 2)} under {ends[0][1]}"
     told += f" and at {number(ends[-1][0], 2)} under {ends[-1][1]}." if len(ends) > 1 else "."
     return Chart(
-        "gates", "Gates over time by method", told, tuple(panels),
-        spread="± sd over seeds", drawn="none", digits=3, starts=stage_starts(_methods(results)[0].line.runs[0].rows),
-    )  # fmt: skip
+        "gates",
+        "Gates over time by method",
+        told,
+        tuple(panels),
+        spread="± sd over seeds",
+        drawn="none",
+        digits=3,
+        starts=stage_starts(_methods(results)[0].line.runs[0].rows),
+    )
 
 
 def square(suite: Suite, stream: str, results: Sequence[Result]) -> Chart | None:
@@ -314,9 +339,14 @@ def square(suite: Suite, stream: str, results: Sequence[Result]) -> Chart | None
     mean, sd = mean_and_sd([100 * one["interaction"] for one in found.values()])
     told = f"Interaction of {first} and {second}: {signed(mean)}" + (f" ± {number(sd)}" if len(found) > 1 else "") + " points."
     return Chart(
-        "square", f"{first} × {second}", told, (Panel("Final test score", "", POINTS, series),), spread="± sd over seeds",
-        drawn="bars", table=square_table(suite, stream, results),
-    )  # fmt: skip
+        "square",
+        f"{first} × {second}",
+        told,
+        (Panel("Final test score", "", POINTS, series),),
+        spread="± sd over seeds",
+        drawn="bars",
+        table=square_table(suite, stream, results),
+    )
 
 
 def parts(suite: Suite, results: Sequence[Result]) -> Chart | None:
@@ -362,6 +392,11 @@ def knob(suite: Suite, stream: str, results: Sequence[Result], key: str, number_
         f"{key}: the final score is between {number(min(p.y for p in scores))} and {number(best.y)} points, best at {best.x}."
     )
     return Chart(
-        f"knob-{number_of}", f"Sensitivity: {key}", told, tuple(panels), spread="± sd over seeds", drawn="bars",
+        f"knob-{number_of}",
+        f"Sensitivity: {key}",
+        told,
+        tuple(panels),
+        spread="± sd over seeds",
+        drawn="bars",
         table=knob_table(suite, stream, results, key),
-    )  # fmt: skip
+    )

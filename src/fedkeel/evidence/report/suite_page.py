@@ -133,13 +133,17 @@ def _stream_section(suite: Suite, stream: _Stream, number: int) -> Section:
         ("scores", "Scores", table(tables.score_table(suite, name, results, stream.chances))),
         ("differences", "Differences", figure(charts.differences(suite, results))),
         ("square", "Two by two", figure(charts.square(suite, name, results))),
-        ("parts", "Every part alone", (
-            *figure(charts.parts(suite, results)), *table(tables.parts_table(suite, name, results))
-        )),
+        (
+            "parts",
+            "Every part alone",
+            (*figure(charts.parts(suite, results)), *table(tables.parts_table(suite, name, results))),
+        ),
         ("knobs", "Sensitivity", tuple(knobs)),
-        ("tasks", "Tasks", (
-            *table(tables.task_table(name, results, stream.chances)), *table(tables.chance_table(name, stream.chances))
-        )),
+        (
+            "tasks",
+            "Tasks",
+            (*table(tables.task_table(name, results, stream.chances)), *table(tables.chance_table(name, stream.chances))),
+        ),
         ("learning", "Learning curves", figure(charts.learning(results))),
         ("stages", "Score by stage", figure(charts.stages(results, stream.left_out))),
         ("stability", "Stability under damage", figure(charts.stability(results))),
@@ -148,7 +152,7 @@ def _stream_section(suite: Suite, stream: _Stream, number: int) -> Section:
         ("sites", "Sites", figure(sites[0]) if sites else ()),
         ("drift", "Drift", figure(charts.drift(results))),
         ("gates", "Gates", figure(charts.gates(results))),
-    ]  # fmt: skip
+    ]
     parts = tuple(Section(f"s{number}-{key}", title, blocks) for key, title, blocks in found if blocks)
     text = suite.streams.get(name, "")
     return Section(f"s{number}", name, (Text(text),) if text else (), parts)

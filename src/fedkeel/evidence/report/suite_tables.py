@@ -69,9 +69,13 @@ def _same(values: Sequence[Any]) -> str:
 
 def _steps(line: Line) -> str:
     trains = [run.recipe.get("train", {}) for run in line.runs]
-    return _same([
-        plural(t["local_epochs"], "epoch") if t.get("local_epochs") else t["local_steps"] for t in trains if "local_steps" in t
-    ])  # fmt: skip
+    return _same(
+        [
+            plural(t["local_epochs"], "epoch") if t.get("local_epochs") else t["local_steps"]
+            for t in trains
+            if "local_steps" in t
+        ]
+    )
 
 
 def _seeds(line: Line) -> str:
@@ -90,34 +94,54 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
     cost = reference.cost if reference and sum(reference.cost) > 0.0 else ()
     low = f"{COVERAGE:.0%} interval".replace("%", " %")
     header = (
-        "method", "seeds", "final score", f"difference to {suite.reference}", low, "rounds", "local steps", "trials", "MB up",
-        "MB down", "step cost", "when learnt", "BWT", "forgetting", "retention ratio", "worst site", "bottom decile",
-        "sd over sites", "held-out SSI", "held-out fall",
-    )  # fmt: skip
+        "method",
+        "seeds",
+        "final score",
+        f"difference to {suite.reference}",
+        low,
+        "rounds",
+        "local steps",
+        "trials",
+        "MB up",
+        "MB down",
+        "step cost",
+        "when learnt",
+        "BWT",
+        "forgetting",
+        "retention ratio",
+        "worst site",
+        "bottom decile",
+        "sd over sites",
+        "held-out SSI",
+        "held-out fall",
+    )
     lines = []
     for r in results:
         is_reference = r is reference
         federated = not r.line.baseline
         trials = suite.trials.get(stream, {}).get(r.line.method)
-        lines.append((
-            r.line.name + (" (reference)" if is_reference else ""),
-            _seeds(r.line),
-            _final(r),
-            REFERENCE if is_reference else ahead_text(r.ahead.values()),
-            f"{signed_points(r.interval.low)} to {signed_points(r.interval.high)}" if r.interval else MISSING,
-            _same(r.rounds),
-            _steps(r.line) if federated else MISSING,
-            MISSING if trials is None or not federated else str(trials),
-            megabytes(r.up), megabytes(r.down),
-            number(step_cost(r.cost, cost), 2) if cost and r.cost else MISSING,
-            points_with_sd(r.stream["learnt"]),
-            points_with_sd(r.stream["bwt"]),
-            points_with_sd(r.stream["forgetting"]),
-            with_sd(r.stream["retention"]),
-            *(points_with_sd(values) for values in (r.worst, r.decile, r.spread)),
-            with_sd(r.held_out_ssi),
-            points_with_sd(r.held_out_fall),
-        ))  # fmt: skip
+        lines.append(
+            (
+                r.line.name + (" (reference)" if is_reference else ""),
+                _seeds(r.line),
+                _final(r),
+                REFERENCE if is_reference else ahead_text(r.ahead.values()),
+                f"{signed_points(r.interval.low)} to {signed_points(r.interval.high)}" if r.interval else MISSING,
+                _same(r.rounds),
+                _steps(r.line) if federated else MISSING,
+                MISSING if trials is None or not federated else str(trials),
+                megabytes(r.up),
+                megabytes(r.down),
+                number(step_cost(r.cost, cost), 2) if cost and r.cost else MISSING,
+                points_with_sd(r.stream["learnt"]),
+                points_with_sd(r.stream["bwt"]),
+                points_with_sd(r.stream["forgetting"]),
+                with_sd(r.stream["retention"]),
+                *(points_with_sd(values) for values in (r.worst, r.decile, r.spread)),
+                with_sd(r.held_out_ssi),
+                points_with_sd(r.held_out_fall),
+            )
+        )
     shown = [k for k in range(len(header)) if k < 3 or any(line[k] not in (MISSING, REFERENCE) for line in lines)]
     title = f"{stream}: scores"
     short = tuple(tuple(line[k] for k in shown) for line in lines)
@@ -232,11 +256,15 @@ def square_table(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
     found = interaction(results, suite.square)
     first, second = suite.factors if len(suite.factors) == 2 else ("", "")
     what = (
-        ("neither", "neither", False), (f"{first} alone", "first", False), (f"{second} alone", "second", False),
-        ("both", "both", False), (f"gain of {first} alone", "first alone", True),
-        (f"gain of {second} alone", "second alone", True), ("gain of both together", "together", True),
+        ("neither", "neither", False),
+        (f"{first} alone", "first", False),
+        (f"{second} alone", "second", False),
+        ("both", "both", False),
+        (f"gain of {first} alone", "first alone", True),
+        (f"gain of {second} alone", "second alone", True),
+        ("gain of both together", "together", True),
         ("interaction", "interaction", True),
-    )  # fmt: skip
+    )
     lines = []
     for name, key, gain in what if found else ():
         values = [one[key] for one in found.values()]
@@ -265,11 +293,14 @@ def parts_table(suite: Suite, stream: str, results: Sequence[Result]) -> Table:
     """Every part alone, see `parts_of`."""
     lines = tuple(
         (
-            r.line.name, suite.methods.get(r.line.name) or MISSING, _final(r), ahead_text(gains),
+            r.line.name,
+            suite.methods.get(r.line.name) or MISSING,
+            _final(r),
+            ahead_text(gains),
             points_with_sd(r.stream["forgetting"]),
         )
         for r, gains in parts_of(suite, results)
-    )  # fmt: skip
+    )
     header = ("part", "what it is", "final score", f"gain over {suite.square[0] if suite.square else 'neither'}", "forgetting")
     return Table(f"{stream}: every part alone", header, lines, ("In points; mean ± sd over seeds.",) if lines else ())
 
@@ -313,12 +344,14 @@ def knob_table(suite: Suite, stream: str, results: Sequence[Result], key: str) -
     """How final score and forgetting answer to one key, all else as in the reference."""
     lines = tuple(
         (
-            value + (" (reference)" if own else ""), _seeds(r.line),
+            value + (" (reference)" if own else ""),
+            _seeds(r.line),
             _final(r),
-            REFERENCE if own else ahead_text(r.ahead.values()), points_with_sd(r.stream["forgetting"]),
+            REFERENCE if own else ahead_text(r.ahead.values()),
+            points_with_sd(r.stream["forgetting"]),
         )
         for value, r, own in knob_lines(suite, results, key)
-    )  # fmt: skip
+    )
     header = (key, "seeds", "final score", f"difference to {suite.reference}", "forgetting")
     return Table(f"{stream}: {key}", header, lines, ("In points; mean ± sd over seeds.",))
 
@@ -340,9 +373,15 @@ def retention_table(stream: str, results: Sequence[Result]) -> Table:
         cells = (with_sd(kl, 3), with_sd(ratio, 3), with_sd(cka, 3), with_sd([1 - v for v in site], 3))
         lines.append((r.line.name, *cells, points_with_sd(tasks), *apart))
     header = (
-        "method", "KL to base, nats", "perplexity ratio", "CKA to stage ends", "1 − CKA of sites", "unseen tasks",
-        "unseen sites", "participation gap",
-    )  # fmt: skip
+        "method",
+        "KL to base, nats",
+        "perplexity ratio",
+        "CKA to stage ends",
+        "1 − CKA of sites",
+        "unseen tasks",
+        "unseen sites",
+        "participation gap",
+    )
     shown = [k for k in range(len(header)) if k == 0 or any(line[k] != MISSING for line in lines)]
     if len(shown) == 1:
         return Table(f"{stream}: retention and generalisation", header, ())

@@ -309,15 +309,17 @@ def method_table(rows: Sequence[Row]) -> Table:
         own = last_by_site(rows, method, "own_score", "test").values()
         moved = [total(rows, method, name) if method == "federated" else None for name in ("bytes_up", "bytes_down")]
         trained = total(rows, method, "site_seconds")
-        lines.append((
-            METHODS[method],
-            *(points_with_sd(last_by_site(rows, method, name, "test").values()) for name in scores),
-            points(lowest(own)) if own else MISSING,
-            points(mean_and_sd(own)[0]) if own else MISSING,
-            *(MISSING if size is None else human_bytes(size) for size in moved),
-            MISSING if trained is None else seconds_text(trained),
-            f"{rows_scored(rows, method):,}" if rows_scored(rows, method) else MISSING,
-        ))  # fmt: skip
+        lines.append(
+            (
+                METHODS[method],
+                *(points_with_sd(last_by_site(rows, method, name, "test").values()) for name in scores),
+                points(lowest(own)) if own else MISSING,
+                points(mean_and_sd(own)[0]) if own else MISSING,
+                *(MISSING if size is None else human_bytes(size) for size in moved),
+                MISSING if trained is None else seconds_text(trained),
+                f"{rows_scored(rows, method):,}" if rows_scored(rows, method) else MISSING,
+            )
+        )
     return Table("Scores on held-out test rows", header, tuple(lines), _notes(rows, present))
 
 
@@ -402,15 +404,17 @@ def site_table(rows: Sequence[Row]) -> Table:
     local, federated = (last_by_site(rows, m, "own_score", "test") for m in ("local", "federated"))
     lines = []
     for site in site_names(rows):
-        lines.append((
-            site,
-            f"{sum(positions[site]):,.0f}" if site in positions else MISSING,
-            number(losses[site][-1], 3) if site in losses else MISSING,
-            human_bytes(sum(up[site])) if site in up else MISSING,
-            human_bytes(sum(down[site])) if site in down else MISSING,
-            points(local[site]) if site in local else MISSING,
-            points(federated[site]) if site in federated else MISSING,
-        ))  # fmt: skip
+        lines.append(
+            (
+                site,
+                f"{sum(positions[site]):,.0f}" if site in positions else MISSING,
+                number(losses[site][-1], 3) if site in losses else MISSING,
+                human_bytes(sum(up[site])) if site in up else MISSING,
+                human_bytes(sum(down[site])) if site in down else MISSING,
+                points(local[site]) if site in local else MISSING,
+                points(federated[site]) if site in federated else MISSING,
+            )
+        )
     header = ("site", "positions trained", "last loss, nats", "bytes up", "bytes down")
     scores = ("own rows: local-only", "own rows: federated")
     notes = (
