@@ -57,11 +57,19 @@ max_new_tokens = 3
 """
 
 
-def fedkeel(*arguments: str, cwd: Path, outside: bool = True) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(STRANGER)] * outside + [p for p in sys.path if p.endswith("src")])
+# the command, several times in one process: what a stranger adds is there in each
+COMMANDS = "import sys; from fedkeel.cli import app; [app(words.split(), standalone_mode=False) for words in sys.argv[1:]]"
+
+
+def started(words: list[str], cwd: Path, *outside: Path) -> subprocess.CompletedProcess[str]:
+    """A fresh Python with these folders on its path."""
+    path = os.pathsep.join([*map(str, outside), *(p for p in sys.path if p.endswith("src"))])
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
-    command = [sys.executable, "-m", "fedkeel", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def fedkeel(*arguments: str, cwd: Path, outside: Path | None = STRANGER) -> subprocess.CompletedProcess[str]:
+    return started(["-m", "fedkeel", *arguments], cwd, *([outside] if outside else []))
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +103,12 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(work: Path) -> Path:
-    """The folder of the run, measured."""
-    done = fedkeel("run", "recipe.toml", cwd=work)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = work / "runs" / "theirs"
-    done = fedkeel("measure", str(run), "--families", "mute", cwd=work)
+    """The folder of the run, measured and reported."""
+    commands = ["run recipe.toml --no-report", "measure runs/theirs --families mute", "report runs/theirs"]
+    done = started(["-c", COMMANDS, *commands], work, STRANGER)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "‖BA‖" in done.stdout
-    return run
+    return work / "runs" / "theirs"
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
@@ -131,13 +137,8 @@ def test_one_of_each_kind_from_outside(theirs: Path) -> None:
     by_hand = sum(float(product.square().sum()) for product in products)
     assert measured["adapter_weight"] == pytest.approx(by_hand, rel=1e-5)
     scores = {r["method"]: r["value"] for r in rows if r["name"] == "score" and r["split"] == "test" and not r["task"]}
-    assert measured["damage/clean"] == scores["federated"] > measured["damage/mute/0/score"] == scores["base"]
-
-
-def test_a_report_knows_them(theirs: Path) -> None:
-    done = fedkeel("report", str(theirs), cwd=theirs)
-    assert done.returncode == 0, done.stderr
     assert "factor on branches" in (theirs / "report.html").read_text()
+    assert measured["damage/clean"] == scores["federated"] > measured["damage/mute/0/score"] == scores["base"]
 
 
 def test_help_and_mistakes_know_them(work: Path) -> None:
@@ -148,7 +149,7 @@ def test_help_and_mistakes_know_them(work: Path) -> None:
 
 
 def test_without_the_package_the_recipe_is_refused_by_name(work: Path) -> None:
-    done = fedkeel("run", "recipe.toml", cwd=work, outside=False)
+    done = fedkeel("run", "recipe.toml", cwd=work, outside=None)
     assert done.returncode == 1
     assert "track = 'lines': one of tensorboard, wandb, mlflow belongs here" in done.stderr + done.stdout
 
@@ -158,9 +159,7 @@ def test_a_package_that_fails_is_named(work: Path, tmp_path: Path) -> None:
     (tmp_path / "broken-0.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 0.1\n")
     (tmp_path / "broken-0.1.dist-info/entry_points.txt").write_text("[fedkeel]\nbroken = broken:register\n")
     (tmp_path / "broken.py").write_text("def register():\n    raise RuntimeError('not today')\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *(p for p in sys.path if p.endswith("src"))])}
-    command = [sys.executable, "-m", "fedkeel", "run", "recipe.toml", "--dry-run"]
-    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    done = fedkeel("run", "recipe.toml", "--dry-run", cwd=work, outside=tmp_path)
     assert done.returncode == 1
     assert "the plug-in 'broken' (broken:register) cannot be used: RuntimeError('not today')" in done.stderr + done.stdout
 

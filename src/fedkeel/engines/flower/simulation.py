@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -88,6 +89,12 @@ def resources(recipe: Recipe, sites: int) -> tuple[int, dict[str, float]]:
     return min(max(1, cores() // recipe.threads), sites), needs
 
 
+def _quiet(processors: int, home: str) -> dict[str, Any]:
+    """What Ray begins with: so many processors, its files below `home`, and nothing shown."""
+    shown = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    return {"num_cpus": processors, "_temp_dir": f"{home}/ray", **shown}
+
+
 def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool = False, fresh: bool = False) -> None:
     """`execute` with the federated leg in Flower's simulation; returns only once a federation has really ended.
 
@@ -128,16 +135,10 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
     with tempfile.TemporaryDirectory(prefix="fk-", ignore_cleanup_errors=True) as home:
         os.environ["FLWR_HOME"] = home
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: they would stand back behind all else that runs
-        init = {
-            "num_cpus": workers * prepared.recipe.threads,
-            "include_dashboard": False,
-            "log_to_driver": False,
-            "_temp_dir": f"{home}/ray",
-            "logging_level": logging.ERROR,
-        }
+        config = {"init_args": _quiet(workers * prepared.recipe.threads, home), "client_resources": needs}
         crash: BaseException | None = None
         try:
-            run_simulation(app, client_app, sites, backend_config={"init_args": init, "client_resources": needs})
+            run_simulation(app, client_app, sites, backend_config=config)
         except BaseException as error:
             crash = error
         stopped.set()
