@@ -189,7 +189,8 @@ def test_one_batch_of_8_rows_is_4_of_2(toy: Toy, amounts: dict[str, float]) -> N
         for row in range(0, 8, 2):
             injection.draw.row, injection.draw.rows = row, 2
             parts.append(toy(X[row : row + 2]))
-    torch.testing.assert_close(torch.cat(parts), whole)
+    # Kernels sum 2 rows in another order than 8: four layers of float32 differ by some 1e-5 on some processors.
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
     with switched_on(Injection(places_of(toy), amounts)):
         alike = toy(X[:1].expand(8, -1, -1))
     drawn_by_row = any((alike[0] - row).abs().max() > 1e-3 for row in alike[1:])
