@@ -22,8 +22,8 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fedkeel.model.load import quiet
 from fedkeel.model.lora import Model
+from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import LoraConfig
 from fedkeel.recipe.schema import Model as ModelConfig
 

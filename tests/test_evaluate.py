@@ -17,8 +17,9 @@ from fedkeel.data.format import Example, Formatter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Evaluation
 from fedkeel.rng import derive
-from fedkeel.scores import evaluate
+from fedkeel.scores import evaluate, trie
 from fedkeel.scores.evaluate import Scored, choose, label_log_likelihoods, score, task_table
+from fedkeel.scores.trie import tree
 from fedkeel.types import Record
 
 LANGUAGE = chosen(CAUSAL, SEQ2SEQ)
@@ -155,7 +156,9 @@ def test_generation_stops_behind_the_end_of_an_answer(name: str) -> None:
         optimiser.step()
     assert torch.equal(forward.logits.argmax(-1), forward.targets)
     found = score(model, formatter, [record], Evaluation(max_new_tokens=30))[0]
-    assert (found.prediction, found.metrics) == ("near the river", {"rouge_l": 1.0, "exact_match": 1.0})
+    loss = torch.nn.functional.cross_entropy(model.forward(batch).logits, forward.targets).item()
+    assert found.prediction == "near the river"
+    assert found.metrics == {"rouge_l": 1.0, "exact_match": 1.0, "nats": pytest.approx(loss, rel=1e-3)}
 
 
 def test_a_template_without_an_end_marker_does_not_end_answers_at_the_letter_x(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +212,8 @@ def test_a_generated_answer_counts_against_its_best_reference() -> None:
 
     def metrics(*references: str) -> dict[str, float]:
         row = dataclasses.replace(record, output="zzz qqq", references=references)
-        return score(model, formatter, [row], Evaluation(max_new_tokens=12))[0].metrics
+        metrics = score(model, formatter, [row], Evaluation(max_new_tokens=12))[0].metrics
+        return {name: value for name, value in metrics.items() if name != "nats"}
 
     assert metrics("something else", said.upper() + " !") == {"rouge_l": pytest.approx(1.0), "exact_match": 1.0}
     assert metrics("something else", said + " and much more") == {
@@ -218,6 +222,83 @@ def test_a_generated_answer_counts_against_its_best_reference() -> None:
     }
     # without references the row's own answer is the only one
     assert metrics() == {"rouge_l": 0.0, "exact_match": 0.0}
+
+
+@pytest.mark.parametrize("name", chosen(["llama", "gpt2", "t5"]))
+def test_free_text_has_the_loss_of_its_given_answer(name: str) -> None:
+    model, formatter = prepared(name)
+    records = rows(5, labels=())
+    answers = [formatter.answer_ids(r, r.output) for r in records]
+    losses = [-pair_log_likelihood(model, formatter.prompt_ids(r, 12), a) for r, a in zip(records, answers, strict=True)]
+    for generate in (True, False):
+        scored = score(model, formatter, records, Evaluation(generate=generate, max_new_tokens=12, batch_size=3))
+        for one, loss, answer in zip(scored, losses, answers, strict=True):
+            assert one.tokens == len(answer)
+            assert one.metrics["nats"] == pytest.approx(loss / len(answer), rel=1e-4)
+            if not generate:
+                assert one.metrics.keys() == {"nats", "likelihood"}
+                assert one.score == pytest.approx(math.exp(-loss / len(answer)), rel=1e-4)
+        # a task's loss is that of all its tokens, whichever row they are of
+        for task, metrics in task_table(scored).items():
+            own = [(loss, len(a)) for r, loss, a in zip(records, losses, answers, strict=True) if r.task == task]
+            assert metrics["nats"] == pytest.approx(sum(loss for loss, _ in own) / sum(n for _, n in own), rel=1e-4)
+            assert metrics["score"] == pytest.approx(sum(s.score for s in scored if s.record.task == task) / len(own))
+
+
+def test_an_answer_that_does_not_fit_loses_its_end() -> None:
+    model, _ = prepared("llama")
+    formatter = Formatter(model.tokenizer, model.kind, 40)
+    record = dataclasses.replace(rows(1, labels=())[0], output=" ".join(TEXTS))
+    prompt, answer = formatter.prompt_ids(record, 8), formatter.answer_ids(record, record.output)
+    assert len(prompt) + len(answer) > 40
+    found = score(model, formatter, [record], Evaluation(generate=False, max_new_tokens=8))[0]
+    assert found.tokens == 40 - len(prompt)
+    kept = pair_log_likelihood(model, prompt, answer[: found.tokens])
+    assert found.metrics["nats"] == pytest.approx(-kept / found.tokens, rel=1e-4)
+
+
+def test_trees_work_with_eager_attention_too() -> None:
+    model = make("llama")
+    randomise(model)
+    model.net.set_attn_implementation("eager")
+    formatter = Formatter(model.tokenizer, model.kind, 200)
+    prompts = [formatter.prompt_ids(r, 20) for r in rows()]
+    answers = [[formatter.answer_ids(r, label) for label in r.labels] for r in rows()]
+    found = label_log_likelihoods(model, prompts, answers)
+    for prompt, options, values in zip(prompts, answers, found, strict=True):
+        assert values == pytest.approx([pair_log_likelihood(model, prompt, a) for a in options], abs=1e-4, rel=1e-5)
+
+
+def test_a_tree_runs_what_answers_share_once() -> None:
+    one = tree((7, 8), [(1, 2, 3), (1, 2, 4), (1, 5), (6,)])
+    assert one.ids == (7, 8, 1, 2)  # no answer's last token is read, and 1, 2 stand once
+    assert one.above == (1, 2)
+    assert one.positions == (0, 1, 2, 3)
+    assert sorted(one.asked) == [
+        (1, 1, 0),
+        (1, 1, 1),
+        (1, 1, 2),
+        (1, 6, 3),
+        (2, 2, 0),
+        (2, 2, 1),
+        (2, 5, 2),
+        (3, 3, 0),
+        (3, 4, 1),
+    ]
+    fork = tree((7,), [(1, 2), (3, 4)])
+    assert fork.ids == (7, 1, 3)
+    assert fork.positions == (0, 1, 1)
+    assert fork.sees().tolist() == [[True, False, False], [True, True, False], [True, False, True]]
+
+
+@pytest.mark.parametrize("positions", [1, 5, 1000])
+def test_rows_go_through_in_parts_that_change_nothing(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trie, "POSITIONS", positions)
+    model, formatter = prepared("llama")
+    prompts = [formatter.prompt_ids(r, 20) for r in rows(6)]
+    answers = [[formatter.answer_ids(r, label) for label in r.labels] for r in rows(6)]
+    for prompt, options, values in zip(prompts, answers, label_log_likelihoods(model, prompts, answers), strict=True):
+        assert values == pytest.approx([pair_log_likelihood(model, prompt, a) for a in options], abs=1e-4, rel=1e-5)
 
 
 def test_dropout_is_off_while_scoring() -> None:

@@ -29,7 +29,7 @@ from fedkeel.federation.screen import Expected, screen
 from fedkeel.federation.server import FederationError, Roster, run_round
 from fedkeel.method.aggregate.layouts import first_rows, folded, truncated
 from fedkeel.method.structure.branch import left_out
-from fedkeel.model.load import ModelError
+from fedkeel.model.bases import ModelError
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Federation

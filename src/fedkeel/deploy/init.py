@@ -31,11 +31,12 @@ from typing import NamedTuple
 
 from fedkeel.deploy.keys import AUTHORITY_DAYS, SERVER_DAYS, certificate, is_ip, new_key, pem, ssh_pair
 from fedkeel.deploy.manifest import DeployError, make_manifest
-from fedkeel.deploy.parts import EMBEDDED, Plan, app_files, check_list, coordinator_files, image_files, joined, site_files
+from fedkeel.deploy.parts import Plan, app_files, check_list, coordinator_files, image_files, joined, site_files
+from fedkeel.model.bases import folder_of
 from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
-from fedkeel.tables import BASELINES
+from fedkeel.tables import BASELINES, BASES
 
 SITE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 DNS_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
@@ -102,8 +103,13 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
     notes = (f"evaluation.baselines: {name!r} is left out, as rows never come together in a deployment" for name in pooling)
     base = Path(recipe.model.base).expanduser()
     here = base.resolve() if base.is_dir() else None
-    if recipe.model.base == EMBEDDED:
-        base, here = Path(EMBEDDED), Path(__file__).parents[1] / "keel_nano"
+    if recipe.model.base in BASES:
+        base, folder = Path(recipe.model.base), folder_of(recipe.model.base)
+        here = folder if folder.is_dir() else None
+    elif base.suffix == ".gguf" and base.is_file():
+        from fedkeel.model.gguf import dequantised  # heavy
+
+        here = dequantised(base.resolve())
     named = base.name if here or base.is_absolute() else recipe.model.base
     travels = replace(
         recipe,

@@ -23,7 +23,6 @@ TEMPLATES = Path(__file__).with_name("templates")
 PLACEHOLDER = re.compile(r"@([A-Z][A-Z0-9_]*)@")
 PREFIX = "/opt/fedkeel"  # where the units expect a machine's part, and the virtual environment `venv`
 RUNTIME_PORT = 9094  # of the first site's SuperNode, on its loopback address; the next sites count on, to share a machine
-EMBEDDED = "keel-nano"
 
 
 @dataclass(frozen=True)
@@ -155,9 +154,11 @@ def check_list(plan: Plan, days: int) -> str:
 
 def _base(recipe: Recipe) -> str:
     """The line of site.toml that says where the base is."""
-    if recipe.model.base == EMBEDDED:
-        return f'# base = "/srv/fedkeel/models/NAME"  # this recipe uses the embedded {EMBEDDED}: nothing to set'
-    base = toml_value(f"/srv/fedkeel/models/{Path(recipe.model.base).name}")
+    name = recipe.model.base
+    if name in tables.BASES:
+        how = "nothing to set" if tables.BASES[name].embedded else f"fetch it there:  fedkeel fetch {name}"
+        return f'# base = "/srv/fedkeel/models/NAME"  # this recipe uses {name}: {how}'
+    base = toml_value(f"/srv/fedkeel/models/{Path(name).name}")
     return f"base = {base}  # a folder in Hugging Face layout, the same at every site"
 
 

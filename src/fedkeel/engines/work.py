@@ -48,7 +48,7 @@ from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.here import formatter_of
 from fedkeel.runs.legs import single
 from fedkeel.runs.prepare import prepare
-from fedkeel.scores.evaluate import Scored, choose, score
+from fedkeel.scores.evaluate import Scored, choose, score, weight_of
 from fedkeel.types import Adapter, FedKeelError, Global
 
 SPLITS = ("validation", "test")
@@ -183,7 +183,9 @@ class Work:
         limit = evaluation.test_rows if split == "test" else evaluation.validation_rows
         chosen = {r.id for r in choose(self.prepared.stages[-1].rows[site][split], split, limit)}
         rows = choose([r for r in self.prepared.stages[stage].rows[site][split] if r.id in chosen], split, 0)
-        return {"sums": self._sums(score(self.model, self.formatter, rows, evaluation))}, b""
+        with self.model.remembering():
+            scored = score(self.model, self.formatter, rows, evaluation)
+        return {"sums": self._sums(scored)}, b""
 
     def _sums(self, scored: Sequence[Scored]) -> dict[int, dict[str, dict[str, list[float]]]]:
         """See `rows.Sums`."""
@@ -192,7 +194,8 @@ class Work:
             of_task = sums.setdefault(self.prepared.arrival[one.record.id], {}).setdefault(one.record.task, {})
             for name, value in {**one.metrics, "score": one.score}.items():
                 total = of_task.setdefault(name, [0.0, 0])
-                total[0], total[1] = total[0] + value, total[1] + 1
+                weight = weight_of(name, one)
+                total[0], total[1] = total[0] + weight * value, total[1] + weight
         return sums
 
     def start(self) -> bytes:

@@ -117,7 +117,7 @@ def injection_of(model: Model, recipe: Recipe) -> Injection | None:
     """The recipe's structures, not yet attached; None if it asks for none."""
     held = {"branch"} if recipe.structure.hold else set()  # drawn once a round, see `client.answer`
     amounts = {name: amount for name, amount in recipe.structure.amounts.items() if name not in held}
-    return Injection(model.places, amounts) if amounts else None
+    return Injection(model.places.above(model.first), amounts) if amounts else None
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def train_round(model: Model, examples: Sequence[Example], round: Round) -> tupl
     finite.
     """
     train, log, positions = round.recipe.train, Log(), 0
-    with lesson_of(model, examples, round) as lesson:
+    with model.remembering(), lesson_of(model, examples, round) as lesson:
         parameters = lesson.parameters.now
         # fused=False: one code path on every device, so that a seed means the same everywhere
         optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,40 +14,24 @@ import transformers
 from safetensors import SafetensorError
 
 from fedkeel import tables
+from fedkeel.model.bases import ModelError, of_table
+from fedkeel.model.gguf import dequantised
+from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import Model as ModelConfig
-from fedkeel.types import FedKeelError
-
-EMBEDDED = {"keel-nano": Path(__file__).parents[1] / "keel_nano"}
-
-
-class ModelError(FedKeelError):
-    """A base model that cannot be loaded or used as asked."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Loading prints bars and advice meant for another audience."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
 
 
 def base_location(base: str) -> str:
-    """A folder or hub id for `base`: the embedded model by name, an existing folder, else a hub id as it stands."""
-    if base in EMBEDDED:
-        return str(EMBEDDED[base])
-    if Path(base).expanduser().is_dir():
-        return str(Path(base).expanduser())
+    """A folder for `base`, which is a base of the table, a folder or a GGUF file, or an id of the hub as it stands.
+
+    Raises ModelError for a base that was not fetched, a path that is not there, or a GGUF file that cannot be read.
+    """
+    if base in tables.BASES:
+        return str(of_table(base))
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.suffix == ".gguf":
+        return str(dequantised(path))
     if base.startswith((".", "/", "~")):
         raise ModelError(f"model.base = {base!r}: no such folder")
     return base
@@ -63,8 +46,8 @@ def _loading(base: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"model.base = {base!r} cannot be loaded: {reason}. Name the embedded model ({', '.join(EMBEDDED)}), a local "
-            f"folder in Hugging Face layout, or a hub id that this machine can reach or has in its cache"
+            f"model.base = {base!r} cannot be loaded: {reason}. Name {', '.join(tables.BASES)}, a local folder in "
+            f"Hugging Face layout, a GGUF file, or a hub id that this machine can reach or has in its cache"
         ) from error
 
 

@@ -19,9 +19,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedkeel import tables
 from fedkeel.data.batches import Batch
-from fedkeel.model.load import Base, ModelError, kind_of, load_config, load_tokenizer, quiet, targets_for, uses_bf16
+from fedkeel.model.bases import ModelError
+from fedkeel.model.load import Base, kind_of, load_config, load_tokenizer, targets_for, uses_bf16
+from fedkeel.model.lower import Lower, States
 from fedkeel.model.places import Places, find_places
+from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import LoraConfig
 from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.rng import seed_torch
@@ -68,13 +72,19 @@ def _with_lora(net: Any, base: Base, lora: LoraConfig) -> Any:
         "seq2seq": peft.TaskType.SEQ_2_SEQ_LM,
         "classifier": peft.TaskType.SEQ_CLS if base.head else peft.TaskType.FEATURE_EXTRACTION,
     }[base.kind]
+    targets = targets_for(base.about, lora.targets)
+    layers = lora.blocks(base.about.num_hidden_layers) if lora.layers else None
+    if layers is not None and base.kind == "classifier" and not isinstance(targets, str):
+        # PEFT finds a block's number behind the name of what it lies in, and an encoder's stack may be the outermost
+        targets, layers = _within(net, targets, layers), None
     config = peft.LoraConfig(
         task_type=kind,
         r=lora.rank,
         lora_alpha=lora.alpha,
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
-        target_modules=targets_for(base.about, lora.targets),
+        target_modules=targets,
+        layers_to_transform=layers,
         # a checkpoint may lack the pooler (DeBERTa's always does): drawn afresh, it is part of the fresh head
         modules_to_save=["pooler"] if base.head else None,
     )
@@ -83,6 +93,16 @@ def _with_lora(net: Any, base: Base, lora: LoraConfig) -> Any:
             return peft.get_peft_model(net, config)
     except ValueError as error:
         raise ModelError(f"LoRA cannot be put into {base.config.base!r} ({base.about.model_type}): {error}") from error
+
+
+def _within(net: nn.Module, targets: Sequence[str], layers: Sequence[int]) -> list[str]:
+    """Whole paths of the maps named `targets` in the blocks `layers`."""
+    found = []
+    for path, _ in net.named_modules():
+        block = next((int(part) for part in path.split(".") if part.isdigit()), -1)
+        if block in layers and any(path.endswith(f".{target}") for target in targets):
+            found.append(path)
+    return found
 
 
 def _lora_layers(net: nn.Module) -> dict[str, Any]:
@@ -137,14 +157,18 @@ class Model:
             self.net.to(self.device)
         self.net.eval()
         self._lora = _lora_layers(self.net)
+        # of the blocks with an adapter; those below are the same for every adapter
+        self.first = min(lora.blocks(about.num_hidden_layers)) if lora.layers else 0
         self._dense = _dense_parameters(self.net)
         self._slots = [parameter for _, parameter in sorted(self._tensors().items())]
         # others (a quantised base, an embedding) keep their branch
         self._foldable = [m for m in self._lora.values() if type(m.get_base_layer()) in (nn.Linear, Conv1D)]
         self._gather: tuple[Tensor, Tensor] | None = None
+        self.remembers = False
         if self.kind != "classifier":
             self._projection().register_forward_pre_hook(self._gather_positions)
         self._ranks: dict[str, int] = {}  # of what was last written; empty before that, when all room is taken
+        self.lower = self._lower_blocks(lora) if weights and self.first else None
         self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
         self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
         similar = weights and self.kind == "classifier" and not self.linear_head
@@ -171,6 +195,32 @@ class Model:
             named[f"{path}.a"], named[f"{path}.b"] = module.lora_A["default"].weight, module.lora_B["default"].weight
         return named
 
+    def _lower_blocks(self, lora: LoraConfig) -> Lower:
+        stack = [block for _, block in self.places.stack]
+        if self.kind == "seq2seq" or len(stack) != self._base.about.num_hidden_layers:
+            raise ModelError(f"lora.layers = {list(lora.layers)}: {self.config.base!r} has no single stack of blocks")
+        states = States(self.config.cache_memory, self.config.cache_disk)
+        return Lower(self.net, stack, self.first, states, self.bf16 and self.device.type == "cpu")
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While it lasts, passes over whole rows begin above the frozen lower blocks of `lora.layers`, whose states are kept.
+
+        Not for a model that is damaged or looked into below that, nor for one that generates.
+        """
+        before, self.remembers = self.remembers, self.lower is not None
+        try:
+            yield
+        finally:
+            self.remembers = before
+
+    def _pass(self, inputs: dict[str, Any]) -> Any:
+        """The model's output on whole rows."""
+        if self.lower is None or not self.remembers or inputs.get("use_cache"):
+            return self.net(**inputs)
+        with self.lower.over(inputs):
+            return self.net(**inputs)
+
     @cached_property
     def places(self) -> Places:
         """Where structures can be injected, and the blocks that hidden states are tapped at."""
@@ -180,8 +230,9 @@ class Model:
 
     @cached_property
     def taps(self) -> tuple[str, ...]:
-        """Paths of the tapped blocks, at L/4, L/2, 3L/4 and L of the stack that predicts; empty if its blocks are not known."""
-        stack = [path for path, _ in self.places.stack]
+        """Paths of the tapped blocks, at L/4, L/2, 3L/4 and L of the stack that predicts, or of its part that is trained; empty
+        if its blocks are not known."""
+        stack = [path for path, _ in self.places.above(self.first).stack]
         depths = {max(1, round(len(stack) * share / 4)) for share in (1, 2, 3, 4)} if stack else set()
         return tuple(stack[depth - 1] for depth in sorted(depths))
 
@@ -268,7 +319,7 @@ class Model:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
         rows, columns, targets = (t.to(self.device) for t in (batch.rows, batch.columns, batch.targets))
         if self.kind == "classifier":
-            out = self.net(**inputs)
+            out = self._pass(inputs)
             if self.label_text is not None:
                 logits = self.label_text(_pool(out.last_hidden_state, inputs["attention_mask"]))
             else:
@@ -286,10 +337,22 @@ class Model:
         """(N, V) logits at the given positions of a language model, and the model's whole output (with its cache)."""
         self._gather = (rows, columns)
         try:
-            output = self.net(**inputs)
+            output = self._pass(inputs)
         finally:
             self._gather = None
         return output.logits[0], output
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether a row may be a tree: each token sees what a mask says, and stands where `position_ids` says."""
+        about = self._base.about
+        knows = tables.ARCHITECTURES.get(about.model_type, tables.Architecture()).tree
+        return self.kind == "causal" and knows and getattr(about, "sliding_window", None) is None
+
+    def as_mask(self, sees: Tensor) -> Tensor:
+        """What is added to attention scores, in four dimensions, so that a token looks only where `sees` says."""
+        least = torch.finfo(torch.bfloat16 if self.bf16 else torch.float32).min
+        return torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, least)
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """Decoder inputs for target tokens: the start token, then all targets but the last; padding after the end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -74,6 +74,15 @@ class Places:
     residual: tuple[Place, ...]
     branches: tuple[Branch, ...]
     stack: tuple[tuple[str, nn.Module], ...]
+
+    def above(self, first: int) -> Places:
+        """Those of blocks from index `first` on."""
+        if not first:
+            return self
+        attention, down, residual = (
+            tuple(p for p in found if p.block >= first) for found in (self.attention, self.down, self.residual)
+        )
+        return replace(self, attention=attention, down=down, residual=residual, stack=self.stack[first:])
 
     def need(self, found: tuple[Any, ...], structure: str) -> None:
         """Raises StructureError, naming the architecture and `structure`, if nothing was `found`."""

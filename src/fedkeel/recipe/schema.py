@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedkeel import tables
-from fedkeel.recipe.settings import Frozen, checked, named_by, number, one_of, own_of, some_of
+from fedkeel.recipe.settings import ConfigError, Frozen, checked, named_by, number, one_of, own_of, some_of
+
+LAYERS = re.compile(r"\d+(-\d+)?")
 
 
 @dataclass(frozen=True)
 class Model:
-    """base: `keel-nano` (embedded), a local folder or a hub id. kind: what it is loaded as; `auto` reads its config."""
+    """base: `keel-nano` (embedded), `smollm2` (fetched), a folder, a GGUF file or a hub id. kind: what it is loaded as; `auto`
+    reads its config."""
 
     base: str = "keel-nano"
     revision: str = "main"
@@ -23,6 +27,15 @@ class Model:
     head: str = one_of("label-text", ("label-text", "linear"))
     device: str = "cpu"
     precision: str = one_of("auto", ("auto", "fp32", "bf16"))
+    # MiB of hidden states kept below the first block of lora.layers: in memory, then in an unnamed file. No bit depends on it
+    cache_memory: int = number(1024, 0)
+    cache_disk: int = number(8192, 0)
+
+
+def _layers(spec: tuple[str, ...]) -> str:
+    if spec in ((), ("upper-half",)) or all(LAYERS.fullmatch(part) for part in spec):
+        return ""
+    return "'upper-half' or a list of blocks from 0, such as [20, 21] or ['15-29'], belongs here"
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,8 @@ class LoraConfig:
     rslora: bool = False
     dropout: float = number(0.0, 0, 0.99)
     targets: tuple[str, ...] = ()
+    # blocks that get an adapter: `upper-half`, or their numbers from 0, such as [20, 21] or ["15-29"]; empty: all
+    layers: tuple[str, ...] = field(default=(), metadata={"check": _layers, "whole": True})
     # ranks of the sites, gone through in the order of their names, none over `rank`; empty: `rank` everywhere
     site_ranks: tuple[int, ...] = ()
 
@@ -47,6 +62,16 @@ class LoraConfig:
         if self.one_rank:
             return {}
         return {name: self.site_ranks[n % len(self.site_ranks)] for n, name in enumerate(sorted(sites))}
+
+    def blocks(self, count: int) -> list[int]:
+        """The blocks, of `count`, that get an adapter; empty: all. Raises ConfigError for one that the base does not have."""
+        if self.layers == ("upper-half",):
+            return list(range(count // 2, count))
+        ends = [part.split("-") for part in self.layers]
+        found = sorted({block for low, *high in ends for block in range(int(low), int(high[0] if high else low) + 1)})
+        if found and found[-1] >= count:
+            raise ConfigError(f"lora.layers = {list(self.layers)}: the base has blocks 0 to {count - 1}")
+        return found
 
     def scale(self, rank: int) -> float:
         """What the product of the factors of an adapter of `rank` is multiplied by: α/r, or α/√r under rsLoRA."""
@@ -217,6 +242,7 @@ class Evaluation:
     test_rows: int = number(400, 0)  # a task; 0: all
     unseen_sites: int = number(0, 0)  # sites, drawn by the seed, that take no part in any training; their test rows are scored
     batch_size: int = number(32, 1)
+    generate: bool = True  # free answers, for ROUGE-L; without, they are scored by the likelihood of the given ones
     max_new_tokens: int = number(48, 1)
     baselines: tuple[str, ...] = some_of(("base", "local", "centralised"), tables.BASELINES)
 

@@ -255,6 +255,9 @@ class _Reader:
     def texts(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[str, ...]:
         if isinstance(value, str):
             value = [v for v in value.split(",") if v]
+        if metadata.get("whole"):  # numbers may stand for themselves
+            value = [value] if type(value) is int else value
+            value = [str(v) if type(v) is int else v for v in value] if isinstance(value, list | tuple) else value
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise self.error(f"{key} = {value!r}: a list of strings belongs here")
         for one in value if "choices" in metadata else ():

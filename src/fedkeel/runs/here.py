@@ -56,6 +56,7 @@ class Here:
             "unseen-sites": _held_out("test", evaluation.test_rows, prepared.unseen),
         }
         self._tested: Sequence[Scored] = ()
+        self._untrained: dict[str, Scored] = {}  # of the base before any training
         if not all(self.held_out["test"]):
             raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
 
@@ -143,15 +144,23 @@ class Here:
         it."""
         evaluation, advance = self.prepared.recipe.evaluation, self.watch.advance
         self.model.replay(current.shifts, 0)
-        if not (leg.rounds and tables.RULES[leg.stages[stage].recipe.federation.rule].personal):
+        if not leg.rounds:  # nothing is trained: after a later stage only the rows that came with it are new
+            fresh = [r for r in records if r.id not in self._untrained]
             self.model.write(current.adapter)
-            return score(self.model, self.formatter, records, evaluation, advance)
+            with self.model.remembering():
+                self._untrained |= {s.record.id: s for s in score(self.model, self.formatter, fresh, evaluation, advance)}
+            return [self._untrained[r.id] for r in records if r.id in self._untrained]
+        if not tables.RULES[leg.stages[stage].recipe.federation.rule].personal:
+            self.model.write(current.adapter)
+            with self.model.remembering():
+                return score(self.model, self.formatter, records, evaluation, advance)
         scored: list[Scored] = []
         for name, held in sites.rows.items():
             self.model.write(self.kept.get(name, Kept()).adapter(current.adapter))
             ids = {r.id for rows in held.values() for r in rows}
             own = [r for r in records if r.id in ids]
-            scored += score(self.model, self.formatter, own, evaluation, advance)
+            with self.model.remembering():
+                scored += score(self.model, self.formatter, own, evaluation, advance)
         return sorted(scored, key=lambda s: s.record.id)
 
     def close(self, leg: Leg, current: Global) -> None:

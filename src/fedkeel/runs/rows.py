@@ -23,8 +23,8 @@ def score_rows(leg: Leg, stage: int, round: int, split: str, scored: Sequence[Sc
     table = task_table(scored)
     rows = []
     for task, metrics in table.items():
-        rows += [row(n, v, "rows" if n == "rows" else "share", task) for n, v in metrics.items()]
-    rows += [row(name, value) for name, value in over_tasks(table).items()]
+        rows += [row(n, v, unit_of_score(n), task) for n, v in metrics.items()]
+    rows += [row(name, value, unit_of_score(name)) for name, value in over_tasks(table).items()]
     if len(leg.stages) > 1:
         for came in range(stage + 1):
             of_stage = [s for s in scored if prepared.arrival[s.record.id] == came]
@@ -53,6 +53,11 @@ def unseen_rows(leg: Leg, stage: int, round: int, scored: Sequence[Scored], prep
         if own and leg.method != "local":
             rows.append(row("own_score", overall(own), name))
     return rows
+
+
+def unit_of_score(name: str) -> str:
+    """The unit of a number of a task's scoring."""
+    return "rows" if name == "rows" else tables.METRICS[name].unit if name in tables.METRICS else "share"
 
 
 def unit_of(name: str) -> str:
@@ -92,7 +97,7 @@ def round_rows(leg: Leg, stage: int, result: RoundResult, run: str, cpu: float) 
     return rows
 
 
-# What a site says of its held-out rows: stage in which they came -> task -> measure -> (sum, rows)
+# What a site says of its held-out rows: stage in which they came -> task -> measure -> (weighted sum, weights)
 Sums = Mapping[int, Mapping[str, Mapping[str, "tuple[float, float]"]]]
 
 
@@ -111,8 +116,8 @@ def pooled_rows(leg: Leg, stage: int, round: int, split: str, sums: Mapping[str,
     if leg.method == "local":
         return own
     means = _means(_together(sums.values()))
-    rows = [row(n, v, "rows" if n == "rows" else "share", task) for task, of in means.items() for n, v in of.items()]
-    rows += [row(name, value) for name, value in over_tasks(means).items()]
+    rows = [row(n, v, unit_of_score(n), task) for task, of in means.items() for n, v in of.items()]
+    rows += [row(name, value, unit_of_score(name)) for name, value in over_tasks(means).items()]
     if len(leg.stages) > 1:
         for came in sorted({came for told in sums.values() for came in told if told[came]}):
             of_stage = _means(_together([{came: told.get(came, {})} for told in sums.values()]))
@@ -121,7 +126,7 @@ def pooled_rows(leg: Leg, stage: int, round: int, split: str, sums: Mapping[str,
 
 
 def _together(many: Iterable[Sums]) -> dict[str, dict[str, tuple[float, float]]]:
-    """task -> measure -> (sum, rows), of several sites and of all stages."""
+    """task -> measure -> (weighted sum, weights), of several sites and of all stages."""
     totals: dict[str, dict[str, tuple[float, float]]] = {}
     for sums in many:
         for tasks in sums.values():

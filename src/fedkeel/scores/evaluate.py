@@ -13,11 +13,12 @@ from torch import Tensor
 from fedkeel import tables
 from fedkeel.data.batches import collate
 from fedkeel.data.format import Formatter
-from fedkeel.model.load import quiet
 from fedkeel.model.lora import Model
+from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import Evaluation
 from fedkeel.rng import derive
 from fedkeel.scores.metrics import macro, mean
+from fedkeel.scores.trie import over_trees, tree
 from fedkeel.types import Record
 
 # Sequences scored at once behind cached prompts: bounds memory however many labels a task has.
@@ -26,7 +27,7 @@ SEQUENCES = 256
 
 @dataclass(frozen=True)
 class Scored:
-    """One row's outcome. metrics: `accuracy` for a classification row; `rouge_l` and `exact_match` for generation.
+    """One row's outcome. metrics: by name, see `tables.METRICS`. tokens: of a free answer whose likelihood was asked for.
 
     distribution: the probability of each of the record's labels, in their order, with sum 1: softmax of a classifier's
     logits over the classes that the row allows, or of the log likelihoods of the labels' texts; empty for generation.
@@ -36,16 +37,22 @@ class Scored:
     prediction: str
     metrics: dict[str, float]
     distribution: tuple[float, ...] = ()
+    tokens: int = 0
 
     @property
     def score(self) -> float:
-        """The metric that counts, in [0, 1]: accuracy, or ROUGE-L for generation."""
+        """The metric that counts, in [0, 1]: accuracy; for free text ROUGE-L, or its token likelihood if none was generated."""
         return next((self.metrics[name] for name, m in tables.METRICS.items() if m.counts and name in self.metrics), 0.0)
 
 
-def judged(prediction: str, references: Sequence[str], free: bool) -> dict[str, float]:
-    """Every metric of generated answers, or with free = False of chosen labels, on one answer."""
-    return {name: float(m.load()(prediction, references)) for name, m in tables.METRICS.items() if m.free is free}
+def judged(of: str, *told: Any) -> dict[str, float]:
+    """Every metric of one kind on one answer. of, told: see `tables.Metric`."""
+    return {name: float(m.load()(*told)) for name, m in tables.METRICS.items() if m.of == of}
+
+
+def weight_of(name: str, scored: Scored) -> float:
+    """What a row counts in the mean of a metric."""
+    return float(scored.tokens) if name in tables.METRICS and tables.METRICS[name].by_token else 1.0
 
 
 def choose(records: Sequence[Record], split: str, limit: int) -> list[Record]:
@@ -77,7 +84,9 @@ def score(
             _classify(model, formatter, labelled, config, found, advance)
         else:
             _by_likelihood(model, formatter, labelled, config, found, advance)
-            _generate(model, formatter, free, config, found, advance)
+            if config.generate:
+                _generate(model, formatter, free, config, found, advance)
+            _free_text(model, formatter, free, config, found, lambda rows: None if config.generate else advance(rows))
     return [found[r.id] for r in records if r.id in found]
 
 
@@ -98,7 +107,7 @@ def _classify(
         for (example, record), index, row in zip(chunk, logits.argmax(-1).tolist(), chances, strict=True):
             prediction = model.classes[index]
             distribution = tuple(row[label] for label in example.allowed)
-            found[record.id] = Scored(record, prediction, judged(prediction, (record.output,), free=False), distribution)
+            found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)
         advance(len(chunk))
 
 
@@ -115,9 +124,12 @@ def label_log_likelihoods(
 ) -> list[list[float]]:
     """log p(answer | prompt) in nats, for each prompt and each of its candidate answers, end token included.
 
-    The prompts run once; the candidates then run batched behind their cached keys and values (an encoder-decoder: behind
-    its encoder's output). Must equal a plain forward of every (prompt, answer) pair; a test holds it to that.
+    Where the architecture lets it (`tables.Architecture.tree`) all candidates of a row are one tree behind its prompt, see
+    `trie`. Elsewhere the prompts run once, and the candidates batched behind their cached keys and values (an encoder-decoder:
+    behind its encoder's output). Must equal a plain forward of every (prompt, answer) pair; a test holds it to that.
     """
+    if model.takes_trees:
+        return over_trees(model, [tree(p, a) for p, a in zip(prompts, answers, strict=True)], [len(a) for a in answers])
     flat = [(row, answer) for row, options in enumerate(answers) for answer in options]
     score = _behind_encoder if model.kind == "seq2seq" else _behind_prompt
     values = iter(score(model, prompts, flat))
@@ -211,7 +223,7 @@ def _by_likelihood(
         for (_, _, record), scores in zip(chunk, values, strict=True):
             prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
             distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
-            found[record.id] = Scored(record, prediction, judged(prediction, (record.output,), free=False), distribution)
+            found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)
         advance(len(chunk))
 
 
@@ -250,7 +262,34 @@ def _generate(
         for (_, record), tokens in zip(chunk, new, strict=True):
             text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             references = record.references or (record.output,)
-            found[record.id] = Scored(record, text, judged(text, references, free=True))
+            found[record.id] = Scored(record, text, judged("text", text, references))
+        advance(len(chunk))
+
+
+def _free_text(
+    model: Model,
+    formatter: Formatter,
+    records: Sequence[Record],
+    config: Evaluation,
+    found: dict[str, Scored],
+    advance: Callable[[int], None],
+) -> None:
+    """The likelihood of each record's own answer, beside what was generated for it."""
+    encoded = []
+    for record in records:
+        prompt = formatter.prompt_ids(record, config.max_new_tokens)
+        answer = formatter.answer_ids(record, record.output)
+        encoded.append((prompt, answer[: max(1, formatter.max_length - len(prompt))], record))
+    encoded.sort(key=lambda e: (len(e[0]) + len(e[1]), e[2].id))
+    for start in range(0, len(encoded), config.batch_size):
+        chunk = encoded[start : start + config.batch_size]
+        values = label_log_likelihoods(model, [e[0] for e in chunk], [[e[1]] for e in chunk])
+        for (_, answer, record), (value,) in zip(chunk, values, strict=True):
+            metrics = judged("likelihood", -value, len(answer))
+            before = found.get(record.id)
+            if before is not None:  # what was generated counts, and its score
+                metrics = before.metrics | {name: v for name, v in metrics.items() if not tables.METRICS[name].counts}
+            found[record.id] = Scored(record, before.prediction if before else "", metrics, tokens=len(answer))
         advance(len(chunk))
 
 
@@ -270,13 +309,16 @@ def over_tasks(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def task_table(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
-    """Per task: the mean of each metric over its rows, `score` (accuracy, or ROUGE-L for generation) and `rows`."""
+    """Per task: the mean of each metric over its rows, of `nats` over their tokens, and `score`, see `Scored`, and `rows`."""
     tasks: dict[str, list[Scored]] = {}
     for one in scored:
         tasks.setdefault(one.record.task, []).append(one)
     table = {}
     for task, rows in sorted(tasks.items()):
         names = sorted({name for r in rows for name in r.metrics})
-        means = {name: mean([r.metrics[name] for r in rows if name in r.metrics]) for name in names}
+        means = {}
+        for name in names:
+            told = [(weight_of(name, r), r.metrics[name]) for r in rows if name in r.metrics]
+            means[name] = sum(weight * value for weight, value in told) / sum(weight for weight, _ in told)
         table[task] = {**means, "score": mean([r.score for r in rows]), "rows": float(len(rows))}
     return table

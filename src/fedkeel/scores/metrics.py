@@ -48,6 +48,16 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return max(float(_rouge().score(r, prediction)["rougeL"].fmeasure) for r in references)
 
 
+def nats_a_token(nats: float, tokens: int) -> float:
+    """−log p(answer) over its tokens; exp of it is the perplexity."""
+    return nats / tokens
+
+
+def token_likelihood(nats: float, tokens: int) -> float:
+    """The geometric mean of the probabilities of an answer's tokens, in [0, 1]: 1 over the perplexity."""
+    return math.exp(-nats / tokens)
+
+
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean. Raises ValueError on nothing: an average of no rows is not a score."""
     if not values:

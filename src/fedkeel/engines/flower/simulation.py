@@ -78,7 +78,7 @@ class _Simulated(FlowerTransport):
 def _absolute(recipe: Recipe) -> Recipe:
     """The recipe with paths that hold from any working directory."""
     base = Path(recipe.model.base).expanduser()
-    model = replace(recipe.model, base=str(base.absolute())) if base.is_dir() else recipe.model
+    model = replace(recipe.model, base=str(base.absolute())) if base.exists() else recipe.model
     root = str(Path(recipe.data.root).absolute()) if recipe.data.root else ""
     return replace(recipe, model=model, data=replace(recipe.data, root=root))
 

@@ -300,10 +300,12 @@ def method_table(rows: Sequence[Row]) -> Table:
     rows = final(rows)
     present = [m for m in METHODS if any(r.method == m for r in rows)]
     counting = {name: m.title for name, m in tables.METRICS.items() if m.counts}
-    found = counting.keys() & {r.name for r in rows if r.split == "test" and not r.task}
+    named = {r.name for r in rows if r.split == "test" and not r.task}
+    found, losses = counting.keys() & named, [name for name, m in tables.METRICS.items() if m.by_token and name in named]
     scores = {"score": "score, points"} | ({n: counting[n] for n in counting if n in found} if len(found) > 1 else {})
     own_header = ("worst site, own rows", "mean over sites, own rows")
-    header = ("method", *scores.values(), *own_header, "bytes up", "bytes down", "train, s", "rows scored")
+    loss_header = [title for name in losses for title in (tables.METRICS[name].title, "perplexity")]
+    header = ("method", *scores.values(), *loss_header, *own_header, "bytes up", "bytes down", "train, s", "rows scored")
     lines = []
     for method in present:
         own = last_by_site(rows, method, "own_score", "test").values()
@@ -313,6 +315,7 @@ def method_table(rows: Sequence[Row]) -> Table:
             (
                 METHODS[method],
                 *(points_with_sd(last_by_site(rows, method, name, "test").values()) for name in scores),
+                *(cell for name in losses for cell in _loss(last_by_site(rows, method, name, "test").values())),
                 points(lowest(own)) if own else MISSING,
                 points(mean_and_sd(own)[0]) if own else MISSING,
                 *(MISSING if size is None else human_bytes(size) for size in moved),
@@ -321,6 +324,15 @@ def method_table(rows: Sequence[Row]) -> Table:
             )
         )
     return Table("Scores on held-out test rows", header, tuple(lines), _notes(rows, present))
+
+
+def _loss(nats: Iterable[float]) -> tuple[str, str]:
+    """Mean loss in nats, and its perplexity."""
+    held = list(nats)
+    if not held:
+        return MISSING, MISSING
+    mean = mean_and_sd(held)[0]
+    return number(mean, 3), number(math.exp(mean), 2)
 
 
 def _notes(rows: Sequence[Row], present: Sequence[str]) -> tuple[str, ...]:
@@ -371,10 +383,12 @@ def _notes(rows: Sequence[Row], present: Sequence[str]) -> tuple[str, ...]:
 
 
 def task_table(rows: Sequence[Row]) -> Table:
-    """A line a task, sorted by name, and a column a method, in points of 100; local-only is the mean over sites."""
+    """A line a task, sorted by name, and a column a method, in points of 100; local-only is the mean over sites. Under a task
+    of free text a line with the loss of the given answers, in nats a token."""
     check_one_run(rows)
     rows = final(rows)
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    losses: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     counts: dict[str, float] = {}
     kinds: dict[str, set[str]] = defaultdict(set)
     metrics = {name: m.title for name, m in tables.METRICS.items() if m.counts}
@@ -384,6 +398,8 @@ def task_table(rows: Sequence[Row]) -> Table:
                 found[r.task, r.method].append(r.value)
             elif r.name == "rows":
                 counts[r.task] = r.value
+            elif r.name in tables.METRICS and tables.METRICS[r.name].by_token:
+                losses[r.task, r.name, r.method].append(r.value)
             elif r.name in metrics:
                 kinds[r.task].add(metrics[r.name])
     present = [m for m in METHODS if any(method == m for _, method in found)]
@@ -391,9 +407,13 @@ def task_table(rows: Sequence[Row]) -> Table:
     for task in task_names(rows):
         cells = [found[task, m] for m in present]
         shown = [points(mean_and_sd(values)[0]) if values else MISSING for values in cells]
-        lines.append((task, " and ".join(sorted(kinds[task])) or MISSING, f"{counts.get(task, 0):,.0f}", *shown))
+        count = f"{counts.get(task, 0):,.0f}"
+        lines.append((task, " and ".join(sorted(kinds[task])) or MISSING, count, *shown))
+        for name in sorted({name for of, name, _ in losses if of == task}):
+            told = [_loss(losses[task, name, m])[0] for m in present]
+            lines.append((task, tables.METRICS[name].title, count, *told))
     names = ["local-only (mean)" if m == "local" else METHODS[m] for m in present]
-    notes = ("In points from 0 to 100.",) if lines else ("No test row is scored yet.",)
+    notes = ("Scores in points from 0 to 100.",) if lines else ("No test row is scored yet.",)
     return Table("Score by task", ("task", "metric", "rows", *names), tuple(lines), notes)
 
 
