@@ -212,6 +212,11 @@ class Deployment:
         """Wait until so many SuperNodes are connected."""
         self._until(lambda: self.online() >= count, 1)
 
+    def until_gone(self, left: int) -> None:
+        """Wait until no more than `left` SuperNodes are held for connected; one that was killed is until its heartbeat is
+        missed, and while it is, its key is refused."""
+        self._until(lambda: self.online() <= left, 1)
+
     def log(self) -> str:
         """What all processes said."""
         return "".join(f"=== {p.name}\n{p.read_text(errors='replace')[-6000:]}\n" for p in sorted(self.folder.glob("*.log")))

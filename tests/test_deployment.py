@@ -228,6 +228,7 @@ def test_sites_that_die_raise_and_come_back(
         assert stood >= 3
 
         flag.touch()
+        there.until_gone(1)
         there.start("ward-1", "site-ward-1/start.sh")
         there.until_online(2)
         code, told = there.run()

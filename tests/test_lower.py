@@ -110,7 +110,8 @@ def test_a_row_that_is_kept_does_not_go_through_the_lower_blocks_again() -> None
         passed.clear()
         free = [replace(r, labels=()) for r in rows()]
         score(model, formatter, free, Evaluation(max_new_tokens=3))  # a generating model remembers its own keys and values
-        assert passed.count("below") == passed.count("above")
+        # three tokens generated from the bottom; then the likelihood of four rows, each worked out once
+        assert (passed.count("below"), passed.count("above")) == (3 + 4, 3 + 1)
 
 
 def test_what_has_no_room_is_worked_out_again() -> None:

@@ -129,8 +129,9 @@ def read_sums(header: Mapping[str, Any], stages: int) -> Sums:
             raise ValueError(f"rows of stage {came!r}")
         for task, measures in tasks.items():
             for name, (total, count) in measures.items():
-                # every measure is a share of a row
-                if not (math.isfinite(total) and 0 <= total <= count and count >= 1):
+                # a measure is a share of a row, or nats of a token, which have no bound above
+                most = math.inf if name in tables.METRICS and tables.METRICS[name].by_token else count
+                if not (math.isfinite(total) and 0 <= total <= most and count >= 1):
                     raise ValueError(f"{task}: {name} of {total!r} over {count!r} rows")
                 held = found.setdefault(int(came), {}).setdefault(str(task), {})
                 held[str(name)] = float(total), float(count)

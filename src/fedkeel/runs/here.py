@@ -56,7 +56,7 @@ class Here:
             "unseen-sites": _held_out("test", evaluation.test_rows, prepared.unseen),
         }
         self._tested: Sequence[Scored] = ()
-        self._untrained: dict[str, Scored] = {}  # of the base before any training
+        self._untrained: dict[tuple[str, tuple[str, ...]], Scored] = {}  # of the base before any training
         if not all(self.held_out["test"]):
             raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
 
@@ -144,17 +144,19 @@ class Here:
         it."""
         evaluation, advance = self.prepared.recipe.evaluation, self.watch.advance
         self.model.replay(current.shifts, 0)
-        if not leg.rounds:  # nothing is trained: after a later stage only the rows that came with it are new
-            fresh = [r for r in records if r.id not in self._untrained]
+        if not leg.rounds:  # nothing is trained: after a later stage only rows, or candidates, that came with it are new
+            fresh = [r for r in records if (r.id, r.labels) not in self._untrained]
+            advance(len(records) - len(fresh))
             self.model.write(current.adapter)
             with self.model.remembering():
-                self._untrained |= {s.record.id: s for s in score(self.model, self.formatter, fresh, evaluation, advance)}
-            return [self._untrained[r.id] for r in records if r.id in self._untrained]
+                scored = score(self.model, self.formatter, fresh, evaluation, advance)
+            self._untrained |= {(s.record.id, s.record.labels): s for s in scored}
+            return [found for r in records if (found := self._untrained.get((r.id, r.labels)))]
         if not tables.RULES[leg.stages[stage].recipe.federation.rule].personal:
             self.model.write(current.adapter)
             with self.model.remembering():
                 return score(self.model, self.formatter, records, evaluation, advance)
-        scored: list[Scored] = []
+        scored = []
         for name, held in sites.rows.items():
             self.model.write(self.kept.get(name, Kept()).adapter(current.adapter))
             ids = {r.id for rows in held.values() for r in rows}
