@@ -250,8 +250,7 @@ def evaluate(
 
 
 def _shown(metric: str, value: float) -> str:
-    by_token = metric in tables.METRICS and tables.METRICS[metric].by_token
-    return f"{value:.3f}" if by_token else f"{100 * value:.1f}"
+    return f"{value:.3f}" if tables.by_token(metric) else f"{100 * value:.1f}"
 
 
 @app.command()

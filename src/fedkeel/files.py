@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -53,22 +54,33 @@ def append_lines(path: Path, lines: Iterable[str]) -> int:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `folder` once it is filled; of one that failed nothing stays. Raises DiskError."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise _told(folder, error) from error
+def filled_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, of mode 0700, that takes its name at the end, or is removed if anything is raised.
+
+    Raises OSError if it cannot be made, or `folder` is there by then and not empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # a temporary folder is its owner's alone
-        with contextlib.suppress(OSError) if folder.is_dir() else contextlib.nullcontext():
-            partial.rename(folder)
-    except OSError as error:
-        raise _told(folder, error) from error
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """As `filled_folder`, for all to read; of two processes that fill the same at once, what the first made is kept.
+
+    Raises DiskError.
+    """
+    try:
+        with filled_folder(folder) as partial:
+            yield partial
+            partial.chmod(0o755)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _told(folder, error) from error
 
 
 def cache_folder() -> Path:

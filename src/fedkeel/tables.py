@@ -650,6 +650,11 @@ METRICS = Table(
 )
 
 
+def by_token(name: str) -> bool:
+    """Whether a number of this name is a metric in nats a token, and not a share of a row."""
+    return name in METRICS and METRICS[name].by_token
+
+
 @dataclass(frozen=True)
 class Damage(Entry):
     """A family of damage: (model, strength, seed, undo) damages a model, see `scores.damage`.

@@ -21,8 +21,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +30,7 @@ from typing import NamedTuple
 from fedkeel.deploy.keys import AUTHORITY_DAYS, SERVER_DAYS, certificate, is_ip, new_key, pem, ssh_pair
 from fedkeel.deploy.manifest import DeployError, make_manifest
 from fedkeel.deploy.parts import Plan, app_files, check_list, coordinator_files, image_files, joined, site_files
+from fedkeel.files import filled_folder
 from fedkeel.model.bases import folder_of
 from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
@@ -182,19 +181,13 @@ def _secrets(plan: Plan) -> dict[str, dict[str, str | bytes]]:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, of mode 0700, that takes its name at the end, or is removed if anything is raised."""
+    """See `filled_folder`. Raises DeployError."""
     folder = folder.absolute()
-    partial = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield partial
-        partial.rename(folder)
+        with filled_folder(folder) as partial:
+            yield partial
     except OSError as error:
         raise DeployError(f"{folder} could not be written: {error.strerror or error}. Nothing of it is left") from error
-    finally:
-        if partial is not None and partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(root: Path, files: Mapping[str, str | bytes], state: bool = False) -> None:

@@ -130,7 +130,7 @@ def read_sums(header: Mapping[str, Any], stages: int) -> Sums:
         for task, measures in tasks.items():
             for name, (total, count) in measures.items():
                 # a measure is a share of a row, or nats of a token, which have no bound above
-                most = math.inf if name in tables.METRICS and tables.METRICS[name].by_token else count
+                most = math.inf if tables.by_token(name) else count
                 if not (math.isfinite(total) and 0 <= total <= most and count >= 1):
                     raise ValueError(f"{task}: {name} of {total!r} over {count!r} rows")
                 held = found.setdefault(int(came), {}).setdefault(str(task), {})

@@ -79,7 +79,6 @@ class Lower:
         self._tuples: dict[int, int] = {}  # lower blocks that give a tuple, and its length
         maps = [m for b in self._below for m in b.modules() if type(m) is nn.Linear] if bf16 else []
         self._cast = [(m, m.weight.detach().to(torch.bfloat16)) for m in maps if m.weight.dtype != torch.bfloat16]
-        self.on = False  # off: the model runs whole, as damage, measures and generation need it
 
     @contextmanager
     def over(self, inputs: Mapping[str, Any]) -> Iterator[None]:

@@ -24,7 +24,7 @@ from fedkeel.runs.rounds import Carrier, Memory
 from fedkeel.runs.rows import score_rows, unseen_rows
 from fedkeel.runs.watch import Watch
 from fedkeel.scores.evaluate import Scored, choose, score
-from fedkeel.types import Global, Record, Reply, Row
+from fedkeel.types import Adapter, Global, Record, Reply, Row
 
 
 class Engine(Protocol):
@@ -142,28 +142,26 @@ class Here:
     def _scored(self, leg: Leg, stage: int, current: Global, records: Sequence[Record], sites: Sites) -> list[Scored]:
         """Scores of `current`; where factors stay at the sites, of each row by the model of the one of `sites` that holds
         it."""
-        evaluation, advance = self.prepared.recipe.evaluation, self.watch.advance
         self.model.replay(current.shifts, 0)
         if not leg.rounds:  # nothing is trained: after a later stage only rows, or candidates, that came with it are new
             fresh = [r for r in records if (r.id, r.labels) not in self._untrained]
-            advance(len(records) - len(fresh))
-            self.model.write(current.adapter)
-            with self.model.remembering():
-                scored = score(self.model, self.formatter, fresh, evaluation, advance)
+            self.watch.advance(len(records) - len(fresh))
+            scored = self._by(current.adapter, fresh)
             self._untrained |= {(s.record.id, s.record.labels): s for s in scored}
             return [found for r in records if (found := self._untrained.get((r.id, r.labels)))]
         if not tables.RULES[leg.stages[stage].recipe.federation.rule].personal:
-            self.model.write(current.adapter)
-            with self.model.remembering():
-                return score(self.model, self.formatter, records, evaluation, advance)
+            return self._by(current.adapter, records)
         scored = []
         for name, held in sites.rows.items():
-            self.model.write(self.kept.get(name, Kept()).adapter(current.adapter))
             ids = {r.id for rows in held.values() for r in rows}
-            own = [r for r in records if r.id in ids]
-            with self.model.remembering():
-                scored += score(self.model, self.formatter, own, evaluation, advance)
+            adapter = self.kept.get(name, Kept()).adapter(current.adapter)
+            scored += self._by(adapter, [r for r in records if r.id in ids])
         return sorted(scored, key=lambda s: s.record.id)
+
+    def _by(self, adapter: Adapter, records: Sequence[Record]) -> list[Scored]:
+        self.model.write(adapter)
+        with self.model.remembering():
+            return score(self.model, self.formatter, records, self.prepared.recipe.evaluation, self.watch.advance)
 
     def close(self, leg: Leg, current: Global) -> None:
         """See `Parties`: the score of every test row, and of the federated leg the PEFT folder, whole or not at all; one a site

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def judged(of: str, *told: Any) -> dict[str, float]:
 
 def weight_of(name: str, scored: Scored) -> float:
     """What a row counts in the mean of a metric."""
-    return float(scored.tokens) if name in tables.METRICS and tables.METRICS[name].by_token else 1.0
+    return float(scored.tokens) if tables.by_token(name) else 1.0
 
 
 def choose(records: Sequence[Record], split: str, limit: int) -> list[Record]:
@@ -217,13 +217,24 @@ def _by_likelihood(
         answers = [formatter.answer_ids(record, label) for label in record.labels]
         encoded.append((formatter.prompt_ids(record, max(map(len, answers))), answers, record))
     encoded.sort(key=lambda e: (len(e[0]), e[2].id))
+    for _, record, scores in _in_batches(model, encoded, config, advance):
+        prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
+        distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
+        found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)
+
+
+def _in_batches(
+    model: Model,
+    encoded: Sequence[tuple[Sequence[int], Sequence[Sequence[int]], Record]],
+    config: Evaluation,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[Sequence[Sequence[int]], Record, list[float]]]:
+    """(answers, record, log likelihood of each answer) of every (prompt, answers, record), in the order given."""
     for start in range(0, len(encoded), config.batch_size):
         chunk = encoded[start : start + config.batch_size]
         values = label_log_likelihoods(model, [e[0] for e in chunk], [e[1] for e in chunk])
-        for (_, _, record), scores in zip(chunk, values, strict=True):
-            prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
-            distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
-            found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)
+        for (_, answers, record), scores in zip(chunk, values, strict=True):
+            yield answers, record, scores
         advance(len(chunk))
 
 
@@ -279,18 +290,14 @@ def _free_text(
     for record in records:
         prompt = formatter.prompt_ids(record, config.max_new_tokens)
         answer = formatter.answer_ids(record, record.output)
-        encoded.append((prompt, answer[: max(1, formatter.max_length - len(prompt))], record))
-    encoded.sort(key=lambda e: (len(e[0]) + len(e[1]), e[2].id))
-    for start in range(0, len(encoded), config.batch_size):
-        chunk = encoded[start : start + config.batch_size]
-        values = label_log_likelihoods(model, [e[0] for e in chunk], [[e[1]] for e in chunk])
-        for (_, answer, record), (value,) in zip(chunk, values, strict=True):
-            metrics = judged("likelihood", -value, len(answer))
-            before = found.get(record.id)
-            if before is not None:  # what was generated counts, and its score
-                metrics = before.metrics | {name: v for name, v in metrics.items() if not tables.METRICS[name].counts}
-            found[record.id] = Scored(record, before.prediction if before else "", metrics, tokens=len(answer))
-        advance(len(chunk))
+        encoded.append((prompt, [answer[: max(1, formatter.max_length - len(prompt))]], record))
+    encoded.sort(key=lambda e: (len(e[0]) + len(e[1][0]), e[2].id))
+    for (given,), record, (value,) in _in_batches(model, encoded, config, advance):
+        metrics = judged("likelihood", -value, len(given))
+        before = found.get(record.id)
+        if before is not None:  # what was generated counts, and its score
+            metrics = before.metrics | {name: v for name, v in metrics.items() if not tables.METRICS[name].counts}
+        found[record.id] = Scored(record, before.prediction if before else "", metrics, tokens=len(given))
 
 
 def overall(scored: Sequence[Scored]) -> float:

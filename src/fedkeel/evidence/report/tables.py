@@ -301,7 +301,7 @@ def method_table(rows: Sequence[Row]) -> Table:
     present = [m for m in METHODS if any(r.method == m for r in rows)]
     counting = {name: m.title for name, m in tables.METRICS.items() if m.counts}
     named = {r.name for r in rows if r.split == "test" and not r.task}
-    found, losses = counting.keys() & named, [name for name, m in tables.METRICS.items() if m.by_token and name in named]
+    found, losses = counting.keys() & named, [name for name in tables.METRICS if tables.by_token(name) and name in named]
     scores = {"score": "score, points"} | ({n: counting[n] for n in counting if n in found} if len(found) > 1 else {})
     own_header = ("worst site, own rows", "mean over sites, own rows")
     loss_header = [title for name in losses for title in (tables.METRICS[name].title, "perplexity")]
@@ -398,7 +398,7 @@ def task_table(rows: Sequence[Row]) -> Table:
                 found[r.task, r.method].append(r.value)
             elif r.name == "rows":
                 counts[r.task] = r.value
-            elif r.name in tables.METRICS and tables.METRICS[r.name].by_token:
+            elif tables.by_token(r.name):
                 losses[r.task, r.name, r.method].append(r.value)
             elif r.name in metrics:
                 kinds[r.task].add(metrics[r.name])
