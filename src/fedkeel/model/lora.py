@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedkeel import tables
 from fedkeel.data.batches import Batch
+from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
 from fedkeel.model.load import Base, kind_of, load_config, load_tokenizer, targets_for, uses_bf16
 from fedkeel.model.lower import Lower, States
@@ -149,6 +150,8 @@ class Model:
         seed_torch(seed, "fresh head")
         net = self._base.load() if weights else self._base.outline()
         net.config.use_cache = False
+        if self.bf16 and self.device.type == "cpu":
+            train_in_float32(net)
         if net.config.pad_token_id is None:
             net.config.pad_token_id = self.tokenizer.pad_token_id
         seed_torch(seed, "adapter")
@@ -157,6 +160,9 @@ class Model:
             self.net.to(self.device)
         self.net.eval()
         self._lora = _lora_layers(self.net)
+        if self.bf16 and self.device.type == "cpu":
+            for module in self._lora.values():  # autocast casts for itself; PEFT's cast to float32 before it changes no bit
+                module.cast_input_dtype_enabled = False
         # of the blocks with an adapter; those below are the same for every adapter
         self.first = min(lora.blocks(about.num_hidden_layers)) if lora.layers else 0
         self._dense = _dense_parameters(self.net)
