@@ -18,7 +18,7 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Evaluation
 from fedkeel.rng import derive
 from fedkeel.scores import evaluate, trie
-from fedkeel.scores.evaluate import Scored, choose, label_log_likelihoods, score, task_table
+from fedkeel.scores.evaluate import Scored, _foretold, choose, label_log_likelihoods, score, task_table
 from fedkeel.scores.trie import tree
 from fedkeel.types import Record
 
@@ -53,13 +53,16 @@ def rows(count: int = 4, labels: tuple[str, ...] = LABELS) -> list[Record]:
 
 
 @torch.no_grad()
-def pair_log_likelihood(model: Model, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
-    """The slow twin: one unpadded forward of one pair, all positions, no cache."""
+def pair_logits(model: Model, prompt: tuple[int, ...], answer: tuple[int, ...]) -> torch.Tensor:
+    """The slow twin, in front of each token of the answer: one unpadded forward of one pair, all positions, no cache."""
     if model.kind == "seq2seq":
         decoder = torch.tensor([[model.net.config.decoder_start_token_id, *answer[:-1]]])
-        logits = model.net(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder, use_cache=False).logits[0]
-    else:
-        logits = model.net(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        return model.net(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder, use_cache=False).logits[0]
+    return model.net(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+
+
+def pair_log_likelihood(model: Model, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
+    logits = pair_logits(model, prompt, answer)
     return float(logits.double().log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum())
 
 
@@ -236,13 +239,32 @@ def test_free_text_has_the_loss_of_its_given_answer(name: str) -> None:
             assert one.tokens == len(answer)
             assert one.metrics["nats"] == pytest.approx(loss / len(answer), rel=1e-4)
             if not generate:
-                assert one.metrics.keys() == {"nats", "likelihood"}
-                assert one.score == pytest.approx(math.exp(-loss / len(answer)), rel=1e-4)
+                assert one.metrics.keys() == {"nats", "token_accuracy"}
+                likeliest = pair_logits(model, formatter.prompt_ids(one.record, 12), answer).argmax(-1).tolist()
+                assert one.score == sum(a == b for a, b in zip(likeliest, answer, strict=True)) / len(answer)
         # a task's loss is that of all its tokens, whichever row they are of
         for task, metrics in task_table(scored).items():
             own = [(loss, len(a)) for r, loss, a in zip(records, losses, answers, strict=True) if r.task == task]
             assert metrics["nats"] == pytest.approx(sum(loss for loss, _ in own) / sum(n for _, n in own), rel=1e-4)
             assert metrics["score"] == pytest.approx(sum(s.score for s in scored if s.record.task == task) / len(own))
+
+
+@pytest.mark.parametrize("name", chosen(["llama", "t5"]))
+def test_tokens_that_are_the_likeliest_are_counted(name: str) -> None:
+    """Answers that go along with the model in 0, 1, 2, … of their six tokens."""
+    model, formatter = prepared(name)
+    examples = []
+    for n, record in enumerate(rows(5, labels=())):
+        prompt, answer = formatter.prompt_ids(record, 12), [7, 8, 9, 7, 8, 9]
+        for place in range(n):
+            answer[place] = int(pair_logits(model, prompt, tuple(answer))[place].argmax())
+        rest = pair_logits(model, prompt, tuple(answer)).argmax(-1).tolist()
+        assert not any(a == b for a, b in zip(rest[n:], answer[n:], strict=True))
+        given = {"decoder": tuple(answer)} if model.kind == "seq2seq" else {}
+        ids = prompt if given else (*prompt, *answer)
+        examples.append(Example(record.id, "task", ids, (False,) * len(prompt) + (True,) * (len(ids) - len(prompt)), **given))
+    with torch.no_grad():
+        assert [hits for _, hits in _foretold(model, examples)] == [0, 1, 2, 3, 4]
 
 
 def test_an_answer_that_does_not_fit_loses_its_end() -> None:

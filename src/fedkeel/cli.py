@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -136,7 +137,7 @@ def run(
         _print_plan(console, prepared)
         return
     from fedkeel.display import Display
-    from fedkeel.evidence.report import method_table, read_rows, stage_table, task_table, write_report
+    from fedkeel.evidence.report import method_table, read_rows, read_scores, stage_table, sure_table, task_table, write_report
 
     folder = RunFolder(Path(recipe.out) / recipe.name)
     stages = f" in each of {len(prepared.stages)} stages" if len(prepared.stages) > 1 else ""
@@ -158,7 +159,18 @@ def run(
     tasks = task_table(rows)
     if len(tasks.lines) <= 20:
         console.print(tasks.rich())
+    sure = sure_table(read_scores(folder.path))
+    if 0 < len(sure.lines) <= 20:
+        console.print(sure.rich())
     console.print(f"report: {page}\nadapter (PEFT): {folder.path / 'adapter'}", markup=False, highlight=False)
+    if not tables.RULES[recipe.federation.rule].personal:
+        own = Path(sys.argv[0]).name == "fedkeel" and shutil.which("fedkeel") is None
+        command = sys.argv[0] if own else "fedkeel"
+        console.print(
+            f"try next:\n  {command} ask {folder.path}\n  {command} export {folder.path} merged-model --merged",
+            markup=False,
+            highlight=False,
+        )
 
 
 def finished(folder: Path) -> tuple[Recipe, Path]:
@@ -189,6 +201,53 @@ def fetch(
 
         folder = bring(name, given)
     console.print(f"{name}: {folder}", markup=False, highlight=False)
+
+
+@app.command()
+def ask(
+    run_folder: RunArgument,
+    prompt: Annotated[str | None, typer.Argument(help="A question; without one, a chat.", show_default=False)] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+) -> None:
+    """Ask a run: its base and its federated model answer side by side."""
+    recipe, _ = finished(run_folder)
+    console = _console()
+    with console.status("loading libraries and model"):
+        import torch
+
+        from fedkeel.display import Answers
+        from fedkeel.runs.ask import WHO, Ask
+
+        torch.set_num_threads(recipe.threads)
+        models = Ask(recipe, run_folder)
+
+    said: dict[str, list[tuple[str, str]]] = {who: [] for who in WHO}
+
+    def put(question: str) -> None:
+        with Answers(console, WHO) as answers:
+            for who in WHO:
+                turns = [*said[who], ("user", question)]
+                text = models.answer(who, turns, tokens, temperature, partial(answers.told, who))
+                said[who] = [*turns, ("assistant", text)] if models.remembers else []
+
+    if prompt is not None:
+        put(prompt)
+        return
+    console.print(
+        "Each model goes by what it said itself. " if models.remembers else "Each question is taken alone. ",
+        end="",
+        style="dim",
+    )
+    console.print("An empty line ends this.", style="dim")
+    while True:
+        try:
+            question = console.input("[bold]> [/bold]")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not question.strip():
+            break
+        put(question)
 
 
 @app.command()

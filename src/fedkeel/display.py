@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,10 +18,45 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from fedkeel.evidence.report import human_bytes
 from fedkeel.federation.server import RoundResult
+
+
+class Answers:
+    """The answers of several models to one question, side by side as they grow; one below the other where this is no terminal.
+
+    who: the models, from left to right. Use it as a context manager.
+    """
+
+    def __init__(self, console: Console, who: Sequence[str]) -> None:
+        self._console = console
+        self._said = dict.fromkeys(who, "")
+        self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible") if console.is_terminal else None
+
+    def __enter__(self) -> Answers:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+        elif kind is None:
+            for who, text in self._said.items():
+                self._console.print(f"{who}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def told(self, who: str, so_far: str) -> None:
+        """The answer of `who` as far as it has come."""
+        self._said[who] = so_far.strip()
+        if self._live is not None:
+            table = Table(box=None, expand=True, padding=(0, 2, 0, 0))
+            for name in self._said:
+                table.add_column(name, ratio=1)
+            table.add_row(*map(Text, self._said.values()))
+            self._live.update(table, refresh=True)
 
 
 class _TimeLeft(ProgressColumn):

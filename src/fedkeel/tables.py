@@ -623,8 +623,8 @@ ARCHITECTURES = Table(
 @dataclass(frozen=True)
 class Metric(Entry):
     """A score of an answer: (prediction, references) -> a share. title: of its column. of: `labels`, chosen; `text`, generated;
-    or `likelihood`, of a given free text: then it is (nats, tokens) -> value. counts: of its kind, it is the score, of several
-    the first. by_token: its mean over rows is weighted by their tokens, and it is no share but in nats.
+    or `given`, of a given free text: then it is (nats, tokens found the likeliest, tokens) -> value. counts: of its kind, it is
+    the score, of several the first. by_token: its mean over rows is weighted by their tokens, and it is no share but in nats.
     """
 
     title: str = ""
@@ -644,8 +644,8 @@ METRICS = Table(
         "accuracy": Metric("fedkeel.scores.metrics:same", title="accuracy", of="labels", counts=True),
         "rouge_l": Metric("fedkeel.scores.metrics:rouge_l", title="ROUGE-L", counts=True),
         "exact_match": Metric("fedkeel.scores.metrics:exact_match", title="exact match"),
-        "likelihood": Metric("fedkeel.scores.metrics:token_likelihood", title="token likelihood", of="likelihood", counts=True),
-        "nats": Metric("fedkeel.scores.metrics:nats_a_token", title="loss, nats a token", of="likelihood", by_token=True),
+        "token_accuracy": Metric("fedkeel.scores.metrics:token_accuracy", title="token accuracy", of="given", counts=True),
+        "nats": Metric("fedkeel.scores.metrics:nats_a_token", title="loss, nats a token", of="given", by_token=True),
     },
 )
 

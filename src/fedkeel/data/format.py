@@ -126,6 +126,12 @@ class Formatter:
             self._answers[key] = tuple(self._encode_answer(anchor, answer))
         return self._answers[key]
 
+    def ends(self, record: Record) -> list[int]:
+        """The tokens that end an answer behind this record's prompt: the end of a text, and of a turn if that has a marker."""
+        lasts = {self.answer_ids(record, probe)[-1] for probe in ("x", "y")}  # the same whatever the answer
+        own = lasts if len(lasts) == 1 else set()
+        return sorted(own | {end for end in [self.tokenizer.eos_token_id] if end is not None})
+
     def _encode_answer(self, anchor: str, answer: str) -> list[int]:
         if self.kind == "seq2seq":
             ids = self.tokenizer(text_target=answer)["input_ids"]
@@ -207,6 +213,14 @@ class Formatter:
         if not example.positions:
             raise DataError(f"row {record.id} (task {record.task}) has no supervised position within {self.max_length} tokens")
         return example
+
+    def given(self, record: Record, room: int) -> Example:
+        """A held-out row of free text: the prompt that leaves `room` tokens, then the row's own answer, cut to fit."""
+        prompt, answer = self.prompt_ids(record, room), self.answer_ids(record, record.output)
+        kept = answer[: max(1, self.max_length - len(prompt))]
+        if self.kind == "seq2seq":
+            return Example(record.id, record.task, prompt, decoder=kept)
+        return Example(record.id, record.task, (*prompt, *kept), (False,) * len(prompt) + (True,) * len(kept))
 
     def _encode_chat(self, record: Record) -> Example:
         """Every assistant turn supervised, its end marker included; cut behind the last answer that fits."""

@@ -242,7 +242,7 @@ class Evaluation:
     test_rows: int = number(400, 0)  # a task; 0: all
     unseen_sites: int = number(0, 0)  # sites, drawn by the seed, that take no part in any training; their test rows are scored
     batch_size: int = number(32, 1)
-    generate: bool = True  # free answers, for ROUGE-L; without, they are scored by the likelihood of the given ones
+    generate: bool = True  # free answers, for ROUGE-L; without, by their token accuracy
     max_new_tokens: int = number(48, 1)
     baselines: tuple[str, ...] = some_of(("base", "local", "centralised"), tables.BASELINES)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fedkeel import tables
 from fedkeel.data.batches import collate
-from fedkeel.data.format import Formatter
+from fedkeel.data.format import Example, Formatter
 from fedkeel.model.lora import Model
 from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import Evaluation
 from fedkeel.rng import derive
 from fedkeel.scores.metrics import macro, mean
-from fedkeel.scores.trie import over_trees, tree
+from fedkeel.scores.trie import over_trees, parts, tree
 from fedkeel.types import Record
 
 # Sequences scored at once behind cached prompts: bounds memory however many labels a task has.
@@ -27,7 +27,7 @@ SEQUENCES = 256
 
 @dataclass(frozen=True)
 class Scored:
-    """One row's outcome. metrics: by name, see `tables.METRICS`. tokens: of a free answer whose likelihood was asked for.
+    """One row's outcome. metrics: by name, see `tables.METRICS`. tokens: of a given free answer.
 
     distribution: the probability of each of the record's labels, in their order, with sum 1: softmax of a classifier's
     logits over the classes that the row allows, or of the log likelihoods of the labels' texts; empty for generation.
@@ -41,7 +41,7 @@ class Scored:
 
     @property
     def score(self) -> float:
-        """The metric that counts, in [0, 1]: accuracy; for free text ROUGE-L, or its token likelihood if none was generated."""
+        """The metric that counts, in [0, 1]: accuracy; for free text ROUGE-L, or its token accuracy if none was generated."""
         return next((self.metrics[name] for name, m in tables.METRICS.items() if m.counts and name in self.metrics), 0.0)
 
 
@@ -217,24 +217,13 @@ def _by_likelihood(
         answers = [formatter.answer_ids(record, label) for label in record.labels]
         encoded.append((formatter.prompt_ids(record, max(map(len, answers))), answers, record))
     encoded.sort(key=lambda e: (len(e[0]), e[2].id))
-    for _, record, scores in _in_batches(model, encoded, config, advance):
-        prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
-        distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
-        found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)
-
-
-def _in_batches(
-    model: Model,
-    encoded: Sequence[tuple[Sequence[int], Sequence[Sequence[int]], Record]],
-    config: Evaluation,
-    advance: Callable[[int], None],
-) -> Iterator[tuple[Sequence[Sequence[int]], Record, list[float]]]:
-    """(answers, record, log likelihood of each answer) of every (prompt, answers, record), in the order given."""
     for start in range(0, len(encoded), config.batch_size):
         chunk = encoded[start : start + config.batch_size]
         values = label_log_likelihoods(model, [e[0] for e in chunk], [e[1] for e in chunk])
-        for (_, answers, record), scores in zip(chunk, values, strict=True):
-            yield answers, record, scores
+        for (_, _, record), scores in zip(chunk, values, strict=True):
+            prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
+            distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
+            found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)
         advance(len(chunk))
 
 
@@ -255,9 +244,6 @@ def _generate(
             ids, mask = _padded(prompts, pad, model.device)
         else:
             ids, mask = (t.to(model.device) for t in _left_padded(prompts, pad))
-        # what ends an answer is the same whatever the answer; a template without an end marker has no such token
-        lasts = [{formatter.answer_ids(r, probe)[-1] for probe in ("x", "y")} for _, r in chunk]
-        ends = {model.tokenizer.eos_token_id}.union(*(last for last in lasts if len(last) == 1))
         with quiet():
             out = model.net.generate(
                 input_ids=ids,
@@ -267,7 +253,7 @@ def _generate(
                 use_cache=True,
                 max_new_tokens=config.max_new_tokens,
                 pad_token_id=pad,
-                eos_token_id=sorted(e for e in ends if e is not None),
+                eos_token_id=sorted(set().union(*(formatter.ends(r) for _, r in chunk))),
             )
         new = out if model.kind == "seq2seq" else out[:, ids.shape[1] :]
         for (_, record), tokens in zip(chunk, new, strict=True):
@@ -285,19 +271,31 @@ def _free_text(
     found: dict[str, Scored],
     advance: Callable[[int], None],
 ) -> None:
-    """The likelihood of each record's own answer, beside what was generated for it."""
-    encoded = []
-    for record in records:
-        prompt = formatter.prompt_ids(record, config.max_new_tokens)
-        answer = formatter.answer_ids(record, record.output)
-        encoded.append((prompt, [answer[: max(1, formatter.max_length - len(prompt))]], record))
-    encoded.sort(key=lambda e: (len(e[0]) + len(e[1][0]), e[2].id))
-    for (given,), record, (value,) in _in_batches(model, encoded, config, advance):
-        metrics = judged("likelihood", -value, len(given))
-        before = found.get(record.id)
-        if before is not None:  # what was generated counts, and its score
-            metrics = before.metrics | {name: v for name, v in metrics.items() if not tables.METRICS[name].counts}
-        found[record.id] = Scored(record, before.prediction if before else "", metrics, tokens=len(given))
+    """How well each record's own answer is foretold, beside what was generated for it."""
+    examples = [formatter.given(record, config.max_new_tokens) for record in records]
+    pairs = sorted(zip(examples, records, strict=True), key=lambda p: (p[0].length, p[1].id))
+    for start, stop in parts([e.positions for e, _ in pairs], config.batch_size):
+        chunk = pairs[start:stop]
+        for (example, record), (nats, hits) in zip(chunk, _foretold(model, [e for e, _ in chunk]), strict=True):
+            tokens = example.positions
+            metrics = judged("given", nats, hits, tokens)
+            before = found.get(record.id)
+            if before is not None:  # what was generated counts, and its score
+                metrics = before.metrics | {name: v for name, v in metrics.items() if not tables.METRICS[name].counts}
+            found[record.id] = Scored(record, before.prediction if before else "", metrics, tokens=tokens)
+        advance(len(chunk))
+
+
+def _foretold(model: Model, examples: Sequence[Example]) -> list[tuple[float, int]]:
+    """Of each example: the nats of its supervised tokens, and how many of them are the likeliest."""
+    forward = model.forward(collate(examples, model.kind, model.tokenizer.pad_token_id))
+    logits, targets = forward.logits.float(), forward.targets
+    nats = logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]
+    sums, hits = [0.0] * len(examples), [0] * len(examples)
+    for row, value, hit in zip(forward.rows.tolist(), nats.tolist(), (logits.argmax(-1) == targets).tolist(), strict=True):
+        sums[row] += value
+        hits[row] += hit
+    return list(zip(sums, hits, strict=True))
 
 
 def overall(scored: Sequence[Scored]) -> float:

@@ -48,14 +48,14 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return max(float(_rouge().score(r, prediction)["rougeL"].fmeasure) for r in references)
 
 
-def nats_a_token(nats: float, tokens: int) -> float:
+def nats_a_token(nats: float, hits: int, tokens: int) -> float:
     """−log p(answer) over its tokens; exp of it is the perplexity."""
     return nats / tokens
 
 
-def token_likelihood(nats: float, tokens: int) -> float:
-    """The geometric mean of the probabilities of an answer's tokens, in [0, 1]: 1 over the perplexity."""
-    return math.exp(-nats / tokens)
+def token_accuracy(nats: float, hits: int, tokens: int) -> float:
+    """The share of an answer's tokens that the model finds the likeliest behind those before, in [0, 1]."""
+    return hits / tokens
 
 
 def mean(values: Sequence[float]) -> float:

@@ -69,22 +69,24 @@ def tree(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Tree:
 def over_trees(model: Model, trees: Sequence[Tree], answers: Sequence[int]) -> list[list[float]]:
     """log p(answer | prompt) in nats, of each tree's answers. answers: how many each has."""
     found = []
-    for start, stop in _parts(trees):
+    for start, stop in parts([len({where for where, _, _ in one.asked}) for one in trees], len(trees)):
         found += _together(model, trees[start:stop], answers[start:stop])
     return found
 
 
-def _parts(trees: Sequence[Tree]) -> Iterator[tuple[int, int]]:
-    """Rows that go through the model together: as many as keep within POSITIONS, and at least one."""
+def parts(positions: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of rows that go through the model together: up to `most` that keep within POSITIONS, and at least one.
+
+    positions: of each row, those whose logits are worked out.
+    """
     start, held = 0, 0
-    for number, one in enumerate(trees):
-        need = len({where for where, _, _ in one.asked})
-        if number > start and held + need > POSITIONS:
+    for number, need in enumerate(positions):
+        if number > start and (held + need > POSITIONS or number - start == most):
             yield start, number
             start, held = number, 0
         held += need
-    if start < len(trees):
-        yield start, len(trees)
+    if start < len(positions):
+        yield start, len(positions)
 
 
 def _together(model: Model, trees: Sequence[Tree], answers: Sequence[int]) -> list[list[float]]:

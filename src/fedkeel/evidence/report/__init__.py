@@ -15,6 +15,7 @@ from fedkeel.evidence.report.pictures import learning_curve, run_pictures
 from fedkeel.evidence.report.run_page import LONG, Run, run_page
 from fedkeel.evidence.report.suite_page import kept_picture, suite_markdown, write_suite_report
 from fedkeel.evidence.report.suite_tables import same_value
+from fedkeel.evidence.report.sure import read_scores, sure_table
 from fedkeel.evidence.report.tables import (
     METHODS,
     Table,
@@ -47,15 +48,18 @@ from fedkeel.types import FedKeelError, Row
 def write_report(folder: Path) -> Path:
     """Write table.md, curve.svg, report.html and report.md into a run's folder and return the path of report.md.
 
-    Reads rows.jsonl, recipe.toml and env.json there, and measures.jsonl if it is there; a run that is not finished gets a
-    report that says so. Raises FedKeelError if one of the first three is missing or malformed, or if there is no Row yet.
+    Reads rows.jsonl, recipe.toml and env.json there, and measures.jsonl and scores.jsonl if they are there; a run that is not
+    finished gets a report that says so. Raises FedKeelError if one of the first three is missing or malformed, or if there is
+    no Row yet.
     """
     run = _read(folder)
     rows = run.rows
     tables = [method_table(rows).markdown(), _foldable(task_table(rows))]
-    stages = stage_table(rows)
+    stages, sure = stage_table(rows), sure_table(run.scores)
     if stages.lines:
         tables.insert(1, stages.markdown())
+    if sure.lines:
+        tables.insert(1, _foldable(sure))
     write_atomic(folder / "table.md", "\n".join(tables))
     page = [f"# {escape(run.name)}: report of a FedKeel run\n"]
     missing = missing_parts(rows, tomllib.loads(run.recipe))
@@ -92,7 +96,7 @@ def _read(folder: Path) -> Run:
     except json.JSONDecodeError as error:
         raise FedKeelError(f"{folder / 'env.json'} is not JSON: {error}") from error
     measures = folder / "measures.jsonl"
-    return Run(rows, read_rows(measures) if measures.exists() else [], recipe, environment)
+    return Run(rows, read_rows(measures) if measures.exists() else [], read_scores(folder), recipe, environment)
 
 
 def missing_parts(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
@@ -183,10 +187,12 @@ __all__ = [
     "learning_curve",
     "method_table",
     "read_rows",
+    "read_scores",
     "same_value",
     "site_table",
     "stage_table",
     "suite_markdown",
+    "sure_table",
     "task_table",
     "traffic_table",
     "write_report",

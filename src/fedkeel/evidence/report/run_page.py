@@ -11,6 +11,7 @@ from fedkeel.evidence.report.charts import Chart, Heat
 from fedkeel.evidence.report.figures import figures_of
 from fedkeel.evidence.report.page import Block, Code, Folded, Page, Section, Text
 from fedkeel.evidence.report.styles import run_styles
+from fedkeel.evidence.report.sure import Models, sure_table
 from fedkeel.evidence.report.tables import Table, final, method_table, site_table, task_table, traffic_table
 from fedkeel.types import Row
 
@@ -23,10 +24,12 @@ def foldable(table: Table) -> Block:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says. rows: never none. measures: of `fedkeel measure`. recipe: TOML. environment: of env.json."""
+    """What a run's folder says. rows: never none. measures: of `fedkeel measure`. scores: of the test rows. recipe: TOML.
+    environment: of env.json."""
 
     rows: Sequence[Row]
     measures: Sequence[Row]
+    scores: Models
     recipe: str
     environment: Mapping[str, Any]
 
@@ -56,7 +59,11 @@ def run_page(run: Run, summary: str, missing: Sequence[str]) -> Page:
     tasks = task_table(rows)
     kept = charts.kept_table(rows, measures)
     found: list[tuple[str, str, tuple[Block, ...]]] = [
-        ("scores", "Scores", (method_table(rows), *((foldable(tasks),) if tasks.lines else ()))),
+        (
+            "scores",
+            "Scores",
+            (method_table(rows), *(foldable(table) for table in (sure_table(run.scores), tasks) if table.lines)),
+        ),
         ("learning", "Learning curves", figure(charts.learning(rows))),
         ("stages", "Score by stage", figure(charts.stages(rows))),
         ("traffic", "Score against traffic", (*figure(charts.traffic(rows)), *((traffic,) if traffic.lines else ()))),

@@ -14,6 +14,7 @@ from fedkeel.evidence.archive import RunFiles
 from fedkeel.evidence.report.chance import Chance, Majority, chances
 from fedkeel.evidence.report.interval import Scores
 from fedkeel.evidence.report.run_numbers import by_task, final_score, last_stage
+from fedkeel.evidence.report.sure import scores_by_model
 from fedkeel.evidence.report.tables import METHODS, mean_and_sd, rows_of
 from fedkeel.types import FedKeelError, Row
 
@@ -146,12 +147,10 @@ def scores_of(text: str, where: str) -> dict[str, Scores]:
     where: the file, for messages. Raises FedKeelError, naming file and line.
     """
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            one = json.loads(line)
-            found[one["method"]][one["task"]][one["id"]].append(float(one["score"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise FedKeelError(f"{where}:{number}: not a score of a run: {error!r}") from error
+    for (leg, _), scores in scores_by_model(text, where).items():
+        for task, of in scores.items():
+            for row, score in of.items():
+                found[leg][task][row].append(score)
     return {
         leg: {task: {row: sum(v) / len(v) for row, v in rows.items()} for task, rows in tasks.items()}
         for leg, tasks in found.items()

@@ -1,0 +1,127 @@
+"""Questions to a finished run: its base and its federated model answer the same, each going by what it said itself before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from fedkeel.data.batches import collate
+from fedkeel.data.format import Example, Formatter
+from fedkeel.model.lora import Model
+from fedkeel.model.quiet import quiet
+from fedkeel.recipe.schema import Recipe
+from fedkeel.rng import seed_torch
+from fedkeel.runs.served import trained_model
+from fedkeel.types import FedKeelError, Record
+
+WHO = ("base", "federated")
+LONGEST = 4096  # tokens of a prompt and its answer, where the base itself sets no lower bound
+
+Turn = tuple[str, str]  # (role, text)
+
+
+class Heard(BaseStreamer):
+    """Tells the answer so far, after each token of it."""
+
+    def __init__(self, tokenizer: Any, told: Callable[[str], None]) -> None:
+        self._tokenizer, self._told, self._begun = tokenizer, told, False
+        self._ids: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate`: once with what stands before the answer, then with each token."""
+        if self._begun:
+            self._ids += value.flatten().tolist()
+            text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            self._told(text.removesuffix("\N{REPLACEMENT CHARACTER}"))  # half of a character is told with its other half
+        self._begun = True
+
+    def end(self) -> None:
+        """Called by `generate` behind the last token."""
+
+
+class Ask:
+    """The two models of one run. recipe, folder: of the run, which has ended in one adapter."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.model = trained_model(recipe, folder)
+        # what is added to the base's own maps cannot be switched off
+        self._base = Model(recipe.model, recipe.lora, recipe.seed, self.model.classes) if self.model.shifts else self.model
+        about = self.model.net.config
+        longest = min(LONGEST, getattr(about, "max_position_embeddings", None) or LONGEST)
+        self._formatter = Formatter(self.model.tokenizer, self.model.kind, longest, classes=self.model.classes)
+        self._seed = recipe.seed
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a question is taken with those before it: the base has a template for chats."""
+        return self.model.kind == "causal" and self.model.tokenizer.chat_template is not None
+
+    @contextmanager
+    def _speaking(self, who: str) -> Iterator[Model]:
+        if who == "federated":
+            yield self.model
+        else:
+            with self._base.net.disable_adapter():
+                yield self._base
+
+    @torch.no_grad()
+    def answer(
+        self, who: str, turns: Sequence[Turn], tokens: int, temperature: float = 0.0, told: Callable[[str], None] = print
+    ) -> str:
+        """What `who` of WHO says to the last of `turns`, those before it in mind where it `remembers`.
+
+        tokens: at most, of the answer. temperature: 0 takes the likeliest token each time. told: called with the answer so far.
+        Raises FedKeelError for a prompt that leaves no room for `tokens`.
+        """
+        question = turns[-1][1]
+        if not question.strip():
+            raise FedKeelError("the question is empty")
+        with self._speaking(who) as model, model.autocast():
+            if model.kind == "classifier":
+                text = self._classes(model, question)
+                told(text)
+                return text
+            heard = Heard(model.tokenizer, told)
+            ids = torch.tensor([self._prompt(turns, tokens)], device=model.device)
+            chosen = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+            seed_torch(self._seed, "ask")
+            with quiet():
+                out = model.net.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=bool(temperature),
+                    num_beams=1,
+                    use_cache=True,
+                    max_new_tokens=tokens,
+                    pad_token_id=model.tokenizer.pad_token_id,
+                    eos_token_id=self._formatter.ends(Record("asked", "asked", "test", "", input=question)),
+                    streamer=heard,
+                    **chosen,
+                )
+        new = out[0] if self.model.kind == "seq2seq" else out[0, ids.shape[1] :]
+        return str(self.model.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+    def _prompt(self, turns: Sequence[Turn], room: int) -> tuple[int, ...]:
+        said = (*turns, ("assistant", "")) if self.remembers and len(turns) > 1 else ()  # a long talk loses its beginning
+        record = Record("asked", "asked", "test", "", input="" if said else turns[-1][1], messages=said)
+        before = self._formatter.counts["truncated"]
+        ids = self._formatter.prompt_ids(record, room)
+        if self._formatter.counts["truncated"] > before:
+            raise FedKeelError(
+                f"the prompt and {room} tokens of an answer are over the {self._formatter.max_length} of this base"
+            )
+        return ids
+
+    def _classes(self, model: Model, question: str) -> str:
+        """The three likeliest classes, with their shares."""
+        ids = tuple(model.tokenizer(question, truncation=True, max_length=self._formatter.max_length)["input_ids"])
+        example = Example("asked", "asked", ids, target=0, allowed=tuple(range(len(model.classes))))
+        logits = model.forward(collate([example], model.kind, model.tokenizer.pad_token_id, len(model.classes))).logits
+        shares = logits.float().softmax(-1)[0]
+        best = shares.argsort(descending=True)[:3].tolist()
+        return ", ".join(f"{model.classes[k]} ({float(shares[k]):.0%})" for k in best)
