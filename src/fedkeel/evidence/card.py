@@ -1,0 +1,176 @@
+"""The model card of what a run exports: how to load it, how it was made, what it scored and what protected the sites.
+
+Its head is what the Hugging Face Hub reads (huggingface_hub's ModelCardData), so that the folder can be uploaded as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from fedkeel import tables
+from fedkeel.evidence.report import method_table, read_rows, read_scores, summary, sure_table
+from fedkeel.evidence.report.tables import escape, site_names
+from fedkeel.recipe.schema import Recipe
+from fedkeel.types import Row
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TASKS = {
+    "causal": "text-generation",
+    "seq2seq": "text2text-generation",
+    "classifier": "text-classification",
+}  # the hub's words
+_SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank
+
+
+@dataclass(frozen=True)
+class Made:
+    """What stands in the folder of a card. kind: of the model, `causal`, `seq2seq` or `classifier`. rank: of the adapter."""
+
+    kind: str
+    rank: int
+    merged: bool
+    gguf: bool
+
+
+def hub_id(base: str) -> str:
+    """The hub's id of a recipe's base, as far as that is known; else nothing."""
+    if base in tables.BASES:
+        return tables.BASES[base].hub
+    return base if _HUB_ID.fullmatch(base) and not Path(base).exists() else ""
+
+
+def card(recipe: Recipe, run: Path, made: Made) -> str:
+    """The card's text, in Markdown with a head in YAML. run: a finished run's folder."""
+    rows = read_rows(run / "rows.jsonl")
+    environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
+    scores = read_scores(run)
+    sites = {name: f"site {k}" for k, name in enumerate(sorted({site for _, site in scores if site}), 1)}  # no names of theirs
+    sure = sure_table({(leg, sites.get(site, "")): found for (leg, site), found in scores.items()})
+    parts = [
+        f"---\n{_head(recipe, rows, made)}\n---\n",
+        f"# {escape(recipe.name)}\n",
+        f"{_what(recipe, made)} {escape(summary(rows))}\n",
+        f"## To use it\n\n{_use(recipe, made)}",
+        f"## How it was made\n\n{_settings(recipe, rows, environment)}",
+        method_table(rows).markdown(),
+        sure.markdown() if sure.lines else "",
+        f"## Privacy\n\n{_PRIVACY}\n",
+        f"## Limits\n\n{_LIMITS}\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+_PRIVACY = """\
+The sites' rows did not leave them: the coordinator received updates of the adapter and statistics of training. **No
+differential privacy and no secure aggregation** were used, so there is no bound on what this model tells of a single row or
+site, and it may repeat rare texts of its training rows. Look at what it says before you give it to others."""
+
+_LIMITS = """\
+The scores are of this run's test rows, which come from the sites that trained; nothing is said of other tasks, languages or
+uses. What the base model gets wrong it may still get wrong."""
+
+
+def _named(recipe: Recipe) -> str:
+    """The base, without a path of the machine it lies on."""
+    base = recipe.model.base
+    return base if base in tables.BASES else hub_id(base) or Path(base).name
+
+
+def _head(recipe: Recipe, rows: Sequence[Row], made: Made) -> str:
+    known = tables.BASES.get(recipe.model.base)
+    base = hub_id(recipe.model.base)
+    about: dict[str, Any] = (
+        {"base_model": base, "base_model_relation": "finetune" if made.merged else "adapter"} if base else {}
+    )
+    if not made.gguf:
+        about["library_name"] = "transformers" if made.merged else "peft"
+    if known:
+        about["license"] = known.licence.lower()
+    results = _results(rows, _TASKS[made.kind])
+    if results:
+        about |= {"model_name": recipe.name, "eval_results": results}
+    tags = ["fedkeel", "federated-learning", *([] if made.merged else ["lora"]), *(["gguf"] if made.gguf else [])]
+    return ModelCardData(pipeline_tag=_TASKS[made.kind], tags=tags, **about).to_yaml()
+
+
+def _results(rows: Sequence[Row], task: str) -> list[EvalResult]:
+    """The served model's measures of each task's test rows, those of the last time it was scored."""
+    last = {(r.task, r.name): r.value for r in rows if r.method == "federated" and r.split == "test" and r.task}
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=re.sub(r"[^\w.-]+", "-", of) or "rows",
+            dataset_name=of,
+            dataset_split="test",
+            metric_type=name,
+            metric_name=tables.METRICS[name].title,
+            metric_value=round(value, 4),
+        )
+        for (of, name), value in sorted(last.items())
+        if name in tables.METRICS
+    ]
+
+
+def _what(recipe: Recipe, made: Made) -> str:
+    form = "as GGUF, for llama.cpp" if made.gguf else "in Hugging Face layout" if made.merged else "in PEFT's format"
+    what = "The whole model, adapter merged in" if made.merged else "A LoRA adapter"
+    return f"{what}, {form}: `{escape(_named(recipe))}`, fine-tuned by a federation."
+
+
+def _use(recipe: Recipe, made: Made) -> str:
+    if made.gguf:
+        return _use_gguf(made)
+    base = hub_id(recipe.model.base) or "BASE"
+    told = "" if base != "BASE" or made.merged else f"`BASE` is where `{escape(_named(recipe))}` lies on your machine.\n\n"
+    head = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "classifier": "AutoModel"}[made.kind]
+    if made.merged:
+        python = f'model = transformers.{head}.from_pretrained(".")'
+        served = "vllm serve . --served-model-name fedkeel"
+    else:
+        python = f'model = peft.PeftModel.from_pretrained(transformers.{head}.from_pretrained("{base}"), ".")'
+        rank = next((size for size in _SERVED_RANKS if size >= made.rank), made.rank)
+        served = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules fedkeel=."
+    imports = "transformers" if made.merged else "peft, transformers"
+    shown = f"{told}```python\nimport {imports}\n\n{python}\n```\n"
+    if made.kind == "classifier":
+        return (
+            f"{shown}\nIts classes are in `fedkeel_classes.json`, in the order of its scores; `fedkeel evaluate` uses them.\n"
+        )
+    return shown + (f"\n```\n{served}\n```\n" if made.kind == "causal" else "")
+
+
+def _use_gguf(made: Made) -> str:
+    if made.merged:
+        return "```\nllama-cli -m model.gguf\nollama create fedkeel -f Modelfile\n```\n"
+    return (
+        "`base.gguf` is the base model as GGUF, of any quantisation.\n\n"
+        "```\nllama-cli -m base.gguf --lora adapter.gguf\nollama create fedkeel -f Modelfile\n```\n"
+    )
+
+
+def _settings(recipe: Recipe, rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
+    federation, lora, train = recipe.federation, recipe.lora, recipe.train
+    stages = recipe.stream.stages
+    commit = environment.get("commit")
+    length = f"{train.local_steps} steps" if train.local_steps else f"{train.local_epochs} epochs, steps"
+    facts = {
+        "base": _named(recipe),
+        "sites": str(len(site_names(rows))),
+        "rounds": f"{federation.rounds}" + (f" in each of {len(stages)} stages" if stages else ""),
+        "a site's round": f"{length} of {train.batch_size} rows, learning rate {train.lr:g}",
+        "adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}",
+        "aggregation": f"{federation.rule}, codec {federation.codec_up} up and {federation.codec_down} down",
+        "distillation guidance": f"weight {recipe.distill.weight:g}",
+        "structure": ", ".join(f"{name} {amount:g}" for name, amount in recipe.structure.amounts.items() if amount) or "none",
+        "tasks": ", ".join(sorted({r.task for r in rows if r.task})),
+        "made with": f"FedKeel {environment['versions']['fedkeel']}" + (f", commit {commit}" if commit else ""),
+    }
+    lines = "".join(f"| {name} | {escape(value)} |\n" for name, value in facts.items() if value)
+    return f"| | |\n| --- | --- |\n{lines}"

@@ -1,0 +1,72 @@
+"""What others serve of a finished run: its adapter or the whole model with a card, for PEFT, Hugging Face or llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from fedkeel.evidence.card import Made, card
+from fedkeel.files import whole_folder, write_atomic
+from fedkeel.model.export import save_merged
+from fedkeel.model.gguf_write import save_adapter_gguf, save_merged_gguf
+from fedkeel.recipe.schema import Recipe
+from fedkeel.runs.served import served_adapter, trained_model
+
+
+def export(recipe: Recipe, run: Path, target: Path, merged: bool = False) -> None:
+    """Write the new folder `target`: the run's adapter in PEFT's format, or if `merged` the whole model in Hugging Face layout.
+
+    recipe, run: of a run that has ended in one adapter. Raises DiskError, ModelError.
+    """
+    with whole_folder(target) as partial:
+        if merged:
+            model = trained_model(recipe, run)
+            kind = model.kind
+            save_merged(model, partial)
+        else:
+            shutil.copytree(run / "adapter", partial, dirs_exist_ok=True)
+            kind = _kind(partial)
+        _write_card(recipe, run, partial, Made(kind, _rank(run), merged, gguf=False))
+
+
+def export_gguf(recipe: Recipe, run: Path, target: Path, merged: bool = False, kind: str = "f16") -> None:
+    """As `export`, as one file for llama.cpp, `adapter.gguf` or `model.gguf`, with a Modelfile for Ollama.
+
+    kind: of the whole model's matrices, see `model.gguf_write.TYPES`.
+    """
+    model = trained_model(recipe, run)
+    with whole_folder(target) as partial:
+        if merged:
+            save_merged_gguf(model, partial / "model.gguf", kind)
+            written = "FROM ./model.gguf\n"
+        else:
+            save_adapter_gguf(model, served_adapter(model, recipe, run), partial / "adapter.gguf")
+            written = f"# the base model as GGUF, of any quantisation\nFROM {_base(recipe)}\nADAPTER ./adapter.gguf\n"
+        write_atomic(partial / "Modelfile", written)
+        _write_card(recipe, run, partial, Made(model.kind, _rank(run), merged, gguf=True))
+
+
+def _base(recipe: Recipe) -> str:
+    given = Path(recipe.model.base).expanduser()
+    return str(given.resolve()) if given.suffix == ".gguf" and given.is_file() else "./base.gguf"
+
+
+def _rank(run: Path) -> int:
+    rank = _config(run / "adapter")["r"]
+    assert isinstance(rank, int)
+    return rank
+
+
+def _kind(adapter: Path) -> str:
+    """Of the model that a PEFT folder is for, by the task it names."""
+    return {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}.get(str(_config(adapter)["task_type"]), "classifier")
+
+
+def _config(adapter: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _write_card(recipe: Recipe, run: Path, folder: Path, made: Made) -> None:
+    write_atomic(folder / "README.md", card(recipe, run, made))
