@@ -138,7 +138,7 @@ def test_smollm2_recipe_with_local_stand_ins(fedkeel: Command, tiny_base: Path, 
         (tmp_path / "chats" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = fedkeel(
         "run",
-        "recipes/smollm2.toml",
+        "recipes/hub-chat.toml",
         f"model.base={tiny_base}",
         f"data.dataset={tmp_path / 'chats'}",
         "data.subset=",
