@@ -102,7 +102,29 @@ def warm_site(told: dict[str, Any]) -> Table:
     return Table("A warm worker", header, tuple(lines), (note,))
 
 
-BENCHMARKS = {("step-cost", "cpu"): step_cost, ("engines", "cpu"): engines, ("engines", "warm"): warm_site}
+def llm(told: dict[str, Any]) -> Table:
+    """benchmarks/llm.py: seconds a step and peak memory of FedKeel and TRL, and what keeping the lower blocks' states saves."""
+    header = ("run", "s a step", "against TRL", "peak MB", "against TRL, peak")
+    lines = [
+        (r["run"], f"{r['step_s']:.2f}", f"{r['step_to_trl']:.2f}", f"{r['peak_mb']:.0f}", f"{r['peak_to_trl']:.2f}")
+        for r in told["results"]
+    ]
+    cache = told["cache"]
+    notes = (
+        f"benchmarks/llm.py: {told['base']}, {told['rows']} rows of {told['tokens']:,} tokens together, batches of "
+        f"{told['batch']}, one thread, repeats: {told['repeats']}.",
+        f"With the states of the lower blocks kept to without: a step {cache['step']:.2f}, a step of rows seen for the first "
+        f"time {cache['first_step']:.2f}, a forward pass {cache['pass']:.2f}.",
+    )
+    return Table("A step of a language model", header, tuple(lines), notes)
+
+
+BENCHMARKS = {
+    ("step-cost", "cpu"): step_cost,
+    ("step-cost", "llm"): llm,
+    ("engines", "cpu"): engines,
+    ("engines", "warm"): warm_site,
+}
 
 
 def filled(text: str) -> str:
