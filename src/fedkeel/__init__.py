@@ -4,6 +4,7 @@ From Python: `run` a recipe over rows of your own, `load` a finished run; both g
 one of these is asked for.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,10 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "Record", "Result", "load", "run"]
 
 _WHERE = {"Recipe": "recipe.schema", "Record": "types", "Result": "api", "load": "api", "run": "api"}
+
+# Threads of torch that wait for each other otherwise spin: beside any other busy process that made a run on two cores
+# 15 times as long, and on idle ones no shorter. It is read once, when torch is loaded; who set it already is heard.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from fedkeel.api import Result, load, run

@@ -141,8 +141,14 @@ def records(
     areas, chosen = sorted(by_area), []
     for area in areas:
         found = by_area[area]
-        rows = [*_area(found, areas), *_kind(found), *_name(found, seed), *_gap(found, seed), *_summary(found)]
-        rows = [row for row in rows if row.task in tasks]
+        made = {
+            "area": _area(found, areas),
+            "kind": _kind(found),
+            "name": _name(found, seed),
+            "gap": _gap(found, seed),
+            "summary": _summary(found),
+        }  # generators: what is not asked for costs nothing
+        rows = [row for task, of_task in made.items() if task in tasks for row in of_task]
         for split, limit in limits.items():
             chosen += _balanced([row for row in rows if row.split == split], limit)
     return sorted(chosen, key=lambda row: row.id)
