@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkeel import tables
-from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.load import load_recipe, with_threads
 from fedkeel.recipe.schema import Data, Evaluation, Federation, LoraConfig, Partition, Recipe
 from fedkeel.recipe.settings import ConfigError, known_keys, to_toml
 
@@ -333,3 +333,13 @@ def test_an_override_is_one_key() -> None:
 def test_two_ascents_before_a_step_are_refused() -> None:
     with pytest.raises(ConfigError, match="the gradients of two points"):
         load_recipe(None, ["train.sam=0.1", "structure.adversary=0.1"])
+
+
+@pytest.mark.parametrize(("given", "threads"), [("3", 3), ("5,2", 5), ("", 2), ("0", 2), ("many", 2)])
+def test_threads_are_those_of_the_environment_where_a_recipe_names_none(
+    given: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedkeel.recipe.load.cores", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert with_threads(load_recipe(None)).threads == threads
+    assert with_threads(load_recipe(None, ["threads=7"])).threads == 7

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from test_run import go
 
 from fedkeel.cli import main
 from fedkeel.evidence.card import Made, card, hub_id
+from fedkeel.evidence.export import export as written
 from fedkeel.evidence.report import read_rows
 from fedkeel.files import DiskError, replaced
 from fedkeel.model.bases import ModelError, folder_of
@@ -224,8 +227,23 @@ def test_export_writes_files_a_modelfile_and_a_card(
 
     held = load_file(tmp_path / "p" / "adapter_model.safetensors")
     at = "base_model.model.model.layers.1.mlp.up_proj.lora"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "p").chat_template  # peft's AutoPeftModel finds it too
     ours = lora["blk.1.ffn_up.weight.lora_b"] @ lora["blk.1.ffn_up.weight.lora_a"]
     assert np.abs(ours - (held[f"{at}_B.weight"] @ held[f"{at}_A.weight"]).numpy()).max() < 1e-5
+
+
+def test_an_adapter_names_its_base_by_the_hub_and_does_without_it(run: tuple[Any, Path], tmp_path: Path) -> None:
+    """As on a machine that has a run's folder and not its base."""
+    recipe = dataclasses.replace(run[0], model=dataclasses.replace(run[0].model, base="some-lab/some-model"))
+    notes = written(recipe, run[1], tmp_path / "x")
+    assert len(notes) == 1
+    assert "'some-lab/some-model' is not on this machine" in notes[0]
+    about = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert about == {
+        **json.loads((run[1] / "adapter" / "adapter_config.json").read_text()),
+        "base_model_name_or_path": "some-lab/some-model",
+    }
+    assert ModelCard.load(tmp_path / "x" / "README.md").data.base_model == "some-lab/some-model"
 
 
 def test_bad_options_are_named(run: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,8 +113,8 @@ def llm(told: dict[str, Any]) -> Table:
     notes = (
         f"benchmarks/llm.py: {told['base']}, {told['rows']} rows of {told['tokens']:,} tokens together, batches of "
         f"{told['batch']}, one thread, repeats: {told['repeats']}.",
-        f"With the states of the lower blocks kept to without: a step {cache['step']:.2f}, a step of rows seen for the first "
-        f"time {cache['first_step']:.2f}, a forward pass {cache['pass']:.2f}.",
+        f"With the states of the lower blocks kept to without, in turns in one process: a step {cache['step']:.2f}, a forward "
+        f"pass {cache['pass']:.2f}.",
     )
     return Table("A step of a language model", header, tuple(lines), notes)
 

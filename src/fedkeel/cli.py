@@ -388,11 +388,14 @@ def export(
     with console.status("writing"):
         from fedkeel.evidence import export as files
 
+        notes: list[str] = []
         if gguf:
             files.export_gguf(recipe, run_folder, target, merged, kind or "f16")
         else:
-            files.export(recipe, run_folder, target, merged)
+            notes = files.export(recipe, run_folder, target, merged)
     what = f"{'merged model' if merged else 'adapter'}{' as GGUF' if gguf else ''}"
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     console.print(f"{what}: {target}\nhow to load it: {target / 'README.md'}", markup=False, highlight=False)
 
 

@@ -6,19 +6,23 @@ import json
 import shutil
 from pathlib import Path
 
-from fedkeel.evidence.card import Made, card
+from fedkeel.evidence.card import Made, card, hub_id
 from fedkeel.files import whole_folder, write_atomic
+from fedkeel.model.bases import ModelError
 from fedkeel.model.export import save_merged
 from fedkeel.model.gguf_write import save_adapter_gguf, save_merged_gguf
+from fedkeel.model.load import load_tokenizer
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.served import served_adapter, trained_model
 
 
-def export(recipe: Recipe, run: Path, target: Path, merged: bool = False) -> None:
+def export(recipe: Recipe, run: Path, target: Path, merged: bool = False) -> list[str]:
     """Write the new folder `target`: the run's adapter in PEFT's format, or if `merged` the whole model in Hugging Face layout.
 
-    recipe, run: of a run that has ended in one adapter. Raises DiskError, ModelError.
+    recipe, run: of a run that has ended in one adapter. An adapter has the tokenizer beside it, and names its base by its id on
+    the hub where it has one. Returns notes on what could not be added. Raises DiskError, ModelError.
     """
+    notes = []
     with whole_folder(target) as partial:
         if merged:
             model = trained_model(recipe, run)
@@ -27,7 +31,13 @@ def export(recipe: Recipe, run: Path, target: Path, merged: bool = False) -> Non
         else:
             shutil.copytree(run / "adapter", partial, dirs_exist_ok=True)
             kind = _kind(partial)
+            _name_base(partial, recipe)
+            try:
+                load_tokenizer(recipe.model).save_pretrained(partial)
+            except ModelError:
+                notes.append(f"the base {recipe.model.base!r} is not on this machine: the adapter is without its tokenizer")
         _write_card(recipe, run, partial, Made(kind, _rank(run), merged, gguf=False))
+    return notes
 
 
 def export_gguf(recipe: Recipe, run: Path, target: Path, merged: bool = False, kind: str = "f16") -> None:
@@ -45,6 +55,13 @@ def export_gguf(recipe: Recipe, run: Path, target: Path, merged: bool = False, k
             written = f"# the base model as GGUF, of any quantisation\nFROM {_base(recipe)}\nADAPTER ./adapter.gguf\n"
         write_atomic(partial / "Modelfile", written)
         _write_card(recipe, run, partial, Made(model.kind, _rank(run), merged, gguf=True))
+
+
+def _name_base(adapter: Path, recipe: Recipe) -> None:
+    known = hub_id(recipe.model.base)
+    if known:
+        text = json.dumps({**_config(adapter), "base_model_name_or_path": known}, indent=2)
+        write_atomic(adapter / "adapter_config.json", f"{text}\n")
 
 
 def _base(recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,8 +50,10 @@ def make_recipe(tree: Mapping[str, Any], data: bool = True, order: bool = False)
 
 
 def with_threads(recipe: Recipe) -> Recipe:
-    """The recipe with a number of threads, for this machine where it names none."""
-    return recipe if recipe.threads else dataclasses.replace(recipe, threads=min(cores(), 8))
+    """The recipe with a number of threads, where it names none: OMP_NUM_THREADS of the environment, else for this machine."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    ours = int(asked) if asked.isdigit() and int(asked) else min(cores(), 8)
+    return recipe if recipe.threads else dataclasses.replace(recipe, threads=ours)
 
 
 def _parse_value(text: str) -> Any:

@@ -254,7 +254,7 @@ class Recipe:
     name: str = "run"
     seed: int = number(1, 0)
     out: str = "runs"
-    threads: int = number(0, 0)  # of torch; 0: the cores this process may use, at most 8
+    threads: int = number(0, 0)  # of torch; 0: OMP_NUM_THREADS, else the cores this process may use, at most 8
     track: tuple[str, ...] = some_of((), tables.TRACKERS)  # live views, each with an extra of its own
     model: Model = field(default_factory=Model)
     lora: LoraConfig = field(default_factory=LoraConfig)
