@@ -179,7 +179,7 @@ def test_a_baseline_has_every_switch_off_a_strangers_too(alone: str, monkeypatch
         *parents, leaf = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = {"structure.mode": "self", "structure.hold": True}.get(key, 0.25)
+        node[leaf] = {"structure.mode": "self", "structure.hold": True, "evidence.task": "prior"}.get(key, 0.25)
     recipe = make_recipe(tree | {"stream": {"average": 0.25, "stages": ["a", "b"]}})
     before, after, default = (settings_of(one) for one in (recipe, plain(recipe), Recipe()))
     for key in switches:

@@ -207,6 +207,25 @@ TERMS = Table(
 )
 
 
+@dataclass(frozen=True)
+class Calibration(Entry):
+    """What the task loss asks of labels that a site does not hold, `evidence.task`: (rows below, rows here, options) -> an
+    offset on a logit, see `method.objective.calibrate`. about: in a few words."""
+
+    code: str | Callable[..., Any] = ""
+    about: str = ""
+
+
+CALIBRATIONS = Table(
+    "task loss",
+    {
+        "plain": Calibration(about="cross-entropy over all labels"),
+        "restricted": Calibration(f"{_OBJECTIVE}.calibrate:restricted", about="labels without a row left out of the softmax"),
+        "prior": Calibration(f"{_OBJECTIVE}.calibrate:prior", about="logits shifted by the site's log shares of labels"),
+    },
+)
+
+
 # What disturbs a model while it trains
 
 
@@ -852,4 +871,9 @@ OWN: dict[str, Table[Any]] = {"term": TERMS, "rule": RULES, "source": SOURCES, "
 def switches() -> list[str]:
     """Every key that switches a part of a method on, at whose default it is off: what a baseline leaves alone."""
     terms = [entry.switch for entry in TERMS.values() if not entry.always]
-    return [*dict.fromkeys(terms), *(f"structure.{name}" for name in STRUCTURES), *(entry.key for entry in MOVES.values())]
+    return [
+        *dict.fromkeys(terms),
+        "evidence.task",
+        *(f"structure.{name}" for name in STRUCTURES),
+        *(entry.key for entry in MOVES.values()),
+    ]

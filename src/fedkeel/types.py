@@ -117,13 +117,23 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Offsets:
+    """What is added to some logits before the task loss: `value[m]` to entry `token[m]` of position `place[m]`, each (M,)."""
+
+    place: Tensor
+    token: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
 class Forward:
     """Everything a loss term may look at, at the N supervised positions of a micro-batch.
 
     logits: (N, V) of the student. targets: (N,) int64 in [0, V). rows: (N,) int64, the row of the micro-batch that a
     position belongs to. states: (N, d) hidden states of each tapped layer, from the lowest to the highest; empty where
     nothing is tapped. teacher: None where nothing is distilled. again, clean: (N, V) logits of a second disturbed pass, and of
-    an undisturbed one without gradient; None where no term asked for them.
+    an undisturbed one without gradient; None where no term asked for them. offsets: what the site's evidence on labels changes
+    of the task loss; None for nothing.
     """
 
     logits: Tensor
@@ -133,6 +143,7 @@ class Forward:
     teacher: Teacher | None = None
     again: Tensor | None = None
     clean: Tensor | None = None
+    offsets: Offsets | None = None
 
 
 @dataclass(frozen=True)

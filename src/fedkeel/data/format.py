@@ -27,7 +27,8 @@ class Example:
     ids: the tokens that the model (an encoder-decoder: its encoder) reads. supervised: one flag a token of `ids`, whether
     it is to be predicted; all False for the two other kinds. decoder: target tokens of an encoder-decoder, its end token
     included. target, allowed: class index and candidate class indices of a classifier row. label: the answer of a
-    classification row, of whatever kind the model is; empty for free text.
+    classification row, of whatever kind the model is; empty for free text. labels, options: its candidate answers, and the
+    tokens of each as the model would say it, of a classifier its class index.
     """
 
     record: str
@@ -38,6 +39,15 @@ class Example:
     target: int = -1
     allowed: tuple[int, ...] = ()
     label: str = ""
+    labels: tuple[str, ...] = ()
+    options: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The tokens of a classification row's answer, or its class index."""
+        if self.target >= 0:
+            return (self.target,)
+        return self.decoder or self.ids[len(self.ids) - sum(self.supervised) :]
 
     @property
     def positions(self) -> int:
@@ -65,6 +75,7 @@ class Formatter:
     classes: tuple[str, ...] = ()
     counts: Counter[str] = field(default_factory=Counter)
     _answers: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    _tries: dict[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @cached_property
     def _class_index(self) -> dict[str, int]:
@@ -120,7 +131,12 @@ class Formatter:
 
     def answer_ids(self, record: Record, answer: str) -> tuple[int, ...]:
         """The tokens of `answer` behind this record's prompt, with the token(s) that end a turn or a text."""
-        _, anchor = self._prompt(record, "" if record.messages else "x")
+        return self._behind_anchor(self._anchor(record), answer)
+
+    def _anchor(self, record: Record) -> str:
+        return self._prompt(record, "" if record.messages else "x")[1]
+
+    def _behind_anchor(self, anchor: str, answer: str) -> tuple[int, ...]:
         key = (anchor, answer)
         if key not in self._answers:
             self._answers[key] = tuple(self._encode_answer(anchor, answer))
@@ -198,21 +214,46 @@ class Formatter:
             self.counts["truncated"] += len(full) > len(ids)
             allowed = tuple(self._class_index[v] for v in record.labels)
             target = self._class_index[record.output]
-            return Example(record.id, record.task, tuple(ids), target=target, allowed=allowed, label=record.output)
+            return Example(
+                record.id,
+                record.task,
+                tuple(ids),
+                target=target,
+                allowed=allowed,
+                label=record.output,
+                labels=record.labels,
+                options=tuple((index,) for index in allowed),
+            )
         if record.messages and self.kind == "causal":
             example = self._encode_chat(record)
         else:
-            label = record.output if record.labels else ""
+            label, options = (record.output, self._options(record)) if record.labels else ("", ())
             answer = self.answer_ids(record, record.output)
             prompt = self.prompt_ids(record, len(answer))
             if self.kind == "seq2seq":
                 self.counts["truncated"] += len(answer) > self.max_length
-                return Example(record.id, record.task, prompt, decoder=answer[: self.max_length], label=label)
+                return Example(
+                    record.id,
+                    record.task,
+                    prompt,
+                    decoder=answer[: self.max_length],
+                    label=label,
+                    labels=record.labels,
+                    options=options,
+                )
             flags = (False,) * len(prompt) + (True,) * len(answer)
-            example = Example(record.id, record.task, (*prompt, *answer), flags, label=label)
+            example = Example(
+                record.id, record.task, (*prompt, *answer), flags, label=label, labels=record.labels, options=options
+            )
         if not example.positions:
             raise DataError(f"row {record.id} (task {record.task}) has no supervised position within {self.max_length} tokens")
         return example
+
+    def _options(self, record: Record) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each label behind this record's prompt; one object for all rows that have the same."""
+        anchor = self._anchor(record)
+        found = tuple(self._behind_anchor(anchor, label) for label in record.labels)
+        return self._tries.setdefault(found, found)
 
     def given(self, record: Record, room: int) -> Example:
         """A held-out row of free text: the prompt that leaves `room` tokens, then the row's own answer, cut to fit."""

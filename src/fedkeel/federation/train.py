@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fedkeel.data.batches import Batch, batch_indices, batches_per_epoch, collate
 from fedkeel.data.format import Example
+from fedkeel.federation.evidence import Calibration
 from fedkeel.federation.teacher import Guide
 from fedkeel.method.objective.ascent import backward_at_worst
 from fedkeel.method.objective.terms import Active, Moment, terms_of
 from fedkeel.method.structure.draw import Draw
 from fedkeel.method.structure.inject import Injection, strength
 from fedkeel.model.lora import Model
-from fedkeel.recipe.schema import Recipe, Train
+from fedkeel.recipe.schema import Evidence, Recipe, Train
 from fedkeel.rng import derive, seed_torch
 from fedkeel.types import FedKeelError, Forward, Global, Parameters
 
@@ -132,6 +133,7 @@ class Lesson:
     injection: Injection | None
     draw: Draw
     parameters: Parameters
+    calibration: Calibration | None
 
     def moment(self, step: int) -> Moment:
         """Where `step` of the stage is, with the strength of structures there."""
@@ -176,6 +178,8 @@ class Lesson:
         model, guide = self.model, self.guide
         teacher = guide(batch, examples) if guide is not None and "teacher" in needs else None
         forward = self.disturbed(batch, moment.step, 0, states=teacher is not None and guide is not None and guide.states)
+        if self.calibration is not None:
+            forward = replace(forward, offsets=self.calibration(batch, examples))
         if teacher is not None:
             forward = replace(forward, teacher=teacher)
         if "again" in needs:
@@ -216,7 +220,8 @@ def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterat
                 guide = Guide(model, round.state, examples, round.total, recipe.distill, keep=again)
             start = [p.detach().clone() for p in now] if remembers else []
             draw = injection.draw if injection is not None else Draw()
-            yield Lesson(model, examples, round, terms, guide, injection, draw, Parameters(now, start))
+            calibration = Calibration(examples, recipe.evidence) if recipe.evidence.task != Evidence().task else None
+            yield Lesson(model, examples, round, terms, guide, injection, draw, Parameters(now, start), calibration)
     finally:
         for parameter in model.parameters():
             parameter.grad = None

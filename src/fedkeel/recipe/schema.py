@@ -153,6 +153,15 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What a site's loss may ask for by the rows that it holds (docs/method.md)."""
+
+    task: str = one_of("plain", tables.CALIBRATIONS)  # cross-entropy over which labels, or shifted by their shares
+    kappa: float = number(1.0, 0)  # of `prior`: how far
+    epsilon: float = number(0.1, 0, above=True)  # of `prior`: added to each label's rows
+
+
+@dataclass(frozen=True)
 class Distill:
     """Guidance by the global model as it stood when the round began (docs/method.md). weight = 0: none of it runs."""
 
@@ -262,6 +271,7 @@ class Recipe:
     partition: Partition = field(default_factory=Partition)
     stream: Stream = field(default_factory=Stream)
     train: Train = field(default_factory=Train)
+    evidence: Evidence = field(default_factory=Evidence)
     distill: Distill = field(default_factory=Distill)
     structure: Structure = field(default_factory=Structure)
     federation: Federation = field(default_factory=Federation)

@@ -15,12 +15,17 @@ from fedkeel.types import Forward, Loss
 def task_loss(forward: Forward) -> Tensor:
     """Mean cross-entropy of `targets` under `logits`, in nats per supervised position; sums run as in `wide`.
 
-    Classes that a row does not allow carry logits of −inf; they take no part in the normalisation.
+    Classes that a row does not allow carry logits of −inf; they take no part in the normalisation. Nor do entries whose
+    offset is −inf.
     Raises ValueError if there is no position.
     """
     if not len(forward.targets):
         raise ValueError("a micro-batch without supervised positions has no task loss")
-    return cross_entropy(wide(forward.logits), forward.targets)
+    logits, offsets = wide(forward.logits), forward.offsets
+    if offsets is not None:
+        where = (offsets.place.to(logits.device), offsets.token.to(logits.device))
+        logits = logits.index_put(where, offsets.value.to(logits), accumulate=True)
+    return cross_entropy(logits, forward.targets)
 
 
 def task(forward: Forward, options: Any = None) -> Loss:
