@@ -378,8 +378,11 @@ def export(
     card that says how to load it."""
     if kind and not (merged and gguf):
         raise FedKeelError("--type is of the matrices of --merged --gguf; leave it out, or add both")
-    if kind not in ("", "f16", "bf16", "f32"):
-        raise FedKeelError(f"--type {kind}: one of f16, bf16, f32 belongs here")
+    if kind:
+        from fedkeel.model.gguf_write import TYPES
+
+        if kind not in TYPES:
+            raise FedKeelError(f"--type {kind}: one of {', '.join(TYPES)} belongs here")
     recipe, _ = finished(run_folder)
     if target.exists():
         raise FedKeelError(f"{target} exists; name a folder that does not")

@@ -23,19 +23,10 @@ def _told(path: Path, error: OSError) -> DiskError:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `path` through a temporary file beside it and a rename. Raises DiskError, say on a full disk."""
-    data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise _told(path, error) from error
+    with replaced(path) as partial, partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> int:
@@ -67,7 +58,8 @@ def replaced(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _told(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -210,18 +210,17 @@ TERMS = Table(
 @dataclass(frozen=True)
 class Calibration(Entry):
     """What the task loss asks of labels that a site does not hold, `evidence.task`: (rows below, rows here, options) -> an
-    offset on a logit, see `method.objective.calibrate`. about: in a few words."""
+    offset on a logit, see `method.objective.calibrate`; without code: plain cross-entropy."""
 
     code: str | Callable[..., Any] = ""
-    about: str = ""
 
 
 CALIBRATIONS = Table(
     "task loss",
     {
-        "plain": Calibration(about="cross-entropy over all labels"),
-        "restricted": Calibration(f"{_OBJECTIVE}.calibrate:restricted", about="labels without a row left out of the softmax"),
-        "prior": Calibration(f"{_OBJECTIVE}.calibrate:prior", about="logits shifted by the site's log shares of labels"),
+        "plain": Calibration(),
+        "restricted": Calibration(f"{_OBJECTIVE}.calibrate:restricted"),
+        "prior": Calibration(f"{_OBJECTIVE}.calibrate:prior"),
     },
 )
 

@@ -227,8 +227,9 @@ class Formatter:
         if record.messages and self.kind == "causal":
             example = self._encode_chat(record)
         else:
-            label, options = (record.output, self._options(record)) if record.labels else ("", ())
-            answer = self.answer_ids(record, record.output)
+            anchor = self._anchor(record)
+            label, options = (record.output, self._options(anchor, record.labels)) if record.labels else ("", ())
+            answer = self._behind_anchor(anchor, record.output)
             prompt = self.prompt_ids(record, len(answer))
             if self.kind == "seq2seq":
                 self.counts["truncated"] += len(answer) > self.max_length
@@ -249,10 +250,9 @@ class Formatter:
             raise DataError(f"row {record.id} (task {record.task}) has no supervised position within {self.max_length} tokens")
         return example
 
-    def _options(self, record: Record) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each label behind this record's prompt; one object for all rows that have the same."""
-        anchor = self._anchor(record)
-        found = tuple(self._behind_anchor(anchor, label) for label in record.labels)
+    def _options(self, anchor: str, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each label behind a prompt that ends in `anchor`; one object for all rows that have the same."""
+        found = tuple(self._behind_anchor(anchor, label) for label in labels)
         return self._tries.setdefault(found, found)
 
     def given(self, record: Record, room: int) -> Example:

@@ -15,6 +15,11 @@ from fedkeel.recipe.schema import Evidence
 from fedkeel.types import Offsets
 
 
+def calibration_of(examples: Sequence[Example], config: Evidence) -> Calibration | None:
+    """The recipe's, of a site with these training rows in this stage; None for plain cross-entropy."""
+    return Calibration(examples, config) if tables.CALIBRATIONS[config.task].code else None
+
+
 class Calibration:
     """Offsets on the logits of a site's rows by the recipe's `evidence.task`; free text and chats have none.
 

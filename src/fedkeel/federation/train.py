@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fedkeel.data.batches import Batch, batch_indices, batches_per_epoch, collate
 from fedkeel.data.format import Example
-from fedkeel.federation.evidence import Calibration
+from fedkeel.federation.evidence import Calibration, calibration_of
 from fedkeel.federation.teacher import Guide
 from fedkeel.method.objective.ascent import backward_at_worst
 from fedkeel.method.objective.terms import Active, Moment, terms_of
 from fedkeel.method.structure.draw import Draw
 from fedkeel.method.structure.inject import Injection, strength
 from fedkeel.model.lora import Model
-from fedkeel.recipe.schema import Evidence, Recipe, Train
+from fedkeel.recipe.schema import Recipe, Train
 from fedkeel.rng import derive, seed_torch
 from fedkeel.types import FedKeelError, Forward, Global, Parameters
 
@@ -220,7 +220,7 @@ def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterat
                 guide = Guide(model, round.state, examples, round.total, recipe.distill, keep=again)
             start = [p.detach().clone() for p in now] if remembers else []
             draw = injection.draw if injection is not None else Draw()
-            calibration = Calibration(examples, recipe.evidence) if recipe.evidence.task != Evidence().task else None
+            calibration = calibration_of(examples, recipe.evidence)
             yield Lesson(model, examples, round, terms, guide, injection, draw, Parameters(now, start), calibration)
     finally:
         for parameter in model.parameters():

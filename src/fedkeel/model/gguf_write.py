@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def save_adapter_gguf(model: Model, adapter: Adapter, file: Path) -> None:
         raise ModelError(f"'{file}': a LoRA of llama.cpp holds branches only, and {min(adapter.dense)} is trained whole")
     from gguf import GGUFType
 
-    with replaced(file) as partial, _writer(partial, arch) as writer:
+    with _written(file, arch) as writer:
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string("adapter.type", "lora")
         rank = max(factors.a.shape[0] for factors in adapter.lora.values())
@@ -86,30 +87,23 @@ def save_merged_gguf(model: Model, file: Path, kind: str = "f16") -> None:
             f"'{file}': rotations of type {rotation['rope_type']!r} are not written; see docs/serve.md for another way"
         )
     names = _Names(model, arch)
-    with replaced(file) as partial, _writer(partial, arch) as writer:
+    with _written(file, arch) as writer:
         _write_shape(writer, about, float(rotation["rope_theta"]), kind)
         _write_words(writer, model, *words)
         for name, tensor in _merged(model):
             writer.add_tensor(names(name), *_packed(names.turned(name, tensor), kind))
 
 
-class _writer:
-    """A GGUFWriter that puts everything out when the block ends well."""
+@contextmanager
+def _written(file: Path, arch: str) -> Iterator[GGUFWriter]:
+    """A GGUFWriter that puts everything out when the block ends well; the file is whole then or not there."""
+    from gguf import GGUFWriter
 
-    def __init__(self, file: Path, arch: str) -> None:
-        from gguf import GGUFWriter
-
-        self._writer = GGUFWriter(file, arch)
-
-    def __enter__(self) -> GGUFWriter:
-        return self._writer
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None:
-            self._writer.write_header_to_file()
-            self._writer.write_kv_data_to_file()
-            self._writer.write_tensors_to_file()
-        self._writer.close()
+    with replaced(file) as partial, closing(GGUFWriter(partial, arch)) as writer:
+        yield writer
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def _arch(model: Model) -> str:
