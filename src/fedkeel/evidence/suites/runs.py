@@ -24,6 +24,8 @@ from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError, choose, to_toml
 
+UNCOUNTED = (("out", ""), ("threads", ""), ("model", "device"), ("evaluation", "batch_size"))  # see `other_recipe`
+
 
 def _for(stream: str, extra: Sequence[str], streams: Sequence[str]) -> list[str]:
     """Of overrides as given on the command line, those that this stream gets: `key=value`, or `STREAM:key=value`."""
@@ -162,8 +164,8 @@ def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, 
 def other_recipe(run: Planned, held: str) -> str:
     """What differs between `held`, the recipe.toml that a run had, and the plan's, empty if nothing does.
 
-    Where it lay, the number of threads, and keys that a later version of FedKeel added do not count. Raises ConfigError if
-    `held` is no TOML.
+    Where it lay and ran, and keys that a later version of FedKeel added do not count: the number of threads, the device and
+    the rows scored at once change results by rounding alone. Raises ConfigError if `held` is no TOML.
     """
     meant = tomllib.loads(to_toml(recipe_of(run)))
     try:
@@ -173,7 +175,7 @@ def other_recipe(run: Planned, held: str) -> str:
     for key, value in was_told.items():
         for name, was in value.items() if isinstance(value, dict) else [("", value)]:
             now = meant.get(key, {}).get(name) if name else meant.get(key)
-            if (key, name) not in (("out", ""), ("threads", "")) and now != was:
+            if (key, name) not in UNCOUNTED and now != was:
                 return f"{key}{'.' * bool(name)}{name} was {was!r} and is {now!r}"
     return ""
 
