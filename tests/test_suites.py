@@ -20,10 +20,10 @@ from fedkeel.evidence.archive import RunFiles
 from fedkeel.evidence.suites.pack import pack
 from fedkeel.evidence.suites.plan import Plan, Planned, load_plan, plan_names
 from fedkeel.evidence.suites.pool import jobs_for
-from fedkeel.evidence.suites.runs import execute, runs_of
+from fedkeel.evidence.suites.runs import execute, other_recipe, runs_of
 from fedkeel.evidence.suites.tuning import chance, final_score, trial_scores, tuned_text
 from fedkeel.recipe.load import load_recipe
-from fedkeel.recipe.settings import ConfigError
+from fedkeel.recipe.settings import ConfigError, to_toml
 from fedkeel.runs.folder import RunFolder
 from fedkeel.types import FedKeelError, Row
 
@@ -125,6 +125,18 @@ def test_runs_come_seed_by_seed_and_later_overrides_win(plan_file: Path) -> None
         "train.batch_size=8": (0.1, 3, 0.0, 8),
     }
     assert {(r.name, r.seed, r.threads) for r in resolved.values()} == {(f"a-{m}-s4", 4, 1) for m in resolved}
+
+
+def test_where_a_run_ran_makes_no_other_recipe(plan_file: Path) -> None:
+    (run, *_), _ = runs_of(load_plan(str(plan_file)), methods=["plain"])
+
+    def held(*more: str) -> str:
+        return to_toml(load_recipe(None, [*run.overrides, *more]))
+
+    assert not other_recipe(run, held())
+    assert not other_recipe(run, held("out=elsewhere", "threads=3", "model.device=cuda", "evaluation.batch_size=7"))
+    assert other_recipe(run, held("model.precision=fp32")) == "model.precision was 'fp32' and is 'auto'"
+    assert other_recipe(run, held("train.batch_size=7", "model.device=cuda")) == "train.batch_size was 7 and is 16"
 
 
 def test_choices_of_the_command_line(plan_file: Path) -> None:
@@ -413,7 +425,7 @@ def test_a_suite_killed_at_once_goes_on_and_ends_as_a_whole_one(tiny_plan: Path,
     script = tmp_path / "go.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom fedkeel.evidence.suites.plan import load_plan\n"
-        "from fedkeel.evidence.suites.runs import execute, runs_of\n"
+        "from fedkeel.evidence.suites.runs import execute, other_recipe, runs_of\n"
         "from test_suites import Heard\n"
         "if __name__ == '__main__':\n"
         "    plan = load_plan(sys.argv[1])\n"

@@ -23,6 +23,7 @@ from fedkeel import tables
 from fedkeel.data.batches import Batch
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
+from fedkeel.model.half import hold_in_bf16
 from fedkeel.model.load import Base, kind_of, load_config, load_tokenizer, targets_for, uses_bf16
 from fedkeel.model.lower import Lower, States
 from fedkeel.model.places import Places, find_places
@@ -158,6 +159,9 @@ class Model:
         self.net = _with_lora(net, self._base, lora)
         if weights:
             self.net.to(self.device)
+            # an encoder's labels are embedded in float32
+            if self.bf16 and self.device.type == "cpu" and self.kind != "classifier":
+                hold_in_bf16(self.net)
         self.net.eval()
         self._lora = _lora_layers(self.net)
         if self.bf16 and self.device.type == "cpu":
@@ -391,7 +395,7 @@ class Model:
     @torch.no_grad()
     def replay(self, entries: Sequence[Shift], first: int) -> None:
         """Add entries `first`, `first` + 1, … of a federation's log of base shifts to the frozen maps; those that they hold
-        already are passed over. In a bf16 base each sum is rounded to bf16.
+        already are passed over. In a bf16 base on CUDA each sum is rounded to bf16.
 
         Raises ModelError if entries are missing in between, or a map is not one that can be shifted (a quantised one).
         """
@@ -406,6 +410,8 @@ class Model:
                 if self._lora[path] not in self._foldable:
                     raise ModelError(f"{path} is a {type(base).__name__}: a base shift needs a plain linear map")
                 change = left.to(self.device) @ right.to(self.device)
+                if self.device.type == "cpu":
+                    base.weight.data = base.weight.data.float()  # of a map held in bf16, so that small shifts add up
                 base.weight.copy_(base.weight.float() + (change.T if isinstance(base, Conv1D) else change))
             self.shifts += 1
 
