@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
+import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from shapes import ARCHITECTURES, CAUSAL, ENCODERS, SEQ2SEQ, chosen, make, randomise
+from shapes import ARCHITECTURES, CAUSAL, ENCODERS, SEQ2SEQ, base, chosen, make, randomise
 
 from fedkeel.data.batches import collate
 from fedkeel.data.format import Example, Formatter
@@ -225,6 +228,55 @@ def test_a_generated_answer_counts_against_its_best_reference() -> None:
     }
     # without references the row's own answer is the only one
     assert metrics() == {"rouge_l": 0.0, "exact_match": 0.0}
+
+
+STEERING: dict[str, Any] = {
+    "min_new_tokens": 9,
+    "min_length": 30,
+    "max_length": 2,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "repetition_penalty": 9.0,
+    "encoder_repetition_penalty": 9.0,
+    "num_beams": 3,
+    "do_sample": True,
+    "temperature": 5.0,
+    "eos_token_id": [5, 6, 7, 8, 9],
+    "bad_words_ids": [[n] for n in range(40, 120)],
+    "suppress_tokens": list(range(40, 120)),
+    "begin_suppress_tokens": list(range(40, 200)),
+    "sequence_bias": [[[50], 99.0]],
+    "forced_bos_token_id": 50,
+    "forced_eos_token_id": 51,
+    "decoder_start_token_id": 50,
+    "exponential_decay_length_penalty": [1, 9.0],
+    "use_cache": False,
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_bases_own_settings_of_generation_change_no_score(name: str, tmp_path: Path) -> None:
+    records = [*rows(2), *rows(3, labels=())]
+    records = [dataclasses.replace(r, id=f"{r.id}-{n}") for n, r in enumerate(records)]
+    how = Evaluation(max_new_tokens=8)
+
+    def scored(folder: Path) -> list[tuple[str, dict[str, float]]]:
+        model = make(name, base=str(folder))
+        randomise(model, seed=8)
+        formatter = Formatter(model.tokenizer, model.kind, 200)
+        before = model.net.generation_config
+        found = [(s.prediction, s.metrics) for s in score(model, formatter, records, how)]
+        assert model.net.generation_config is before
+        return found
+
+    plain = shutil.copytree(base(name), tmp_path / "plain")
+    (plain / "generation_config.json").unlink(missing_ok=True)
+    wanted = scored(plain)
+    assert any(said for said, metrics in wanted if "rouge_l" in metrics)
+    for key, value in STEERING.items():
+        steered = shutil.copytree(plain, tmp_path / key)
+        (steered / "generation_config.json").write_text(json.dumps({key: value}))
+        assert scored(steered) == wanted, key
 
 
 @pytest.mark.parametrize("name", chosen(["llama", "gpt2", "t5"]))

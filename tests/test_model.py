@@ -322,6 +322,33 @@ def test_a_merged_model_gives_the_same_logits_alone(name: str, tmp_path: Path) -
     assert "use_cache" not in (c := json.loads((tmp_path / "config.json").read_text())) or c["use_cache"] is True
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_a_merged_model_has_the_bases_type_and_ends_where_training_ended(stored: str, tmp_path: Path) -> None:
+    """Whatever it was trained in; every weight is the float32 sum, rounded once."""
+    folder = shutil.copytree(base("llama"), tmp_path / "base")
+    dtype = getattr(torch, stored)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    whole.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "top_k": 3, "eos_token_id": 9}))
+    model = make("llama", base=str(folder), precision="bf16")
+    randomise(model)
+    factors = model.read().lora
+    save_merged(model, tmp_path / "merged", [3, 5])
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    before = load_file(folder / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {dtype}
+    for name, tensor in saved.items():
+        found = factors.get(name.removesuffix(".weight"))
+        wanted = before[name].float()
+        if found:
+            wanted = wanted + found.scale * (found.b @ found.a)
+        torch.testing.assert_close(tensor, wanted.to(dtype), rtol=2**-7, atol=1e-6)
+    configs = [json.loads((tmp_path / "merged" / f"{n}.json").read_text()) for n in ("config", "generation_config")]
+    assert [c["eos_token_id"] for c in configs] == [[3, 5], [3, 5]]
+    assert configs[0]["dtype"] == stored
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [3, 5]
+
+
 LINEAR = {
     "bert": {"classifier.weight", "classifier.bias"},
     "roberta": {"classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"},

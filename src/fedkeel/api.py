@@ -85,8 +85,9 @@ class Result:
 
     @property
     def model(self) -> Any:
-        """The base with the federated adapter in it, a `peft.PeftModel`, ready to generate. Raises as `adapter` does."""
-        return self._whole.net
+        """The base with the federated adapter in it, a `peft.PeftModel` in float32, ready to generate. Raises as `adapter`
+        does."""
+        return self._whole.net.float()
 
     @property
     def tokenizer(self) -> Any:

@@ -6,14 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
+from fedkeel.data.format import Formatter
 from fedkeel.evidence.card import Made, card, hub_id
 from fedkeel.files import whole_folder, write_atomic
 from fedkeel.model.bases import ModelError
 from fedkeel.model.export import save_merged
 from fedkeel.model.gguf_write import save_adapter_gguf, save_merged_gguf
 from fedkeel.model.load import load_tokenizer
+from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.served import served_adapter, trained_model
+from fedkeel.types import Record
 
 
 def export(recipe: Recipe, run: Path, target: Path, merged: bool = False) -> list[str]:
@@ -27,7 +30,7 @@ def export(recipe: Recipe, run: Path, target: Path, merged: bool = False) -> lis
         if merged:
             model = trained_model(recipe, run)
             kind = model.kind
-            save_merged(model, partial)
+            save_merged(model, partial, _ends(model))
         else:
             shutil.copytree(run / "adapter", partial, dirs_exist_ok=True)
             kind = _kind(partial)
@@ -48,13 +51,20 @@ def export_gguf(recipe: Recipe, run: Path, target: Path, merged: bool = False, k
     model = trained_model(recipe, run)
     with whole_folder(target) as partial:
         if merged:
-            save_merged_gguf(model, partial / "model.gguf", kind)
+            save_merged_gguf(model, partial / "model.gguf", kind, _ends(model))
             written = "FROM ./model.gguf\n"
         else:
             save_adapter_gguf(model, served_adapter(model, recipe, run), partial / "adapter.gguf")
             written = f"# the base model as GGUF, of any quantisation\nFROM {_base(recipe)}\nADAPTER ./adapter.gguf\n"
         write_atomic(partial / "Modelfile", written)
         _write_card(recipe, run, partial, Made(model.kind, _rank(run), merged, gguf=True))
+
+
+def _ends(model: Model) -> list[int]:
+    """The tokens that ended an answer in training; none of an encoder."""
+    if model.kind == "classifier":
+        return []
+    return Formatter(model.tokenizer, model.kind, 64).ends(Record("probe", "probe", "test", "", input="x"))
 
 
 def _name_base(adapter: Path, recipe: Recipe) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
 from safetensors.torch import save_file
 from torch import nn
+from transformers import GenerationConfig
 
 from fedkeel.model.lora import PREFIX, Model
 from fedkeel.types import Adapter
@@ -50,6 +52,21 @@ def _save_given(model: Model, folder: Path, adapter: Adapter) -> None:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
 
 
+def _ending(settings: GenerationConfig, end: int | list[int]) -> GenerationConfig:
+    """The base's settings with this end; without them where transformers would not save them."""
+    settings.eos_token_id = end
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return GenerationConfig(
+            bos_token_id=settings.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=settings.pad_token_id,
+            decoder_start_token_id=settings.decoder_start_token_id,
+        )
+    return settings
+
+
 def _save_classes(model: Model, folder: Path) -> None:
     if model.kind != "classifier":
         return
@@ -60,13 +77,17 @@ def _save_classes(model: Model, folder: Path) -> None:
         save_file({"embeddings": model.label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")
 
 
-def save_merged(model: Model, folder: Path) -> None:
-    """Base and adapter in one, in Hugging Face layout, with the tokenizer and an encoder's classes, see `save_adapter`.
+def save_merged(model: Model, folder: Path, ends: Sequence[int] = ()) -> None:
+    """Base and adapter in one, in Hugging Face layout and the base's own type of numbers, with the tokenizer and an encoder's
+    classes, see `save_adapter`.
 
-    `model` is of no further use after it.
+    ends: tokens that end an answer; both configs then say so. `model` is of no further use after it.
     """
-    merged = model.net.merge_and_unload()
-    merged.config.use_cache = True
+    merged = model.merged().to(model.stored)
+    merged.config.use_cache, merged.config.dtype = True, model.stored
+    if ends:
+        merged.config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+        merged.generation_config = _ending(merged.generation_config, merged.config.eos_token_id)
     merged.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     _save_classes(model, folder)

@@ -6,7 +6,7 @@ Layout and names are llama.cpp's: github.com/ggml-org/ggml, docs/gguf.md, and it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +71,9 @@ def save_adapter_gguf(model: Model, adapter: Adapter, file: Path) -> None:
             writer.add_tensor(f"{name}.lora_b", np.pad(b.numpy(), ((0, 0), (0, more))))
 
 
-def save_merged_gguf(model: Model, file: Path, kind: str = "f16") -> None:
-    """Base and adapter in one, with the tokenizer and its chat template. kind: one of TYPES; vectors stay in float32.
+def save_merged_gguf(model: Model, file: Path, kind: str = "f16", ends: Sequence[int] = ()) -> None:
+    """Base and adapter in one, with the tokenizer and its chat template. kind: one of TYPES; vectors stay in float32. ends:
+    tokens that end an answer; one that is not the tokenizer's own is written as the end of a turn.
 
     `model` is of no further use after it. Raises ModelError for what llama.cpp would not read as it was trained: another
     architecture, a stretched rotation, a tokenizer that is not byte-level BPE with words it knows.
@@ -90,6 +91,8 @@ def save_merged_gguf(model: Model, file: Path, kind: str = "f16") -> None:
     with _written(file, arch) as writer:
         _write_shape(writer, about, float(rotation["rope_theta"]), kind)
         _write_words(writer, model, *words)
+        for end in [end for end in ends if end != model.tokenizer.eos_token_id][:1]:
+            writer.add_eot_token_id(end)
         for name, tensor in _merged(model):
             writer.add_tensor(names(name), *_packed(names.turned(name, tensor), kind))
 
@@ -142,7 +145,7 @@ class _Names:
 
 
 def _merged(model: Model) -> Iterator[tuple[str, Tensor]]:
-    merged = model.net.merge_and_unload()
+    merged = model.merged()
     tied = merged.config.tie_word_embeddings
     for name, tensor in merged.state_dict().items():
         if not (tied and name == "lm_head.weight"):

@@ -424,6 +424,16 @@ class Model:
                 module.get_base_layer().weight.copy_(fresh.get_submodule(path).weight)
             self.shifts = 0
 
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of the base's numbers, as its config names it."""
+        named = self._base.about.dtype
+        return named if named in (torch.bfloat16, torch.float16) else torch.float32
+
+    def merged(self) -> Any:
+        """The transformers model with its adapter folded in, float32. This model is of no further use after it."""
+        return self.net.float().merge_and_unload()
+
     def train(self, mode: bool = True) -> None:
         """Training mode (dropout on), or evaluation mode."""
         self.net.train(mode)

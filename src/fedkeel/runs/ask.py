@@ -12,8 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from fedkeel.data.batches import collate
 from fedkeel.data.format import Example, Formatter
+from fedkeel.model.generate import generate
 from fedkeel.model.lora import Model
-from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import Recipe
 from fedkeel.rng import seed_torch
 from fedkeel.runs.served import trained_model
@@ -88,22 +88,9 @@ class Ask:
                 return text
             heard = Heard(model.tokenizer, told)
             ids = torch.tensor([self._prompt(turns, tokens)], device=model.device)
-            chosen = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
             seed_torch(self._seed, "ask")
-            with quiet():
-                out = model.net.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=bool(temperature),
-                    num_beams=1,
-                    use_cache=True,
-                    max_new_tokens=tokens,
-                    pad_token_id=model.tokenizer.pad_token_id,
-                    eos_token_id=self._formatter.ends(Record("asked", "asked", "test", "", input=question)),
-                    streamer=heard,
-                    **chosen,
-                )
-        new = out[0] if self.model.kind == "seq2seq" else out[0, ids.shape[1] :]
+            ends = self._formatter.ends(Record("asked", "asked", "test", "", input=question))
+            (new,) = generate(model, (ids, torch.ones_like(ids)), ends, tokens, temperature, heard)
         return str(self.model.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
     def _prompt(self, turns: Sequence[Turn], room: int) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from fedkeel import tables
 from fedkeel.data.batches import collate
 from fedkeel.data.format import Example, Formatter
+from fedkeel.model.generate import generate
 from fedkeel.model.lora import Model
-from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import Evaluation
 from fedkeel.rng import derive
 from fedkeel.scores.metrics import macro, mean
@@ -244,18 +244,8 @@ def _generate(
             ids, mask = _padded(prompts, pad, model.device)
         else:
             ids, mask = (t.to(model.device) for t in _left_padded(prompts, pad))
-        with quiet():
-            out = model.net.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                max_new_tokens=config.max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=sorted(set().union(*(formatter.ends(r) for _, r in chunk))),
-            )
-        new = out if model.kind == "seq2seq" else out[:, ids.shape[1] :]
+        ends = sorted(set().union(*(formatter.ends(r) for _, r in chunk)))
+        new = generate(model, (ids, mask), ends, config.max_new_tokens)
         for (_, record), tokens in zip(chunk, new, strict=True):
             text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             references = record.references or (record.output,)

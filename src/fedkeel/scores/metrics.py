@@ -7,11 +7,12 @@ lower triangle as lists of 1, 2, …, S numbers, or as mappings with those keys.
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from fedkeel.scores.words import Words, normalise
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -20,19 +21,13 @@ if TYPE_CHECKING:
 Table = Sequence[Sequence[float]] | Mapping[int, Mapping[int, float]]
 
 
-def normalise(text: str) -> str:
-    """Lower case, without punctuation, white space folded: what exact match compares (Super-NaturalInstructions)."""
-    kept = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(kept.split())
-
-
 def same(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the prediction is one of the references, letter by letter, else 0.0: accuracy of chosen labels."""
     return float(prediction in references)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the normalised prediction equals some normalised reference, else 0.0."""
+    """1.0 if the prediction equals some reference as `words.normalise` writes them, else 0.0."""
     return float(normalise(prediction) in {normalise(r) for r in references})
 
 
@@ -40,12 +35,21 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def _rouge() -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=Words())
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L F1 in [0, 1] with stemming, the best over the references (Lin 2004; Google's `rouge-score`)."""
-    return max(float(_rouge().score(r, prediction)["rougeL"].fmeasure) for r in references)
+    """ROUGE-L F1 in [0, 1] over `Words`, the best over the references (Lin 2004; Google's `rouge-score`).
+
+    Two texts without a word are equal, 1.0.
+    """
+    return max(_rouge_l(prediction, reference) for reference in references)
+
+
+def _rouge_l(prediction: str, reference: str) -> float:
+    if not (Words().tokenize(prediction) or Words().tokenize(reference)):
+        return 1.0
+    return float(_rouge().score(reference, prediction)["rougeL"].fmeasure)
 
 
 def nats_a_token(nats: float, hits: int, tokens: int) -> float:
