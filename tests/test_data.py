@@ -155,15 +155,29 @@ def test_a_chat_of_which_no_answer_fits_is_left_out_and_counted(shape: str) -> N
 
 
 @pytest.mark.parametrize("shape", TEMPLATED)
-def test_a_long_chat_prompt_keeps_its_end_when_it_is_scored(shape: str) -> None:
-    made, room = formatter(shape, max_length=40), 9
-    prompt = made.prompt_ids(CHAT, room)
-    full = formatter(shape, max_length=1000).prompt_ids(CHAT, room)
-    assert prompt == full[-(40 - room) :]
-    assert len(full) > 40
-    for too_much in (40, 50):
+def test_a_long_chat_prompt_loses_its_earliest_turns_when_it_is_scored(shape: str) -> None:
+    """Turns whole and from the front, a system turn and the last question never; then the question is cut; each counted."""
+    system = () if shape == "llama2" else (("system", "Be short."),)
+    chat = dataclasses.replace(CHAT, messages=(*system, *CHAT.messages))
+    wanted = []
+    for first in (0, 2, 4):
+        part = dataclasses.replace(CHAT, messages=(*system, *CHAT.messages[first:]))
+        wanted.append(formatter(shape).prompt_ids(part, 0))
+    assert len(wanted[0]) > len(wanted[1]) > len(wanted[2])
+    for expected, longer in zip(wanted, [(), *wanted], strict=False):
+        for length in (len(expected), len(longer) - 1) if longer else (len(expected), 256):
+            made = formatter(shape, max_length=length + 9)
+            assert made.prompt_ids(chat, 9) == expected
+            assert made.counts["truncated"] == bool(longer)
+    made = formatter(shape, max_length=len(wanted[2]) - 3)
+    cut = text_of(shape, made.prompt_ids(chat, 0))
+    assert ("Be short." in cut) == bool(system)
+    assert "And what" in cut
+    assert "weather?" not in cut
+    assert cut.endswith(text_of(shape, wanted[2])[-8:])
+    for too_much in (len(wanted[2]) - 3, 50):
         with pytest.raises(DataError, match="row chat"):
-            made.prompt_ids(CHAT, too_much)
+            made.prompt_ids(chat, too_much)
 
 
 @pytest.mark.parametrize("shape", [*ENDS, "t5"])
@@ -255,7 +269,7 @@ def test_roles_that_a_template_refuses_are_an_error_that_quotes_it() -> None:
 
 
 def test_a_chat_needs_a_template() -> None:
-    with pytest.raises(DataError, match=r"row chat is a chat.*no chat template"):
+    with pytest.raises(DataError, match=r"row chat \(task talk\) is a chat.*no chat template"):
         formatter("gpt2").encode(CHAT)
 
 

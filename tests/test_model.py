@@ -510,3 +510,29 @@ def test_a_language_model_that_lacks_a_tensor_is_refused(name: str, tmp_path: Pa
     save_file({k: v for k, v in tensors.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=f"lacks 1 tensors.*{lost}"):
         Model(ModelConfig(base=str(folder), precision="fp32"), LoraConfig(rank=2), 1)
+
+
+def test_a_recipe_may_bring_its_chat_template(tmp_path: Path) -> None:
+    """A file, its text, `none`, or one of several that a tokenizer has by name."""
+    own = load_tokenizer(ModelConfig(base=base("llama"))).chat_template
+    text = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    file = tmp_path / "mine.jinja"
+    file.write_text(text)
+
+    def template(asked: str, folder: str = base("llama")) -> str | None:
+        return load_tokenizer(ModelConfig(base=folder, chat_template=asked)).chat_template
+
+    assert (template(""), template(str(file)), template(text), template("none")) == (own, text, text, None)
+    several = shutil.copytree(base("llama"), tmp_path / "several")
+    (several / "chat_template.jinja").unlink(missing_ok=True)
+    (several / "additional_chat_templates").mkdir()
+    (several / "additional_chat_templates" / "tools.jinja").write_text("{{ 'tools' }}")
+    (several / "chat_template.jinja").write_text("{{ 'plain' }}")
+    assert template("", str(several)) == "{{ 'plain' }}"
+    assert template("tools", str(several)) == "{{ 'tools' }}"
+    for asked, words in (("rag", "'none', 'default', 'tools', or a file"), (str(tmp_path / "no.jinja"), "no.jinja'")):
+        with pytest.raises(ModelError, match=r"model\.chat_template = .*" + words):
+            template(asked, str(several))
+    file.write_bytes(b"\xff{{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        template(str(file))

@@ -12,12 +12,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from fedkeel.data.forms import DataError
+from fedkeel.data.template import PLAIN_ANCHOR, Frame, Template
 from fedkeel.types import Record
 
-PLAIN_ANCHOR = "\nAnswer:"
+
+def _named(record: Record) -> str:
+    return f"row {record.id} (task {record.task})"
+
+
+def _without_a_turn(record: Record) -> Record | None:
+    """A chat without its earliest turns, up to the next question; None if only the last question is left, or it is no chat."""
+    first = 1 if record.messages and record.messages[0][0] == "system" else 0
+    later = [n for n, (role, _) in enumerate(record.messages[:-1]) if role == "user" and n > first]
+    if not later:
+        return None
+    return replace(record, messages=(*record.messages[:first], *record.messages[later[0] :]))
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class Formatter:
     list_labels: int = 16
     classes: tuple[str, ...] = ()
     counts: Counter[str] = field(default_factory=Counter)
-    _answers: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    _answers: dict[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
     _tries: dict[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @cached_property
@@ -90,83 +103,72 @@ class Formatter:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _render(self, turns: Sequence[tuple[str, str]], generate: bool) -> str:
-        from jinja2 import TemplateError
-
-        messages = [{"role": role, "content": text} for role, text in turns]
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
-        except TemplateError as error:
-            roles, first = ", ".join(role for role, _ in turns) or "nobody", turns[0][1][:60] if turns else ""
-            raise DataError(
-                f"the chat template of {self.tokenizer.name_or_path} refuses turns by {roles} (the first: {first!r}): {error}"
-            ) from error
-
     def _content(self, record: Record, text: str) -> str:
         parts = [record.instruction, text]
         if 1 < len(record.labels) <= self.list_labels and "\nOptions: " not in f"\n{text}":
             parts.append("Options: " + ", ".join(record.labels))
         return "\n".join(p for p in parts if p)
 
-    def _prompt(self, record: Record, text: str) -> tuple[str, str]:
-        """(whole prompt, anchor): the anchor is what stands between the row's own text and the answer."""
+    @cached_property
+    def _template(self) -> Template:
+        return Template(self.tokenizer)
+
+    def _frame(self, record: Record, text: str) -> Frame:
+        """Around an answer to `record`, its input replaced by `text`. Raises DataError, see `Template.frame`."""
         if self.kind != "causal":
-            turns = "\n".join(f"{role}: {said}" for role, said in record.messages[:-1])
-            return turns or self._content(record, text), ""
-        if record.messages:
-            prompt = self._render(record.messages[:-1], True)
-            return prompt, prompt[-32:]
-        content = self._content(record, text)
-        if self.tokenizer.chat_template is None:
-            return content + PLAIN_ANCHOR, PLAIN_ANCHOR
-        prompt = self._render([("user", content)], True)
-        after = prompt.rpartition(content)[2] if content else ""  # nothing may be left of a text that was shortened
-        return prompt, after or prompt[-32:]
+            talk = "\n".join(f"{role}: {said}" for role, said in record.messages[:-1])
+            return Frame(talk or self._content(record, text), "")
+        if not self._template.there and not record.messages:
+            return Frame(self._content(record, text) + PLAIN_ANCHOR, PLAIN_ANCHOR, " ")
+        self._needs_template(record)
+        turns = record.messages[:-1] if record.messages else (("user", self._content(record, text)),)
+        return self._template.frame(turns, record.output, _named(record))
+
+    def _needs_template(self, record: Record) -> None:
+        if not self._template.there:
+            raise DataError(
+                f"{_named(record)} is a chat, but the tokenizer of {self.tokenizer.name_or_path} has no chat template; "
+                f"set model.chat_template, use instruction rows, or a base with a template"
+            )
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if self.kind == "causal":
-            bos = self._bos if self.tokenizer.chat_template is None else ()
+            bos = () if self._template.there else self._bos
             return [*bos, *self._ids(prompt)]
         return self.tokenizer(prompt)["input_ids"]
 
     def answer_ids(self, record: Record, answer: str) -> tuple[int, ...]:
         """The tokens of `answer` behind this record's prompt, with the token(s) that end a turn or a text."""
-        return self._behind_anchor(self._anchor(record), answer)
+        return self._behind_frame(self._around(record), answer, _named(record))
 
-    def _anchor(self, record: Record) -> str:
-        return self._prompt(record, "" if record.messages else "x")[1]
+    def _around(self, record: Record) -> Frame:
+        """As `_frame`, and the same for all instruction rows but those whose answer opens a block itself."""
+        return self._frame(record, "" if record.messages else "x")
 
-    def _behind_anchor(self, anchor: str, answer: str) -> tuple[int, ...]:
-        key = (anchor, answer)
+    def _behind_frame(self, frame: Frame, answer: str, row: str) -> tuple[int, ...]:
+        key = (frame.anchor, frame.before, frame.tail, answer)
         if key not in self._answers:
-            self._answers[key] = tuple(self._encode_answer(anchor, answer))
+            self._answers[key] = tuple(self._encode_answer(frame, answer, row))
         return self._answers[key]
 
     def ends(self, record: Record) -> list[int]:
         """The tokens that end an answer behind this record's prompt: the end of a text, and of a turn if that has a marker."""
-        lasts = {self.answer_ids(record, probe)[-1] for probe in ("x", "y")}  # the same whatever the answer
-        own = lasts if len(lasts) == 1 else set()
-        return sorted(own | {end for end in [self.tokenizer.eos_token_id] if end is not None})
+        own = self.tokenizer.eos_token_id if self.kind != "causal" else self._template.end_of(self._around(record).tail)
+        return sorted({end for end in (own, self.tokenizer.eos_token_id) if end is not None})
 
-    def _encode_answer(self, anchor: str, answer: str) -> list[int]:
+    def said(self, record: Record, tokens: Sequence[int]) -> str:
+        """The answer's text in generated `tokens`: up to the first end, without marks of the template."""
+        ends = set(self.ends(record))
+        kept = list(takewhile(lambda token: token not in ends, tokens))
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        tail = self._around(record).tail.strip() if self.kind == "causal" else ""
+        return text.removesuffix(tail).rstrip() if tail else text
+
+    def _encode_answer(self, frame: Frame, answer: str, row: str) -> list[int]:
         if self.kind == "seq2seq":
-            ids = self.tokenizer(text_target=answer)["input_ids"]
-            end = self.tokenizer.eos_token_id
-            return ids if end is None or ids[-1:] == [end] else [*ids, end]
-        if self.tokenizer.chat_template is None:
-            end = self.tokenizer.eos_token_id
-            return [*self._behind(anchor, " " + answer), *([] if end is None else [end])]
-        probe = [("user", "x")]
-        before, after = self._render(probe, True), self._render([*probe, ("assistant", answer)], False)
-        return self._behind(anchor, self._added(before, after).rstrip())
-
-    def _added(self, before: str, after: str) -> str:
-        if not after.startswith(before):
-            raise DataError(
-                f"the chat template of {self.tokenizer.name_or_path} rewrites earlier turns when an answer is added, so the "
-                f"answer cannot be told from the prompt; set another template or use instruction rows"
-            )
-        return after[len(before) :]
+            ids, end = self.tokenizer(text_target=answer)["input_ids"], self.tokenizer.eos_token_id
+            return ids if ids[-1:] == [end] else self._template.ended(ids, "", row)
+        return self._template.ended(self._behind(frame.anchor, frame.before + answer + frame.tail), frame.tail, row)
 
     def _behind(self, anchor: str, text: str) -> list[int]:
         """The tokens of `text` as they come behind `anchor`; on their own if a token would straddle the border."""
@@ -174,34 +176,38 @@ class Formatter:
         return joint[len(head) :] if joint[: len(head)] == head and len(joint) > len(head) else self._ids(text)
 
     def prompt_ids(self, record: Record, room: int) -> tuple[int, ...]:
-        """The tokens of the prompt; input or instruction, whichever is longer, is cut at its end until `room` tokens are
-        left for the answer. A chat is cut at its beginning instead. Raises DataError if not even an empty row fits.
+        """The tokens of the prompt, shortened and counted until `room` tokens are left for the answer: the earliest turns of a
+        chat go first, a system turn and the last question stay; then input, instruction or last question, whichever is longer,
+        is cut at its end. Raises DataError if not even an empty row fits.
         """
         budget = self.max_length - (room if self.kind == "causal" else 0)
-        if record.messages:
-            if budget < 1:
-                raise DataError(
-                    f"row {record.id} (task {record.task}): data.max_length = {self.max_length} leaves no room for a prompt "
-                    f"before {room} tokens of an answer; raise data.max_length"
-                )
-            return tuple(self._prompt_ids(self._prompt(record, "")[0])[-budget:])
-        ids = self._prompt_ids(self._prompt(record, record.input)[0])
+        ids = self._prompt_ids(self._frame(record, record.input).prompt)
         self.counts["truncated"] += len(ids) > budget
         while len(ids) > budget:
-            # The longer of the two gives way: an input must not vanish behind an instruction, nor the other way round.
-            part = max(("input", "instruction"), key=lambda name: len(getattr(record, name)))
-            text = getattr(record, part)
-            if not text:
+            shorter = _without_a_turn(record) or self._with_less_text(record, len(ids) - budget)
+            if shorter is None:
                 raise DataError(
-                    f"row {record.id} (task {record.task}): its answer and the prompt's frame alone take {len(ids) + room} "
-                    f"tokens, over data.max_length = {self.max_length}; raise data.max_length or set data.list_labels = 0"
+                    f"{_named(record)}: its answer and the prompt's frame alone take {len(ids) + room} tokens, over "
+                    f"data.max_length = {self.max_length}; raise data.max_length or set data.list_labels = 0"
                 )
-            # Cut by tokens' share of the characters; the loop mends what the estimate misses.
-            keep = max(0, int(len(text) * (1 - (len(ids) - budget) / max(1, len(self._ids(text))))) - 1)
-            shorter = text[:keep].rpartition(" ")[0] or text[: keep // 2]
-            record = replace(record, **{part: shorter})
-            ids = self._prompt_ids(self._prompt(record, record.input)[0])
+            record = shorter
+            ids = self._prompt_ids(self._frame(record, record.input).prompt)
         return tuple(ids)
+
+    def _with_less_text(self, record: Record, over: int) -> Record | None:
+        """About `over` tokens of text less; None if none is left."""
+        # The longer of the two gives way: an input must not vanish behind an instruction, nor the other way round.
+        part = max(("input", "instruction"), key=lambda name: len(getattr(record, name)))
+        text = record.messages[-2][1] if record.messages else getattr(record, part)
+        if not text:
+            return None
+        # Cut by tokens' share of the characters; the caller's loop mends what the estimate misses.
+        keep = max(0, int(len(text) * (1 - over / max(1, len(self._ids(text))))) - 1)
+        shorter = text[:keep].rpartition(" ")[0] or text[: keep // 2]
+        if record.messages:
+            asked = (record.messages[-2][0], shorter)
+            return replace(record, messages=(*record.messages[:-2], asked, record.messages[-1]))
+        return replace(record, input=shorter) if part == "input" else replace(record, instruction=shorter)
 
     def encode(self, record: Record) -> Example:
         """A training example. Raises DataError, naming the row, if it has no position to learn from."""
@@ -227,9 +233,9 @@ class Formatter:
         if record.messages and self.kind == "causal":
             example = self._encode_chat(record)
         else:
-            anchor = self._anchor(record)
-            label, options = (record.output, self._options(anchor, record.labels)) if record.labels else ("", ())
-            answer = self._behind_anchor(anchor, record.output)
+            frame, row = self._around(record), _named(record)
+            label, options = (record.output, self._options(frame, record.labels, row)) if record.labels else ("", ())
+            answer = self._behind_frame(frame, record.output, row)
             prompt = self.prompt_ids(record, len(answer))
             if self.kind == "seq2seq":
                 self.counts["truncated"] += len(answer) > self.max_length
@@ -250,9 +256,9 @@ class Formatter:
             raise DataError(f"row {record.id} (task {record.task}) has no supervised position within {self.max_length} tokens")
         return example
 
-    def _options(self, anchor: str, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each label behind a prompt that ends in `anchor`; one object for all rows that have the same."""
-        found = tuple(self._behind_anchor(anchor, label) for label in labels)
+    def _options(self, frame: Frame, labels: Sequence[str], row: str) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each label inside of `frame`; one object for all rows that have the same."""
+        found = tuple(self._behind_frame(frame, label, row) for label in labels)
         return self._tries.setdefault(found, found)
 
     def given(self, record: Record, room: int) -> Example:
@@ -265,27 +271,22 @@ class Formatter:
 
     def _encode_chat(self, record: Record) -> Example:
         """Every assistant turn supervised, its end marker included; cut behind the last answer that fits."""
-        if self.tokenizer.chat_template is None:
-            raise DataError(
-                f"row {record.id} is a chat, but the tokenizer of {self.tokenizer.name_or_path} has no chat template; "
-                f"use instruction rows or a base with a template"
-            )
+        self._needs_template(record)
+        pieces, row = self._template.talk(record.messages, _named(record)), _named(record)
         ids: list[int] = []
         flags: list[bool] = []
         done = ""
-        for turn, (role, _) in enumerate(record.messages):
-            if role != "assistant":
-                continue
-            prompt = self._render(record.messages[:turn], True)
-            answer = self._added(prompt, self._render(record.messages[: turn + 1], False)).rstrip()
+        for number, (read, answer, tail) in enumerate(pieces, 1):
             # behind all that went before, so that the pieces are the tokens of the whole chat
-            before, after = self._behind(done, self._added(done, prompt)), self._behind(prompt, answer)
+            before, after = self._behind(done, read), self._behind(done + read, answer + tail)
+            if number == len(pieces):
+                after = self._template.ended(after, tail, row)
             if len(ids) + len(before) + len(after) > self.max_length:
                 self.counts["truncated"] += bool(ids)
                 break
             ids += [*before, *after]
             flags += [False] * len(before) + [True] * len(after)
-            done = prompt + answer
+            done += read + answer + tail
         return Example(record.id, record.task, tuple(ids), tuple(flags))
 
     def encode_all(self, records: Sequence[Record]) -> list[Example]:

@@ -31,7 +31,7 @@ from fedkeel.deploy.keys import AUTHORITY_DAYS, SERVER_DAYS, certificate, is_ip,
 from fedkeel.deploy.manifest import DeployError, make_manifest
 from fedkeel.deploy.parts import Plan, app_files, check_list, coordinator_files, image_files, joined, site_files
 from fedkeel.files import filled_folder
-from fedkeel.model.bases import folder_of
+from fedkeel.model.bases import folder_of, template_text
 from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
@@ -80,8 +80,8 @@ class AppRecipe(NamedTuple):
 
 
 def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
-    """The recipe as it travels: every key, no path of this machine, an order of tasks written out as stages, and no baseline
-    on pooled rows.
+    """The recipe as it travels: every key, no path of this machine, an order of tasks and a chat template's file written out,
+    and no baseline on pooled rows.
 
     Rows are not looked for; data.tasks_file is, if stream.order names an order of it. Raises ConfigError, or DeployError for a
     recipe that a deployment does not run.
@@ -114,7 +114,7 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
         recipe,
         out="runs",
         threads=0,
-        model=replace(recipe.model, base=named, device="cpu"),
+        model=replace(recipe.model, base=named, device="cpu", chat_template=template_text(recipe.model.chat_template)),
         data=replace(recipe.data, root=""),
         # the coordinator has no tasks file to look an order up in
         stream=replace(recipe.stream, order="", tasks_a_stage=1),

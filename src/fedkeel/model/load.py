@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError
 
 from fedkeel import tables
-from fedkeel.model.bases import ModelError, of_table
+from fedkeel.model.bases import ModelError, of_table, template_text
 from fedkeel.model.gguf import dequantised
 from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import Model as ModelConfig
@@ -60,6 +60,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The base model's tokenizer, with a padding token."""
     where = base_location(config.base)
     tokenizer = _load(transformers.AutoTokenizer, config.base, where, **_revision(config, where))
+    tokenizer.chat_template = _template(config, tokenizer.chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
@@ -69,6 +70,22 @@ def load_tokenizer(config: ModelConfig) -> Any:
     # Lengths are held by `Formatter`; the tokenizer's own warning about them would come for rows that are then cut.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def _template(config: ModelConfig, own: str | dict[str, str] | None) -> str | None:
+    """The chat template that a recipe asks for. own: the tokenizer's, or its several by name."""
+    asked, named = config.chat_template, own if isinstance(own, dict) else {}
+    if not asked and isinstance(own, str | None):
+        return own
+    if asked == "none":
+        return None
+    if (asked or "default") in named:
+        return named[asked or "default"]
+    text = template_text(asked)
+    if "{" in text:
+        return text
+    known = ", ".join(["'none'", *map(repr, sorted(named))])
+    raise ModelError(f"model.chat_template = {asked!r}: {known}, or a file with a Jinja template belongs here")
 
 
 def _revision(config: ModelConfig, where: str) -> dict[str, Any]:

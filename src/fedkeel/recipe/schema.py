@@ -25,6 +25,8 @@ class Model:
     # For an encoder: `label-text` scores a class by the similarity of the text to the label's own words (frozen);
     # `linear` trains a fresh classification head.
     head: str = one_of("label-text", ("label-text", "linear"))
+    # `none`, one of several that the tokenizer has, or a Jinja file, or its text; empty: the tokenizer's own
+    chat_template: str = ""
     device: str = "cpu"
     precision: str = one_of("auto", ("auto", "fp32", "bf16"))
     # MiB of hidden states kept below the first block of lora.layers: in memory, then in an unnamed file. No bit depends on it

@@ -247,7 +247,7 @@ def _generate(
         ends = sorted(set().union(*(formatter.ends(r) for _, r in chunk)))
         new = generate(model, (ids, mask), ends, config.max_new_tokens)
         for (_, record), tokens in zip(chunk, new, strict=True):
-            text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            text = formatter.said(record, tokens.tolist())
             references = record.references or (record.output,)
             found[record.id] = Scored(record, text, judged("text", text, references))
         advance(len(chunk))

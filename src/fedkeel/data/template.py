@@ -1,0 +1,145 @@
+"""What a tokenizer's chat template writes around the answers of a talk; without a template, FedKeel's plain layout.
+
+An answer is what a row says. What a template adds before it, such as an empty block of thought, belongs to the prompt, in
+training and in scoring alike; what ends it is supervised with it, and where nothing does, the tokenizer's end token is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fedkeel.data.forms import DataError
+
+Turns = Sequence[tuple[str, str]]  # (role, text)
+
+PLAIN_ANCHOR = "\nAnswer:"
+_ANCHOR = 32  # characters
+_MARK = "\ue000{}\ue001"  # stands for an answer while a template is asked what it writes around one; of no script
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around an answer: `prompt` before it, of which `anchor` is the end that does not depend on the row's own
+    text; `before` is the white space that belongs to its first token; `tail` ends it."""
+
+    prompt: str
+    anchor: str
+    before: str = ""
+    tail: str = ""
+
+
+class Template:
+    """Of one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def there(self) -> bool:
+        """Whether the tokenizer has one."""
+        return self._tokenizer.chat_template is not None
+
+    @cached_property
+    def _marks(self) -> dict[str, int]:
+        """Tokens that no text is split into: what templates end turns with."""
+        added = {str(token): number for number, token in self._tokenizer.added_tokens_decoder.items()}
+        return added | dict(zip(self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids, strict=True))
+
+    def end_of(self, tail: str) -> int | None:
+        """The token that ends an answer in `tail`; the tokenizer's end token where `tail` has none."""
+        found = [number for mark, number in self._marks.items() if tail.endswith(mark)]
+        return found[0] if found else self._tokenizer.eos_token_id
+
+    def ended(self, ids: Sequence[int], tail: str, row: str) -> list[int]:
+        """An answer's tokens, `tail` included, with an end that a model can learn. Raises DataError where there is none."""
+        if any(tail.endswith(mark) for mark in self._marks):
+            return list(ids)
+        if self._tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{row}: nothing ends an answer: the tokenizer of {self._tokenizer.name_or_path} has no end token, and no chat "
+                f"template that closes a turn with a token of its own; set model.chat_template, or another base"
+            )
+        return [*ids, self._tokenizer.eos_token_id]
+
+    def _tail(self, text: str) -> str:
+        """What follows an answer, up to the first mark in it."""
+        places = [(text.find(mark), mark) for mark in self._marks if mark in text]
+        if not places:
+            return text.rstrip()
+        at, mark = min(places, key=lambda p: (p[0], -len(p[1])))
+        return text[: at + len(mark)]
+
+    def _render(self, turns: Turns, ask: bool, row: str) -> str:
+        from jinja2 import TemplateError
+
+        messages = [{"role": role, "content": text} for role, text in turns]
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        except (TemplateError, TypeError, LookupError) as error:
+            roles, first = ", ".join(role for role, _ in turns) or "nobody", turns[0][1][:60] if turns else ""
+            raise DataError(
+                f"{row}: the chat template of {self._tokenizer.name_or_path} refuses turns by {roles} (the first: {first!r}): "
+                f"{error}"
+            ) from error
+
+    def _around(self, turns: Turns, row: str) -> tuple[str, str, str]:
+        """(prompt, lead, rest): what the template asks `turns` with, puts before an answer beyond that, and behind it."""
+        if not turns:
+            raise DataError(f"{row}: nothing is asked before its answer")
+        mark = _MARK.format(0)
+        head, found, rest = self._render([*turns, ("assistant", mark)], False, row).rpartition(mark)
+        asked = self._render(turns, True, row)
+        if not found or not (head.startswith(asked) or asked.startswith(head)):
+            what = "rewrites earlier turns when an answer is added" if found else "does not show an answer as it is"
+            raise DataError(
+                f"{row}: the chat template of {self._tokenizer.name_or_path} {what}, so the answer cannot be told from the "
+                f"prompt; set model.chat_template, or use instruction rows"
+            )
+        prompt = asked if head.startswith(asked) else head  # a block that only the question opens stays out
+        return prompt, head[len(prompt) :], rest
+
+    def frame(self, turns: Turns, answer: str, row: str) -> Frame:
+        """Around an answer to `turns`. answer: if it opens the block that the template would put before it, that is the row's
+        own. row: for messages. Raises DataError for turns that the template refuses or rewrites."""
+        prompt, lead, rest = self._around(turns, row)
+        lead, before = _parted(lead, answer)
+        prompt, said = prompt + lead, turns[-1][1]
+        anchor = prompt.rpartition(said)[2] if said else ""  # nothing may be left of a text that was shortened
+        return Frame(prompt, anchor or prompt[-_ANCHOR:], before, self._tail(rest))
+
+    def talk(self, messages: Turns, row: str) -> list[tuple[str, str, str]]:
+        """(read, answer, tail) in turn: pieces of a whole talk as the template writes it, of which all answers are learnt; the
+        texts read before the last are the prompt of `frame`. Raises DataError as `frame` does."""
+        answers = [n for n, (role, _) in enumerate(messages) if role == "assistant"]
+        _, lead, rest = self._around(messages[: answers[-1]], row)
+        marks = {n: _MARK.format(n) for n in answers}
+        text = self._render([(role, marks.get(n, said)) for n, (role, said) in enumerate(messages)], False, row)
+        pieces, tail = [], self._tail(rest)
+        for n in answers:
+            read, found, text = text.partition(marks[n])
+            if not found:
+                where = self._tokenizer.name_or_path
+                raise DataError(f"{row}: the chat template of {where} leaves an earlier answer out; set model.chat_template")
+            added, before = _parted(lead, messages[n][1])
+            if read.endswith(lead):  # an earlier answer may be written without
+                read = read.removesuffix(lead) + added
+            else:
+                before = ""
+            ended = tail if text.startswith(tail) else ""
+            text = text.removeprefix(ended)
+            pieces.append((read, before + messages[n][1], ended))
+        return pieces
+
+
+def _parted(lead: str, answer: str) -> tuple[str, str]:
+    """(what of `lead` belongs to the prompt, what to the answer's first token): a block to the one, white space to the other. A
+    block that the answer opens itself is dropped."""
+    if not lead.strip():
+        return "", lead
+    if answer.lstrip().startswith(lead.split()[0]):
+        return "", ""
+    text = lead.rstrip(" ")
+    return text, lead[len(text) :]
