@@ -18,11 +18,9 @@ from typing import Any
 
 from fedkeel import tables
 from fedkeel.data.forms import About, DataError, Parts, spoken, text_of
+from fedkeel.data.splits import NAMES, split_of, with_splits
 from fedkeel.recipe.schema import Data
-from fedkeel.rng import derive
 from fedkeel.types import Record
-
-SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -70,21 +68,22 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
         raise DataError(f"{place}: the row has neither instruction nor input")
     if parts.labels and parts.output not in parts.labels:
         raise DataError(f"{place}: label {parts.output!r} is not among the labels that {config.tasks_file} lists for {task!r}")
-    split = text_of(row, "split", place)
-    if split and split not in SPLITS:
-        raise DataError(f"{place}: split {split!r} is unknown; one of {', '.join(SPLITS)} belongs here")
+    named = text_of(row, "split", place)
+    split = split_of(named) if named else ""
+    if split is None:
+        raise DataError(f"{place}: split {named!r} is unknown; one of {', '.join(NAMES)} belongs here")
     if config.site_column and not site:
         if config.site_column not in row:
             raise DataError(f"{place}: no column {config.site_column!r} (data.site_column) to take the site's name from")
         site = str(row[config.site_column])
-    content = json.dumps([task, parts.instruction, parts.input, parts.output, parts.messages, split or None, site])
+    content = json.dumps([task, parts.instruction, parts.input, parts.output, parts.messages, named or None, site])
     given = row.get("id")
     identity = hashlib.sha256(content.encode()).hexdigest()[:16] if given in (None, "") else str(given)
     references = tuple(meta.get("references", {}).get(identity, ())) or (parts.output,)
     return Record(
         identity,
         task,
-        SPLITS.get(split, ""),
+        split,
         parts.output,
         parts.instruction,
         parts.input,
@@ -138,10 +137,15 @@ def hub_rows(config: Data) -> Iterator[tuple[str, dict[str, Any]]]:
         loaded = datasets.load_dataset(config.dataset, config.subset or None)
     except Exception as error:  # the library raises many unrelated types for a wrong id, a missing file or no network
         raise DataError(f"data set {config.dataset!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    unknown = [name for name in loaded if split_of(name) is None]
+    if unknown and len(loaded) > 1:
+        raise DataError(
+            f"data set {config.dataset!r} has splits of unknown meaning: {', '.join(unknown)}; names that begin with "
+            f"{', '.join(NAMES)} are known. Save the rows that you want as JSON Lines, and set data.source = 'jsonl'"
+        )
     for split, rows in loaded.items():
         for number, row in enumerate(with_label_names(rows)):
-            # a set of one split has not been divided, whatever that split is called
-            if split in SPLITS and len(loaded) > 1 and "split" not in row:
+            if len(loaded) > 1 and row.get("split") is None:  # a set of one split has not been divided, whatever its name
                 row["split"] = split
             yield f"{config.dataset}[{split}][{number}]", row
 
@@ -153,21 +157,6 @@ def with_label_names(rows: Any) -> Iterator[dict[str, Any]]:
         if named is not None and isinstance(row["label"], int):
             row["label"] = named(row["label"]) if row["label"] >= 0 else None  # -1: withheld
         yield row
-
-
-def _with_splits(records: Iterable[Record], config: Data, seed: int) -> Iterator[Record]:
-    """Rows without a split get one from a hash of their id: nothing but the row itself decides."""
-    for record in records:
-        if record.split:
-            yield record
-            continue
-        share = derive(seed, "split", record.id) / 2**63
-        if share < config.test_share:
-            yield replace(record, split="test")
-        elif share < config.test_share + config.validation_share:
-            yield replace(record, split="validation")
-        else:
-            yield replace(record, split="train")
 
 
 def unique_ids(records: list[Record]) -> list[Record]:
@@ -242,7 +231,7 @@ def whole(found: list[Record], config: Data, seed: int, splits: bool = False, pa
     splits: they have them already. Raises DataError where a task (unless partly), or any training row, is missing.
     """
     if not splits:  # in this order: a row that stands twice is in one split
-        found = unique_ids(list(_with_splits(found, config, seed)))
+        found = unique_ids(list(with_splits(found, config, seed)))
     if config.tasks:
         missing = set(config.tasks) - {r.task for r in found}
         if missing and not partly:

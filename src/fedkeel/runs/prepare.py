@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fedkeel.data.sites import Sites, make_sites, unseen_sites
 from fedkeel.data.sources import label_groups, load_records
+from fedkeel.data.splits import held_apart
 from fedkeel.data.stages import arrivals, check_stages_are_learnt, kept_between_stages, stages_of
 from fedkeel.model.load import kind_of, load_config
 from fedkeel.recipe.schema import Recipe
@@ -65,11 +66,11 @@ def prepare(recipe: Recipe, alone: str = "", records: Sequence[Record] | None = 
     whole, recipe = recipe, data_view(recipe)
     kind = kind_of(recipe.model, load_config(recipe.model))
     read = list(load_records(recipe.data, recipe.seed, partly=bool(alone)) if records is None else records)
+    read, notes = held_apart(read)
     if alone:
         read = [dataclasses.replace(r, site=alone) for r in read]
         recipe = dataclasses.replace(recipe, partition=dataclasses.replace(recipe.partition, scheme="natural"))
         whole = dataclasses.replace(whole, partition=recipe.partition)
-    notes: list[str] = []
     classes: tuple[str, ...] = ()
     if kind == "classifier":
         read, classes = _classified(read, recipe, notes)
