@@ -60,7 +60,7 @@ def test_an_alpaca_row_has_no_task_and_perhaps_no_input(tmp_path: Path) -> None:
     ]
     found = {r.output: without_id(r) for r in load(tmp_path, rows)}
     assert found == {
-        "red": Record("", "default", "train", "red", "Name a colour.", references=("red",)),
+        " red \n": Record("", "default", "train", " red \n", "Name a colour.", references=(" red \n",)),
         "cod": Record("", "default", "validation", "cod", "Name a fish.", references=("cod",)),
         "2": Record("", "default", "validation", "2", "", "1 + 1 =", references=("2",)),
     }
@@ -236,7 +236,7 @@ BAD_ROWS: dict[str, tuple[Row | str, str]] = {
     "not JSON": ('{"instruction": "Add."', "not JSON"),
     "a list": ("[1, 2]", "list where a JSON object belongs"),
     "an empty output": (dict(ANSWERED, output="  "), "no output"),
-    "a null output": (dict(ANSWERED, output=None), "no output"),
+    "a null output": (dict(ANSWERED, output=None), "are of no known form (['output'] are null)"),
     "no output": (without("output"), "keys ['input', 'instruction', 'split', 'task'] are of no known form"),
     "no known keys": ({"question": "?", "answer": "!"}, "['answer', 'question'] are of no known form"),
     "a label of no list": ({"task": "topic", "text": "x", "label": "chess"}, "'chess' is not among the labels"),
@@ -245,7 +245,7 @@ BAD_ROWS: dict[str, tuple[Row | str, str]] = {
     "a split that is no text": (dict(ANSWERED, split=["train"]), "'split' holds list"),
     "a number for text": (dict(ANSWERED, input={"a": 1}), "'input' holds dict where text belongs"),
     "neither input nor instruction": (dict(ANSWERED, instruction="", input=" "), "neither instruction nor input"),
-    "an unknown role": (chat({"role": "tool", "content": "x"}), "role 'tool' is unknown; one of human, gpt"),
+    "an unknown role": (chat({"role": "tool", "content": "x"}), "role 'tool' is unknown; one of user, human, assistant"),
     "a role that is no text": (chat({"role": ["user"], "content": "x"}), "role ['user'] is unknown"),
     "no assistant turn": (chat({"role": "user", "content": "x"}), "without an assistant's answer"),
     "an empty answer": (chat({"role": "assistant", "content": ""}), "without an assistant's answer"),
@@ -343,7 +343,7 @@ def test_class_names_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: datasets.DatasetDict(made))
     # −1 is how data sets write that a label is withheld
-    with pytest.raises(DataError, match=r"ag\[test\]\[1\]: .*no output"):
+    with pytest.raises(DataError, match=r"ag\[test\]\[1\]: .*no known form \(\['label'\] are null\)"):
         hub(Path("ag"))
     made["test"] = made["test"].select([0])
     found = {r.input: r for r in hub(Path("ag"))}
@@ -356,3 +356,164 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty' cannot be loaded"):
         hub(tmp_path / "empty")
+
+
+# ------------------------------------------------------------------------------------------ rows as people have them
+
+
+def test_a_null_of_a_table_is_an_absent_key(tmp_path: Path) -> None:
+    """What `df.to_json(orient="records", lines=True)` makes of a frame with rows of several forms."""
+    keys = ("text", "label", "instruction", "input", "output", "messages", "split", "id", "task", "system", "history")
+    rows = [
+        {"text": "a", "label": "x", "task": "topic"},
+        {"instruction": "Add.", "output": "2"},
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]},
+    ]
+    full = [{key: row.get(key) for key in keys} for row in rows]
+    assert [without_id(r) for r in load(tmp_path, full)] == [without_id(r) for r in load(tmp_path, rows)]
+    assert {r.id for r in load(tmp_path, full)} == {r.id for r in load(tmp_path, rows)}
+
+
+def test_text_is_taken_as_it_stands(tmp_path: Path) -> None:
+    code = "    return x\n\n"
+    (found,) = load(tmp_path, [{"instruction": " Go on.\n", "input": "def f(x):\n", "output": code, "split": "train"}])
+    assert (found.instruction, found.input, found.output) == (" Go on.\n", "def f(x):\n", code)
+    (labelled,) = load(tmp_path, [{"text": " a ", "label": " x\n", "split": " train"}])
+    assert (labelled.input, labelled.output, labelled.split) == (" a ", "x", "train")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    text = "\ufeff" + json.dumps(ANSWERED) + "\n"
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "tasks.json").write_text("\ufeff{}", encoding="utf-8")
+    config = Data(source="jsonl", root=str(tmp_path), files=("rows.jsonl",), tasks_file="tasks.json")
+    assert [r.output for r in load_records(config, 1)] == [ANSWERED["output"]]
+
+
+TURNS = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+AGAIN = [{"role": "user", "content": "??"}, {"role": "assistant", "content": "!!"}]
+
+
+def chat_of(tmp_path: Path, row: Row) -> Record:
+    (found,) = load(tmp_path, [{**row, "split": "train"}])
+    return found
+
+
+def test_a_system_turn_beside_the_turns(tmp_path: Path) -> None:
+    expected = (("system", "Be kind."), ("user", "?"), ("assistant", "!"))
+    system = {"role": "developer", "content": "Be kind."}
+    for row in ({"system": "Be kind.", "messages": TURNS}, {"messages": [system, *TURNS]}):
+        assert chat_of(tmp_path, row).messages == expected
+    assert chat_of(tmp_path, {"system": "Be kind.", "messages": [system, *TURNS]}).messages == expected
+    assert chat_of(tmp_path, {"system": "Be kind.", "instruction": "?", "output": "!"}).messages == expected
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the row's 'system' is another than its first turn"):
+        chat_of(tmp_path, {"system": "Be short.", "messages": [system, *TURNS]})
+
+
+def test_what_was_said_before_an_instruction_is_read_and_not_learnt(tmp_path: Path) -> None:
+    row = {"history": [["One?", "One."], ["Two?", "Two."]], "instruction": "Three?", "input": "3", "output": "Three."}
+    found = chat_of(tmp_path, row)
+    assert found.messages == (
+        ("user", "One?"),
+        ("assistant", "One."),
+        ("user", "Two?"),
+        ("assistant", "Two."),
+        ("user", "Three?\n3"),
+        ("assistant", "Three."),
+    )
+    assert found.unlearnt == (1, 3)
+    assert found.output == "Three."
+    with pytest.raises(DataError, match=r"'history' is no list of pairs"):
+        chat_of(tmp_path, {**row, "history": ["One?"]})
+
+
+@pytest.mark.parametrize(("key", "no", "yes"), [("weight", 0, 1), ("train", False, True), ("weight", 0.0, 1.0)])
+def test_marks_of_turns_are_kept_to(tmp_path: Path, key: str, no: Any, yes: Any) -> None:
+    marked = [{**t, key: no} if t["role"] == "assistant" else t for t in TURNS]
+    assert chat_of(tmp_path, {"messages": [*marked, *AGAIN]}).unlearnt == (1,)
+    assert chat_of(tmp_path, {"messages": [*AGAIN, *marked]}).messages == (("user", "??"), ("assistant", "!!"))
+    kept = [{**t, key: yes} for t in TURNS]
+    assert chat_of(tmp_path, {"messages": [*kept, *AGAIN], "system": "x"}).unlearnt == ()
+    assert chat_of(tmp_path, {"messages": [*marked, *AGAIN], "system": "x"}).unlearnt == (2,)
+    with pytest.raises(DataError, match="nothing to train on"):
+        chat_of(tmp_path, {"messages": marked})
+    with pytest.raises(DataError, match="0 or 1 belongs here"):
+        chat_of(tmp_path, {"messages": [TURNS[0], {**TURNS[1], key: 0.5}]})
+
+
+def test_a_list_of_texts_is_what_a_turn_says(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert chat_of(tmp_path, {"messages": [{"role": "user", "content": parts}, TURNS[1]]}).messages[0] == ("user", "one two")
+
+
+ODD_ROWS: dict[str, tuple[str, str]] = {
+    "NaN": ('{"instruction": "Add.", "output": NaN}', "NaN is no number of JSON"),
+    "infinity": ('{"instruction": -Infinity, "output": "x"}', "-Infinity is no number of JSON"),
+    "a large number": ('{"instruction": "x", "output": ' + "9" * 5000 + "}", "cannot be read as JSON"),
+    "a number beyond floats": ('{"instruction": "x", "output": 1e999}', "'output' holds inf, which is no number"),
+    "deep nesting": ('{"output": ' + "[" * 100000 + "}", "cannot be read as JSON"),
+    "half a character": (
+        '{"instruction": "x", "output": "\\ud83d"}',
+        "holds half of a character (a lone surrogate) at position 0",
+    ),
+    "half a character in a turn": (
+        '{"messages": [{"role": "user", "content": "a\\udc00"}, {"role": "assistant", "content": "x"}]}',
+        "half of a character (a lone surrogate) at position 1",
+    ),
+    "a call of a tool": (
+        '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": null, "tool_calls": [{"id": 1}]}]}',
+        "a turn calls a tool",
+    ),
+    "an empty answer in between": (
+        json.dumps({"messages": [TURNS[0], {"role": "assistant", "content": " "}, *AGAIN]}),
+        'turn 2 is an assistant\'s and says nothing; mark it with "weight": 0',
+    ),
+    "nobody asks": ('{"messages": [{"role": "assistant", "content": "x"}]}', "nobody asks"),
+    "a picture": (
+        '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]}',
+        "'content' holds list where text belongs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_an_odd_row_is_named_too(tmp_path: Path, name: str) -> None:
+    line, says = ODD_ROWS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ANSWERED) + "\n" + line + "\n")
+    with pytest.raises(DataError) as caught:
+        load_records(Data(source="jsonl", root=str(tmp_path), files=("rows.jsonl",)), 1)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../../pwned", "a/b", "..", ".", "a\\b", "a\nb", "a\x00", "x" * 121, "é" * 61, " ", "", None])
+def test_a_site_that_could_not_name_a_folder_is_refused(tmp_path: Path, name: str | None) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: (column 'ward': |no column 'ward')"):
+        load(tmp_path, [dict(ANSWERED, ward=name)], site_column="ward")
+
+
+def test_a_site_may_have_any_other_name(tmp_path: Path) -> None:
+    names = ["[red]Ward[x]", "Klinikum München, Haus 2", "病院", "...", "a b", "7"]
+    found = load(tmp_path, [dict(ANSWERED, ward=n, input=n) for n in [*names, 8]], site_column="ward")
+    assert {r.site for r in found} == {*names, "8"}
+
+
+def test_labels_that_are_the_same_words_are_refused(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "new_york"}, {"text": "b", "label": "new york"}]
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:2: labels 'new_york' and 'new york' of task 'default' are the same words"
+    ):
+        load(tmp_path, rows)
+    (tmp_path / "tasks.json").write_text(json.dumps({"default": {"labels": ["new_york", "boston", "new york"]}}))
+    with pytest.raises(DataError, match=r"tasks\.json.*labels \['new_york', 'new york'\] of task 'default' are the same words"):
+        load(tmp_path, rows[:1], tasks_file="tasks.json")
+
+
+def test_keys_that_nothing_is_made_of_are_named(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "label": "x", "ward": "n", "source": "web", "split": "train"},
+        {"instruction": "Add.", "output": "2", "system": None, "score": 3, "text": "t"},
+    ]
+    found = {r.output: r.ignored for r in load(tmp_path, rows, site_column="")}
+    assert found == {"x": ("source", "ward"), "2": ("score", "text")}

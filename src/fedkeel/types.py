@@ -176,7 +176,8 @@ class Record:
     references: all accepted answers for scoring (default: only `output`). labels: the candidate answers of a
     classification row, in a fixed order and with `output` among them; empty for free generation.
     messages: (role, text) turns of a chat row, which then replaces instruction, input and output in the prompt; the last
-    turn is the assistant's and equals `output`. group: the group of its answer among the task's labels (CLINC150's
+    turn is the assistant's and equals `output`. unlearnt: which of its answers are read and not learnt. ignored: keys of the
+    row that nothing was made of. group: the group of its answer among the task's labels (CLINC150's
     domains), empty where the source names none; a stage of a task stream may be made of groups.
     """
 
@@ -191,6 +192,8 @@ class Record:
     labels: tuple[str, ...] = ()
     messages: tuple[tuple[str, str], ...] = ()
     group: str = ""
+    unlearnt: tuple[int, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

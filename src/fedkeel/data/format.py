@@ -270,22 +270,23 @@ class Formatter:
         return Example(record.id, record.task, (*prompt, *kept), (False,) * len(prompt) + (True,) * len(kept))
 
     def _encode_chat(self, record: Record) -> Example:
-        """Every assistant turn supervised, its end marker included; cut behind the last answer that fits."""
+        """Every assistant turn that is learnt supervised, its end marker included; cut behind the last answer that fits."""
         self._needs_template(record)
         pieces, row = self._template.talk(record.messages, _named(record)), _named(record)
         ids: list[int] = []
         flags: list[bool] = []
         done = ""
-        for number, (read, answer, tail) in enumerate(pieces, 1):
+        answers = [n for n, (role, _) in enumerate(record.messages) if role == "assistant"]
+        for turn, (read, answer, tail) in zip(answers, pieces, strict=True):
             # behind all that went before, so that the pieces are the tokens of the whole chat
             before, after = self._behind(done, read), self._behind(done + read, answer + tail)
-            if number == len(pieces):
+            if turn == answers[-1]:
                 after = self._template.ended(after, tail, row)
             if len(ids) + len(before) + len(after) > self.max_length:
                 self.counts["truncated"] += bool(ids)
                 break
             ids += [*before, *after]
-            flags += [False] * len(before) + [True] * len(after)
+            flags += [False] * len(before) + [turn not in record.unlearnt] * len(after)
             done += read + answer + tail
         return Example(record.id, record.task, tuple(ids), tuple(flags))
 

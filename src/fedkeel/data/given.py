@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fedkeel.data.forms import DataError
+from fedkeel.data.forms import DataError, site_of
 from fedkeel.data.sources import metadata, read_rows, with_label_names
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
@@ -55,6 +55,7 @@ def records_of(sites: Mapping[str, Rows], config: Data) -> list[Record]:
     meta = metadata(config)
     found: list[Record] = []
     for site, rows in sites.items():
+        site_of(site, "sites")
         placed = ((f"site {site}, row {number}", row) for number, row in enumerate(dicts_of(rows, site), 1))
         found += read_rows(placed, config, meta, site)
     seen: dict[str, set[str]] = {}

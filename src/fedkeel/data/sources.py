@@ -13,28 +13,34 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fedkeel import tables
-from fedkeel.data.forms import About, DataError, Parts, spoken, text_of
+from fedkeel.data.forms import About, DataError, Parts, name_of, site_of, spoken, text_of
 from fedkeel.data.splits import NAMES, split_of, with_splits
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
+
+COMMON = ("id", "instruction", "split", "task")  # keys that a row of any form may have
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) of every line of a .jsonl or .jsonl.gz file; place is `file:line`."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 place = f"{path}:{number}"
                 try:
-                    value = json.loads(line)
+                    value = json.loads(line, parse_constant=_no_number)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{place}: not JSON ({error.msg}); one JSON object a line belongs here") from error
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{place}: cannot be read as JSON: {error}") from error
                 if not isinstance(value, dict):
                     raise DataError(f"{place}: {type(value).__name__} where a JSON object belongs")
                 yield place, value
@@ -42,6 +48,15 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"data file not found: {path}") from error
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _present(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A null of a table is an absent key."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON; leave the key out where nothing is known")
 
 
 def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], config: Data, site: str = "") -> Record:
@@ -52,30 +67,33 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
     {"tasks": {name: {"instruction", "labels", "label_domain": {label: group}}}, "references": {id: [...]}}.
     Raises DataError naming `place` if a row has no answer or no known form.
     """
-    task = text_of(row, "task", place) or "default"
+    nulls, row = sorted(key for key, value in row.items() if value is None), _present(row)
+    task = name_of(row, "task", place) or "default"
     about = meta.get("tasks", {}).get(task, {})
-    told = text_of(row, "instruction", place) or config.instruction or about.get("instruction", "")
+    told = text_of(row, "instruction", place)
+    told = told if told.strip() else config.instruction or about.get("instruction", "")
     form = form_of(row)
     if form is None:
         raise DataError(
-            f"{place}: keys {sorted(row)} are of no known form; use text+label, instruction+input+output, or messages"
+            f"{place}: keys {sorted(row)} are of no known form{f' ({nulls} are null)' if nulls else ''}; use text+label, "
+            f"instruction+input+output, or messages"
         )
     listed = tuple(map(str, about.get("labels") or ()))
     parts: Parts = form.load()(row, About(place, told, listed))
-    if not parts.output:
+    if not parts.output.strip():
         raise DataError(f"{place}: the row has no output (its answer is empty); every row needs an answer to learn from")
-    if not (parts.input or parts.instruction or parts.messages):
+    if not (parts.input.strip() or parts.instruction.strip() or parts.messages):
         raise DataError(f"{place}: the row has neither instruction nor input")
     if parts.labels and parts.output not in parts.labels:
         raise DataError(f"{place}: label {parts.output!r} is not among the labels that {config.tasks_file} lists for {task!r}")
-    named = text_of(row, "split", place)
+    named = name_of(row, "split", place)
     split = split_of(named) if named else ""
     if split is None:
         raise DataError(f"{place}: split {named!r} is unknown; one of {', '.join(NAMES)} belongs here")
     if config.site_column and not site:
         if config.site_column not in row:
             raise DataError(f"{place}: no column {config.site_column!r} (data.site_column) to take the site's name from")
-        site = str(row[config.site_column])
+        site = site_of(row[config.site_column], f"{place}: column {config.site_column!r}")
     content = json.dumps([task, parts.instruction, parts.input, parts.output, parts.messages, named or None, site])
     given = row.get("id")
     identity = hashlib.sha256(content.encode()).hexdigest()[:16] if given in (None, "") else str(given)
@@ -92,7 +110,14 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
         parts.labels,
         parts.messages,
         _group(row, task, parts.output, about, config),
+        parts.unlearnt,
+        _ignored(tuple(row), (*COMMON, config.site_column, *parts.used)),
     )
+
+
+@lru_cache(maxsize=256)
+def _ignored(keys: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(set(keys) - set(used)))
 
 
 def form_of(row: Mapping[str, Any]) -> tables.Form | None:
@@ -114,7 +139,7 @@ def metadata(config: Data) -> Mapping[str, Any]:
         return {}
     path = Path(config.root) / config.tasks_file
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} (data.tasks_file) cannot be read: {error}") from error
     if isinstance(meta, dict) and not {"tasks", "references"} & set(meta):
@@ -124,6 +149,12 @@ def metadata(config: Data) -> Mapping[str, Any]:
         if not isinstance(values, dict) or not all(isinstance(v, belongs) for v in values.values()):
             what = "task, an object with instruction and labels" if key == "tasks" else "row id, a list of accepted answers"
             raise DataError(f"{path} (data.tasks_file): under {key!r} belongs an object that holds, by {what}")
+    for task, about in meta.get("tasks", {}).items():
+        labels = tuple(map(str, about.get("labels") or ()))
+        twice = [label for label, count in Counter(spoken(labels)).items() if count > 1]
+        if twice:
+            same = [label for label in labels if spoken((label,)) == (twice[0],)]
+            raise DataError(f"{path} (data.tasks_file): labels {same} of task {task!r} are the same words")
     return meta
 
 
@@ -178,16 +209,21 @@ def read_rows(
     Raises DataError on a row without an answer.
     """
     read, classified = [], set()
+    written: dict[tuple[str, str], str] = {}  # task and label as words -> as a row writes it
     for place, row in rows:
-        if config.tasks and (text_of(row, "task", place) or "default") not in config.tasks:
+        if config.tasks and (name_of(row, "task", place) or "default") not in config.tasks:
             continue
         answer = row["label"] if row.get("label") is not None else row.get("output")
         if str(answer) in config.drop_labels:
             continue
         record = to_record(row, place, meta, config, site)
-        form = form_of(row)
+        form = form_of(_present(row))
         if form is not None and form.labelled and not record.labels:
             classified.add(record.task)
+            label = name_of(row, "label", place)
+            first = written.setdefault((record.task, record.output), label)
+            if first != label:
+                raise DataError(f"{place}: labels {first!r} and {label!r} of task {record.task!r} are the same words")
         read.append(record)
     return _without_dropped(_with_own_labels(read, classified), config)
 

@@ -67,6 +67,7 @@ def prepare(recipe: Recipe, alone: str = "", records: Sequence[Record] | None = 
     kind = kind_of(recipe.model, load_config(recipe.model))
     read = list(load_records(recipe.data, recipe.seed, partly=bool(alone)) if records is None else records)
     read, notes = held_apart(read)
+    notes += _ignored_keys(read)
     if alone:
         read = [dataclasses.replace(r, site=alone) for r in read]
         recipe = dataclasses.replace(recipe, partition=dataclasses.replace(recipe.partition, scheme="natural"))
@@ -105,6 +106,13 @@ def _classified(records: list[Record], recipe: Recipe, notes: list[str]) -> tupl
             f"model.base = {recipe.model.base!r} is a classifier, and no row of the data has labels; use a causal base"
         )
     return labelled, tuple(sorted({label for labels in {r.labels for r in labelled} for label in labels}))
+
+
+def _ignored_keys(records: Sequence[Record]) -> list[str]:
+    """A note that names the keys of rows that nothing was made of."""
+    found = Counter(key for record in records for key in record.ignored)
+    named = ", ".join(f"{key!r} ({count} rows)" for key, count in sorted(found.items()))
+    return [f"keys of rows that are not used: {named}"] if found else []
 
 
 def _unlearnt_labels(records: Sequence[Record], sites: Sites) -> list[str]:
