@@ -231,3 +231,37 @@ def test_a_process_stops_and_resumes_from_the_command_line(tiny_overrides: list[
     resumed = process("run", *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "tiny" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def test_names_with_brackets_are_shown_as_they_are(here: Command, tiny_overrides: list[str], tmp_path: Path) -> None:
+    """In tables, notes, errors and a live line; nothing of a name is markup."""
+    import tiny
+
+    odd = {"ward-0": "[red]Ward[x]", "ward-1": "bold]", "ward-2": "[link=x]b"}
+    rows = [{**r, "department": odd[r["department"]], "task": f"[{r['task']}]"} for r in tiny.tiny_rows()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    overrides = [*tiny_overrides, f"data.root={tmp_path}", 'data.tasks_file=""', "name=[x]", "federation.rounds=1"]
+    dry = here("run", "--dry-run", *overrides)
+    done = here("run", *overrides)
+    for told in (dry, done):
+        assert told.returncode == 0, told.stderr
+        for name in odd.values():
+            assert name in told.stdout
+    assert "[colour]" in done.stdout
+    assert here("evaluate", str(tmp_path / "[x]")).returncode == 0
+    assert "[x]" in here("run", *overrides).stderr
+    assert here("export", str(tmp_path / "[x]"), str(tmp_path / "[y]")).returncode == 0
+
+
+def test_a_live_line_takes_any_name() -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from fedkeel.display import Display
+
+    screen = Console(file=StringIO(), force_terminal=True, width=120)
+    with Display(screen, 2) as display:
+        display.leg("local/[/red]x[y", "site [/b]")
+        display.note("[/red]")
+    assert "local/[/red]x[y" in screen.file.getvalue()  # type: ignore[attr-defined]

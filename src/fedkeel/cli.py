@@ -45,7 +45,8 @@ def _console() -> Console:
     from rich.console import Console
 
     # A file or pipe has no width of its own; tables there should not be broken at 80 columns.
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    # Names of sites, tasks and files may hold brackets: nothing that is printed is markup.
+    return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=120)
 
 
 def _recipe(arguments: Sequence[str]) -> Recipe:
@@ -338,6 +339,7 @@ def measure(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("loading libraries"):
         import torch
+        from rich.markup import escape
         from rich.progress import Progress
 
         from fedkeel.evidence.measure.parts import measure as measure_runs
@@ -357,7 +359,7 @@ def measure(
                 if not console.is_terminal:
                     console.print(f"{folder}: measuring", markup=False, highlight=False)
             where = f"{folder.name} ({len(begun)} of {len(run_folders)}): {part}"
-            progress.update(task, description=where, completed=done, total=total)
+            progress.update(task, description=escape(where), completed=done, total=total)
 
         found = measure_runs(run_folders, settings, watch)
     console.print(measures_table(found).rich())
