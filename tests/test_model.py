@@ -353,8 +353,8 @@ LINEAR = {
     "bert": {"classifier.weight", "classifier.bias"},
     "roberta": {"classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"},
     "deberta-v2": {"classifier.weight", "classifier.bias"},
-    "distilbert": {"classifier.weight", "classifier.bias"},
-    "modernbert": {"classifier.weight", "classifier.bias"},
+    "distilbert": {"classifier.weight", "classifier.bias", "pre_classifier.weight", "pre_classifier.bias"},
+    "modernbert": {"classifier.weight", "classifier.bias", "head.dense.weight", "head.norm.weight"},
     "llama": {"score.weight"},
 }
 
@@ -498,6 +498,22 @@ def test_a_padding_token_is_always_there() -> None:
 def test_precision_is_as_asked() -> None:
     assert (uses_bf16("bf16", "cpu"), uses_bf16("fp32", "cpu"), uses_bf16("fp32", "cuda")) == (True, False, False)
     assert uses_bf16("auto", "cpu") == torch.cpu._is_avx512_bf16_supported()
+
+
+@pytest.mark.parametrize("head", ["label-text", "linear"])
+@pytest.mark.parametrize("name", chosen(ENCODERS))
+def test_an_encoder_that_lacks_a_layer_is_refused_and_one_that_lacks_its_head_is_not(
+    name: str, head: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base(name), tmp_path / "base")
+    held = load_file(folder / "model.safetensors")
+    whole = make(name, base=str(folder), head=head, classes=CLASSES)
+    last = max((n for n in held if "pooler" not in n), key=lambda n: ([int(p) for p in n.split(".") if p.isdigit()] or [-1], n))
+    save_file({n: t for n, t in held.items() if "pooler" not in n}, folder / "model.safetensors", {"format": "pt"})
+    assert make(name, base=str(folder), head=head, classes=CLASSES).read_shapes() == whole.read_shapes()
+    save_file({n: t for n, t in held.items() if n != last}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors of a whole encoder \(.*" + last.split(".")[-2]):
+        make(name, base=str(folder), head=head, classes=CLASSES)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -144,14 +144,21 @@ class Base:
         where = base_location(self.config.base)
         options = _revision(self.config, where) | ({"num_labels": self.head} if self.head else {})
         net, info = _load(self._auto, self.config.base, where, dtype=self.dtype, output_loading_info=True, **options)
-        # An encoder's checkpoint may lack a pooler or head; a language model that lacks a tensor would get a random one.
-        if self.kind != "classifier" and info["missing_keys"]:
-            lacking = ", ".join(sorted(info["missing_keys"])[:3])
+        # what is missing was drawn at random: only what is trained from there may be
+        missing = sorted(name for name in info["missing_keys"] if not self._may_be_fresh(net, name))
+        if missing:
+            what = "a whole encoder" if self.kind == "classifier" else f"a {self.kind} model; is it a language model, and whole"
             raise ModelError(
-                f"model.base = {self.config.base!r} lacks {len(info['missing_keys'])} tensors of a {self.kind} model "
-                f"({lacking}); is it a language model, and whole?"
+                f"model.base = {self.config.base!r} lacks {len(missing)} tensors of {what} ({', '.join(missing[:3])})"
             )
         return net
+
+    def _may_be_fresh(self, net: Any, name: str) -> bool:
+        """Whether a parameter may be missing in the checkpoint: an encoder's pooler, which without a head is not used, and a
+        classification head."""
+        if self.kind != "classifier":
+            return False
+        return "pooler" in name.split(".") or (self.head > 0 and name.split(".")[0] in heads_of(net))
 
     def outline(self) -> Any:
         """Its modules on torch's `meta` device, without weights. Raises ModelError if they cannot be built."""
@@ -160,6 +167,15 @@ class Base:
             about.num_labels = self.head
         with torch.device("meta"), _loading(self.config.base):
             return self._auto.from_config(about, trust_remote_code=False)
+
+
+def heads_of(net: Any) -> list[str]:
+    """The modules of a classifier that lie outside of its encoder, by name."""
+    return [
+        name
+        for name, module in net.named_children()
+        if name != net.base_model_prefix and next(module.parameters(), None) is not None
+    ]
 
 
 def targets_for(base_config: Any, asked: Sequence[str]) -> list[str] | str:

@@ -24,7 +24,7 @@ from fedkeel.data.batches import Batch
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
 from fedkeel.model.half import hold_in_bf16
-from fedkeel.model.load import Base, kind_of, load_config, load_tokenizer, targets_for, uses_bf16
+from fedkeel.model.load import Base, heads_of, kind_of, load_config, load_tokenizer, targets_for, uses_bf16
 from fedkeel.model.lower import Lower, States
 from fedkeel.model.places import Places, find_places
 from fedkeel.model.quiet import quiet
@@ -74,7 +74,7 @@ def _with_lora(net: Any, base: Base, lora: LoraConfig) -> Any:
         "seq2seq": peft.TaskType.SEQ_2_SEQ_LM,
         "classifier": peft.TaskType.SEQ_CLS if base.head else peft.TaskType.FEATURE_EXTRACTION,
     }[base.kind]
-    targets = targets_for(base.about, lora.targets)
+    targets, heads = targets_for(base.about, lora.targets), heads_of(net) if base.head else []
     layers = lora.blocks(base.about.num_hidden_layers) if lora.layers else None
     if layers is not None and base.kind == "classifier" and not isinstance(targets, str):
         # PEFT finds a block's number behind the name of what it lies in, and an encoder's stack may be the outermost
@@ -88,13 +88,17 @@ def _with_lora(net: Any, base: Base, lora: LoraConfig) -> Any:
         target_modules=targets,
         layers_to_transform=layers,
         # a checkpoint may lack the pooler (DeBERTa's always does): drawn afresh, it is part of the fresh head
-        modules_to_save=["pooler"] if base.head else None,
+        modules_to_save=["pooler", *heads] if heads else None,
     )
     try:
         with quiet():
-            return peft.get_peft_model(net, config)
+            made = peft.get_peft_model(net, config)
     except ValueError as error:
         raise ModelError(f"LoRA cannot be put into {base.config.base!r} ({base.about.model_type}): {error}") from error
+    more = [n for n in _dense_parameters(made) if n.split(".")[0] not in heads and "pooler" not in n.split(".")]
+    if more:
+        raise ModelError(f"{base.config.base!r}: PEFT would train {more[0]} whole, as its name is that of a part of the head")
+    return made
 
 
 def _within(net: nn.Module, targets: Sequence[str], layers: Sequence[int]) -> list[str]:
