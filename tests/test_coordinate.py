@@ -17,13 +17,13 @@ from flower_grid import FakeGrid, Twist
 from flwr.app import Context, RecordDict
 from tiny import tiny_rows
 
-from fedkeel.engines.coordinate import alone, reference_of
+from fedkeel.engines.coordinate import reference_of
 from fedkeel.engines.flower.apps import client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
 from fedkeel.federation.server import FederationError
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
-from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.runs.legs import Leg, Stage
 from fedkeel.runs.rows import pooled_rows
 
@@ -216,7 +216,7 @@ def test_one_coordinator_a_run(
 ) -> None:
     overrides, files = deployment
     folder = Path(load_recipe(None, overrides).out) / "there"
-    with alone(folder), pytest.raises(FederationError, match=f"is being worked on by process {os.getpid()}"):
+    with RunFolder(folder).alone(), pytest.raises(RunError, match=f"is being worked on by process {os.getpid()}"):
         coordinate(overrides, files, tmp_path, monkeypatch)
     assert not folder.exists()
 

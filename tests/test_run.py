@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import assert_loads_in_peft
 
 import fedkeel.federation.server
@@ -506,3 +506,94 @@ def test_checkpoints_hold_every_round(tiny_overrides: list[str]) -> None:
     other: Adapter = replace(model.read(), lora={})
     with pytest.raises(RunError, match="layout"):
         folder.read_checkpoint("federated", 1, other)
+
+
+# ------------------------------------------------------------------------------------------------- one owner, one cargo
+
+
+class Stop(Exception):
+    """Ends a run in its middle."""
+
+
+def stopped(overrides: list[str]) -> RunFolder:
+    """A run that was killed after the second round of its federation."""
+
+    def stop(leg: str, done: int) -> None:
+        if (leg, done) == ("federated", 2):
+            raise Stop
+
+    with pytest.raises(Stop):
+        go(overrides, Silent(stop))
+    meant = load_recipe(None, overrides)
+    return RunFolder(Path(meant.out) / meant.name)
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"fresh": True}])
+def test_a_run_has_one_owner(how: dict[str, bool], tiny_overrides: list[str]) -> None:
+    brief = [*tiny_overrides, "evaluation.baselines=[]"]
+    folder = stopped(brief)
+    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
+         "; sys.stdin.read()", str(folder.path.with_name(f".{folder.path.name}.lock"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert other.stdout
+    other.stdout.readline()
+    try:
+        with pytest.raises(RunError, match="is being worked on by process"):
+            go(brief, **how)
+    finally:
+        other.communicate()
+    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
+    assert go(brief, resume=True)[1].state()["finished"]
+
+
+def reorder(data: Path, base: Path) -> str:
+    lines = (data / "rows.jsonl").read_text().splitlines(keepends=True)
+    (data / "rows.jsonl").write_text("".join(reversed(lines)))
+    return ""
+
+
+def change_a_row(data: Path, base: Path) -> str:
+    text = (data / "rows.jsonl").read_text()
+    (data / "rows.jsonl").write_text(text.replace("the green dog", "the green  dog", 1))
+    return "the rows of ward-1"
+
+
+def take_a_test_row(data: Path, base: Path) -> str:
+    lines = (data / "rows.jsonl").read_text().splitlines(keepends=True)
+    gone = next(n for n, line in enumerate(lines) if '"test"' in line and "ward-2" in line)
+    (data / "rows.jsonl").write_text("".join(lines[:gone] + lines[gone + 1 :]))
+    return "the rows of ward-2"
+
+
+def move_a_row(data: Path, base: Path) -> str:
+    text = (data / "rows.jsonl").read_text()
+    (data / "rows.jsonl").write_text(text.replace('"department": "ward-0"', '"department": "ward-1"', 1))
+    return "the rows of ward-0, the rows of ward-1"
+
+
+def change_the_base(data: Path, base: Path) -> str:
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    return "the base"
+
+
+@pytest.mark.parametrize("change", [reorder, change_a_row, take_a_test_row, move_a_row, change_the_base])
+def test_a_run_goes_on_with_what_it_began_with_only(
+    change: Callable[[Path, Path], str], tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    base, data = (shutil.copytree(p, tmp_path / p.name) for p in (tiny_base, tiny_data))
+    overrides = [*tiny.overrides(base, data, tmp_path / "runs"), "evaluation.baselines=[]"]
+    folder = stopped(overrides)
+    before = folder.rows_file.read_bytes()
+    told = change(data, base)
+    if not told:
+        assert go(overrides, resume=True)[1].state()["finished"]
+        return
+    with pytest.raises(RunError, match=f"cannot be resumed: not as they were when it began: {told}\\. Put them back"):
+        go(overrides, resume=True)
+    assert folder.rows_file.read_bytes() == before
+    assert go(overrides, fresh=True)[1].state()["finished"]

@@ -9,15 +9,12 @@ is written by one site and compared with the coordinator's tensors.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,11 +24,11 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from fedkeel import tables
-from fedkeel.engines.work import digest_of
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope
 from fedkeel.exchange.messages import MEMORY, pack_global
 from fedkeel.federation.server import FederationError
 from fedkeel.files import write_atomic
+from fedkeel.model.digest import digest_of
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
@@ -313,25 +310,6 @@ def _check_export(files: Mapping[str, bytes], current: Global) -> None:
             raise EnvelopeError(f"{name} in the PEFT folder is not the coordinator's")
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One coordinator a run's folder: a ServerApp can outlive the SuperLink that started it. Raises FederationError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise FederationError(
-                f"{folder} is being worked on by process {lock.read().strip() or 'unknown'} of this machine, perhaps of an "
-                f"earlier run; end it first"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-
-
 def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]) -> None:
     """Run a deployment's federation from the folder's last state on, or from the beginning where there is none.
 
@@ -345,7 +323,7 @@ def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: W
         watch.note(f"not run here, as it needs the rows of all sites in one place: {', '.join(pooling)}")
         left = tuple(name for name in recipe.evaluation.baselines if name not in pooling)
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, baselines=left))
-    with alone(folder.path):
+    with folder.alone():
         _coordinate(recipe, names, folder, watch, meet)
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedkeel import tables
 from fedkeel.data.format import Example
@@ -41,6 +40,7 @@ from fedkeel.exchange.messages import (
 from fedkeel.federation.client import Site, answer
 from fedkeel.federation.kept import Kept, layout_of
 from fedkeel.method.aggregate.layouts import folded
+from fedkeel.model.digest import base_digest, digest_of
 from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import make_recipe
@@ -62,19 +62,6 @@ def localised(text: str, site: SiteFile) -> Recipe:
     tree["model"] = {**tree.get("model", {}), "device": site.device} | ({"base": site.base} if site.base else {})
     tree["data"] = {**tree.get("data", {}), "root": "", **site.data}
     return make_recipe(tree)
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and numbers of tensors, in the order of their names; the type that holds a number does not count, as
-    a machine chooses it by what it computes in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        flat = flat.float() if flat.is_floating_point() else flat
-        bits = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(bits)
-    return digest.hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -99,8 +86,7 @@ class Work:
         assert self.model.initial is not None
         self.initial: Adapter = self.model.initial
         self.formatter = formatter_of(self.model, self.prepared)
-        frozen = {name: p for name, p in self.model.net.named_parameters() if not p.requires_grad}
-        self.base = digest_of(frozen)  # now: base shifts change it
+        self.base = base_digest(self.model)  # now: base shifts change it
         self._examples: dict[str, list[list[Example]]] = {}
         self._run, self._leg = "", ""
         self.seconds = time.perf_counter() - begin

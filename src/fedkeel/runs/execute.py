@@ -32,13 +32,18 @@ def execute(
 
     Leaves recipe.toml, env.json, rows.jsonl, scores.jsonl, checkpoints/, and adapter/ in PEFT format in the folder.
     """
+    torch.set_num_threads(prepared.recipe.threads)
+    with folder.alone():
+        return _execute(prepared, folder, watch, (resume, fresh), engine)
+
+
+def _execute(prepared: Prepared, folder: RunFolder, watch: Watch, begin: tuple[bool, bool], engine: Engine | None) -> Model:
     recipe = prepared.recipe
-    torch.set_num_threads(recipe.threads)
-    folder.check(recipe, resume, fresh)
+    folder.check(recipe, *begin)
     tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
     here = Here(prepared, folder, watch, engine)
     # only now: a recipe that cannot run leaves no folder, and replaces none
-    loop = Loop(recipe, here, folder, watch, folder.open(recipe, resume, fresh))
+    loop = Loop(recipe, here, folder, watch, folder.open(recipe, *begin, here.prints()))
     legs = legs_of(prepared.cast)
     watch.begin(loop.work(legs))
     with nullcontext() if loop.state["finished"] else tracks as folder.tracks:

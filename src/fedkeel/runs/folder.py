@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -85,6 +87,24 @@ class RunFolder:
         state: dict[str, Any] = json.loads(self._state_file.read_text())
         return state
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process a run's folder, while it lasts. Raises RunError where another works on it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(f".{self.path.name}.lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise RunError(
+                    f"{self.path} is being worked on by process {lock.read().strip() or 'unknown'} of this machine, perhaps of "
+                    f"an earlier run; end it first"
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
     def check(self, recipe: Recipe, resume: bool, fresh: bool) -> None:
         """Raise RunError if `open` would; touches nothing."""
         if self._state_file.exists() and not fresh:
@@ -102,11 +122,13 @@ class RunFolder:
             if found and not found & {"recipe.toml", "state.json"}:
                 raise RunError(f"{self.path} exists and is not a run of FedKeel; set out= or name= to another folder")
 
-    def open(self, recipe: Recipe, resume: bool, fresh: bool) -> dict[str, Any]:
-        """Make the folder for a new run, or go back to the last whole state of an old one. Raises RunError."""
+    def open(self, recipe: Recipe, resume: bool, fresh: bool, prints: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Make the folder for a new run, or go back to the last whole state of an old one. prints: what it works with -> its
+        fingerprint; a run goes on only with what it began with. Raises RunError."""
         self.check(recipe, resume, fresh)
         if self._state_file.exists() and not fresh:
             state = self.state()
+            self._check_prints(state.get("prints"), prints or {})
             if self.rows_file.exists():  # rows written after the last checkpoint belong to work that is done again
                 os.truncate(self.rows_file, state["rows_bytes"])
             return state
@@ -114,9 +136,19 @@ class RunFolder:
             shutil.rmtree(self.path)
         write_atomic(self.path / "recipe.toml", to_toml(recipe))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
-        state = self.state()
+        state = {**self.state(), "prints": dict(prints or {})}
         write_atomic(self._state_file, json.dumps(state))
         return state
+
+    def _check_prints(self, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
+        if before is None:
+            return  # of a run that began before there were any
+        changed = sorted(what for what in before.keys() | now.keys() if before.get(what) != now.get(what))
+        if changed:
+            raise RunError(
+                f"{self.path} cannot be resumed: not as they were when it began: {', '.join(changed)}. Put them back, or begin "
+                f"anew with --fresh or another name"
+            )
 
     def save(self, state: dict[str, Any], rows: Sequence[Row]) -> None:
         """Append rows and move the state on: the one point after which a resumed run continues."""

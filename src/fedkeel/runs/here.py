@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -14,6 +16,7 @@ from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.train import injection_of
 from fedkeel.method.aggregate.layouts import folded
+from fedkeel.model.digest import base_digest
 from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.settings import ConfigError
@@ -44,6 +47,7 @@ class Here:
         self.model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
         assert self.model.initial is not None
         self.initial = self.model.initial
+        self._base = base_digest(self.model)
         self.formatter = formatter_of(self.model, prepared)
         self.examples = [self._encoded(stage, number) for number, stage in enumerate(prepared.stages, 1)]
         self.kept: dict[str, Kept] = {}  # of the present leg
@@ -59,6 +63,15 @@ class Here:
         self._untrained: dict[tuple[str, tuple[str, ...]], Scored] = {}  # of the base before any training
         if not all(self.held_out["test"]):
             raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
+
+    def prints(self) -> dict[str, str]:
+        """Fingerprints of what decides this run beside its recipe: the base, and the rows of each site."""
+        held: dict[str, list[str]] = defaultdict(list)
+        for stage in (*self.prepared.stages, *self.prepared.unseen):
+            for site, by_split in stage.rows.items():
+                held[site] += [repr(record) for rows in by_split.values() for record in rows]
+        rows = {f"the rows of {site}": hashlib.sha256("\n".join(told).encode()).hexdigest() for site, told in held.items()}
+        return {"the base": self._base, **rows}
 
     def _encoded(self, stage: Sites, number: int) -> dict[str, list[Example]]:
         """Training examples by site; rows that do not fit are counted."""
