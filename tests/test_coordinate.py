@@ -17,7 +17,7 @@ from flower_grid import FakeGrid, Twist
 from flwr.app import Context, RecordDict
 from tiny import tiny_rows
 
-from fedkeel.engines.coordinate import reference_of
+from fedkeel.engines.coordinate import meanings_of, reference_of
 from fedkeel.engines.flower.apps import client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
 from fedkeel.federation.server import FederationError
@@ -209,6 +209,33 @@ def test_a_site_with_another_base_is_refused_before_training(
     there = coordinate([*overrides, "federation.quorum=0.6"], files, tmp_path, monkeypatch)
     losses = {r["site"] for r in rows_of(there) if r["name"] == "loss"}
     assert losses == {"ward-0", "ward-2"}
+
+
+def test_sites_that_mean_different_things_by_a_task_are_refused(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other labels, or another question to the same rows; what else a site's tasks file says does not matter."""
+    overrides, files = deployment
+    tasks = [file.with_name("tasks.json") for file in files]
+    tasks[0].write_text(json.dumps({"colour": {"labels": ["red", "green", "blue"]}, "other": {"labels": ["x"]}}))
+    tasks[1].write_text(json.dumps({"colour": {"labels": ["red", "green", "blue", "white"]}}))
+    with pytest.raises(FederationError) as stopped:
+        coordinate(overrides, files, tmp_path, monkeypatch)
+    told = "--- ward-1: refused before training: the labels or the instruction of its task 'colour' are not those of the other"
+    assert told in str(stopped.value)
+    assert "ward-0" not in str(stopped.value)
+    tasks[1].write_text(tasks[2].read_text())
+    rows = files[2].with_name("rows.jsonl")
+    rows.write_text(rows.read_text().replace("Which colour?", "What colour is it?"))
+    with pytest.raises(FederationError, match="--- ward-2: refused before training: the labels or the instruction"):
+        coordinate(overrides, files, tmp_path, monkeypatch)
+
+
+def test_what_most_sites_mean_by_a_task() -> None:
+    hellos = {"x": {"tasks": {"t": "1", "u": "5"}}, "y": {"tasks": {"t": "2"}}, "z": {"tasks": {"t": "1"}}, "old": {}}
+    assert meanings_of(hellos) == {"t": "1", "u": "5"}
+    with pytest.raises(FederationError, match="the labels or the instruction of task 't', x against y: nothing was trained"):
+        meanings_of({name: hellos[name] for name in "xy"})
 
 
 def test_one_coordinator_a_run(

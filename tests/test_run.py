@@ -533,11 +533,11 @@ def test_a_run_has_one_owner(how: dict[str, bool], tiny_overrides: list[str]) ->
     brief = [*tiny_overrides, "evaluation.baselines=[]"]
     folder = stopped(brief)
     before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
-    other = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
-         "; sys.stdin.read()", str(folder.path.with_name(f".{folder.path.name}.lock"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+    hold = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
+    )
+    lock = folder.path.with_name(f".{folder.path.name}.lock")
+    other = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout
     other.stdout.readline()
     try:

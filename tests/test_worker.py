@@ -20,6 +20,7 @@ from tiny import tiny_rows
 
 from fedkeel.engines.sitefile import SiteFile, read_site
 from fedkeel.engines.worker import WorkerError, ask, stop
+from fedkeel.engines.world import world_of
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
 
@@ -118,3 +119,62 @@ def test_both_ends_prove_that_they_know_the_key(site: SiteFile) -> None:
         with pytest.raises(WorkerError, match="does not know the key"):
             ask(site, {}, b"", 5.0)
         thread.join(10)
+
+
+def test_a_worker_reads_rows_that_changed_and_makes_way_for_another_site_file(
+    site: SiteFile, tiny_overrides: list[str]
+) -> None:
+    """What the site says now is what runs: rows edited in place, a file that points elsewhere; a line in the log for each."""
+
+    def hello() -> dict[str, Any]:
+        told, _ = ask(read_site(site.path), request(tiny_overrides), b"", SECONDS)
+        assert "hello" in told, told
+        return told
+
+    first = hello()
+    rows = site.path.with_name("rows.jsonl")
+    lines = rows.read_text().splitlines(keepends=True)
+    withdrawn = next(n for n, line in enumerate(lines) if '"train"' in line)
+    rows.write_text("".join(lines[:withdrawn] + lines[withdrawn + 1 :]))
+    second = hello()
+    assert second["worker"] == first["worker"]
+    (before,), (now,) = first["hello"]["rows"], second["hello"]["rows"]
+    assert now == {**before, "train": before["train"] - 1}
+    assert second["hello"]["encoded"] == [now["train"]]
+    # a file of the same length, written a moment later, is another
+    rows.write_text(rows.read_text().replace('"train"', '"test" ', 1))
+    assert hello()["hello"]["rows"][0]["train"] == now["train"] - 1
+    elsewhere = site.path.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "rows.jsonl").write_text("".join(lines[: len(lines) // 2 + 3]))
+    (elsewhere / "tasks.json").write_text(site.path.with_name("tasks.json").read_text())
+    site.path.write_text(site.path.read_text().replace('root = "."', 'root = "elsewhere"'))
+    third = hello()
+    assert third["worker"] != first["worker"]
+    assert sum(third["hello"]["rows"][0].values()) == len(lines) // 2 + 3
+    assert hello()["worker"] == third["worker"]
+    log = (site.state / "worker.log").read_text()
+    assert log.count("rows or base have changed: they are read anew") == 2
+    assert log.count("another takes over") == 1
+
+
+def test_a_worker_of_another_environment_is_not_asked_for_ever(
+    site: SiteFile, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedkeel.engines.worker.world_of", lambda site: "another")
+    with pytest.raises(WorkerError, match="even anew, its worker sees another site file, FedKeel or library"):
+        ask(site, request(tiny_overrides), b"", SECONDS)
+
+
+def test_a_new_version_is_another_world(site: SiteFile, tmp_path: Path) -> None:
+    package = tmp_path / "package" / "inner"
+    package.mkdir(parents=True)
+    (package / "a.py").write_text("x = 1\n")
+    seen = [world_of(site, package.parent)]
+    (package / "a.py").write_text("x = 2\n")
+    seen.append(world_of(site, package.parent))
+    (package / "b.py").write_text("")
+    seen.append(world_of(site, package.parent))
+    seen.append(world_of(replace(site, threads=7), package.parent))
+    assert len(set(seen)) == 4
+    assert world_of(replace(site, threads=7), package.parent) == seen[-1]

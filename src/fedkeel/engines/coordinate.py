@@ -95,11 +95,42 @@ def reference_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return dict(zip(ONE, json.loads(counted[0][0]), strict=True))
 
 
+def meanings_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What most sites mean by each task, see `work.Work.hello`. Raises FederationError where no answer has most."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for site, hello in sorted(hellos.items()):
+        for task, meaning in _tasks(hello).items():
+            said.setdefault(task, {}).setdefault(meaning, []).append(site)
+    found = {}
+    for task, groups in said.items():
+        most, *others = sorted(groups, key=lambda meaning: -len(groups[meaning]))
+        if others and len(groups[others[0]]) == len(groups[most]):
+            parts = " against ".join(", ".join(sites) for sites in groups.values())
+            raise FederationError(
+                f"the sites disagree about the labels or the instruction of task {task!r}, {parts}: nothing was trained. Give "
+                f"all of them the same data.tasks_file"
+            )
+        found[task] = most
+    return found
+
+
+def _tasks(hello: Mapping[str, Any]) -> dict[str, str]:
+    told = hello.get("tasks")
+    return {str(task): str(meaning) for task, meaning in told.items()} if isinstance(told, dict) else {}
+
+
 def vetted(reference: Mapping[str, Any], hello: Mapping[str, Any]) -> str:
     """Why a site that says `hello` is refused; nothing if it is not."""
     odd = [name for key, name in ONE.items() if hello.get(key) != reference[key]]
     if odd:
         return f"refused before training: its {' and its '.join(odd)} is not that of the other sites"
+    agreed = reference.get("tasks", {})
+    other = [repr(task) for task, meaning in _tasks(hello).items() if agreed.get(task, meaning) != meaning]
+    if other:
+        return (
+            f"refused before training: the labels or the instruction of its task {' and its task '.join(other)} are not those "
+            f"of the other sites; give all of them the same data.tasks_file"
+        )
     if not any(hello.get("encoded", [])):
         return "refused before training: it has no training row"
     return ""
@@ -154,7 +185,9 @@ class Away:
         """Refuse the sites that would train something else; the reference that they were held to. Raises FederationError where
         too few are left, with what is wrong with each."""
         hellos = {name: self.sites.hellos[name] for name in self.names if name in self.sites.hellos}
-        found = dict(reference or (reference_of(hellos) if hellos else {}))
+        found: dict[str, Any] = dict(reference or {})
+        if not reference and hellos:
+            found = {**reference_of(hellos), "tasks": meanings_of(hellos)}
         self.sites.vet = lambda site, hello: vetted(found, hello)
         wrong = {name: vetted(found, hello) for name, hello in hellos.items()}
         wrong |= {name: "has not said hello" for name in self.names if name not in hellos}

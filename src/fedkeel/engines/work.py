@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import tempfile
 import time
 import tomllib
@@ -30,6 +31,7 @@ from fedkeel import tables
 from fedkeel.data.format import Example
 from fedkeel.engines.sitefile import SiteFile
 from fedkeel.engines.store import LostStateError, Store, WorkError, checked_name, write_shared
+from fedkeel.engines.world import cargo_of
 from fedkeel.exchange.messages import (
     layout,
     names_of,
@@ -121,9 +123,24 @@ class Work:
             "layout": layout(self.initial),
             "initial": digest_of(self.initial.tensors()),
             "classes": hashlib.sha256(json.dumps(self.model.classes).encode()).hexdigest(),
+            "tasks": self._meanings(),
             "rows": rows,
             "encoded": [len(stage) for stage in self.examples(site)],
             "load_seconds": self.seconds,
+        }
+
+    def _meanings(self) -> dict[str, str]:
+        """task -> a hash of the labels that its rows choose from and of the instruction that they share. Where rows differ in
+        either, or there is only one, there is nothing that sites could differ in."""
+        asked: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+        for stage in self.prepared.stages:
+            for record in (r for held in stage.rows.values() for rows in held.values() for r in rows):
+                asked.setdefault(record.task, []).append((record.labels, record.instruction))
+        told = {task: set(all_of) for task, all_of in asked.items() if len(all_of) > 1}
+        return {
+            task: hashlib.sha256(json.dumps(next(iter(same))).encode()).hexdigest()[:16]
+            for task, same in sorted(told.items())
+            if len(same) == 1
         }
 
     def recipe_of(self, leg: str, steps: int) -> Recipe:
@@ -201,16 +218,19 @@ class Work:
         return pack_tensors(files, kind="export")
 
 
-_present: tuple[tuple[Recipe, str], Work] | None = None  # a process has memory for one base model
+_present: tuple[tuple[Recipe, str], str, Work] | None = None  # a process has memory for one base model
 
 
 def present(recipe: Recipe, alone: str) -> Work:
-    """The Work of this process, made anew where the last one was another recipe's."""
+    """The Work of this process, made anew where the last one was another recipe's, or the files that it read have changed."""
     global _present
-    if _present is None or _present[0] != (recipe, alone):
+    cargo = cargo_of(recipe)
+    if _present is not None and _present[0] == (recipe, alone) and _present[1] != cargo:
+        print(f"{time.strftime('%F %T')} rows or base have changed: they are read anew", file=sys.stderr, flush=True)
+    if _present is None or _present[:2] != ((recipe, alone), cargo):
         _present = None  # the old base goes before the new one comes
-        _present = (recipe, alone), Work(recipe, alone)
-    return _present[1]
+        _present = (recipe, alone), cargo, Work(recipe, alone)
+    return _present[2]
 
 
 def handle(

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel.engines.sitefile import SiteFile, read_site
+from fedkeel.engines.world import world_of
 from fedkeel.types import FedKeelError
 
 START_SECONDS = 120.0  # from starting a worker to its socket: an interpreter and its imports, not the base model
@@ -76,7 +77,7 @@ def _receive(connection: Any) -> tuple[dict[str, Any], bytes]:
 
 def serve(site: SiteFile) -> None:
     """Answer requests, one at a time, until nobody has asked for `site.idle` seconds or one says stop."""
-    key = _key(site)
+    key, world = _key(site), world_of(site)
     lock = os.open(site.socket.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,6 +116,11 @@ def serve(site: SiteFile) -> None:
                 if header.get("kind") == "stop":
                     with contextlib.suppress(ConnectionError):  # it ends whether or not anybody still listens
                         _send(connection, {"pid": os.getpid()}, b"")
+                    return
+                if header.get("world", world) != world:
+                    why = "the site's file, FedKeel or a library is another than when this worker began: another takes over"
+                    print(f"{time.strftime('%F %T')} {why}", file=sys.stderr, flush=True)
+                    _send(connection, {"stale": True}, b"")
                     return
                 told, out = handle(header, payload, site)
                 _send(connection, {**told, "worker": os.getpid()}, out)
@@ -208,17 +214,29 @@ def ask(site: SiteFile, header: Mapping[str, Any], payload: bytes, seconds: floa
     def left() -> float:
         return max(0.0, end_at - time.monotonic())
 
+    header, died = {**header, "world": world_of(site)}, 0
     try:
-        for _ in range(2):
+        for _ in range(4):
             with _connect(site, left()) or _start(site) as connection, contextlib.suppress(EOFError, ConnectionError):
                 _send(connection, header, payload)
                 if not connection.poll(left()):
                     raise BusyError(f"site {site.name}: no answer after {seconds:.0f} s")
-                return _receive(connection)
+                told, out = _receive(connection)
+                if not told.get("stale"):
+                    return told, out
+                continue
+            died += 1
+            if died == 2:
+                raise WorkerError(
+                    f"site {site.name}: its worker died over this request, twice; the end of {_log(site)}:\n{_tail(site)}"
+                )
     except BusyError as error:
         end(site)
         raise WorkerError(f"{error}; it was ended, and the next request starts another") from error
-    raise WorkerError(f"site {site.name}: its worker died over this request, twice; the end of {_log(site)}:\n{_tail(site)}")
+    raise WorkerError(
+        f"site {site.name}: even anew, its worker sees another site file, FedKeel or library than what asks it; do both run "
+        f"from one environment?"
+    )
 
 
 def stop(site: SiteFile, seconds: float = 10.0) -> bool:
