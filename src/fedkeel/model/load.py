@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,14 +176,6 @@ def heads_of(net: Any) -> list[str]:
         for name, module in net.named_children()
         if name != net.base_model_prefix and next(module.parameters(), None) is not None
     ]
-
-
-def targets_for(base_config: Any, asked: Sequence[str]) -> list[str] | str:
-    """The LoRA targets: `asked`, or attention and feed-forward maps of the architecture.
-
-    An architecture that `tables.ARCHITECTURES` does not know gets every linear map of its blocks (PEFT's `all-linear`).
-    """
-    return list(asked) or list(tables.ARCHITECTURES.get(base_config.model_type, tables.Architecture()).targets) or "all-linear"
 
 
 def uses_bf16(precision: str, device: str) -> bool:

@@ -24,10 +24,11 @@ from fedkeel.data.batches import Batch
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
 from fedkeel.model.half import hold_in_bf16
-from fedkeel.model.load import Base, heads_of, kind_of, load_config, load_tokenizer, targets_for, uses_bf16
+from fedkeel.model.load import Base, heads_of, kind_of, load_config, load_tokenizer, uses_bf16
 from fedkeel.model.lower import Lower, States
 from fedkeel.model.places import Places, find_places
 from fedkeel.model.quiet import quiet
+from fedkeel.model.targets import targets_in, without_branch
 from fedkeel.recipe.schema import LoraConfig
 from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.rng import seed_torch
@@ -74,11 +75,8 @@ def _with_lora(net: Any, base: Base, lora: LoraConfig) -> Any:
         "seq2seq": peft.TaskType.SEQ_2_SEQ_LM,
         "classifier": peft.TaskType.SEQ_CLS if base.head else peft.TaskType.FEATURE_EXTRACTION,
     }[base.kind]
-    targets, heads = targets_for(base.about, lora.targets), heads_of(net) if base.head else []
-    layers = lora.blocks(base.about.num_hidden_layers) if lora.layers else None
-    if layers is not None and base.kind == "classifier" and not isinstance(targets, str):
-        # PEFT finds a block's number behind the name of what it lies in, and an encoder's stack may be the outermost
-        targets, layers = _within(net, targets, layers), None
+    targets, layers = targets_in(net, base, lora)
+    heads = heads_of(net) if base.head else []
     config = peft.LoraConfig(
         task_type=kind,
         r=lora.rank,
@@ -99,16 +97,6 @@ def _with_lora(net: Any, base: Base, lora: LoraConfig) -> Any:
     if more:
         raise ModelError(f"{base.config.base!r}: PEFT would train {more[0]} whole, as its name is that of a part of the head")
     return made
-
-
-def _within(net: nn.Module, targets: Sequence[str], layers: Sequence[int]) -> list[str]:
-    """Whole paths of the maps named `targets` in the blocks `layers`."""
-    found = []
-    for path, _ in net.named_modules():
-        block = next((int(part) for part in path.split(".") if part.isdigit()), -1)
-        if block in layers and any(path.endswith(f".{target}") for target in targets):
-            found.append(path)
-    return found
 
 
 def _lora_layers(net: nn.Module) -> dict[str, Any]:
@@ -171,6 +159,7 @@ class Model:
         if self.bf16 and self.device.type == "cpu":
             for module in self._lora.values():  # autocast casts for itself; PEFT's cast to float32 before it changes no bit
                 module.cast_input_dtype_enabled = False
+        self.bare = without_branch(self.net, lora, about.num_hidden_layers)
         # of the blocks with an adapter; those below are the same for every adapter
         self.first = min(lora.blocks(about.num_hidden_layers)) if lora.layers else 0
         self._dense = _dense_parameters(self.net)

@@ -89,6 +89,8 @@ class Here:
             if self.formatter.counts[what]:
                 count, limit = self.formatter.counts[what], self.prepared.recipe.data.max_length
                 self.watch.note(f"{count} training rows {text} (data.max_length = {limit} tokens)")
+        if self.model.bare:
+            self.watch.note(f"no branch is at {', '.join(self.model.bare)}: these matrices stay as they are")
         for note in self.prepared.notes:
             self.watch.note(note)
 
