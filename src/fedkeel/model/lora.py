@@ -17,6 +17,7 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedkeel import tables
@@ -416,6 +417,16 @@ class Model:
             for path, module in self._lora.items():
                 module.get_base_layer().weight.copy_(fresh.get_submodule(path).weight)
             self.shifts = 0
+
+    @cached_property
+    @torch.no_grad()
+    def keeps_keys(self) -> bool:
+        """Whether what it keeps between tokens is keys and values of every token alone, which rows can be padded in, copied and
+        taken from; a recurrent or hybrid model keeps a state."""
+        with self.autocast():
+            out = self.net(input_ids=torch.tensor([[self.tokenizer.pad_token_id]], device=self.device), use_cache=True)
+        layers = getattr(getattr(out, "past_key_values", None), "layers", [])
+        return bool(layers) and all(isinstance(layer, DynamicLayer) for layer in layers)
 
     @property
     def stored(self) -> torch.dtype:

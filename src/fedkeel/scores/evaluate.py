@@ -126,12 +126,13 @@ def label_log_likelihoods(
 
     Where the architecture lets it (`tables.Architecture.tree`) all candidates of a row are one tree behind its prompt, see
     `trie`. Elsewhere the prompts run once, and the candidates batched behind their cached keys and values (an encoder-decoder:
-    behind its encoder's output). Must equal a plain forward of every (prompt, answer) pair; a test holds it to that.
+    behind its encoder's output); where a model keeps something else, such as a recurrent state, each pair runs whole. Must
+    equal a plain forward of every (prompt, answer) pair; a test holds it to that.
     """
     if model.takes_trees:
         return over_trees(model, [tree(p, a) for p, a in zip(prompts, answers, strict=True)], [len(a) for a in answers])
     flat = [(row, answer) for row, options in enumerate(answers) for answer in options]
-    score = _behind_encoder if model.kind == "seq2seq" else _behind_prompt
+    score = _behind_encoder if model.kind == "seq2seq" else _behind_prompt if model.keeps_keys else _whole
     values = iter(score(model, prompts, flat))
     return [[next(values) for _ in options] for options in answers]
 
@@ -179,6 +180,22 @@ def _behind_prompt(model: Model, prompts: Sequence[Sequence[int]], flat: Sequenc
         at, columns = keep.nonzero(as_tuple=True)
         logits, _ = model.logits_at(inputs, at, columns)
         totals.index_add_(0, index[at], _pick(logits, tokens[:, 1:][keep]))
+    return totals.tolist()
+
+
+def _whole(model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
+    pairs = [([*prompts[row], *answer], len(answer)) for row, answer in flat]
+    order = sorted(range(len(pairs)), key=lambda n: len(pairs[n][0]))
+    totals = torch.zeros(len(flat), device=model.device)
+    for start, stop in parts([len(pairs[n][0]) for n in order], len(prompts)):
+        chunk = order[start:stop]
+        ids, mask = _padded([pairs[n][0] for n in chunk], model.tokenizer.pad_token_id, model.device)
+        places = [
+            (at, column) for at, n in enumerate(chunk) for column in range(len(pairs[n][0]) - pairs[n][1], len(pairs[n][0]))
+        ]
+        at, columns = (torch.tensor(column, device=model.device) for column in zip(*places, strict=True))
+        logits, _ = model.logits_at({"input_ids": ids, "attention_mask": mask, "use_cache": False}, at, columns - 1)
+        totals.index_add_(0, torch.tensor(chunk, device=model.device)[at], _pick(logits, ids[at, columns]))
     return totals.tolist()
 
 
@@ -237,8 +254,11 @@ def _generate(
 ) -> None:
     encoded = [(formatter.prompt_ids(r, config.max_new_tokens), r) for r in records]
     encoded.sort(key=lambda e: (len(e[0]), e[1].id))
-    for start in range(0, len(encoded), config.batch_size):
-        chunk = encoded[start : start + config.batch_size]
+    while encoded:
+        # a state that runs on through padding is another one
+        alike = model.kind == "seq2seq" or model.keeps_keys
+        chunk = [e for e in encoded[: config.batch_size] if alike or len(e[0]) == len(encoded[0][0])]
+        del encoded[: len(chunk)]
         prompts, pad = [p for p, _ in chunk], model.tokenizer.pad_token_id
         if model.kind == "seq2seq":  # an encoder may count positions from its first column
             ids, mask = _padded(prompts, pad, model.device)
