@@ -343,3 +343,14 @@ def test_threads_are_those_of_the_environment_where_a_recipe_names_none(
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert with_threads(load_recipe(None)).threads == threads
     assert with_threads(load_recipe(None, ["threads=7"])).threads == 7
+
+
+def test_a_recipe_with_a_byte_order_mark_and_a_folder_in_its_place(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("\ufeff[train]\nlr = 0.5\n", encoding="utf-8")
+    assert load_recipe(recipe, []).train.lr == 0.5
+    with pytest.raises(ConfigError, match=r"is a folder, and a recipe belongs here$"):
+        load_recipe(tmp_path, [])
+    (tmp_path / "recipe.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"to go on with a run:  fedkeel run .*recipe\.toml --resume"):
+        load_recipe(tmp_path, [])

@@ -552,3 +552,29 @@ def test_a_recipe_may_bring_its_chat_template(tmp_path: Path) -> None:
     file.write_bytes(b"\xff{{")
     with pytest.raises(ModelError, match="cannot be read"):
         template(str(file))
+
+
+def test_tokens_that_a_base_has_no_embedding_of_are_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(base("llama"), tmp_path / "base")
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    rows = transformers.AutoConfig.from_pretrained(folder).vocab_size
+    words.add_special_tokens({"pad_token": "<new-pad>"})
+    words.add_tokens(["<extra>"])
+    words.save_pretrained(folder)
+    for weights in (True, False):
+        with pytest.raises(ModelError, match=rf"embeds {rows} tokens, and its tokenizer has '<new-pad>' \({rows}\), '<extra>'"):
+            make("llama", base=str(folder), weights=weights)
+
+
+@pytest.mark.parametrize(("name", "positions"), [("llama", 256), ("gpt2", 256), ("roberta", 254), ("t5", 0), ("bart", 256)])
+def test_how_many_tokens_a_base_reads(name: str, positions: int) -> None:
+    """RoBERTa counts from behind its padding; a T5 has no bound. A row of that many goes through, one more does not."""
+    model = make(name)
+    assert model.positions == positions
+    if name in ("gpt2", "roberta", "bart"):
+        embedded = model.net.get_base_model().get_input_embeddings().num_embeddings
+        ids = torch.randint(5, embedded, (1, positions))
+        more = {"decoder_input_ids": ids[:, :3]} if name == "bart" else {}
+        model.net(input_ids=ids, **more)
+        with pytest.raises((IndexError, RuntimeError)):
+            model.net(input_ids=torch.cat([ids, ids[:, :1]], 1), **more)

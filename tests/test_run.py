@@ -597,3 +597,13 @@ def test_a_run_goes_on_with_what_it_began_with_only(
         go(overrides, resume=True)
     assert folder.rows_file.read_bytes() == before
     assert go(overrides, fresh=True)[1].state()["finished"]
+
+
+def test_rows_longer_than_the_base_reads_are_refused_before_any_work(tiny_overrides: list[str]) -> None:
+    long = [*tiny_overrides, "data.max_length=257"]
+    prepared = prepare(load_recipe(None, long))
+    for call in (lambda: describe_model(prepared), lambda: go(long)):
+        with pytest.raises(
+            ConfigError, match=r"data\.max_length = 257, and .* was made for 256 tokens: set data\.max_length = 256"
+        ):
+            call()

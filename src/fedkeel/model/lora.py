@@ -156,6 +156,7 @@ class Model:
             if self.bf16 and self.device.type == "cpu" and self.kind != "classifier":
                 hold_in_bf16(self.net)
         self.net.eval()
+        self._check_words()
         self._lora = _lora_layers(self.net)
         if self.bf16 and self.device.type == "cpu":
             for module in self._lora.values():  # autocast casts for itself; PEFT's cast to float32 before it changes no bit
@@ -177,6 +178,26 @@ class Model:
         self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
         similar = weights and self.kind == "classifier" and not self.linear_head
         self.label_text = self._embed_labels() if similar else None
+
+    def _check_words(self) -> None:
+        """Raise ModelError for tokens that the base has no embedding of: the first row with one would end the run."""
+        rows = self.net.get_input_embeddings().weight.shape[0]
+        special = {self.tokenizer.pad_token_id: str(self.tokenizer.pad_token)}
+        special |= {number: str(token) for number, token in self.tokenizer.added_tokens_decoder.items()}
+        behind = [f"{token!r} ({number})" for number, token in sorted(special.items()) if number >= rows]
+        if behind:
+            raise ModelError(
+                f"model.base = {self.config.base!r} embeds {rows} tokens, and its tokenizer has {', '.join(behind[:3])}; use "
+                f"the tokenizer that the base was trained with, or widen its embedding"
+            )
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the base was made to read at once; 0 where it names no number."""
+        named = getattr(self.net.config.get_text_config(), "max_position_embeddings", None)
+        # RoBERTa's kin count from behind their padding
+        shifted = [m.padding_idx for path, m in self.net.named_modules() if path.endswith("position_embeddings")]
+        return int(named or 0) - sum(idx + 1 for idx in shifted[:1] if idx is not None)
 
     def _projection(self) -> nn.Module:
         """The map from hidden states to logits. Raises ModelError if there is none."""

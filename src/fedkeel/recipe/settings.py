@@ -293,10 +293,14 @@ def read_toml(path: Path, what: str = "file") -> dict[str, Any]:
     """The keys of a TOML file. what: what it is called where it is missing. Raises ConfigError naming it, and a neighbour of a
     like name."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         raise ConfigError(f"{what} not found: {path}" + (f"; did you mean {near[0]}?" if near else "")) from error
+    except IsADirectoryError as error:
+        run = path / "recipe.toml"
+        hint = f"; to go on with a run:  fedkeel run {run} --resume" if run.is_file() else ""
+        raise ConfigError(f"{path} is a folder, and a {what} belongs here{hint}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 

@@ -11,6 +11,7 @@ from fedkeel.exchange.codecs import make_codec
 from fedkeel.exchange.messages import Way, names_of, pack, pack_global
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
+from fedkeel.runs.here import check_length
 from fedkeel.runs.prepare import Prepared
 from fedkeel.types import Adapter, Global, Lora
 
@@ -45,5 +46,6 @@ def describe_model(prepared: Prepared) -> tuple[int, int, dict[str, tuple[int, .
     """(frozen parameters, trainable parameters, adapter shapes) of the recipe's base, without reading its weights."""
     recipe = prepared.recipe
     model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes, weights=False)
+    check_length(model, recipe.data.max_length)
     shapes = model.read_shapes()
     return model.base_parameters(), sum(p.numel() for p in model.parameters()), shapes

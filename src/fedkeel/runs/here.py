@@ -198,9 +198,19 @@ class Here:
         partial.rename(target)
 
 
+def check_length(model: Model, tokens: int) -> None:
+    """Raise ConfigError for rows longer than the base can read."""
+    if 0 < model.positions < tokens:
+        raise ConfigError(
+            f"data.max_length = {tokens}, and {model.config.base!r} was made for {model.positions} tokens: set "
+            f"data.max_length = {model.positions} or less"
+        )
+
+
 def formatter_of(model: Model, prepared: Prepared) -> Formatter:
     """What makes examples of the run's rows for this model."""
     data = prepared.recipe.data
+    check_length(model, data.max_length)
     return Formatter(model.tokenizer, model.kind, data.max_length, data.list_labels, classes=model.classes)
 
 
