@@ -95,6 +95,10 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
         console.print(f"note: {note}", style="yellow", markup=False)
 
 
+def _begun(recipe: Recipe) -> bool:
+    return (Path(recipe.out) / recipe.name / "state.json").exists()
+
+
 def _latest_unfinished(out: Path) -> list[str]:
     """The recipe of the unfinished run in `out` that was worked on last."""
     from fedkeel.runs.folder import RunFolder
@@ -146,8 +150,8 @@ def run(
     if engine not in tables.ENGINES:
         raise FedKeelError(f"--engine {engine}: one of {', '.join(tables.ENGINES)} belongs here")
     given = arguments or []
-    if resume and not given:
-        given = _latest_unfinished(Path("runs"))
+    if resume and not (given and _begun(_recipe(given))) and all("=" in one for one in given):
+        given = [*_latest_unfinished(Path("runs")), *given]
     recipe = _recipe(given)
     console = _console()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -168,7 +172,7 @@ def run(
         f"{recipe.name}: {len(prepared.sites.rows)} sites, {recipe.federation.rounds} rounds{stages} -> {folder.path}/"
     )
     try:
-        with Display(console, len(prepared.sites.rows)) as display:
+        with Display(console, len(prepared.sites.rows), folder.exchanged() if resume else 0) as display:
             tables.ENGINES[engine].load()(prepared, folder, display, resume=resume, fresh=fresh)
     except KeyboardInterrupt:
         again = "" if engine == "local" else f" --engine {engine}"

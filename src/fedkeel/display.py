@@ -71,12 +71,12 @@ class _TimeLeft(ProgressColumn):
 
 
 class Display:
-    """The `Watch` of a run, on a rich console; use it as a context manager."""
+    """The `Watch` of a run, on a rich console; use it as a context manager. exchanged: bytes, before it went on."""
 
-    def __init__(self, console: Console, sites: int) -> None:
+    def __init__(self, console: Console, sites: int, exchanged: int = 0) -> None:
         self._console, self._sites = console, sites
         self._live = console.is_terminal
-        self._bytes = 0
+        self._bytes = exchanged
         self._begin = time.perf_counter()
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),

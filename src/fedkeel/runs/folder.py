@@ -53,6 +53,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+# Keys that a resumed run may have otherwise: they change no bit of it, or as the device, the threads and the rows scored at
+# once only the last ones.
+FREE = (
+    "evaluation.batch_size", "federation.deadline", "federation.quorum", "model.cache_disk", "model.cache_memory",
+    "model.device", "out", "threads", "track",
+)  # fmt: skip
+
+
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str:
     """The first key that differs between two recipes as TOML is read; nothing where none does. A key that is newer than the run
     counts at its default, as the run had it."""
@@ -62,7 +70,7 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             if told := _difference({**default.get(key, {}), **was}, {**default.get(key, {}), **now}, f"{prefix}{key}."):
                 return told
-        elif was != now:
+        elif was != now and f"{prefix}{key}" not in FREE:
             return f"{prefix}{key} = {was!r} became {now!r}"
     return ""
 
@@ -114,7 +122,9 @@ class RunFolder:
                 )
             before = tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
             if changed := _difference(before, tomllib.loads(to_toml(recipe))):
-                raise RunError(f"{self.path} cannot be resumed with another recipe: {changed}")
+                raise RunError(
+                    f"{self.path} cannot be resumed with another recipe: {changed}; only {', '.join(FREE)} may be changed"
+                )
         elif resume:
             raise RunError(f"{self.path} holds no run to resume")
         elif self.path.exists():
@@ -129,6 +139,7 @@ class RunFolder:
         if self._state_file.exists() and not fresh:
             state = self.state()
             self._check_prints(state.get("prints"), prints or {})
+            write_atomic(self.path / "recipe.toml", to_toml(recipe))
             if self.rows_file.exists():  # rows written after the last checkpoint belong to work that is done again
                 os.truncate(self.rows_file, state["rows_bytes"])
             return state
@@ -169,6 +180,12 @@ class RunFolder:
             {"method": method, "site": site, "task": task, "id": row, "score": score} for row, (task, score) in scores.items()
         ]
         write_atomic(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def exchanged(self) -> int:
+        """Bytes that the messages of the rounds so far took."""
+        lines = self.rows_file.read_text(encoding="utf-8").splitlines() if self.rows_file.exists() else []
+        rows = [json.loads(line) for line in lines]
+        return int(sum(row["value"] for row in rows if row["name"] in ("bytes_up", "bytes_down")))
 
     def checkpoint(self, leg: str, round: int) -> Path:
         """Where the adapter after `round` rounds of a leg lies."""
