@@ -142,6 +142,7 @@ def test_smollm2_recipe_with_local_stand_ins(fedkeel: Command, tiny_base: Path, 
         f"model.base={tiny_base}",
         f"data.dataset={tmp_path / 'chats'}",
         "data.subset=",
+        "data.max_length=256",
         "--dry-run",
     )
     assert done.returncode == 0, done.stderr

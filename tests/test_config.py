@@ -162,7 +162,7 @@ def test_a_malformed_recipe_is_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"broken\.toml: ."):
         load_recipe(path)
-    with pytest.raises(ConfigError, match="directory"):
+    with pytest.raises(ConfigError, match="is a folder, and a recipe belongs here"):
         load_recipe(tmp_path)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from fedkeel.data.forms import DataError
-from fedkeel.data.sources import load_records, read_json_lines
+from fedkeel.data.readers import read_json_lines
+from fedkeel.data.sources import load_records
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
 

@@ -470,7 +470,8 @@ SOURCES = Table(
     "data source",
     {
         "pydocs": Source("fedkeel.data.pydocs:source", splits=True, capped=True, everywhere=True),
-        "jsonl": Source("fedkeel.data.sources:json_lines", needs=("root", "files"), files=True),
+        "files": Source("fedkeel.data.sources:files", needs=("root", "files"), files=True),
+        "jsonl": Source("fedkeel.data.sources:files", needs=("root", "files"), files=True),  # its older name
         "hub": Source("fedkeel.data.sources:hub", needs=("dataset",)),
         "rows": Source("fedkeel.data.given:source"),
     },

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from fedkeel.data.forms import DataError, site_of
+from fedkeel.data.readers import is_null
 from fedkeel.data.sources import metadata, read_rows, with_label_names
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
@@ -38,13 +38,7 @@ def dicts_of(rows: Rows, site: str) -> Iterator[Mapping[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise DataError(f"site {site}, row {number}: {type(row).__name__} where a dict belongs")
-        yield {str(key): value for key, value in row.items() if not _null(value)}
-
-
-def _null(value: Any) -> bool:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    return type(value).__name__ in ("NAType", "NaTType")  # pandas' own, without importing it
+        yield {str(key): value for key, value in row.items() if not is_null(value)}
 
 
 def records_of(sites: Mapping[str, Rows], config: Data) -> list[Record]:

@@ -6,10 +6,8 @@ files in a folder, changes nothing.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +17,7 @@ from typing import Any
 
 from fedkeel import tables
 from fedkeel.data.forms import About, DataError, Parts, name_of, site_of, spoken, text_of
+from fedkeel.data.readers import FILE_SITE, file_rows
 from fedkeel.data.splits import NAMES, split_of, with_splits
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
@@ -26,37 +25,9 @@ from fedkeel.types import Record
 COMMON = ("id", "instruction", "split", "task")  # keys that a row of any form may have
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of every line of a .jsonl or .jsonl.gz file; place is `file:line`."""
-    try:
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                place = f"{path}:{number}"
-                try:
-                    value = json.loads(line, parse_constant=_no_number)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{place}: not JSON ({error.msg}); one JSON object a line belongs here") from error
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{place}: cannot be read as JSON: {error}") from error
-                if not isinstance(value, dict):
-                    raise DataError(f"{place}: {type(value).__name__} where a JSON object belongs")
-                yield place, value
-    except FileNotFoundError as error:
-        raise DataError(f"data file not found: {path}") from error
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
 def _present(row: Mapping[str, Any]) -> dict[str, Any]:
     """A null of a table is an absent key."""
     return {key: value for key, value in row.items() if value is not None}
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON; leave the key out where nothing is known")
 
 
 def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], config: Data, site: str = "") -> Record:
@@ -241,10 +212,12 @@ def _without_dropped(read: list[Record], config: Data) -> list[Record]:
     return [replace(r, labels=left[r.labels]) for r in read]
 
 
-def json_lines(config: Data, seed: int = 0) -> list[Record]:
-    """The source `jsonl`: all rows of data.files. Raises DataError on a missing or malformed file, and as `read_rows`."""
-    rows = (pair for name in config.files for pair in read_json_lines(Path(config.root) / name))
-    return read_rows(rows, config, metadata(config))
+def files(config: Data, seed: int = 0) -> list[Record]:
+    """The sources `files` and `jsonl`: all rows of data.files. Raises DataError on a missing or malformed file, and as
+    `read_rows`."""
+    if config.site_from != "column":
+        config = replace(config, site_column=FILE_SITE)
+    return read_rows(file_rows(config), config, metadata(config))
 
 
 def hub(config: Data, seed: int = 0) -> list[Record]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+from fedkeel.data.readers import paths_of
 from fedkeel.engines.sitefile import SiteFile
 from fedkeel.model.bases import folder_of
 from fedkeel.recipe.schema import Recipe
@@ -38,9 +39,10 @@ def world_of(site: SiteFile, package: Path = PACKAGE) -> str:
 
 def cargo_of(recipe: Recipe) -> str:
     """A fingerprint of the files of rows and of the base that a recipe names, as they lie there now."""
-    root, base = Path(recipe.data.root), Path(recipe.model.base).expanduser()
+    base = Path(recipe.model.base).expanduser()
     base = folder_of(recipe.model.base) if recipe.model.base in BASES else base
-    rows = [root / name for name in (*recipe.data.files, recipe.data.tasks_file) if name]
+    tasks = recipe.data.tasks_file
+    rows = [*paths_of(recipe.data), *([Path(recipe.data.root) / tasks] if tasks else [])]
     folders = [Path(recipe.data.dataset), base]
     within = [file for folder in folders if folder.is_dir() for file in sorted(folder.rglob("*")) if str(folder) != "."]
     return _seen([*rows, *([base] if base.is_file() else []), *within])

@@ -82,8 +82,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """source: `pydocs` (embedded), `jsonl` (files under root), `hub` (a Hugging Face data set id or folder) or `rows` (given
-    from Python)."""
+    """source: `pydocs` (embedded), `files` (JSON Lines, CSV, TSV, Parquet under root), `hub` (a Hugging Face data set id or
+    folder) or `rows` (given from Python)."""
 
     source: str = one_of("pydocs", tables.SOURCES)
     root: str = ""
@@ -94,7 +94,8 @@ class Data:
     tasks: tuple[str, ...] = ()
     # leave out rows whose answer is one of these
     drop_labels: tuple[str, ...] = ()
-    # column that names the site of a row, for partition.scheme = "natural"
+    # what names the site of a row, for partition.scheme = "natural": the column, its file, or the folder that its file is in
+    site_from: str = one_of("column", ("column", "file", "folder"))
     site_column: str = ""
     dataset: str = ""
     subset: str = ""

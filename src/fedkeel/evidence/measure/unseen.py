@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fedkeel.data.sources import json_lines, unique_ids
+from fedkeel.data.sources import files, unique_ids
 from fedkeel.evidence.measure.run import Finished, MeasureError, Settings, UnmeasuredError, digest
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Data
@@ -25,7 +25,7 @@ def unseen_records(settings: Settings, prepared: Prepared) -> list[Record]:
     assert settings.unseen is not None
     tasks_file = str(settings.unseen_tasks.absolute()) if settings.unseen_tasks else ""
     data = Data(source="jsonl", files=(str(settings.unseen.absolute()),), tasks_file=tasks_file)
-    records = [replace(r, split=r.split or "test") for r in json_lines(data)]
+    records = [replace(r, split=r.split or "test") for r in files(data)]
     trained = {r.task for r in prepared.sites.all("train")}
     found = choose(unique_ids([r for r in records if r.task not in trained]), "test", settings.rows)
     if not found:
