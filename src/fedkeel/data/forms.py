@@ -60,9 +60,12 @@ def _text(value: Any, place: str, key: str) -> str:
     if value is None:
         return ""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise DataError(f"{place}: {key!r} holds {value}, which is no number; leave the key out where nothing is known")
-        return str(value)
+        try:
+            return str(value)
+        except ValueError as error:  # Python writes no more than some thousand digits
+            raise DataError(f"{place}: {key!r} holds a number of too many digits; write it as text") from error
     if not isinstance(value, str):
         raise DataError(f"{place}: {key!r} holds {type(value).__name__} where text belongs")
     try:
