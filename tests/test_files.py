@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkeel.files import DiskError, append_lines, write_atomic
+from fedkeel.files import DiskError, append_lines, whole_folder, write_atomic
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_write_that_the_system_cuts_short_leaves_the_old_content(tmp_path: Pat
     code = """
         import resource, signal, sys
         from pathlib import Path
-        from fedkeel.files import DiskError, append_lines, write_atomic
+        from fedkeel.files import DiskError, append_lines, whole_folder, write_atomic
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -101,3 +102,20 @@ def test_a_write_that_the_system_cuts_short_leaves_the_old_content(tmp_path: Pat
     assert (tmp_path / "state.bin").read_bytes() == b"old"
     assert (tmp_path / "rows.jsonl").read_bytes() == b"x" * 899 + b"\n" + b"z" * 99 + b"\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "state.bin"]
+
+
+def test_weights_are_as_readable_as_the_config_beside_them(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    before = os.umask(0o027)
+    try:
+        with whole_folder(tmp_path / "made") as partial:
+            save_file({"x": zeros(2)}, partial / "model.safetensors")
+            (partial / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "made").iterdir()} == {
+        "model.safetensors": 0o640,
+        "config.json": 0o640,
+    }

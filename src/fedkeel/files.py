@@ -77,6 +77,15 @@ def filled_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def as_others(folder: Path) -> None:
+    """Give every file in a folder the mode that the system gives a new one: safetensors lets nobody else read its own."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """As `filled_folder`, for all to read; of two processes that fill the same at once, what the first made is kept.
@@ -86,6 +95,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         with filled_folder(folder) as partial:
             yield partial
+            as_others(partial)
             partial.chmod(0o755)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 
+from fedkeel.files import as_others
 from fedkeel.model.lora import PREFIX, Model
 from fedkeel.types import Adapter
 
@@ -35,6 +36,7 @@ def save_adapter(model: Model, folder: Path, adapter: Adapter | None = None) -> 
     else:
         _save_given(model, folder, adapter)
     _save_classes(model, folder)
+    as_others(folder)
 
 
 def _save_given(model: Model, folder: Path, adapter: Adapter) -> None:
