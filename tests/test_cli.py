@@ -132,7 +132,7 @@ def test_smollm2_recipe_with_local_stand_ins(fedkeel: Command, tiny_base: Path, 
     (tmp_path / "chats").mkdir()
     for split, count in (("train", 40), ("test", 8)):
         rows = [
-            {"messages": [{"role": "user", "content": f"hello {k}"}, {"role": "assistant", "content": f"hi {k}"}]}
+            {"messages": [{"role": "user", "content": f"hello {k} {split}"}, {"role": "assistant", "content": f"hi {k}"}]}
             for k in range(count)
         ]
         (tmp_path / "chats" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

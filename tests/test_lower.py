@@ -98,6 +98,7 @@ def test_labels_score_the_same_above_kept_states(name: str) -> None:
 def test_a_row_that_is_kept_does_not_go_through_the_lower_blocks_again() -> None:
     model, formatter = ready("llama")
     below, above = (block for _, block in model.places.stack)
+    assert model.keeps_keys  # found out by a pass of its own, once
     passed: list[str] = []
     below.self_attn.register_forward_hook(lambda *_: passed.append("below"))
     above.self_attn.register_forward_hook(lambda *_: passed.append("above"))

@@ -553,6 +553,36 @@ def report(
     typer.echo(f"report: {path}")
 
 
+@app.command()
+def doctor(arguments: RecipeArguments = None) -> None:
+    """What looks wrong with a recipe, or with the folder of a run: verdicts with their numbers, and what to change."""
+    given = arguments or []
+    run = Path(given[0]) if given and (Path(given[0]) / "recipe.toml").is_file() else None
+    console = _console()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with console.status("reading rows"):
+        from rich.table import Table
+        from rich.text import Text
+
+        from fedkeel.evidence import doctor as verdicts
+        from fedkeel.runs.prepare import prepare
+
+        found = verdicts.of_run(run) if run else []
+        try:
+            found += verdicts.of_recipe(prepare(_recipe([str(run / "recipe.toml"), *given[1:]] if run else given)))
+        except FedKeelError as error:
+            if run is None:
+                raise
+            console.print(f"note: the rows were not looked at: {error}", style="yellow")
+    table = Table(title="Verdicts", title_justify="left", show_lines=True)
+    for heading in ("", "what was found", "what to change"):
+        table.add_column(heading)
+    styles = {verdicts.BAD: "bold red", verdicts.LOOK: "yellow", verdicts.GOOD: "green"}
+    for verdict in sorted(found, key=lambda v: list(styles).index(v.level)):
+        table.add_row(Text(verdict.level, style=styles[verdict.level]), verdict.told, verdict.change)
+    console.print(table)
+
+
 deployment = typer.Typer(no_args_is_help=True, help="Several machines: write what each needs, and check a site before round 1.")
 app.add_typer(deployment, name="deploy")
 
