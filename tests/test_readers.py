@@ -45,9 +45,13 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
         parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), path)
         return
+    if kind == "tsv":
+        lines = ["\t".join(names), *("\t".join(row.get(name, "") for name in names) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+        return
     with gzip.open(path, "wt", newline="") if path.suffix == ".gz" else path.open("w", newline="") as out:
-        if kind in ("csv", "tsv"):
-            writer = csv.DictWriter(out, names, delimiter="\t" if kind == "tsv" else ",", restval="")
+        if kind == "csv":
+            writer = csv.DictWriter(out, names, restval="")
             writer.writeheader()
             writer.writerows(rows)
         else:
@@ -56,8 +60,9 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 @pytest.mark.parametrize("name", ["r.csv", "r.tsv", "r.csv.gz", "r.parquet", "r.ndjson", "r.jsonl.gz", "R.CSV"])
 def test_every_kind_of_file_is_the_same_rows(name: str, tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", ROWS)
-    write(tmp_path / name, ROWS)
+    rows = [{k: v.replace("\n", " ") for k, v in row.items()} for row in ROWS] if name == "r.tsv" else ROWS
+    write(tmp_path / "rows.jsonl", rows)
+    write(tmp_path / name, rows)
     assert load(tmp_path, name, site_column="ward") == load(tmp_path, "rows.jsonl", site_column="ward")
 
 
@@ -72,6 +77,22 @@ def test_text_survives_a_csv_file(pairs: list[tuple[str, str]]) -> None:
             writer = csv.writer(out)
             writer.writerows([("a", "b"), *pairs])
         assert [(row["a"], row["b"]) for _, row in read_csv(path)] == pairs
+
+
+def test_quotes_are_text_in_a_tsv_file(tmp_path: Path) -> None:
+    (tmp_path / "r.tsv").write_text('text\tlabel\n"Go, he said\tyes\nand it went"\tno\n"whole"\tyes\n')
+    assert {(r.input, r.output) for r in load(tmp_path, "r.tsv", validation_share=0, test_share=0)} == {
+        ('"Go, he said', "yes"),
+        ('and it went"', "no"),
+        ('"whole"', "yes"),
+    }
+
+
+def test_a_pattern_may_be_absolute_and_a_site_may_have_dots(tmp_path: Path) -> None:
+    for name in ("dr.smith", "dr.jones"):
+        write(tmp_path / f"{name}.csv", [{"text": name, "label": "x", "split": "train"}])
+    found = load(Path("/"), str(tmp_path / "*.csv"), site_from="file")
+    assert {(r.site, r.input) for r in found} == {("dr.smith", "dr.smith"), ("dr.jones", "dr.jones")}
 
 
 BAD = {
@@ -107,7 +128,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load(tmp_path, "r.parquet")
 
 
-@pytest.mark.parametrize(("site_from", "names"), [("file", "{}.csv"), ("folder", "{}/rows.jsonl"), ("file", "{}.x.jsonl.gz")])
+@pytest.mark.parametrize(("site_from", "names"), [("file", "{}.csv"), ("folder", "{}/rows.jsonl"), ("file", "{}.jsonl.gz")])
 def test_one_file_or_folder_a_site(site_from: str, names: str, tiny_overrides: list[str], tmp_path: Path) -> None:
     """The federation is that of a column of sites, to the bit, whatever order the files come in."""
     by_site: dict[str, list[dict[str, str]]] = {}

@@ -615,9 +615,9 @@ def test_what_changes_no_bit_may_change_on_resume(tiny_overrides: list[str], tmp
     folder = stopped(brief)
     sent = sum(r["value"] for r in rows_of(folder) if r["name"] in ("bytes_up", "bytes_down"))
     assert folder.exchanged() == sent > 0
-    free = ["federation.deadline=77", "federation.quorum=0.5", "model.cache_memory=1", "threads=1"]
-    with pytest.raises(RunError, match=r"train\.batch_size = 4 became 5; only evaluation\.batch_size, .* may be changed"):
+    free = ["evaluation.batch_size=7", "model.cache_memory=1", "threads=1"]
+    with pytest.raises(RunError, match=r"train\.batch_size = 4 became 5; only evaluation\.batch_size, .* may be"):
         go([*brief, "train.batch_size=5"], resume=True)
     resumed = go([*brief, *free], resume=True)[1]
     assert same(adapter_of(resumed.path), adapter_of(whole.path))
-    assert load_recipe(resumed.path / "recipe.toml", []).federation.deadline == 77
+    assert load_recipe(resumed.path / "recipe.toml", []).evaluation.batch_size == 7

@@ -14,6 +14,7 @@ from fedkeel.data.sources import load_records
 from fedkeel.data.splits import asked, held_apart, split_of
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Data
+from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.prepare import prepare
 from fedkeel.types import Record
 
@@ -116,3 +117,21 @@ def test_a_run_trains_on_none_and_says_so(tmp_path: Path, tiny_overrides: list[s
     }
     assert fedkeel.runs.prepare.held_apart is held_apart
     assert go(overrides)[1].state()["finished"]
+
+
+def test_a_source_whose_training_rows_all_stand_in_test_says_so(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    rows = [
+        {"department": "w", "instruction": "Add.", "input": f"{n}", "output": "x", "split": split}
+        for n in range(4)
+        for split in ("train", "test")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = load_recipe(None, [*tiny_overrides, f"data.root={tmp_path}", 'data.tasks_file=""'])
+    with pytest.raises(ConfigError, match="no training row is left: 4 train rows left out: a test row, of whatever site, asks"):
+        prepare(recipe)
+
+
+def test_chats_that_all_ask_the_same_are_dealt_by_their_answers(tmp_path: Path) -> None:
+    turns = [[{"role": "user", "content": "Write a poem."}, {"role": "assistant", "content": f"poem {n}"}] for n in range(100)]
+    found = load(tmp_path, [{"messages": m} for m in turns], test_share=0.3)
+    assert {r.split for r in found} == {"train", "validation", "test"}

@@ -163,3 +163,37 @@ def test_an_answer_that_nothing_ends_is_refused() -> None:
 def test_a_template_that_cannot_be_followed_is_an_error_that_names_the_row(template: str, words: str) -> None:
     with pytest.raises(DataError, match=r"row r \(task t\).*" + words):
         formatter(template).encode(ROW)
+
+
+# the prompt opens a block, and the answer closes it empty, as Qwen 3's thinking models do
+OPENED_AND_CLOSED = (
+    TURN + "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_a_block_that_the_prompt_opens_and_the_answer_closes() -> None:
+    made = formatter(OPENED_AND_CLOSED)
+    assert parts(made, made.encode(ROW)) == [Q + "<think>\n\n</think>\n\n", "Paris<|im_end|>"]
+    thought = Record("r", "t", "train", "<think>\nFrance.\n</think>\n\nParis", "Answer.", "the capital of France?")
+    assert parts(made, made.encode(thought)) == [Q, "<think>\nFrance.\n</think>\n\nParis<|im_end|>"]
+
+
+# earlier answers lose their thoughts, as in Qwen 3 and DeepSeek R1
+FORGETS = (
+    TURN + "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] | trim }}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}" + ASK
+)
+
+
+def test_an_earlier_answer_that_is_written_otherwise_is_not_learnt() -> None:
+    """Then training reads what scoring reads; such talks are counted."""
+    made = formatter(FORGETS)
+    assert len(parts(made, made.encode(TALK))) == 4
+    assert not made.counts["last only"]
+    turns = (("user", "One?"), ("assistant", "<think>1</think> One."), ("user", "Two?"), ("assistant", "<think>2</think> Two."))
+    talk = Record("talk", "t", "train", "<think>2</think> Two.", messages=turns)
+    example = made.encode(talk)
+    assert parts(made, example) == [TURNS[0] + "One.<|im_end|>\n" + TURNS[1], "<think>2</think> Two.<|im_end|>"]
+    assert made.counts["last only"] == 1
+    assert made.prompt_ids(talk, 9) + made.answer_ids(talk, talk.output) == example.ids

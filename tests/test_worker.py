@@ -158,6 +158,25 @@ def test_a_worker_reads_rows_that_changed_and_makes_way_for_another_site_file(
     assert log.count("another takes over") == 1
 
 
+def test_a_base_that_changes_in_a_run_is_refused(
+    site: SiteFile, tiny_overrides: list[str], tiny_base: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(tiny_base, tmp_path / "own-base")
+    site.path.write_text(site.path.read_text().replace(str(tiny_base), str(base)))
+    here = read_site(site.path)
+    assert "hello" in ask(here, request(tiny_overrides), b"", SECONDS)[0]
+    assert len(ask(here, request(tiny_overrides, kind="start"), b"", SECONDS)[1]) > 1000
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    told, _ = ask(here, request(tiny_overrides, kind="start"), b"", SECONDS)
+    assert told["error"] == "site ward-0: its base or tokenizer is another than when it said hello; put it back"
+
+
 def test_a_worker_of_another_environment_is_not_asked_for_ever(
     site: SiteFile, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

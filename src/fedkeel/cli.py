@@ -96,7 +96,8 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
 
 
 def _begun(recipe: Recipe) -> bool:
-    return (Path(recipe.out) / recipe.name / "state.json").exists()
+    state = Path(recipe.out) / recipe.name / "state.json"
+    return state.exists() and not json.loads(state.read_text(encoding="utf-8"))["finished"]
 
 
 def _latest_unfinished(out: Path) -> list[str]:

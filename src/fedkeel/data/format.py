@@ -78,7 +78,8 @@ class Formatter:
     """Turns records into examples for one tokenizer and one kind of model.
 
     classes: the texts that a classifier can answer, in order; unused by the other kinds. counts: how many rows were
-    shortened (`truncated`) or left out (`dropped`) because they were over `max_length` tokens.
+    shortened (`truncated`) or left out (`dropped`) because they were over `max_length` tokens, or learnt in their last answer
+    alone (`last only`, see `Template.talk`).
     """
 
     tokenizer: Any
@@ -276,11 +277,11 @@ class Formatter:
         ids: list[int] = []
         flags: list[bool] = []
         done = ""
-        answers = [n for n, (role, _) in enumerate(record.messages) if role == "assistant"]
-        for turn, (read, answer, tail) in zip(answers, pieces, strict=True):
+        self.counts["last only"] += len(pieces) < sum(role == "assistant" for role, _ in record.messages)
+        for turn, read, answer, tail in pieces:
             # behind all that went before, so that the pieces are the tokens of the whole chat
             before, after = self._behind(done, read), self._behind(done + read, answer + tail)
-            if turn == answers[-1]:
+            if turn == pieces[-1][0]:
                 after = self._template.ended(after, tail, row)
             if len(ids) + len(before) + len(after) > self.max_length:
                 self.counts["truncated"] += bool(ids)

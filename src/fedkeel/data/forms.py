@@ -188,8 +188,8 @@ def instruction(row: Mapping[str, Any], about: About) -> Parts:
     if about.labels and output.strip() in about.labels:
         output = output.strip()
     before: list[tuple[str, str]] = []
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    history = row.get("history", [])
+    if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
         raise DataError(f"{place}: 'history' is no list of pairs [asked, said]")
     for asked, said in history:
         before += [("user", _text(asked, place, "history")), ("assistant", _text(said, place, "history"))]

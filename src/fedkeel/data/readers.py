@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import math
@@ -65,7 +66,10 @@ def read_csv(path: Path) -> Placed:
     """Every row of a CSV (`,`) or TSV (tab) file whose first line names the columns; an empty cell is an absent key."""
     csv.field_size_limit(sys.maxsize)
     with _opened(path) as lines:
-        reader = csv.reader(lines, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
+        if _kind(path) == ".tsv":  # quotes are text there
+            reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+        else:
+            reader = csv.reader(lines, strict=True)
         try:
             names = next(reader, [])
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -125,7 +129,7 @@ def paths_of(config: Data) -> list[Path]:
     for name in config.files:
         path = Path(config.root) / name
         if any(c in name for c in "*?[") and not path.exists():
-            fitting = sorted(p for p in Path(config.root).glob(name) if p.is_file())
+            fitting = [p for p in sorted(map(Path, glob.glob(str(path), recursive=True))) if p.is_file()]
             if not fitting:
                 raise DataError(f"data.files: no file of {config.root!r} fits {name!r}")
             found += fitting
@@ -139,7 +143,10 @@ def paths_of(config: Data) -> list[Path]:
 
 def site_name(path: Path, config: Data) -> str:
     """The site that a file is of: as data.site_from says, its own name without endings, or its folder's."""
-    return path.parent.name if config.site_from == "folder" else path.name.partition(".")[0]
+    if config.site_from == "folder":
+        return path.parent.name
+    bare = path.name.removesuffix(".gz")
+    return bare[: len(bare) - len(_kind(path))]
 
 
 def file_rows(config: Data) -> Placed:

@@ -31,10 +31,11 @@ def split_of(name: str) -> str | None:
 def asked(record: Record) -> str:
     """What a row asks, spelling and white space aside: the same for rows whose answer one could look up in the other.
 
-    That is its task and instruction with its text or the turns before its answer; of a row without either, its answer too.
+    That is its task and instruction with its text; of a row without a text of its own, and of a chat, whose question may be
+    that of many, the turns before its answer and the answer.
     """
-    own = [record.input, *(f"{role}: {text}" for role, text in record.messages[:-1])]
-    parts = [record.task, record.instruction, *own] + ([] if any(own) else [record.output])
+    turns = [f"{role}: {text}" for role, text in record.messages[:-1]]
+    parts = [record.task, record.instruction, record.input, *turns] + ([] if record.input else [record.output])
     return "\n".join(" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in parts)
 
 

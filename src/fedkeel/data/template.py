@@ -17,6 +17,7 @@ Turns = Sequence[tuple[str, str]]  # (role, text)
 
 PLAIN_ANCHOR = "\nAnswer:"
 _ANCHOR = 32  # characters
+BLOCK, BLOCK_END = "<think>", "</think>"  # what templates that open a block before the answer name it
 _MARK = "\ue000{}\ue001"  # stands for an answer while a template is asked what it writes around one; of no script
 
 
@@ -99,6 +100,9 @@ class Template:
                 f"prompt; set model.chat_template, or use instruction rows"
             )
         prompt = asked if head.startswith(asked) else head  # a block that only the question opens stays out
+        opened = prompt.rfind(BLOCK)
+        if opened >= 0 and head[opened:].rstrip().endswith(BLOCK_END):  # the question opens what the answer closes empty
+            prompt = prompt[:opened]
         return prompt, head[len(prompt) :], rest
 
     def frame(self, turns: Turns, answer: str, row: str) -> Frame:
@@ -110,19 +114,25 @@ class Template:
         anchor = prompt.rpartition(said)[2] if said else ""  # nothing may be left of a text that was shortened
         return Frame(prompt, anchor or prompt[-_ANCHOR:], before, self._tail(rest))
 
-    def talk(self, messages: Turns, row: str) -> list[tuple[str, str, str]]:
-        """(read, answer, tail) in turn: pieces of a whole talk as the template writes it, of which all answers are learnt; the
-        texts read before the last are the prompt of `frame`. Raises DataError as `frame` does."""
+    def talk(self, messages: Turns, row: str) -> list[tuple[int, str, str, str]]:
+        """(turn, read, answer, tail) in order: pieces of a whole talk as the template writes it, of which all answers are
+        learnt; the texts read before the last are the prompt of `frame`.
+
+        A template that writes an earlier answer otherwise than it stands in the row (thoughts left out, space trimmed) leaves
+        the last answer alone to be learnt, behind the prompt that scoring has. Raises DataError as `frame` does.
+        """
         answers = [n for n, (role, _) in enumerate(messages) if role == "assistant"]
-        _, lead, rest = self._around(messages[: answers[-1]], row)
+        last = answers[-1]
+        prompt, lead, rest = self._around(messages[:last], row)
+        tail, (added, before) = self._tail(rest), _parted(lead, messages[last][1])
+        alone = [(last, prompt + added, before + messages[last][1], tail)]
         marks = {n: _MARK.format(n) for n in answers}
         text = self._render([(role, marks.get(n, said)) for n, (role, said) in enumerate(messages)], False, row)
-        pieces, tail = [], self._tail(rest)
+        pieces, done = [], ""
         for n in answers:
             read, found, text = text.partition(marks[n])
-            if not found:
-                where = self._tokenizer.name_or_path
-                raise DataError(f"{row}: the chat template of {where} leaves an earlier answer out; set model.chat_template")
+            if not found or (n == last and done + read != prompt + lead):
+                return alone
             added, before = _parted(lead, messages[n][1])
             if read.endswith(lead):  # an earlier answer may be written without
                 read = read.removesuffix(lead) + added
@@ -130,7 +140,8 @@ class Template:
                 before = ""
             ended = tail if text.startswith(tail) else ""
             text = text.removeprefix(ended)
-            pieces.append((read, before + messages[n][1], ended))
+            pieces.append((n, read, before + messages[n][1], ended))
+            done += read + before + messages[n][1] + ended
         return pieces
 
 

@@ -31,7 +31,7 @@ from fedkeel.deploy.keys import AUTHORITY_DAYS, SERVER_DAYS, certificate, is_ip,
 from fedkeel.deploy.manifest import DeployError, make_manifest
 from fedkeel.deploy.parts import Plan, app_files, check_list, coordinator_files, image_files, joined, site_files
 from fedkeel.files import filled_folder
-from fedkeel.model.bases import folder_of, template_text
+from fedkeel.model.bases import folder_of
 from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
@@ -114,7 +114,7 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
         recipe,
         out="runs",
         threads=0,
-        model=replace(recipe.model, base=named, device="cpu", chat_template=template_text(recipe.model.chat_template)),
+        model=replace(recipe.model, base=named, device="cpu"),
         data=replace(recipe.data, root=""),
         # the coordinator has no tasks file to look an order up in
         stream=replace(recipe.stream, order="", tasks_a_stage=1),

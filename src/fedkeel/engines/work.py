@@ -42,7 +42,7 @@ from fedkeel.exchange.messages import (
 from fedkeel.federation.client import Site, answer
 from fedkeel.federation.kept import Kept, layout_of
 from fedkeel.method.aggregate.layouts import folded
-from fedkeel.model.digest import base_digest, digest_of
+from fedkeel.model.digest import base_digest, digest_of, tokenizer_digest
 from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import make_recipe
@@ -66,14 +66,6 @@ def localised(text: str, site: SiteFile) -> Recipe:
     return make_recipe(tree)
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over all that decides which tokens a text becomes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    told = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    rest = [tokenizer.chat_template, {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}]
-    return hashlib.sha256((told + json.dumps(rest, sort_keys=True)).encode()).hexdigest()
-
-
 class Work:
     """One recipe in this process: its data, dealt; its base model, once, whatever the number of sites and rounds."""
 
@@ -89,6 +81,7 @@ class Work:
         self.initial: Adapter = self.model.initial
         self.formatter = formatter_of(self.model, self.prepared)
         self.base = base_digest(self.model)  # now: base shifts change it
+        self.words = tokenizer_digest(self.model.tokenizer)
         self._examples: dict[str, list[list[Example]]] = {}
         self._run, self._leg = "", ""
         self.seconds = time.perf_counter() - begin
@@ -119,7 +112,7 @@ class Work:
             "versions": versions,
             "kind": self.model.kind,
             "base": self.base,
-            "tokenizer": tokenizer_digest(self.model.tokenizer),
+            "tokenizer": self.words,
             "layout": layout(self.initial),
             "initial": digest_of(self.initial.tensors()),
             "classes": hashlib.sha256(json.dumps(self.model.classes).encode()).hexdigest(),
@@ -131,12 +124,12 @@ class Work:
 
     def _meanings(self) -> dict[str, str]:
         """task -> a hash of the labels that its rows choose from and of the instruction that they share. Where rows differ in
-        either, or there is only one, there is nothing that sites could differ in."""
+        either, or have no labels, there is nothing that sites could differ in."""
         asked: dict[str, list[tuple[tuple[str, ...], str]]] = {}
         for stage in self.prepared.stages:
-            for record in (r for held in stage.rows.values() for rows in held.values() for r in rows):
+            for record in (r for held in stage.rows.values() for rows in held.values() for r in rows if r.labels):
                 asked.setdefault(record.task, []).append((record.labels, record.instruction))
-        told = {task: set(all_of) for task, all_of in asked.items() if len(all_of) > 1}
+        told = {task: set(all_of) for task, all_of in asked.items()}
         return {
             task: hashlib.sha256(json.dumps(next(iter(same))).encode()).hexdigest()[:16]
             for task, same in sorted(told.items())
@@ -260,17 +253,20 @@ def handle(
         folder = root / run
         mark = folder / "recipe.sha256"
         seal = hashlib.sha256(text.encode()).hexdigest()
+        said, now = folder / "base.sha256", work.base + work.words
         if kind == "hello":
             if not mark.exists():
                 write_shared(mark, seal)
+            write_shared(said, now)
         elif not mark.exists():
             raise WorkError(f"site {site} refuses a message of a foreign run: {run!r} has not said hello here")
+        elif said.exists() and said.read_text() != now:
+            raise WorkError(f"site {site}: its base or tokenizer is another than when it said hello; put it back")
         if mark.read_text() != seal:
             raise WorkError(f"site {site} refuses a message of a foreign run: the recipe of {run!r} was another when it began")
         work.begin(run)
-        store = Store(folder, site)
+        store, out = Store(folder, site), b""
         more: dict[str, Any] = {}
-        out = b""
         if kind == "hello":
             more = {"hello": work.hello(site)}
         elif kind == "train":

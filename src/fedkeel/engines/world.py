@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +44,7 @@ def cargo_of(recipe: Recipe) -> str:
     base = folder_of(recipe.model.base) if recipe.model.base in BASES else base
     tasks = recipe.data.tasks_file
     rows = [*paths_of(recipe.data), *([Path(recipe.data.root) / tasks] if tasks else [])]
-    folders = [Path(recipe.data.dataset), base]
-    within = [file for folder in folders if folder.is_dir() for file in sorted(folder.rglob("*")) if str(folder) != "."]
-    return _seen([*rows, *([base] if base.is_file() else []), *within])
+    folders = [base, *([Path(recipe.data.dataset)] if recipe.data.dataset else [])]
+    # os.walk passes over what vanishes meanwhile
+    within = [Path(at) / name for folder in folders for at, _, names in os.walk(folder) for name in names]
+    return _seen([*rows, *([base] if base.is_file() else []), *sorted(within)])

@@ -34,13 +34,3 @@ def sha256(file: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def template_text(asked: str) -> str:
-    """The chat template that a recipe names: of a file its text, else what it says as it stands. Raises ModelError."""
-    if "{" in asked or not asked or not Path(asked).expanduser().is_file():
-        return asked
-    try:
-        return Path(asked).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"model.chat_template = {asked!r} cannot be read: {error}") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,3 +29,11 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def base_digest(model: Model) -> str:
     """`digest_of` the frozen weights, as they are now: base shifts change them."""
     return digest_of({name: p for name, p in model.net.named_parameters() if not p.requires_grad})
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 over all that decides which tokens a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    told = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    rest = [tokenizer.chat_template, {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}]
+    return hashlib.sha256((told + json.dumps(rest, sort_keys=True)).encode()).hexdigest()

@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError
 
 from fedkeel import tables
-from fedkeel.model.bases import ModelError, of_table, template_text
+from fedkeel.model.bases import ModelError, of_table
 from fedkeel.model.gguf import dequantised
 from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import Model as ModelConfig
@@ -81,9 +81,8 @@ def _template(config: ModelConfig, own: str | dict[str, str] | None) -> str | No
         return None
     if (asked or "default") in named:
         return named[asked or "default"]
-    text = template_text(asked)
-    if "{" in text:
-        return text
+    if "{" in asked:
+        return asked
     known = ", ".join(["'none'", *map(repr, sorted(named))])
     raise ModelError(f"model.chat_template = {asked!r}: {known}, or a file with a Jinja template belongs here")
 

@@ -182,8 +182,9 @@ class Model:
     def _check_words(self) -> None:
         """Raise ModelError for tokens that the base has no embedding of: the first row with one would end the run."""
         rows = self.net.get_input_embeddings().weight.shape[0]
-        special = {self.tokenizer.pad_token_id: str(self.tokenizer.pad_token)}
-        special |= {number: str(token) for number, token in self.tokenizer.added_tokens_decoder.items()}
+        words = self.tokenizer
+        special = {getattr(words, f"{n}_token_id"): str(getattr(words, f"{n}_token")) for n in ("pad", "eos", "bos")}
+        special.pop(None, None)
         behind = [f"{token!r} ({number})" for number, token in sorted(special.items()) if number >= rows]
         if behind:
             raise ModelError(

@@ -41,12 +41,25 @@ def make_recipe(tree: Mapping[str, Any], data: bool = True, order: bool = False)
     """
     tables.load_plugins()
     recipe = build(Recipe, tree)
+    model = recipe.model
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(model, chat_template=_template_text(model.chat_template)))
     if data:
         check_data(recipe)
     if data or order:
         recipe = with_order(recipe)
     cross_check(recipe)
     return recipe
+
+
+def _template_text(asked: str) -> str:
+    """The chat template that a recipe names: of a file its text, so that what is edited later changes no run; else what it says
+    as it stands."""
+    if "{" in asked or not asked or not Path(asked).expanduser().is_file():
+        return asked
+    try:
+        return Path(asked).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"model.chat_template = {asked!r} cannot be read: {error}") from error
 
 
 def with_threads(recipe: Recipe) -> Recipe:

@@ -25,7 +25,7 @@ class Model:
     # For an encoder: `label-text` scores a class by the similarity of the text to the label's own words (frozen);
     # `linear` trains a fresh classification head.
     head: str = one_of("label-text", ("label-text", "linear"))
-    # `none`, one of several that the tokenizer has, or a Jinja file, or its text; empty: the tokenizer's own
+    # `none`, one of several that the tokenizer has, or a Jinja file, whose text a run keeps; empty: the tokenizer's own
     chat_template: str = ""
     device: str = "cpu"
     precision: str = one_of("auto", ("auto", "fp32", "bf16"))

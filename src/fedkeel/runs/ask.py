@@ -91,7 +91,7 @@ class Ask:
             seed_torch(self._seed, "ask")
             ends = self._formatter.ends(Record("asked", "asked", "test", "", input=question))
             (new,) = generate(model, (ids, torch.ones_like(ids)), ends, tokens, temperature, heard)
-        return str(self.model.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        return self._formatter.said(Record("asked", "asked", "test", "", input=question), new.tolist())
 
     def _prompt(self, turns: Sequence[Turn], room: int) -> tuple[int, ...]:
         said = (*turns, ("assistant", "")) if self.remembers and len(turns) > 1 else ()  # a long talk loses its beginning

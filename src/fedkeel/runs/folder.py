@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -53,11 +54,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-# Keys that a resumed run may have otherwise: they change no bit of it, or as the device, the threads and the rows scored at
-# once only the last ones.
+# Keys that a resumed run may have otherwise: they change no bit of it, or as the threads and the rows scored at once only
+# the last ones.
 FREE = (
-    "evaluation.batch_size", "federation.deadline", "federation.quorum", "model.cache_disk", "model.cache_memory",
-    "model.device", "out", "threads", "track",
+    "evaluation.batch_size", "model.cache_disk", "model.cache_memory", "out", "threads", "track",
 )  # fmt: skip
 
 
@@ -102,7 +102,10 @@ class RunFolder:
         with self.path.with_name(f".{self.path.name}.lock").open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+                    yield
+                    return
                 lock.seek(0)
                 raise RunError(
                     f"{self.path} is being worked on by process {lock.read().strip() or 'unknown'} of this machine, perhaps of "
@@ -183,8 +186,8 @@ class RunFolder:
 
     def exchanged(self) -> int:
         """Bytes that the messages of the rounds so far took."""
-        lines = self.rows_file.read_text(encoding="utf-8").splitlines() if self.rows_file.exists() else []
-        rows = [json.loads(line) for line in lines]
+        saved = self.rows_file.read_bytes()[: self.state()["rows_bytes"]] if self.rows_file.exists() else b""
+        rows = [json.loads(line) for line in saved.splitlines()]
         return int(sum(row["value"] for row in rows if row["name"] in ("bytes_up", "bytes_down")))
 
     def checkpoint(self, leg: str, round: int) -> Path:

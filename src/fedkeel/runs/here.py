@@ -16,7 +16,7 @@ from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.train import injection_of
 from fedkeel.method.aggregate.layouts import folded
-from fedkeel.model.digest import base_digest
+from fedkeel.model.digest import base_digest, tokenizer_digest
 from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.settings import ConfigError
@@ -71,7 +71,7 @@ class Here:
             for site, by_split in stage.rows.items():
                 held[site] += [repr(record) for rows in by_split.values() for record in rows]
         rows = {f"the rows of {site}": hashlib.sha256("\n".join(told).encode()).hexdigest() for site, told in held.items()}
-        return {"the base": self._base, **rows}
+        return {"the base": self._base, "the tokenizer or its chat template": tokenizer_digest(self.model.tokenizer), **rows}
 
     def _encoded(self, stage: Sites, number: int) -> dict[str, list[Example]]:
         """Training examples by site; rows that do not fit are counted."""
@@ -89,6 +89,11 @@ class Here:
             if self.formatter.counts[what]:
                 count, limit = self.formatter.counts[what], self.prepared.recipe.data.max_length
                 self.watch.note(f"{count} training rows {text} (data.max_length = {limit} tokens)")
+        if self.formatter.counts["last only"]:
+            self.watch.note(
+                f"{self.formatter.counts['last only']} talks are learnt in their last answer alone: the chat template writes "
+                f"earlier ones otherwise than they stand in the row"
+            )
         if self.model.bare:
             self.watch.note(f"no branch is at {', '.join(self.model.bare)}: these matrices stay as they are")
         for note in self.prepared.notes:

@@ -66,7 +66,10 @@ def prepare(recipe: Recipe, alone: str = "", records: Sequence[Record] | None = 
     whole, recipe = recipe, data_view(recipe)
     kind = kind_of(recipe.model, load_config(recipe.model))
     read = list(load_records(recipe.data, recipe.seed, partly=bool(alone)) if records is None else records)
+    held = len(read)
     read, notes = held_apart(read)
+    if held and not any(r.split == "train" for r in read):
+        raise ConfigError(f"no training row is left: {'; '.join(notes)}")
     notes += _ignored_keys(read)
     if alone:
         read = [dataclasses.replace(r, site=alone) for r in read]
