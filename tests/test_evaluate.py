@@ -260,9 +260,9 @@ def test_the_bases_own_settings_of_generation_change_no_score(name: str, tmp_pat
     records = [dataclasses.replace(r, id=f"{r.id}-{n}") for n, r in enumerate(records)]
     how = Evaluation(max_new_tokens=8)
 
-    def scored(folder: Path) -> list[tuple[str, dict[str, float]]]:
+    def scored(folder: Path, seed: int) -> list[tuple[str, dict[str, float]]]:
         model = make(name, base=str(folder))
-        randomise(model, seed=8)
+        randomise(model, seed=seed)
         formatter = Formatter(model.tokenizer, model.kind, 200)
         before = model.net.generation_config
         found = [(s.prediction, s.metrics) for s in score(model, formatter, records, how)]
@@ -271,12 +271,13 @@ def test_the_bases_own_settings_of_generation_change_no_score(name: str, tmp_pat
 
     plain = shutil.copytree(base(name), tmp_path / "plain")
     (plain / "generation_config.json").unlink(missing_ok=True)
-    wanted = scored(plain)
-    assert any(said for said, metrics in wanted if "rouge_l" in metrics)
+    # an adapter under which something is said: what a tiny random model says depends on the tests that drew before
+    seed = next(n for n in range(99) if any(said for said, metrics in scored(plain, n) if "rouge_l" in metrics))
+    wanted = scored(plain, seed)
     for key, value in STEERING.items():
         steered = shutil.copytree(plain, tmp_path / key)
         (steered / "generation_config.json").write_text(json.dumps({key: value}))
-        assert scored(steered) == wanted, key
+        assert scored(steered, seed) == wanted, key
 
 
 @pytest.mark.parametrize("name", chosen(["llama", "gpt2", "t5"]))
