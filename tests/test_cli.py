@@ -261,8 +261,9 @@ def test_a_live_line_takes_any_name() -> None:
 
     from fedkeel.display import Display
 
-    screen = Console(file=StringIO(), force_terminal=True, width=120)
+    shown = StringIO()
+    screen = Console(file=shown, force_terminal=True, width=120)
     with Display(screen, 2) as display:
         display.leg("local/[/red]x[y", "site [/b]")
         display.note("[/red]")
-    assert "local/[/red]x[y" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "local/[/red]x[y" in shown.getvalue()

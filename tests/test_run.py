@@ -549,28 +549,36 @@ def test_a_run_has_one_owner(how: dict[str, bool], tiny_overrides: list[str]) ->
     assert go(brief, resume=True)[1].state()["finished"]
 
 
-def reorder(data: Path, base: Path) -> str:
+def rewrite(data: Path, change: Callable[[list[str]], list[str]]) -> None:
     lines = (data / "rows.jsonl").read_text().splitlines(keepends=True)
-    (data / "rows.jsonl").write_text("".join(reversed(lines)))
+    (data / "rows.jsonl").write_text("".join(change(lines)))
+
+
+def replaced_once(old: str, new: str) -> Callable[[list[str]], list[str]]:
+    return lambda lines: ["".join(lines).replace(old, new, 1)]
+
+
+def reorder(data: Path, base: Path) -> str:
+    rewrite(data, lambda lines: lines[::-1])
     return ""
 
 
 def change_a_row(data: Path, base: Path) -> str:
-    text = (data / "rows.jsonl").read_text()
-    (data / "rows.jsonl").write_text(text.replace("the green dog", "the green  dog", 1))
+    rewrite(data, replaced_once("the green dog", "the green  dog"))
     return "the rows of ward-1"
 
 
 def take_a_test_row(data: Path, base: Path) -> str:
-    lines = (data / "rows.jsonl").read_text().splitlines(keepends=True)
-    gone = next(n for n, line in enumerate(lines) if '"test"' in line and "ward-2" in line)
-    (data / "rows.jsonl").write_text("".join(lines[:gone] + lines[gone + 1 :]))
+    def taken(lines: list[str]) -> list[str]:
+        gone = next(n for n, line in enumerate(lines) if '"test"' in line and "ward-2" in line)
+        return lines[:gone] + lines[gone + 1 :]
+
+    rewrite(data, taken)
     return "the rows of ward-2"
 
 
 def move_a_row(data: Path, base: Path) -> str:
-    text = (data / "rows.jsonl").read_text()
-    (data / "rows.jsonl").write_text(text.replace('"department": "ward-0"', '"department": "ward-1"', 1))
+    rewrite(data, replaced_once('"department": "ward-0"', '"department": "ward-1"'))
     return "the rows of ward-0, the rows of ward-1"
 
 

@@ -72,7 +72,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     from fedkeel.runs.prepare import describe_sites
 
     recipe = prepared.recipe
-    console.print(to_toml(recipe), markup=False, highlight=False)
+    console.print(to_toml(recipe), highlight=False)
     table = Table(title="Sites", title_justify="left")
     for heading in ("site", "train", "validation", "test", "tasks", "commonest answer"):
         table.add_column(heading, justify="left" if heading in ("site", "commonest answer") else "right")
@@ -92,19 +92,19 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     facts.add_row("legs", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared.cast))))
     console.print(facts)
     for note in prepared.notes:
-        console.print(f"note: {note}", style="yellow", markup=False)
+        console.print(f"note: {note}", style="yellow")
 
 
-def _begun(recipe: Recipe) -> bool:
-    state = Path(recipe.out) / recipe.name / "state.json"
-    return state.exists() and not json.loads(state.read_text(encoding="utf-8"))["finished"]
+def _unfinished(folder: Path) -> bool:
+    """Whether a folder holds a run that has begun and not ended."""
+    from fedkeel.runs.folder import RunFolder
+
+    return (folder / "state.json").exists() and not RunFolder(folder).state()["finished"]
 
 
 def _latest_unfinished(out: Path) -> list[str]:
     """The recipe of the unfinished run in `out` that was worked on last."""
-    from fedkeel.runs.folder import RunFolder
-
-    found = [p.parent for p in out.glob("*/state.json") if not RunFolder(p.parent).state()["finished"]]
+    found = [p.parent for p in out.glob("*/state.json") if _unfinished(p.parent)]
     if not found:
         raise FedKeelError(f"no unfinished run in {out}/; name the recipe of the run to resume")
     return [str(max(found, key=lambda p: (p / "state.json").stat().st_mtime) / "recipe.toml")]
@@ -121,13 +121,12 @@ def _print_results(console: Console, folder: Path, recipe: Recipe, page: Path | 
     for table in (task_table(rows), sure_table(read_scores(folder))):
         if 0 < len(table.lines) <= 20:
             console.print(table.rich())
-    console.print(f"report: {page}\nadapter (PEFT): {folder / 'adapter'}", markup=False, highlight=False)
+    console.print(f"report: {page}\nadapter (PEFT): {folder / 'adapter'}", highlight=False)
     if not tables.RULES[recipe.federation.rule].personal:
         own = Path(sys.argv[0]).name == "fedkeel" and shutil.which("fedkeel") is None
         command = sys.argv[0] if own else "fedkeel"
         console.print(
             f"try next:\n  {command} ask {folder}\n  {command} export {folder} merged-model --merged",
-            markup=False,
             highlight=False,
         )
 
@@ -151,9 +150,10 @@ def run(
     if engine not in tables.ENGINES:
         raise FedKeelError(f"--engine {engine}: one of {', '.join(tables.ENGINES)} belongs here")
     given = arguments or []
-    if resume and not (given and _begun(_recipe(given))) and all("=" in one for one in given):
-        given = [*_latest_unfinished(Path("runs")), *given]
     recipe = _recipe(given)
+    if resume and all("=" in one for one in given) and not (given and _unfinished(Path(recipe.out) / recipe.name)):
+        given = [*_latest_unfinished(Path("runs")), *given]
+        recipe = _recipe(given)
     console = _console()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("loading libraries and data"):
@@ -177,7 +177,7 @@ def run(
             tables.ENGINES[engine].load()(prepared, folder, display, resume=resume, fresh=fresh)
     except KeyboardInterrupt:
         again = "" if engine == "local" else f" --engine {engine}"
-        console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume{again}", markup=False, highlight=False)
+        console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume{again}", highlight=False)
         raise typer.Exit(130) from None
     page = write_report(folder.path).with_suffix(".html") if report else f"fedkeel report {folder.path}"
     _print_results(console, folder.path, recipe, page)
@@ -210,7 +210,7 @@ def fetch(
         from fedkeel.model.fetch import fetch as bring
 
         folder = bring(name, given)
-    console.print(f"{name}: {folder}", markup=False, highlight=False)
+    console.print(f"{name}: {folder}", highlight=False)
 
 
 @app.command()
@@ -315,7 +315,7 @@ def evaluate(
             for s in scored
         ]
         write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        console.print(f"predictions: {predictions}", markup=False, highlight=False)
+        console.print(f"predictions: {predictions}", highlight=False)
 
 
 def _shown(metric: str, value: float) -> str:
@@ -362,13 +362,13 @@ def measure(
             if folder not in begun:
                 begun.append(folder)
                 if not console.is_terminal:
-                    console.print(f"{folder}: measuring", markup=False, highlight=False)
+                    console.print(f"{folder}: measuring", highlight=False)
             where = f"{folder.name} ({len(begun)} of {len(run_folders)}): {part}"
             progress.update(task, description=escape(where), completed=done, total=total)
 
         found = measure_runs(run_folders, settings, watch)
     console.print(measures_table(found).rich())
-    console.print(f"rows: {', '.join(str(f / 'measures.jsonl') for f in found)}", markup=False, highlight=False)
+    console.print(f"rows: {', '.join(str(f / 'measures.jsonl') for f in found)}", highlight=False)
 
 
 @app.command()
@@ -405,8 +405,8 @@ def export(
             notes = files.export(recipe, run_folder, target, merged)
     what = f"{'merged model' if merged else 'adapter'}{' as GGUF' if gguf else ''}"
     for note in notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    console.print(f"{what}: {target}\nhow to load it: {target / 'README.md'}", markup=False, highlight=False)
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    console.print(f"{what}: {target}\nhow to load it: {target / 'README.md'}", highlight=False)
 
 
 def _print_suites(console: Console) -> None:
@@ -449,7 +449,7 @@ def _write_chosen(console: Console, folder: Path, trials: Sequence[Planned]) -> 
     from fedkeel.files import write_atomic
 
     write_atomic(folder / "tuned.toml", tuned_text(trial_scores(trials, folder)))
-    console.print(f"chosen by validation rows: {folder / 'tuned.toml'}", markup=False, highlight=False)
+    console.print(f"chosen by validation rows: {folder / 'tuned.toml'}", highlight=False)
 
 
 def _report_suite(console: Console, folder: Path, runs: Sequence[Planned]) -> None:
@@ -461,7 +461,7 @@ def _report_suite(console: Console, folder: Path, runs: Sequence[Planned]) -> No
         path = folder / "chance.json"  # also of other streams, if another call ran those
         known = json.loads(path.read_text()) if path.exists() else {}
         write_atomic(path, json.dumps({**known, **chance(runs)}, indent=1) + "\n")
-    console.print(f"report: {write_suite_report(folder)}", markup=False, highlight=False)
+    console.print(f"report: {write_suite_report(folder)}", highlight=False)
 
 
 @app.command()
@@ -496,24 +496,24 @@ def bench(
     wanted = [*(overrides or []), *_needed(plan, {"data.root": data, "model.base": encoder})]
     runs, left_out = runs_of(plan, _names(streams), _names(methods), _seeds(seeds), wanted, tune)
     for why in left_out:
-        console.print(f"note: {why}", style="yellow", markup=False, highlight=False)
+        console.print(f"note: {why}", style="yellow", highlight=False)
     if dry_run:
         for run in runs:
-            console.print(run.name, markup=False, highlight=False)
+            console.print(run.name, highlight=False)
         console.print(f"{len(runs)} runs")
         return
     if not runs:
         raise FedKeelError(f"suite {plan.name!r}: nothing to run" + (f"; {'; '.join(left_out)}" if left_out else ""))
     folder = out / (f"{plan.name}-tuning" if tune else plan.name)
     jobs = jobs or jobs_for()
-    console.print(f"{plan.title} -> {folder}/", markup=False, highlight=False)
+    console.print(f"{plan.title} -> {folder}/", highlight=False)
     from fedkeel.display import SuiteDisplay
 
     try:
         with SuiteDisplay(console, jobs) as display:
             failed = execute(plan, runs, folder, jobs, display)
     except KeyboardInterrupt:
-        console.print("\nstopped; the same command goes on from here", markup=False, highlight=False)
+        console.print("\nstopped; the same command goes on from here", highlight=False)
         raise typer.Exit(130) from None
     if tune:
         every, _ = runs_of(plan, extra=wanted, tune=True)  # also trials of another call, for other streams or methods

@@ -9,19 +9,29 @@ very tokens that training saw.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
 from fedkeel.data.forms import DataError
-from fedkeel.data.template import PLAIN_ANCHOR, Frame, Template
+from fedkeel.data.template import PLAIN_ANCHOR, Frame, FrameError, Template
 from fedkeel.types import Record
 
 
 def _named(record: Record) -> str:
     return f"row {record.id} (task {record.task})"
+
+
+@contextmanager
+def _naming(record: Record) -> Iterator[None]:
+    """What cannot be framed becomes an error of this row."""
+    try:
+        yield
+    except FrameError as error:
+        raise DataError(f"{_named(record)}: {error}") from error
 
 
 def _without_a_turn(record: Record) -> Record | None:
@@ -123,7 +133,8 @@ class Formatter:
             return Frame(self._content(record, text) + PLAIN_ANCHOR, PLAIN_ANCHOR, " ")
         self._needs_template(record)
         turns = record.messages[:-1] if record.messages else (("user", self._content(record, text)),)
-        return self._template.frame(turns, record.output, _named(record))
+        with _naming(record):
+            return self._template.frame(turns, record.output)
 
     def _needs_template(self, record: Record) -> None:
         if not self._template.there:
@@ -140,21 +151,28 @@ class Formatter:
 
     def answer_ids(self, record: Record, answer: str) -> tuple[int, ...]:
         """The tokens of `answer` behind this record's prompt, with the token(s) that end a turn or a text."""
-        return self._behind_frame(self._around(record), answer, _named(record))
+        return self._behind_frame(self._around(record), record, answer)
+
+    def label_ids(self, record: Record) -> tuple[tuple[int, ...], ...]:
+        """`answer_ids` of each of a row's labels; one object for all rows that have the same."""
+        frame = self._around(record)
+        found = tuple(self._behind_frame(frame, record, label) for label in record.labels)
+        return self._tries.setdefault(found, found)
 
     def _around(self, record: Record) -> Frame:
         """As `_frame`, and the same for all instruction rows but those whose answer opens a block itself."""
         return self._frame(record, "" if record.messages else "x")
 
-    def _behind_frame(self, frame: Frame, answer: str, row: str) -> tuple[int, ...]:
+    def _behind_frame(self, frame: Frame, record: Record, answer: str) -> tuple[int, ...]:
         key = (frame.anchor, frame.before, frame.tail, answer)
         if key not in self._answers:
-            self._answers[key] = tuple(self._encode_answer(frame, answer, row))
+            with _naming(record):
+                self._answers[key] = tuple(self._encode_answer(frame, answer))
         return self._answers[key]
 
     def ends(self, record: Record) -> list[int]:
         """The tokens that end an answer behind this record's prompt: the end of a text, and of a turn if that has a marker."""
-        own = self.tokenizer.eos_token_id if self.kind != "causal" else self._template.end_of(self._around(record).tail)
+        own = self._template.mark_of(self._around(record).tail)
         return sorted({end for end in (own, self.tokenizer.eos_token_id) if end is not None})
 
     def said(self, record: Record, tokens: Sequence[int]) -> str:
@@ -162,14 +180,14 @@ class Formatter:
         ends = set(self.ends(record))
         kept = list(takewhile(lambda token: token not in ends, tokens))
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
-        tail = self._around(record).tail.strip() if self.kind == "causal" else ""
+        tail = self._around(record).tail.strip()
         return text.removesuffix(tail).rstrip() if tail else text
 
-    def _encode_answer(self, frame: Frame, answer: str, row: str) -> list[int]:
+    def _encode_answer(self, frame: Frame, answer: str) -> list[int]:
         if self.kind == "seq2seq":
             ids, end = self.tokenizer(text_target=answer)["input_ids"], self.tokenizer.eos_token_id
-            return ids if ids[-1:] == [end] else self._template.ended(ids, "", row)
-        return self._template.ended(self._behind(frame.anchor, frame.before + answer + frame.tail), frame.tail, row)
+            return ids if ids[-1:] == [end] else self._template.ended(ids, "")
+        return self._template.ended(self._behind(frame.anchor, frame.before + answer + frame.tail), frame.tail)
 
     def _behind(self, anchor: str, text: str) -> list[int]:
         """The tokens of `text` as they come behind `anchor`; on their own if a token would straddle the border."""
@@ -234,9 +252,8 @@ class Formatter:
         if record.messages and self.kind == "causal":
             example = self._encode_chat(record)
         else:
-            frame, row = self._around(record), _named(record)
-            label, options = (record.output, self._options(frame, record.labels, row)) if record.labels else ("", ())
-            answer = self._behind_frame(frame, record.output, row)
+            label, options = (record.output, self.label_ids(record)) if record.labels else ("", ())
+            answer = self.answer_ids(record, record.output)
             prompt = self.prompt_ids(record, len(answer))
             if self.kind == "seq2seq":
                 self.counts["truncated"] += len(answer) > self.max_length
@@ -257,11 +274,6 @@ class Formatter:
             raise DataError(f"row {record.id} (task {record.task}) has no supervised position within {self.max_length} tokens")
         return example
 
-    def _options(self, frame: Frame, labels: Sequence[str], row: str) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each label inside of `frame`; one object for all rows that have the same."""
-        found = tuple(self._behind_frame(frame, label, row) for label in labels)
-        return self._tries.setdefault(found, found)
-
     def given(self, record: Record, room: int) -> Example:
         """A held-out row of free text: the prompt that leaves `room` tokens, then the row's own answer, cut to fit."""
         prompt, answer = self.prompt_ids(record, room), self.answer_ids(record, record.output)
@@ -273,7 +285,8 @@ class Formatter:
     def _encode_chat(self, record: Record) -> Example:
         """Every assistant turn that is learnt supervised, its end marker included; cut behind the last answer that fits."""
         self._needs_template(record)
-        pieces, row = self._template.talk(record.messages, _named(record)), _named(record)
+        with _naming(record):
+            pieces = self._template.talk(record.messages)
         ids: list[int] = []
         flags: list[bool] = []
         done = ""
@@ -282,7 +295,8 @@ class Formatter:
             # behind all that went before, so that the pieces are the tokens of the whole chat
             before, after = self._behind(done, read), self._behind(done + read, answer + tail)
             if turn == pieces[-1][0]:
-                after = self._template.ended(after, tail, row)
+                with _naming(record):
+                    after = self._template.ended(after, tail)
             if len(ids) + len(before) + len(after) > self.max_length:
                 self.counts["truncated"] += bool(ids)
                 break

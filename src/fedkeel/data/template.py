@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
-from fedkeel.data.forms import DataError
+from fedkeel.types import FedKeelError
 
 Turns = Sequence[tuple[str, str]]  # (role, text)
 
@@ -32,11 +32,17 @@ class Frame:
     tail: str = ""
 
 
+class FrameError(FedKeelError):
+    """What a template cannot be followed in; the text does not name the row."""
+
+
 class Template:
-    """Of one tokenizer."""
+    """Of one tokenizer. What it raises is FrameError."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        # the frame of a task's instruction rows is asked for with every row and label
+        self._around = lru_cache(1024)(self._asked)
 
     @property
     def there(self) -> bool:
@@ -49,18 +55,17 @@ class Template:
         added = {str(token): number for number, token in self._tokenizer.added_tokens_decoder.items()}
         return added | dict(zip(self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids, strict=True))
 
-    def end_of(self, tail: str) -> int | None:
-        """The token that ends an answer in `tail`; the tokenizer's end token where `tail` has none."""
-        found = [number for mark, number in self._marks.items() if tail.endswith(mark)]
-        return found[0] if found else self._tokenizer.eos_token_id
+    def mark_of(self, tail: str) -> int | None:
+        """The token that ends an answer in `tail`; None where `tail` has none."""
+        return next((number for mark, number in self._marks.items() if tail.endswith(mark)), None)
 
-    def ended(self, ids: Sequence[int], tail: str, row: str) -> list[int]:
-        """An answer's tokens, `tail` included, with an end that a model can learn. Raises DataError where there is none."""
-        if any(tail.endswith(mark) for mark in self._marks):
+    def ended(self, ids: Sequence[int], tail: str) -> list[int]:
+        """An answer's tokens, `tail` included, with an end that a model can learn; there must be one."""
+        if self.mark_of(tail) is not None:
             return list(ids)
         if self._tokenizer.eos_token_id is None:
-            raise DataError(
-                f"{row}: nothing ends an answer: the tokenizer of {self._tokenizer.name_or_path} has no end token, and no chat "
+            raise FrameError(
+                f"nothing ends an answer: the tokenizer of {self._tokenizer.name_or_path} has no end token, and no chat "
                 f"template that closes a turn with a token of its own; set model.chat_template, or another base"
             )
         return [*ids, self._tokenizer.eos_token_id]
@@ -73,7 +78,7 @@ class Template:
         at, mark = min(places, key=lambda p: (p[0], -len(p[1])))
         return text[: at + len(mark)]
 
-    def _render(self, turns: Turns, ask: bool, row: str) -> str:
+    def _render(self, turns: Turns, ask: bool) -> str:
         from jinja2 import TemplateError
 
         messages = [{"role": role, "content": text} for role, text in turns]
@@ -81,23 +86,22 @@ class Template:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
         except (TemplateError, TypeError, LookupError) as error:
             roles, first = ", ".join(role for role, _ in turns) or "nobody", turns[0][1][:60] if turns else ""
-            raise DataError(
-                f"{row}: the chat template of {self._tokenizer.name_or_path} refuses turns by {roles} (the first: {first!r}): "
-                f"{error}"
+            raise FrameError(
+                f"the chat template of {self._tokenizer.name_or_path} refuses turns by {roles} (the first: {first!r}): {error}"
             ) from error
 
-    def _around(self, turns: Turns, row: str) -> tuple[str, str, str]:
+    def _asked(self, turns: tuple[tuple[str, str], ...]) -> tuple[str, str, str]:
         """(prompt, lead, rest): what the template asks `turns` with, puts before an answer beyond that, and behind it."""
         if not turns:
-            raise DataError(f"{row}: nothing is asked before its answer")
+            raise FrameError("nothing is asked before its answer")
         mark = _MARK.format(0)
-        head, found, rest = self._render([*turns, ("assistant", mark)], False, row).rpartition(mark)
-        asked = self._render(turns, True, row)
+        head, found, rest = self._render([*turns, ("assistant", mark)], False).rpartition(mark)
+        asked = self._render(turns, True)
         if not found or not (head.startswith(asked) or asked.startswith(head)):
             what = "rewrites earlier turns when an answer is added" if found else "does not show an answer as it is"
-            raise DataError(
-                f"{row}: the chat template of {self._tokenizer.name_or_path} {what}, so the answer cannot be told from the "
-                f"prompt; set model.chat_template, or use instruction rows"
+            raise FrameError(
+                f"the chat template of {self._tokenizer.name_or_path} {what}, so the answer cannot be told from the prompt; "
+                f"set model.chat_template, or use instruction rows"
             )
         prompt = asked if head.startswith(asked) else head  # a block that only the question opens stays out
         opened = prompt.rfind(BLOCK)
@@ -105,29 +109,29 @@ class Template:
             prompt = prompt[:opened]
         return prompt, head[len(prompt) :], rest
 
-    def frame(self, turns: Turns, answer: str, row: str) -> Frame:
-        """Around an answer to `turns`. answer: if it opens the block that the template would put before it, that is the row's
-        own. row: for messages. Raises DataError for turns that the template refuses or rewrites."""
-        prompt, lead, rest = self._around(turns, row)
+    def frame(self, turns: Turns, answer: str) -> Frame:
+        """Around an answer to `turns`, which the template must not refuse or rewrite. answer: if it opens the block that the
+        template would put before it, that is the row's own."""
+        prompt, lead, rest = self._around(tuple(turns))
         lead, before = _parted(lead, answer)
         prompt, said = prompt + lead, turns[-1][1]
         anchor = prompt.rpartition(said)[2] if said else ""  # nothing may be left of a text that was shortened
         return Frame(prompt, anchor or prompt[-_ANCHOR:], before, self._tail(rest))
 
-    def talk(self, messages: Turns, row: str) -> list[tuple[int, str, str, str]]:
+    def talk(self, messages: Turns) -> list[tuple[int, str, str, str]]:
         """(turn, read, answer, tail) in order: pieces of a whole talk as the template writes it, of which all answers are
         learnt; the texts read before the last are the prompt of `frame`.
 
         A template that writes an earlier answer otherwise than it stands in the row (thoughts left out, space trimmed) leaves
-        the last answer alone to be learnt, behind the prompt that scoring has. Raises DataError as `frame` does.
+        the last answer alone to be learnt, behind the prompt that scoring has.
         """
         answers = [n for n, (role, _) in enumerate(messages) if role == "assistant"]
         last = answers[-1]
-        prompt, lead, rest = self._around(messages[:last], row)
+        prompt, lead, rest = self._around(tuple(messages[:last]))
         tail, (added, before) = self._tail(rest), _parted(lead, messages[last][1])
         alone = [(last, prompt + added, before + messages[last][1], tail)]
         marks = {n: _MARK.format(n) for n in answers}
-        text = self._render([(role, marks.get(n, said)) for n, (role, said) in enumerate(messages)], False, row)
+        text = self._render([(role, marks.get(n, said)) for n, (role, said) in enumerate(messages)], False)
         pieces, done = [], ""
         for n in answers:
             read, found, text = text.partition(marks[n])

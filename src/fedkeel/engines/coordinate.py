@@ -13,7 +13,6 @@ import json
 import math
 import secrets
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,13 +85,19 @@ def reference_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     groups: dict[str, list[str]] = {}
     for site, hello in sorted(hellos.items()):
         groups.setdefault(json.dumps([hello.get(key) for key in ONE]), []).append(site)
-    counted = Counter({told: len(sites) for told, sites in groups.items()}).most_common(2)
-    if len(counted) > 1 and counted[0][1] == counted[1][1]:
-        first, second = (dict(zip(ONE, json.loads(told), strict=True)) for told, _ in counted)
+    most, *level = _most(groups)
+    if level:
+        first, second = (dict(zip(ONE, json.loads(told), strict=True)) for told in (most, *level))
         odd = [name for key, name in ONE.items() if first[key] != second[key]]
-        parts = " against ".join(", ".join(groups[told]) for told, _ in counted)
+        parts = " against ".join(", ".join(groups[told]) for told in (most, *level))
         raise FederationError(f"the sites disagree about the {' and the '.join(odd)}, {parts}: nothing was trained")
-    return dict(zip(ONE, json.loads(counted[0][0]), strict=True))
+    return dict(zip(ONE, json.loads(most), strict=True))
+
+
+def _most(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """What most sites say, and another thing that as many say if there is one. groups: what is said -> who says it."""
+    first, *others = sorted(groups, key=lambda told: -len(groups[told]))[:2]
+    return [first, *(told for told in others if len(groups[told]) == len(groups[first]))]
 
 
 def meanings_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -103,8 +108,8 @@ def meanings_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             said.setdefault(task, {}).setdefault(meaning, []).append(site)
     found = {}
     for task, groups in said.items():
-        most, *others = sorted(groups, key=lambda meaning: -len(groups[meaning]))
-        if others and len(groups[others[0]]) == len(groups[most]):
+        most, *level = _most(groups)
+        if level:
             parts = " against ".join(", ".join(sites) for sites in groups.values())
             raise FederationError(
                 f"the sites disagree about the labels or the instruction of task {task!r}, {parts}: nothing was trained. Give "

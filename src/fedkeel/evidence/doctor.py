@@ -12,7 +12,7 @@ from fedkeel.data.format import Formatter
 from fedkeel.evidence.report.interval import Interval, paired_difference
 from fedkeel.evidence.report.sure import Models, mean_score, read_scores
 from fedkeel.evidence.report.tables import read_rows
-from fedkeel.model.load import kind_of, load_config, load_tokenizer
+from fedkeel.model.load import load_tokenizer
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.prepare import Prepared
 from fedkeel.types import Record, Row
@@ -34,17 +34,14 @@ def of_recipe(prepared: Prepared) -> list[Verdict]:
     """Verdicts on a recipe and its rows, before any training; the tokenizer is read, no weights."""
     recipe = prepared.recipe
     rows = [r for stage in prepared.stages for r in stage.all("train")]
-    kind = kind_of(recipe.model, load_config(recipe.model))
-    words = load_tokenizer(recipe.model)
-    found = [cut(words, kind, prepared, rows)] if kind == "causal" else []
+    found = [cut(load_tokenizer(recipe.model), prepared, rows)] if prepared.kind == "causal" else []
     return [*found, seen(prepared), *labels(prepared), resolution(prepared), payload(recipe)]
 
 
-def cut(words: object, kind: str, prepared: Prepared, rows: Sequence[Record]) -> Verdict:
+def cut(words: object, prepared: Prepared, rows: Sequence[Record]) -> Verdict:
     """The share of training rows' tokens that data.max_length takes away."""
     data = prepared.recipe.data
-    narrow = Formatter(words, kind, data.max_length, data.list_labels, classes=prepared.classes)
-    wide = Formatter(words, kind, 10**7, data.list_labels, classes=prepared.classes)
+    narrow, wide = (Formatter(words, prepared.kind, most, data.list_labels) for most in (data.max_length, 10**7))
     whole, kept, lengths = 0, 0, []
     for record in rows:
         full = wide.encode_all([record])

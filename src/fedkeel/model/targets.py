@@ -22,9 +22,9 @@ def _block(path: str) -> int:
     return next((int(part) for part in path.split(".") if part.isdigit()), -1)
 
 
-def _linear(net: nn.Module) -> list[str]:
+def _linear(net: Any) -> list[str]:
     """Paths of the linear maps, but for the output projection, whose weights may be the input embedding's too."""
-    head = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None  # type: ignore[operator]
+    head = net.get_output_embeddings()
     return [path for path, m in net.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
 
 
@@ -47,7 +47,7 @@ def _checked(net: nn.Module, base: Base, asked: Sequence[str], linear: Sequence[
         )
 
 
-def targets_in(net: nn.Module, base: Base, lora: LoraConfig) -> tuple[list[str] | str, list[int] | None]:
+def targets_in(net: Any, base: Base, lora: LoraConfig) -> tuple[list[str] | str, list[int] | None]:
     """PEFT's (target_modules, layers_to_transform): the names asked for, else attention and feed-forward maps of the
     architecture, else every linear map of its blocks. Raises ModelError for a name that fits no map.
 

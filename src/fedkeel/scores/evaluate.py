@@ -231,7 +231,7 @@ def _by_likelihood(
 ) -> None:
     encoded = []
     for record in records:
-        answers = [formatter.answer_ids(record, label) for label in record.labels]
+        answers = formatter.label_ids(record)
         encoded.append((formatter.prompt_ids(record, max(map(len, answers))), answers, record))
     encoded.sort(key=lambda e: (len(e[0]), e[2].id))
     for start in range(0, len(encoded), config.batch_size):
