@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from test_run import adapter_of, go, rows_of, same
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
@@ -63,7 +64,10 @@ def coordinate(
     return RunFolder(Path(recipe.out) / "there")
 
 
-@pytest.mark.parametrize("rule", [[], [KEPT], ["federation.rule=residual"]], ids=["mean", "kept", "shifts"])
+EARLY = ["federation.rounds=6", "train.lr=0.1", "federation.patience=1"]
+
+
+@pytest.mark.parametrize("rule", [[], [KEPT], ["federation.rule=residual"], EARLY], ids=["mean", "kept", "shifts", "early"])
 def test_private_files_end_in_the_bits_of_one_process(
     rule: list[str], deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +76,12 @@ def test_private_files_end_in_the_bits_of_one_process(
     there = coordinate([*overrides, *rule], files, tmp_path, monkeypatch)
     mine, theirs = adapter_of(here.path), adapter_of(there.path)
     assert same(mine, theirs)
+    best = [load_file(run.path / "best" / "adapter_model.safetensors") for run in (here, there) if (run.path / "best").exists()]
+    assert len(best) == (0 if "federation.rule=residual" in rule else 2)
+    assert not best or same(*best)
+    ends = [[r["value"] for r in rows_of(run) if r["name"] in ("last_round", "best_round")] for run in (here, there)]
+    assert ends[0] == ends[1]
+    assert not ends[0] or ends[0][0] < 6
     config = json.loads((there.path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny_base"
     assert there.state()["finished"]

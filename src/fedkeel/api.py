@@ -77,6 +77,14 @@ class Result:
             raise FedKeelError(f"{path} is missing: the federation has not ended, or has not ended in one adapter")
         return path
 
+    @property
+    def best(self) -> Path:
+        """The folder of the adapter that was the best of the last stage by validation rows. Raises FedKeelError without one."""
+        path = self.folder / "best"
+        if not (path / "adapter_model.safetensors").exists():
+            raise FedKeelError(f"{path} is missing: no validation rows were scored, or with a rule that leaves no such adapter")
+        return path
+
     @cached_property
     def _whole(self) -> Model:
         from fedkeel.runs.served import trained_model

@@ -38,6 +38,7 @@ RecipeArguments = Annotated[
     list[str] | None,
     typer.Argument(help="A recipe file (.toml), then key=value overrides such as train.lr=1e-3.", show_default=False),
 ]
+BestOption = Annotated[bool, typer.Option("--best", help="The best round by validation rows, not the last.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", show_default=False)]
 
 
@@ -122,6 +123,10 @@ def _print_results(console: Console, folder: Path, recipe: Recipe, page: Path | 
         if 0 < len(table.lines) <= 20:
             console.print(table.rich())
     console.print(f"report: {page}\nadapter (PEFT): {folder / 'adapter'}", highlight=False)
+    if (folder / "best").is_dir():
+        best = RunFolder(folder).state()["best"]
+        told = f"round {best['round']}, {100 * best['score']:.1f} points on validation rows"
+        console.print(f"best of the last stage (PEFT): {folder / 'best'} ({told})", highlight=False)
     if not tables.RULES[recipe.federation.rule].personal:
         own = Path(sys.argv[0]).name == "fedkeel" and shutil.which("fedkeel") is None
         command = sys.argv[0] if own else "fedkeel"
@@ -183,8 +188,11 @@ def run(
     _print_results(console, folder.path, recipe, page)
 
 
-def finished(folder: Path) -> tuple[Recipe, Path]:
-    """The recipe and the PEFT folder of a run whose federation has ended, or an error that says what is missing."""
+def finished(folder: Path, which: str = "adapter") -> tuple[Recipe, Path]:
+    """The recipe and the PEFT folder of a run whose federation has ended, or an error that says what is missing.
+
+    which: `adapter`, or `best` for the best by validation rows.
+    """
     recipe, adapter = folder / "recipe.toml", folder / "adapter" / "adapter_model.safetensors"
     if not recipe.is_file():
         raise FedKeelError(f"{recipe} is missing: {folder} is not a run whose federation has ended")
@@ -192,7 +200,12 @@ def finished(folder: Path) -> tuple[Recipe, Path]:
     check_one_model(loaded, folder / "adapter")
     if not adapter.is_file():
         raise FedKeelError(f"{adapter} is missing: {folder} is not a run whose federation has ended")
-    return loaded, folder / "adapter"
+    if not (folder / which).is_dir():
+        raise FedKeelError(
+            f"{folder / which} is missing: no validation rows were scored in the last stage, or with a rule that "
+            f"leaves no such adapter"
+        )
+    return loaded, folder / which
 
 
 @app.command()
@@ -219,9 +232,11 @@ def ask(
     prompt: Annotated[str | None, typer.Argument(help="A question; without one, a chat.", show_default=False)] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    best: BestOption = False,
 ) -> None:
     """Ask a run: its base and its federated model answer side by side."""
-    recipe, _ = finished(run_folder)
+    which = "best" if best else "adapter"
+    recipe, _ = finished(run_folder, which)
     console = _console()
     with console.status("loading libraries and model"):
         import torch
@@ -230,7 +245,7 @@ def ask(
         from fedkeel.runs.ask import WHO, Ask
 
         torch.set_num_threads(recipe.threads)
-        models = Ask(recipe, run_folder)
+        models = Ask(recipe, run_folder, which)
 
     said: dict[str, list[tuple[str, str]]] = {who: [] for who in WHO}
 
@@ -265,12 +280,14 @@ def evaluate(
     run_folder: RunArgument,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as evaluation.test_rows=0")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    best: BestOption = False,
     predictions: Annotated[Path | None, typer.Option(help="Write every row's prediction to this JSON Lines file.")] = None,
 ) -> None:
     """Score a run's federated adapter, on more rows or other data than the run did."""
     if split not in ("train", "validation", "test"):
         raise FedKeelError(f"--split {split}: one of train, validation, test belongs here")
-    finished(run_folder)
+    which = "best" if best else "adapter"
+    finished(run_folder, which)
     recipe = load_recipe(run_folder / "recipe.toml", overrides or [])
     console = _console()
     with console.status("loading libraries, data and model"):
@@ -286,7 +303,7 @@ def evaluate(
 
         torch.set_num_threads(recipe.threads)
         prepared = prepare(recipe)
-        model = trained_model(recipe, run_folder)
+        model = trained_model(recipe, run_folder, which)
         formatter = formatter_of(model, prepared)
         rows = choose(prepared.stages[-1].all(split), split, recipe.evaluation.test_rows)
     if not rows:
@@ -380,6 +397,7 @@ def export(
     kind: Annotated[
         str, typer.Option("--type", help="Of the matrices of --merged --gguf: f16, bf16 or f32.", show_default="f16")
     ] = "",
+    best: BestOption = False,
 ) -> None:
     """Write a run's federated adapter in PEFT format, or merged into its base in Hugging Face layout, or as GGUF; with a model
     card that says how to load it."""
@@ -390,7 +408,8 @@ def export(
 
         if kind not in TYPES:
             raise FedKeelError(f"--type {kind}: one of {', '.join(TYPES)} belongs here")
-    recipe, _ = finished(run_folder)
+    which = "best" if best else "adapter"
+    recipe, _ = finished(run_folder, which)
     if target.exists():
         raise FedKeelError(f"{target} exists; name a folder that does not")
     console = _console()
@@ -400,9 +419,9 @@ def export(
 
         notes: list[str] = []
         if gguf:
-            files.export_gguf(recipe, run_folder, target, merged, kind or "f16")
+            files.export_gguf(recipe, run_folder, target, merged, which, kind or "f16")
         else:
-            notes = files.export(recipe, run_folder, target, merged)
+            notes = files.export(recipe, run_folder, target, merged, which)
     what = f"{'merged model' if merged else 'adapter'}{' as GGUF' if gguf else ''}"
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False)

@@ -32,7 +32,7 @@ from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Cast, Leg, legs_of
-from fedkeel.runs.rounds import Carrier, Loop, Memory
+from fedkeel.runs.rounds import Carrier, Loop, Memory, check_curve
 from fedkeel.runs.rows import Sums, pooled_rows
 from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
@@ -294,16 +294,18 @@ class Away:
                 self.watch.note(f"round {current.round}: the {split} rows of site {site} are not in the score: {error}")
         return pooled_rows(leg, stage, current.round, split, sums, self.recipe.name)
 
-    def close(self, leg: Leg, current: Global) -> None:
+    def close(self, leg: Leg, current: Global, best: Global | None) -> None:
         """See `Parties`: of the federated leg the PEFT folder."""
         if leg.method != "federated":
             return
         if tables.RULES[self.recipe.federation.rule].personal:
             self.watch.note("every site keeps an adapter of its own: there is none to write here")
         else:
-            self._export(current)
+            self._export("adapter", current)
+            if best is not None:
+                self._export("best", best)
 
-    def _export(self, current: Global) -> None:
+    def _export(self, name: str, current: Global) -> None:
         """The PEFT folder, from the first site whose files hold the coordinator's tensors. Raises FederationError."""
         told = []
         payload = pack_global("checkpoint", current, since=0)
@@ -320,7 +322,7 @@ class Away:
             config = json.loads(files["adapter_config.json"])
             config["base_model_name_or_path"] = self.recipe.model.base  # where it lies at a site is that site's business
             files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-            _write_folder(self.folder.path / "adapter", files)
+            _write_folder(self.folder.path / name, files)
             return
         raise FederationError(f"no site could write the adapter; the last checkpoint holds it.{''.join(told)}")
 
@@ -379,6 +381,7 @@ def _coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: 
     loop = Loop(recipe, away, folder, watch, folder.open(recipe, resume, False))
     loop.state.update(run=run, reference=reference)
     legs = legs_of(away.cast())
+    check_curve(legs, away, recipe.evaluation.every)
     watch.begin(loop.work(legs))
     with tracks as folder.tracks:
         folder.save(loop.state, away.loads())

@@ -19,20 +19,21 @@ from fedkeel.runs.served import served_adapter, trained_model
 from fedkeel.types import Record
 
 
-def export(recipe: Recipe, run: Path, target: Path, merged: bool = False) -> list[str]:
+def export(recipe: Recipe, run: Path, target: Path, merged: bool = False, which: str = "adapter") -> list[str]:
     """Write the new folder `target`: the run's adapter in PEFT's format, or if `merged` the whole model in Hugging Face layout.
 
-    recipe, run: of a run that has ended in one adapter. An adapter has the tokenizer beside it, and names its base by its id on
-    the hub where it has one. Returns notes on what could not be added. Raises DiskError, ModelError.
+    recipe, run: of a run that has ended in one adapter. which: `adapter` or `best`, see `served.serve`.
+    An adapter has the tokenizer beside it, and names its base by its id on the hub where it has one. Returns notes on what
+    could not be added. Raises DiskError, ModelError.
     """
     notes = []
     with whole_folder(target) as partial:
         if merged:
-            model = trained_model(recipe, run)
+            model = trained_model(recipe, run, which)
             kind = model.kind
             save_merged(model, partial, _ends(model))
         else:
-            shutil.copytree(run / "adapter", partial, dirs_exist_ok=True)
+            shutil.copytree(run / which, partial, dirs_exist_ok=True)
             kind = _kind(partial)
             _name_base(partial, recipe)
             try:
@@ -43,12 +44,14 @@ def export(recipe: Recipe, run: Path, target: Path, merged: bool = False) -> lis
     return notes
 
 
-def export_gguf(recipe: Recipe, run: Path, target: Path, merged: bool = False, kind: str = "f16") -> None:
+def export_gguf(
+    recipe: Recipe, run: Path, target: Path, merged: bool = False, which: str = "adapter", kind: str = "f16"
+) -> None:
     """As `export`, as one file for llama.cpp, `adapter.gguf` or `model.gguf`, with a Modelfile for Ollama.
 
     kind: of the whole model's matrices, see `model.gguf_write.TYPES`.
     """
-    model = trained_model(recipe, run)
+    model = trained_model(recipe, run, which)
     with whole_folder(target) as partial:
         if merged:
             save_merged_gguf(model, partial / "model.gguf", kind, _ends(model))

@@ -154,6 +154,11 @@ def _check_exchange(recipe: Recipe) -> None:
             f"federation.rule = {name!r} moves the base itself, so what was served before is no adapter of today's base: set "
             f"stream.average = 0 and distill.memory = 0, or a rule such as 'mean'"
         )
+    if federation.keep == "best" and (rule.shifts or rule.personal):
+        raise ConfigError(
+            f"federation.keep = 'best' goes back to the adapter of an earlier round, and federation.rule = {name!r} "
+            f"{'moves the base' if rule.shifts else 'leaves a factor at each site'}, which does not go back with it: set 'last'"
+        )
     if stream.average and not steady:
         raise ConfigError(
             f"stream.average = {stream.average:g} averages factors of several rounds, and rule {name!r} finds them anew each "

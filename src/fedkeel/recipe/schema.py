@@ -230,6 +230,10 @@ class Federation:
     """The round loop. quorum: share of the sampled sites that must answer well, else the run stops with their errors."""
 
     rounds: int = number(10, 1)
+    # points of the validation curve (evaluation.every) in a row that are no better than the best one, after which a stage
+    # ends; 0: it lasts all its rounds
+    patience: int = number(0, 0)
+    keep: str = one_of("last", ("last", "best"))  # what a stage ends in: its last round, or its best by validation rows
     sites_per_round: int = number(0, 0)  # 0: all
     rule: str = one_of("mean", tables.RULES)  # of aggregation, see docs/exchange.md
     hostile: int = number(0, 0)  # sites that may lie: what `trimmed` and `krum` are to withstand

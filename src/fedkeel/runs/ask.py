@@ -45,10 +45,10 @@ class Heard(BaseStreamer):
 
 
 class Ask:
-    """The two models of one run. recipe, folder: of the run, which has ended in one adapter."""
+    """The two models of one run. recipe, folder: of the run, which has ended in one adapter. which: see `served.serve`."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.model = trained_model(recipe, folder)
+    def __init__(self, recipe: Recipe, folder: Path, which: str = "adapter") -> None:
+        self.model = trained_model(recipe, folder, which)
         # what is added to the base's own maps cannot be switched off
         self._base = Model(recipe.model, recipe.lora, recipe.seed, self.model.classes) if self.model.shifts else self.model
         about = self.model.net.config

@@ -12,7 +12,7 @@ from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.here import Engine, Here
 from fedkeel.runs.legs import legs_of
 from fedkeel.runs.prepare import Prepared
-from fedkeel.runs.rounds import Loop
+from fedkeel.runs.rounds import Loop, check_curve
 from fedkeel.runs.served import serve
 from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
@@ -42,9 +42,10 @@ def _execute(prepared: Prepared, folder: RunFolder, watch: Watch, begin: tuple[b
     folder.check(recipe, *begin)
     tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
     here = Here(prepared, folder, watch, engine)
+    legs = legs_of(prepared.cast)
+    check_curve(legs, here, recipe.evaluation.every)
     # only now: a recipe that cannot run leaves no folder, and replaces none
     loop = Loop(recipe, here, folder, watch, folder.open(recipe, *begin, here.prints()))
-    legs = legs_of(prepared.cast)
     watch.begin(loop.work(legs))
     with nullcontext() if loop.state["finished"] else tracks as folder.tracks:
         for leg in legs:

@@ -183,13 +183,18 @@ class Here:
         with self.model.remembering():
             return score(self.model, self.formatter, records, self.prepared.recipe.evaluation, self.watch.advance)
 
-    def close(self, leg: Leg, current: Global) -> None:
+    def close(self, leg: Leg, current: Global, best: Global | None) -> None:
         """See `Parties`: the score of every test row, and of the federated leg the PEFT folder, whole or not at all; one a site
         where factors stay at the sites."""
         self.folder.write_scores(leg.method, leg.site, {s.record.id: (s.record.task, s.score) for s in self._tested})
         if leg.method != "federated":
             return
-        target = self.folder.path / "adapter"
+        self._write("adapter", leg, current)
+        if best is not None:
+            self._write("best", leg, best)
+
+    def _write(self, name: str, leg: Leg, current: Global) -> None:
+        target = self.folder.path / name
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         if tables.RULES[leg.stages[-1].recipe.federation.rule].personal:

@@ -14,11 +14,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fedkeel import tables
 from fedkeel.federation.kept import layout_of, modules_left_out
 from fedkeel.federation.server import Roster, run_round
 from fedkeel.federation.train import steps_a_round
 from fedkeel.method.aggregate.common import blend
 from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Leg, Stage
 from fedkeel.runs.rows import round_rows
@@ -68,8 +70,8 @@ class Parties(Protocol):
     def score(self, leg: Leg, stage: int, current: Global, split: str) -> list[Row]:
         """Rows of the scores of `current`, as it would be served. split: `validation`, `test` or `unseen-sites`."""
 
-    def close(self, leg: Leg, current: Global) -> None:
-        """The last stage of a leg is scored: keep what it ends in."""
+    def close(self, leg: Leg, current: Global, best: Global | None) -> None:
+        """The last stage of a leg is scored: keep what it ends in, and beside it the best by validation rows, if known."""
 
 
 @dataclass
@@ -129,10 +131,37 @@ class Loop:
             return replace(current, round=end)
         carrier = self.parties.connect(leg, stage, _Progress(self, leg, stage, len(sites)))
         roster = self._roster(leg, stage, sites)
-        while current.round < end:
+        while current.round < end and not self._settled(leg, stage):
             current = self._round(leg, stage, current, carrier, roster)
             self._curve(leg, stage, current)
-        return current
+        return self._ended(leg, stage, current)
+
+    def _best(self, leg: Leg, stage: int) -> Mapping[str, Any]:
+        """The best point of the validation curve of a stage so far, see `RunFolder.state`; empty where there is none."""
+        best: Mapping[str, Any] = self.state.get("best", {}) if leg.method == "federated" else {}
+        return best if best.get("stage") == stage else {}
+
+    def _settled(self, leg: Leg, stage: int) -> bool:
+        """Whether patience with a stage is at its end."""
+        patience = leg.stages[stage].recipe.federation.patience
+        return bool(patience) and self._best(leg, stage).get("waited", 0) >= patience
+
+    def _ended(self, leg: Leg, stage: int, current: Global) -> Global:
+        """What a stage ends in; its rounds are counted as if all had been."""
+        end, best = (stage + 1) * leg.rounds, self._best(leg, stage)
+        if current.round < end:
+            left = range(current.round + 1, end + 1)
+            points = sum(self._curve_point(leg, round) for round in left)
+            self.watch.advance(len(left) * self._work(leg, stage)[0] + points * self.parties.size(leg, stage, "validation"))
+            self.watch.note(
+                f"stage {stage + 1} ends after round {current.round} of {end}: {best['waited']} points of the curve were not "
+                f"above the {100 * best['score']:.1f} of round {best['round']}"
+            )
+        self.state["last"] = current.round
+        if leg.stages[stage].recipe.federation.keep == "best" and best:
+            kept = self.folder.read_checkpoint(leg.name, best["round"], self.parties.initial)
+            current = replace(current, adapter=kept.adapter)
+        return replace(current, round=end)
 
     def _roster(self, leg: Leg, stage: int, sites: Sequence[str]) -> Roster:
         recipe, initial = leg.stages[stage].recipe, self.parties.initial
@@ -195,7 +224,26 @@ class Loop:
             self.watch.leg(leg.name, "scoring validation rows")
             rows = self.parties.score(leg, stage, self._as_served(leg, stage, current), "validation")
             self.state["scored"] = current.round
+            self._judge(leg, stage, current.round, rows)
             self.folder.save(self.state, rows)
+
+    def _judge(self, leg: Leg, stage: int, round: int, rows: Sequence[Row]) -> None:
+        """Take a point of the curve into account."""
+        score = next((r.value for r in rows if r.name == "score" and not r.task and not r.site), None)
+        best = self._best(leg, stage)
+        if score is None:  # no site answered
+            return
+        if not best or score > best["score"]:
+            self.state["best"] = {"stage": stage, "round": round, "score": score, "waited": 0}
+        else:
+            self.state["best"] = {**best, "waited": best["waited"] + 1}
+
+    def _best_served(self, leg: Leg, stage: int) -> Global | None:
+        """What would be served of the best point of a stage's curve; None where there is no such one adapter."""
+        best, rule = self._best(leg, stage), tables.RULES[leg.stages[stage].recipe.federation.rule]
+        if not best or rule.shifts or rule.personal:
+            return None
+        return self._as_served(leg, stage, self.folder.read_checkpoint(leg.name, best["round"], self.parties.initial))
 
     def _test(self, leg: Leg, stage: int, current: Global) -> None:
         """Score the held-out rows of all stages so far."""
@@ -211,8 +259,12 @@ class Loop:
                 rows += self.parties.score(leg, stage, as_served, split)
         told = ("test_seconds", seconds, "seconds")
         rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, *told, site=leg.site, stage=stage))
+        federation, best = leg.stages[stage].recipe.federation, self._best(leg, stage)
+        if best and (federation.patience or federation.keep == "best"):
+            for name, value in (("last_round", self.state["last"]), ("best_round", best["round"])):
+                rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, name, value, "rounds", stage=stage))
         if last:
-            self.parties.close(leg, as_served)
+            self.parties.close(leg, as_served, self._best_served(leg, stage))
         self._save(leg, current, rows, tested=stage + 1)  # also of a stage in which nobody learnt
 
     def _work(self, leg: Leg, stage: int) -> tuple[float, float, float]:
@@ -227,6 +279,25 @@ class Loop:
     def work(self, legs: Sequence[Leg]) -> float:
         """What legs take, in row-equivalents."""
         return sum(sum(self._work(leg, stage)[1:]) for leg in legs for stage in range(len(leg.stages)))
+
+
+def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:
+    """Raise ConfigError where a leg goes by points of a validation curve that it will not have. every: rounds between them."""
+    for leg in legs:
+        federation, points = leg.stages[0].recipe.federation, leg.rounds // every
+        if not leg.rounds or (federation.keep != "best" and not federation.patience):
+            continue
+        if not all(parties.size(leg, stage, "validation") for stage in range(len(leg.stages))):
+            raise ConfigError(
+                f"federation.patience = {federation.patience}, federation.keep = {federation.keep!r}: a stage has no "
+                f"validation row to go by; set data.validation_share above 0"
+            )
+        if points <= federation.patience:
+            raise ConfigError(
+                f"federation.patience = {federation.patience}, federation.keep = {federation.keep!r}: {leg.rounds} rounds "
+                f"with evaluation.every = {every} are {points} points of the curve, too few to go by; score more often, or "
+                f"set more federation.rounds"
+            )
 
 
 def round_work(stage: Stage) -> float:

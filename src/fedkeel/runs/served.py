@@ -6,6 +6,7 @@ import json
 from functools import reduce
 from pathlib import Path
 
+from fedkeel import tables
 from fedkeel.method.aggregate.common import blend
 from fedkeel.method.aggregate.layouts import folded
 from fedkeel.model.export import CLASSES
@@ -26,23 +27,39 @@ def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, l
     return reduce(lambda before, end: blend(before, end, share), ends)
 
 
-def serve(model: Model, folder: RunFolder, recipe: Recipe) -> None:
+def serve(model: Model, folder: RunFolder, recipe: Recipe, which: str = "adapter") -> None:
     """Put into the model what a finished federation serves: its adapter, and the base shifts below it.
 
-    Raises ConfigError where there is no such one model, as factors stayed at the sites.
+    which: `adapter`, or `best`, the best of its last stage by validation rows. Raises ConfigError where there is no such one
+    model, as factors stayed at the sites; RunError where no round is known as the best.
     """
     assert model.initial is not None
     check_one_model(recipe, folder.path / "adapter")
     rounds, last = recipe.federation.rounds, max(1, len(recipe.stream.stages)) - 1
     model.rewind()
     model.replay(folder.read_checkpoint("federated", rounds * (last + 1), model.initial).shifts, 0)
-    model.write(served(folder, "federated", rounds, last, recipe.stream.average, model.initial))
+    if which == "best":
+        model.write(_best(folder, recipe, model.initial))
+    else:
+        model.write(served(folder, "federated", rounds, last, recipe.stream.average, model.initial))
 
 
-def trained_model(recipe: Recipe, folder: Path) -> Model:
-    """The model of a finished run with its federated adapter in it; its data are not asked for. Raises RunError."""
+def _best(folder: RunFolder, recipe: Recipe, like: Adapter) -> Adapter:
+    best, rule = folder.state().get("best", {}), tables.RULES[recipe.federation.rule]
+    last, share = max(1, len(recipe.stream.stages)) - 1, recipe.stream.average
+    if best.get("stage") != last or rule.shifts:
+        raise RunError(f"{folder.path} knows no best round of its last stage: no validation rows were scored in it")
+    found = folder.read_checkpoint("federated", best["round"], like).adapter
+    if not (last and share):
+        return found
+    return blend(served(folder, "federated", recipe.federation.rounds, last - 1, share, like), found, share)
+
+
+def trained_model(recipe: Recipe, folder: Path, which: str = "adapter") -> Model:
+    """The model of a finished run with its federated adapter in it; its data are not asked for. which: see `serve`. Raises
+    RunError."""
     model = Model(recipe.model, recipe.lora, recipe.seed, _classes(folder / "adapter" / CLASSES))
-    serve(model, RunFolder(folder), recipe)
+    serve(model, RunFolder(folder), recipe, which)
     return model
 
 
