@@ -23,6 +23,7 @@ from rich.text import Text
 
 from fedkeel.evidence.report import human_bytes
 from fedkeel.federation.server import RoundResult
+from fedkeel.runs.watch import Left
 
 
 class Answers:
@@ -60,14 +61,18 @@ class Answers:
 
 
 class _TimeLeft(ProgressColumn):
-    """Time left at the mean speed since the start: legs differ in speed, so a short window would mislead."""
+    """What `Left` says."""
+
+    def __init__(self, left: Left) -> None:
+        super().__init__()
+        self._left = left
 
     def render(self, task: Task) -> Text:
         """`left 1:23`, or dashes before there is anything to go by."""
-        if not task.total or not task.completed or task.elapsed is None:
+        seconds = self._left.seconds
+        if seconds is None:
             return Text("left -:--")
-        seconds = round(task.elapsed * (task.total - task.completed) / task.completed)
-        return Text(f"left {seconds // 60}:{seconds % 60:02d}")
+        return Text(f"left {round(seconds) // 60}:{round(seconds) % 60:02d}")
 
 
 class Display:
@@ -77,14 +82,14 @@ class Display:
         self._console, self._sites = console, sites
         self._live = console.is_terminal
         self._bytes = exchanged
-        self._begin = time.perf_counter()
+        self._begin, self._left = time.perf_counter(), Left()
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
-            _TimeLeft(),
+            _TimeLeft(self._left),
             console=console,
             disable=not self._live,
         )
@@ -99,17 +104,29 @@ class Display:
 
     def begin(self, total_work: float) -> None:
         """See `watch.Watch`."""
+        self._left.begin(total_work)
         self._progress.reset(self._task, total=total_work, description="starting", detail=f"{self._sites} sites")
 
     def leg(self, name: str, detail: str) -> None:
         """See `watch.Watch`."""
         self._progress.update(self._task, description=name, detail=detail)
         if not self._live and detail == "scoring held-out rows":
-            self._console.print(f"[{time.perf_counter() - self._begin:7.1f} s] {name}: {detail}", markup=False, highlight=False)
+            self._line(f"{name}: {detail}")
 
     def advance(self, work: float) -> None:
         """See `watch.Watch`."""
+        self._left.advance(work)
         self._progress.advance(self._task, work)
+        if not self._live and (first := self._left.first()):
+            self._line(first)
+
+    def skip(self, work: float) -> None:
+        """See `watch.Watch`."""
+        self._left.skip(work)
+        self._progress.advance(self._task, work)
+
+    def _line(self, text: str) -> None:
+        self._console.print(f"[{time.perf_counter() - self._begin:7.1f} s] {text}", markup=False, highlight=False)
 
     def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
         """See `watch.Watch`."""
@@ -119,9 +136,8 @@ class Display:
         if len(result.updates) > 1 or rounds > 1:
             self._bytes += sum(result.bytes_up.values()) + sum(result.bytes_down.values())
             line += f", aggregation error {result.error:.1%}, {human_bytes(self._bytes)} exchanged so far"
-        self._console.print(
-            f"[{time.perf_counter() - self._begin:7.1f} s] {line}, {result.seconds:.1f} s", markup=False, highlight=False
-        )
+        left = "" if self._live else self._left.told()
+        self._line(f"{line}, {result.seconds:.1f} s{left and f', {left}'}")
 
     def note(self, text: str) -> None:
         """See `watch.Watch`."""

@@ -32,7 +32,7 @@ from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Cast, Leg, legs_of
-from fedkeel.runs.rounds import Carrier, Loop, Memory, check_curve
+from fedkeel.runs.rounds import Carrier, Loop, Memory, Progress, check_curve
 from fedkeel.runs.rows import Sums, pooled_rows
 from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
@@ -261,7 +261,7 @@ class Away:
         """See `Parties`."""
         return list(leg.stages[stage].rows) if leg.stages[stage].rows and any(leg.stages[stage].rows.values()) else []
 
-    def connect(self, leg: Leg, stage: int, done: Callable[[Reply], None]) -> Carrier:
+    def connect(self, leg: Leg, stage: int, done: Progress) -> Carrier:
         """See `Parties`."""
         recipe = leg.stages[stage].recipe
         steps = recipe.train.local_steps if leg.method == "local" else 0

@@ -13,7 +13,7 @@ from fedkeel.exchange.channel import channel_of
 from fedkeel.exchange.messages import NOTHING_UNSENT, difference, names_of, pack, read_counts, unpack_global, unsent
 from fedkeel.federation.kept import Kept, layout_of, modules_left_out
 from fedkeel.federation.teacher import held_positions
-from fedkeel.federation.train import Round, SiteError, train_round
+from fedkeel.federation.train import Round, SiteError, train_round, untold
 from fedkeel.method.structure.branch import hold
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
@@ -24,12 +24,13 @@ from fedkeel.types import Adapter
 @dataclass(frozen=True)
 class Site:
     """A site of a leg. stages: its encoded rows of each stage of the stream; a stage lasts `rounds` rounds. recipe: of the
-    leg."""
+    leg. tick: hears of each step, see `train_round`."""
 
     name: str
     stages: Sequence[Sequence[Example]]
     rounds: int
     recipe: Recipe
+    tick: Callable[[float], None] = untold
 
     @property
     def rule(self) -> tables.Rule:
@@ -52,7 +53,7 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     sent = trained & names_of(like, rule.shared)
     examples = site.stages[round.stage]
     with _held(model, recipe, out), model.training_only(trained):
-        positions, stats = train_round(model, examples, round)
+        positions, stats = train_round(model, examples, round, site.tick)
     after = model.read()
     change = difference(after, round.state.adapter)
     if rule.personal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -228,9 +228,16 @@ def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterat
         model.train(False)
 
 
-def train_round(model: Model, examples: Sequence[Example], round: Round) -> tuple[int, dict[str, float]]:
+def untold(share: float) -> None:
+    """Nobody hears of progress."""
+
+
+def train_round(
+    model: Model, examples: Sequence[Example], round: Round, tick: Callable[[float], None] = untold
+) -> tuple[int, dict[str, float]]:
     """Train the model's adapter, which is `round.state.adapter` when this begins, in place.
 
+    tick: called after each step with its share of the round.
     Returns the supervised positions trained on and numbers by name: `loss` (task, mean nats a position) and what `Log` says.
     The optimiser starts afresh each round, so a site keeps no state between rounds. Raises SiteError on a loss that is not
     finite.
@@ -262,6 +269,7 @@ def train_round(model: Model, examples: Sequence[Example], round: Round) -> tupl
             if lesson.injection is not None:
                 lesson.injection.ascend()
             positions += n_step
+            tick(1 / len(schedule))
         return positions, log.stats(lesson.injection)
 
 

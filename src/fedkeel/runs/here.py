@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from fedkeel import tables
@@ -23,7 +24,7 @@ from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Leg
 from fedkeel.runs.prepare import Prepared
-from fedkeel.runs.rounds import Carrier, Memory
+from fedkeel.runs.rounds import Carrier, Memory, Progress
 from fedkeel.runs.rows import score_rows, unseen_rows
 from fedkeel.runs.watch import Watch
 from fedkeel.scores.evaluate import Scored, choose, score
@@ -133,12 +134,15 @@ class Here:
             return examples[name]
         return sorted((e for encoded in examples.values() for e in encoded), key=lambda e: e.record)
 
-    def connect(self, leg: Leg, stage: int, done: Callable[[Reply], None]) -> Carrier:
+    def connect(self, leg: Leg, stage: int, done: Progress) -> Carrier:
         """See `Parties`."""
         if self.engine is not None and leg.method == "federated":
             return self.engine.connect(leg.rounds, self.kept, done)
         recipe, before = leg.stages[stage].recipe, [()] * stage
-        sites = {name: Site(name, [*before, self._rows(name, stage)], leg.rounds, recipe) for name in self.present(leg, stage)}
+        sites = {
+            name: Site(name, [*before, self._rows(name, stage)], leg.rounds, recipe, partial(done.step, name))
+            for name in self.present(leg, stage)
+        }
         return LocalTransport(self.model, sites, self.kept, done)
 
     def memory(self) -> Memory:
@@ -165,7 +169,7 @@ class Here:
         self.model.replay(current.shifts, 0)
         if not leg.rounds:  # nothing is trained: after a later stage only rows, or candidates, that came with it are new
             fresh = [r for r in records if (r.id, r.labels) not in self._untrained]
-            self.watch.advance(len(records) - len(fresh))
+            self.watch.skip(len(records) - len(fresh))
             scored = self._by(current.adapter, fresh)
             self._untrained |= {(s.record.id, s.record.labels): s for s in scored}
             return [found for r in records if (found := self._untrained.get((r.id, r.labels)))]

@@ -8,7 +8,7 @@ scoring, the folder is in a state to resume from.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -47,6 +47,16 @@ class Memory:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
+class Progress(Protocol):
+    """What hears how far a round is."""
+
+    def __call__(self, reply: Reply) -> None:
+        """A site has answered."""
+
+    def step(self, site: str, share: float) -> None:
+        """A site has done so much of its training of this round."""
+
+
 class Parties(Protocol):
     """The sites of a run, wherever they are. initial: what every leg starts from."""
 
@@ -58,8 +68,8 @@ class Parties(Protocol):
     def present(self, leg: Leg, stage: int) -> list[str]:
         """The sites of a leg that have something to train on in a stage."""
 
-    def connect(self, leg: Leg, stage: int, done: Callable[[Reply], None]) -> Carrier:
-        """A transport for the rounds of a stage. done: called with each reply, for progress."""
+    def connect(self, leg: Leg, stage: int, done: Progress) -> Carrier:
+        """A transport for the rounds of a stage. done: hears of each reply, and where it can of each step."""
 
     def memory(self) -> Memory:
         """What the leg's sites keep now."""
@@ -88,7 +98,7 @@ class Loop:
         """A leg from its last state to its end."""
         state = self.state
         if leg.name in state["done"]:
-            self.watch.advance(self.work([leg]))
+            self.watch.skip(self.work([leg]))
             return
         if state["leg"] != leg.name:
             state.update(leg=leg.name, round=0, tested=0, scored=0, kept={})
@@ -96,7 +106,7 @@ class Loop:
         current = self._begin(leg)
         for stage in range(len(leg.stages)):
             if stage < state["tested"]:
-                self.watch.advance(sum(self._work(leg, stage)[1:]))
+                self.watch.skip(sum(self._work(leg, stage)[1:]))
                 continue
             current = self._stage(leg, stage, current)
             self._test(leg, stage, current)
@@ -123,7 +133,7 @@ class Loop:
         end = (stage + 1) * leg.rounds
         for round in range(stage * leg.rounds + 1, current.round + 1):  # done before this process began
             scored = self.parties.size(leg, stage, "validation") if self._curve_point(leg, round) else 0
-            self.watch.advance(self._work(leg, stage)[0] + scored * (round <= self.state["scored"]))
+            self.watch.skip(self._work(leg, stage)[0] + scored * (round <= self.state["scored"]))
         if current.round > stage * leg.rounds:
             self._curve(leg, stage, current)  # it may have been cut off between a round and its scoring
         sites = self.parties.present(leg, stage) if leg.rounds else []
@@ -152,7 +162,7 @@ class Loop:
         if current.round < end:
             left = range(current.round + 1, end + 1)
             points = sum(self._curve_point(leg, round) for round in left)
-            self.watch.advance(len(left) * self._work(leg, stage)[0] + points * self.parties.size(leg, stage, "validation"))
+            self.watch.skip(len(left) * self._work(leg, stage)[0] + points * self.parties.size(leg, stage, "validation"))
             self.watch.note(
                 f"stage {stage + 1} ends after round {current.round} of {end}: {best['waited']} points of the curve were not "
                 f"above the {100 * best['score']:.1f} of round {best['round']}"
@@ -306,17 +316,23 @@ def round_work(stage: Stage) -> float:
     return TRAIN_COST * train.batch_size * sum(steps_a_round(train, rows) for rows in stage.rows.values() if rows)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Progress:
-    """Hears of each reply, and tells the watch what part of a round that was."""
+    """See `Progress`: tells the watch what part of a round that was. begun: site -> the share of its training that was told."""
 
     loop: Loop
     leg: Leg
     stage: int
     sites: int
+    begun: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, reply: Reply) -> None:
+        self.step(reply.site, 1 - self.begun.get(reply.site, 0.0))
+        del self.begun[reply.site]
+
+    def step(self, site: str, share: float) -> None:
+        self.begun[site] = self.begun.get(site, 0.0) + share
         at = self.leg.stages[self.stage]
-        rows = at.rows.get(reply.site, 0)
-        share = rows / max(1, sum(at.rows.values())) if at.recipe.train.local_epochs else 1 / self.sites
-        self.loop.watch.advance(round_work(at) * share)
+        rows = at.rows.get(site, 0)
+        part = rows / max(1, sum(at.rows.values())) if at.recipe.train.local_epochs else 1 / self.sites
+        self.loop.watch.advance(round_work(at) * part * share)

@@ -22,6 +22,9 @@ class Watch(Protocol):
     def advance(self, work: float) -> None:
         """Some work is done."""
 
+    def skip(self, work: float) -> None:
+        """Some work needs not be done: it was before, or never will be."""
+
     def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
         """A round is done."""
 
@@ -29,17 +32,59 @@ class Watch(Protocol):
         """Something the user should know."""
 
 
+class Left:
+    """The time left, at the mean speed since the work began: legs differ in speed, so a short window would mislead."""
+
+    FIRST = 20.0  # seconds after which a reader without a bar wants to know
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.begin(0.0)
+
+    def begin(self, total: float) -> None:
+        """Nothing is done yet of `total` work."""
+        self._total, self._done, self._since, self._told = total, 0.0, self._clock(), False
+
+    def advance(self, work: float) -> None:
+        """Some work is done."""
+        self._done += work
+
+    def skip(self, work: float) -> None:
+        """Some work needs not be done; it says nothing about speed."""
+        self._total -= work
+
+    @property
+    def seconds(self) -> float | None:
+        """None before there is anything to go by."""
+        if self._done <= 0:
+            return None
+        return (self._clock() - self._since) * max(0.0, self._total - self._done) / self._done
+
+    def told(self) -> str:
+        """`about 12 min left`; empty before there is anything to go by, and at the end."""
+        seconds = self.seconds
+        if not seconds or seconds < 0.5:
+            return ""
+        self._told = True
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+    def first(self) -> str:
+        """`told`, if it has not been yet and it is time to."""
+        return "" if self._told or self._clock() - self._since < self.FIRST else self.told()
+
+
 class Lines:
-    """A `Watch` that tells lines: a round, a leg's scoring, a note; with the seconds since its beginning."""
+    """A `Watch` that tells lines: a round, a leg's scoring, a note, the time left; with the seconds since its beginning."""
 
     def __init__(self, tell: Callable[[str], object]) -> None:
-        self._tell, self._begin = tell, time.perf_counter()
+        self._tell, self._begin, self._left = tell, time.perf_counter(), Left()
 
     def _line(self, text: str) -> None:
         self._tell(f"[{time.perf_counter() - self._begin:7.1f} s] {text}")
 
     def begin(self, total_work: float) -> None:
         """See `Watch`."""
+        self._left.begin(total_work)
 
     def leg(self, name: str, detail: str) -> None:
         """See `Watch`."""
@@ -48,15 +93,23 @@ class Lines:
 
     def advance(self, work: float) -> None:
         """See `Watch`."""
+        self._left.advance(work)
+        if first := self._left.first():
+            self._line(first)
+
+    def skip(self, work: float) -> None:
+        """See `Watch`."""
+        self._left.skip(work)
 
     def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
         """See `Watch`."""
         sent = sum(result.bytes_down.values()) + sum(result.bytes_up.values())
         losses = [u.stats["loss"] for u in result.updates]
         sites = f"{len(losses)} site{'s' * (len(losses) != 1)}"
+        left = self._left.told()
         self._line(
             f"{leg} round {done} of {rounds}: {sites}, loss {sum(losses) / len(losses):.3f} nats, "
-            f"{result.seconds:.1f} s, {sent:,} bytes"
+            f"{result.seconds:.1f} s, {sent:,} bytes{left and f', {left}'}"
         )
 
     def note(self, text: str) -> None:
