@@ -12,12 +12,13 @@ from test_run import go
 from tiny import tiny_rows
 
 from fedkeel.data.format import Formatter
-from fedkeel.evidence import doctor
-from fedkeel.evidence.doctor import BAD, GOOD, LOOK, Verdict, of_recipe, of_run
+from fedkeel.evidence.doctor import at_chance, keep, of_recipe, of_run
+from fedkeel.evidence.report import method_table, read_rows, verdicts, write_report
+from fedkeel.evidence.report.verdicts import BAD, GOOD, LOOK, Verdict
 from fedkeel.model.load import load_tokenizer
 from fedkeel.recipe.load import load_recipe
 from fedkeel.runs.prepare import Prepared, prepare
-from fedkeel.types import Row
+from fedkeel.types import FedKeelError, Row
 
 
 def ready(overrides: list[str]) -> Prepared:
@@ -40,7 +41,7 @@ def test_the_share_of_tokens_that_are_cut(tiny_overrides: list[str]) -> None:
     share = 1 - kept / sum(lengths)
     assert share > 0.01
     assert verdict.level == (BAD if share > 0.1 else LOOK)
-    assert f"takes {share:.1%} of all tokens" in verdict.told
+    assert f"takes {share:.1%} of the tokens of" in verdict.told
     assert f"data.max_length = {lengths[math.ceil(0.99 * len(lengths)) - 1]}," in verdict.change
 
 
@@ -98,10 +99,10 @@ def test_a_loss_that_had_not_come_to_rest(values: list[float], level: str, told:
     for number, value in enumerate(values, 1):
         rows += [loss(number, "a", value + 3), loss(number, "b", value - 1)]
         rows += [loss(number, "a", 10, "positions"), loss(number, "b", 30, "positions")]
-    (verdict,) = doctor.falling(rows)
+    (verdict,) = verdicts.falling(rows)
     assert told in verdict.told
     assert verdict.level == level
-    assert list(doctor.falling(rows[:12])) == []
+    assert list(verdicts.falling(rows[:12])) == []
 
 
 def scores(right: int, count: int = 200) -> dict[str, dict[str, float]]:
@@ -110,7 +111,7 @@ def scores(right: int, count: int = 200) -> dict[str, dict[str, float]]:
 
 def levels(**rights: int) -> dict[str, str]:
     models: Any = {tuple(name.split("_")) if "_" in name else (name, ""): scores(right) for name, right in rights.items()}
-    return {verdict.told: verdict.level for verdict in doctor.order(models)}
+    return {verdict.told: verdict.level for verdict in verdicts.order(models)}
 
 
 def test_the_order_of_base_local_federated_and_centralised() -> None:
@@ -151,3 +152,79 @@ def test_a_whole_run_and_the_command(
         main()
     assert not end.value.code
     assert len(tiny_rows()) == 72
+
+
+def test_tasks_at_chance_by_hand(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """Six test rows of the task `colour`, two of each colour: the commonest gives 1/3, and the bar is 1/3 + 2·√(2/9/6) = 0.718.
+    The free task has no chance level."""
+    rows = [row for row in tiny_rows() if row["split"] == "train" or row["task"] == "echo"]
+    rows += [
+        {**row, "split": "test", "input": f"a {row['output']} thing {n}"}
+        for colour in ("red", "green", "blue")
+        for n, row in enumerate([row for row in rows if row["output"] == colour][:2])
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = {"colour": {"labels": ["red", "green", "blue"]}}
+    (tmp_path / "tasks.json").write_text(json.dumps(labels))
+    prepared = ready([*tiny_overrides, f"data.root={tmp_path}"])
+    tested = {task: [r.id for r in prepared.sites.all("test") if r.task == task] for task in ("colour", "echo")}
+    assert len(tested["colour"]) == 6
+
+    def told(right: int) -> list[Verdict]:
+        scores = {task: {name: float(n < right) for n, name in enumerate(of)} for task, of in tested.items()}
+        return list(at_chance(prepared, {("federated", ""): scores}))
+
+    (low,) = told(4)
+    assert (low.level, low.told) == (
+        LOOK,
+        "colour: federated 66.7 points, the commonest answer alone 33.3 (6 rows): not surely above chance",
+    )
+    (high,) = told(5)
+    assert (high.level, high.told.split(" is surely")[0]) == (GOOD, "every task with labels (1)")
+    assert list(at_chance(prepared, {})) == []
+
+
+def test_the_report_has_the_same_verdicts_on_top(tiny_overrides: list[str]) -> None:
+    """Also where the rows of text are gone, as on another machine."""
+    given = [*tiny_overrides, "federation.rounds=4"]
+    folder = go(given)[1].path
+    prepared = ready(given)
+    keep(prepared, folder, of_recipe(prepared))
+    found = of_run(folder, prepared)
+    assert sorted(of_run(folder), key=str) == sorted(found, key=str)
+    page = write_report(folder)
+    markdown, html = page.read_text(), page.with_suffix(".html").read_text()
+    for text in (markdown, html):
+        assert text.index("what to change") < text.index(method_table(read_rows(folder / "rows.jsonl")).title)
+    for one in found:
+        assert one.told.split(":")[0].replace("_", "") in markdown.replace("\\", "").replace("_", "")
+    (folder / "verdicts.json").write_text('[{"level": "bad"}]')
+    with pytest.raises(FedKeelError, match=r"verdicts\.json cannot be read"):
+        write_report(folder)
+
+
+def test_sample_answers_are_of_each_task_in_turn_and_not_picked(tiny_overrides: list[str]) -> None:
+    folder = go([*tiny_overrides, "evaluation.samples=5"])[1].path
+    kept = json.loads((folder / "answers.json").read_text())
+    prepared = ready(tiny_overrides)
+    by_task = {
+        task: sorted((r for r in prepared.sites.all("test") if r.task == task), key=lambda r: r.id)
+        for task in ("colour", "echo")
+    }
+    expected = [by_task[task][n] for n in range(3) for task in ("colour", "echo")][:5]
+    assert [row["id"] for row in kept["rows"]] == [r.id for r in expected]
+    assert [row["prompt"] for row in kept["rows"]] == [f"{r.instruction}\n{r.input}" for r in expected]
+    assert [row["wanted"] for row in kept["rows"]] == [r.output for r in expected]
+    assert list(kept["said"]) == ["base", "federated"]
+    of_rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    for who, said in kept["said"].items():
+        right = {r["id"]: r["score"] for r in of_rows if r["method"] == who}
+        for record in expected:
+            if record.labels:  # a label is right or wrong
+                assert right[record.id] == float(said[record.id] == record.output)
+    page = write_report(folder)
+    for text in (page.read_text(), page.with_suffix(".html").read_text()):
+        assert expected[0].input in text
+    none = go([*tiny_overrides, "evaluation.samples=0", "name=none"])[1].path
+    assert not (none / "answers.json").exists()
+    assert expected[0].input not in write_report(none).read_text()

@@ -165,6 +165,7 @@ def _run(
 ) -> Result:
     from fedkeel.data.given import records_of
     from fedkeel.data.sources import whole
+    from fedkeel.evidence import doctor
     from fedkeel.runs.execute import execute
     from fedkeel.runs.folder import RunFolder
     from fedkeel.runs.prepare import prepare
@@ -177,7 +178,9 @@ def _run(
     given = None if sites is None else whole(records_of(sites, recipe.data), recipe.data, recipe.seed)
     looker = Lines(watch or (lambda line: None)) if watch is None or callable(watch) else watch
     folder = RunFolder(Path(recipe.out) / recipe.name)
-    model = execute(prepare(recipe, records=given), folder, looker, resume=existing == "resume", fresh=existing == "replace")
+    prepared = prepare(recipe, records=given)
+    model = execute(prepared, folder, looker, resume=existing == "resume", fresh=existing == "replace")
+    doctor.keep(prepared, folder.path, doctor.of_recipe(prepared))
     return Result(folder.path, recipe, None if tables.RULES[recipe.federation.rule].personal else model)
 
 

@@ -170,13 +170,19 @@ def run(
         _print_plan(console, prepared)
         return
     from fedkeel.display import Display
+    from fedkeel.evidence import doctor as verdicts
     from fedkeel.evidence.report import write_report
 
     folder = RunFolder(Path(recipe.out) / recipe.name)
+    with console.status("looking at the rows"):
+        found = verdicts.of_recipe(prepared)
+        bad = [verdict for verdict in found if verdict.level == "bad"]
     stages = f" in each of {len(prepared.stages)} stages" if len(prepared.stages) > 1 else ""
     console.print(
         f"{recipe.name}: {len(prepared.sites.rows)} sites, {recipe.federation.rounds} rounds{stages} -> {folder.path}/"
     )
+    for verdict in bad:
+        console.print(f"note: {verdict.told}: {verdict.change}", style="yellow", highlight=False)
     try:
         with Display(console, len(prepared.sites.rows), folder.exchanged() if resume else 0) as display:
             tables.ENGINES[engine].load()(prepared, folder, display, resume=resume, fresh=fresh)
@@ -184,6 +190,7 @@ def run(
         again = "" if engine == "local" else f" --engine {engine}"
         console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume{again}", highlight=False)
         raise typer.Exit(130) from None
+    verdicts.keep(prepared, folder.path, found)
     page = write_report(folder.path).with_suffix(".html") if report else f"fedkeel report {folder.path}"
     _print_results(console, folder.path, recipe, page)
 
@@ -573,6 +580,9 @@ def report(
     typer.echo(f"report: {path}")
 
 
+_LEVELS = {"bad": "bold red", "look": "yellow", "good": "green"}
+
+
 @app.command()
 def doctor(arguments: RecipeArguments = None) -> None:
     """What looks wrong with a recipe, or with the folder of a run: verdicts with their numbers, and what to change."""
@@ -585,21 +595,22 @@ def doctor(arguments: RecipeArguments = None) -> None:
         from rich.text import Text
 
         from fedkeel.evidence import doctor as verdicts
+        from fedkeel.evidence.report.verdicts import in_order
         from fedkeel.runs.prepare import prepare
 
-        found = verdicts.of_run(run) if run else []
+        prepared = None
         try:
-            found += verdicts.of_recipe(prepare(_recipe([str(run / "recipe.toml"), *given[1:]] if run else given)))
+            prepared = prepare(_recipe([str(run / "recipe.toml"), *given[1:]] if run else given))
         except FedKeelError as error:
             if run is None:
                 raise
             console.print(f"note: the rows were not looked at: {error}", style="yellow")
+        found = verdicts.of_run(run, prepared) if run else verdicts.of_recipe(prepared) if prepared else []
     table = Table(title="Verdicts", title_justify="left", show_lines=True)
     for heading in ("", "what was found", "what to change"):
         table.add_column(heading)
-    styles = {verdicts.BAD: "bold red", verdicts.LOOK: "yellow", verdicts.GOOD: "green"}
-    for verdict in sorted(found, key=lambda v: list(styles).index(v.level)):
-        table.add_row(Text(verdict.level, style=styles[verdict.level]), verdict.told, verdict.change)
+    for verdict in in_order(found):
+        table.add_row(Text(verdict.level, style=_LEVELS[verdict.level]), verdict.told, verdict.change)
     console.print(table)
 
 

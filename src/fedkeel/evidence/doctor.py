@@ -4,44 +4,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedkeel.data.format import Formatter
-from fedkeel.evidence.report.interval import Interval, paired_difference
+from fedkeel.evidence.report.chance import chances, majority
 from fedkeel.evidence.report.sure import Models, mean_score, read_scores
 from fedkeel.evidence.report.tables import read_rows
+from fedkeel.evidence.report.verdicts import BAD, GOOD, LOOK, Verdict, measured, read_verdicts, write_verdicts
 from fedkeel.model.load import load_tokenizer
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.prepare import Prepared
-from fedkeel.types import Record, Row
+from fedkeel.types import Record
 
-LOOK, BAD, GOOD = "look", "bad", "good"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """level: `bad` (results are not what they seem), `look` or `good`. told: what was found, with its number. change: what to
-    do about it, empty where nothing is wrong."""
-
-    level: str
-    told: str
-    change: str = ""
+LOOKED_AT = 2000  # training rows whose tokens are counted; their ids are hashes, so the first are a fair draw
 
 
 def of_recipe(prepared: Prepared) -> list[Verdict]:
     """Verdicts on a recipe and its rows, before any training; the tokenizer is read, no weights."""
-    recipe = prepared.recipe
-    rows = [r for stage in prepared.stages for r in stage.all("train")]
-    found = [cut(load_tokenizer(recipe.model), prepared, rows)] if prepared.kind == "causal" else []
-    return [*found, seen(prepared), *labels(prepared), resolution(prepared), payload(recipe)]
+    rows = {r.id: r for stage in prepared.stages for r in stage.all("train")}
+    some = [rows[name] for name in sorted(rows)[:LOOKED_AT]]
+    about_rows = [cut(prepared, some), seen(prepared), *labels(prepared), resolution(prepared)]
+    return [*about_rows, payload(prepared.recipe)]
 
 
-def cut(words: object, prepared: Prepared, rows: Sequence[Record]) -> Verdict:
+def cut(prepared: Prepared, rows: Sequence[Record]) -> Verdict:
     """The share of training rows' tokens that data.max_length takes away."""
-    data = prepared.recipe.data
-    narrow, wide = (Formatter(words, prepared.kind, most, data.list_labels) for most in (data.max_length, 10**7))
+    data, words = prepared.recipe.data, load_tokenizer(prepared.recipe.model)
+    narrow, wide = (
+        Formatter(words, prepared.kind, most, data.list_labels, classes=prepared.classes) for most in (data.max_length, 10**7)
+    )
     whole, kept, lengths = 0, 0, []
     for record in rows:
         full = wide.encode_all([record])
@@ -50,7 +42,7 @@ def cut(words: object, prepared: Prepared, rows: Sequence[Record]) -> Verdict:
         whole += length
         kept += sum(e.length for e in narrow.encode_all([record]))
     share = 1 - kept / max(1, whole)
-    told = f"data.max_length = {data.max_length} takes {share:.1%} of all tokens of the training rows away"
+    told = f"data.max_length = {data.max_length} takes {share:.1%} of the tokens of {len(rows):,} training rows away"
     if share < 0.01:
         return Verdict(GOOD, told)
     enough = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]
@@ -121,58 +113,32 @@ def payload(recipe: Recipe) -> Verdict:
     return Verdict(GOOD, told)
 
 
-def of_run(folder: Path) -> list[Verdict]:
-    """Verdicts on what a run measured. Raises FedKeelError for a folder whose files cannot be read."""
-    rows, scores = read_rows(folder / "rows.jsonl"), read_scores(folder)
-    return [*falling(rows), *order(scores)]
+def of_run(folder: Path, prepared: Prepared | None = None) -> list[Verdict]:
+    """Verdicts on a run: on what it measured, and on its rows. prepared: these; None: what the run kept of its own verdicts.
+
+    Raises FedKeelError for files that cannot be read.
+    """
+    scores = read_scores(folder)
+    about_rows = read_verdicts(folder) if prepared is None else [*of_recipe(prepared), *at_chance(prepared, scores)]
+    return [*measured(read_rows(folder / "rows.jsonl"), scores), *about_rows]
 
 
-def falling(rows: Sequence[Row]) -> Iterator[Verdict]:
-    """Whether the training loss of the last stage had come to rest."""
-    losses = [r for r in rows if r.method == "federated" and r.name == "loss"]
-    weights = {(r.round, r.site): r.value for r in rows if r.method == "federated" and r.name == "positions"}
-    last = max((r.stage for r in losses), default=0)
-    by_round: dict[int, list[tuple[float, float]]] = {}
-    for row in losses:
-        if row.stage == last:
-            by_round.setdefault(row.round, []).append((row.value, weights.get((row.round, row.site), 1.0)))
-    means = [sum(v * w for v, w in of) / sum(w for _, w in of) for _, of in sorted(by_round.items())]
-    if len(means) < 4:
-        return
-    quarter = max(1, len(means) // 4)
-    late, before = (sum(part) / quarter for part in (means[-quarter:], means[-2 * quarter : -quarter]))
-    change = late / before - 1
-    told = f"training loss {before:.3g} and then {late:.3g} nats in the last two quarters of the rounds ({change:+.0%})"
-    if change > 0.05:
-        yield Verdict(BAD, told, "a lower train.lr: it rises")
-    elif change < -0.05:
-        yield Verdict(LOOK, told, "more federation.rounds: it still falls, and a comparison would judge speed")
-    else:
-        yield Verdict(GOOD, told)
+def keep(prepared: Prepared, folder: Path, found: Sequence[Verdict]) -> None:
+    """Keep in a run's folder the verdicts that need the text of rows. found: of `of_recipe`."""
+    write_verdicts(folder, [*found, *at_chance(prepared, read_scores(folder))])
 
 
-def order(scores: Models) -> Iterator[Verdict]:
-    """Base, local, federated and centralised, as far as test rows tell them apart."""
-    mine = next((of for (leg, _), of in scores.items() if leg == "federated"), None)
-    if mine is None:
-        return
-    told = f"federated {100 * mean_score(mine):.1f} points"
-    against = {key: paired_difference({0: mine}, {0: of}, *key) for key, of in sorted(scores.items()) if key[0] != "federated"}
-    known: Mapping[tuple[str, str], Interval] = {key: found for key, found in against.items() if found is not None}
-    for leg, change in (
-        ("base", "nothing is learnt that the base did not know: a higher train.lr, more rounds, or look at the rows"),
-        ("local", "sites do better alone: look at how their data differ, at evidence.task and at federation.rule"),
-    ):
-        of_leg = [found for (name, _), found in known.items() if name == leg]
-        worse = sum(found.high < 0 for found in of_leg)
-        if of_leg and worse:
-            yield Verdict(BAD, f"{told}, surely less than {worse} of {len(of_leg)} {leg}", change)
-        elif of_leg and not any(found.low > 0 for found in of_leg):
-            yield Verdict(LOOK, f"{told}, and surely more than none of {len(of_leg)} {leg}", "more rounds, or more test rows")
-        elif of_leg:
-            ahead = sum(found.low > 0 for found in of_leg)
-            yield Verdict(GOOD, f"{told}, surely more than {ahead} of {len(of_leg)} {leg}")
-    pooled = known.get(("centralised", ""))
-    if pooled is not None and pooled.low > 0:
-        change = "a lower or higher train.lr for all: training on pooled rows should not be behind"
-        yield Verdict(LOOK, f"{told}, surely more than centralised", change)
+def at_chance(prepared: Prepared, scores: Models) -> Iterator[Verdict]:
+    """Tasks whose federated score is no more than their commonest answer gives, by the rule of `report.chance`."""
+    mine = next((of for (leg, _), of in scores.items() if leg == "federated"), {})
+    rows = [r for r in prepared.stages[-1].all("test") if r.id in mine.get(r.task, {})]
+    found = chances(majority(rows), {task: mean_score({task: of}) for task, of in mine.items()})
+    for task, held in found.items():
+        if held.out:
+            told = (
+                f"{task}: federated {100 * held.centralised:.1f} points, the commonest answer alone {100 * held.majority:.1f}"
+            )
+            change = "more rounds, a higher train.lr, or a base that can do it: until then its score compares nothing"
+            yield Verdict(LOOK, f"{told} ({held.rows} rows): not surely above chance", change)
+    if found and not any(held.out for held in found.values()):
+        yield Verdict(GOOD, f"every task with labels ({len(found)}) is surely above what its commonest answer alone gives")

@@ -260,6 +260,7 @@ class Evaluation:
     batch_size: int = number(32, 1)
     generate: bool = True  # free answers, for ROUGE-L; without, by their token accuracy
     max_new_tokens: int = number(48, 1)
+    samples: int = number(10, 0)  # test rows whose text and answers a run in one process keeps for its report; 0: none
     baselines: tuple[str, ...] = some_of(("base", "local", "centralised"), tables.BASELINES)
 
 

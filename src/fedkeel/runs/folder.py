@@ -185,6 +185,14 @@ class RunFolder:
         ]
         write_atomic(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
+    def write_answers(self, who: str, rows: Sequence[Mapping[str, str]], said: Mapping[str, str]) -> None:
+        """Keep what one of the models said to a few test rows, in place of what it had. rows: their id, task, prompt and wanted
+        answer, the same for every model. said: id -> its answer."""
+        path = self.path / "answers.json"
+        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"said": {}}
+        told = {"rows": list(rows), "said": {**held["said"], who: dict(said)}}
+        write_atomic(path, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
+
     def exchanged(self) -> int:
         """Bytes that the messages of the rounds so far took."""
         saved = self.rows_file.read_bytes()[: self.state()["rows_bytes"]] if self.rows_file.exists() else b""

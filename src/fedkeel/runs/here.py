@@ -21,6 +21,7 @@ from fedkeel.model.digest import base_digest, tokenizer_digest
 from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.settings import ConfigError
+from fedkeel.runs.answers import asked, chosen
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Leg
 from fedkeel.runs.prepare import Prepared
@@ -191,11 +192,21 @@ class Here:
         """See `Parties`: the score of every test row, and of the federated leg the PEFT folder, whole or not at all; one a site
         where factors stay at the sites."""
         self.folder.write_scores(leg.method, leg.site, {s.record.id: (s.record.task, s.score) for s in self._tested})
+        if leg.method in ("base", "federated"):
+            self._keep_answers(leg.method)
         if leg.method != "federated":
             return
         self._write("adapter", leg, current)
         if best is not None:
             self._write("best", leg, best)
+
+    def _keep_answers(self, who: str) -> None:
+        found = chosen(self._tested, self.prepared.recipe.evaluation.samples)
+        if found:
+            rows = [
+                {"id": s.record.id, "task": s.record.task, "prompt": asked(s.record), "wanted": s.record.output} for s in found
+            ]
+            self.folder.write_answers(who, rows, {s.record.id: s.prediction for s in found})
 
     def _write(self, name: str, leg: Leg, current: Global) -> None:
         target = self.folder.path / name

@@ -41,6 +41,7 @@ from fedkeel.evidence.report.tables import (
     total,
     traffic_table,
 )
+from fedkeel.evidence.report.verdicts import read_verdicts
 from fedkeel.files import write_atomic
 from fedkeel.types import FedKeelError, Row
 
@@ -48,9 +49,9 @@ from fedkeel.types import FedKeelError, Row
 def write_report(folder: Path) -> Path:
     """Write table.md, curve.svg, report.html and report.md into a run's folder and return the path of report.md.
 
-    Reads rows.jsonl, recipe.toml and env.json there, and measures.jsonl and scores.jsonl if they are there; a run that is not
-    finished gets a report that says so. Raises FedKeelError if one of the first three is missing or malformed, or if there is
-    no Row yet.
+    Reads rows.jsonl, recipe.toml and env.json there, and measures.jsonl, scores.jsonl, verdicts.json and answers.json if they
+    are there; a run that is not finished gets a report that says so. Raises FedKeelError if one of the first three is missing
+    or malformed, or if there is no Row yet.
     """
     run = _read(folder)
     rows = run.rows
@@ -65,13 +66,16 @@ def write_report(folder: Path) -> Path:
     missing = missing_parts(rows, tomllib.loads(run.recipe))
     if missing:
         page.append(f"**This run is not finished.** Still missing: {escape('; '.join(missing))}.\n")
-    page += [escape(summary(rows)) + "\n", tables[0]]
+    page.append(escape(summary(rows)) + "\n")
+    page += [table.markdown() for table in (run.verdict_table(),) if table.lines]
+    page.append(tables[0])
     if run_pictures(rows):
         learning_curve(rows, folder / "curve.svg")
         page.append("![Validation score, training loss and test scores; the numbers are in the tables](curve.svg)\n")
     traffic = traffic_table(rows)
     if traffic.lines:
         tables.append(traffic.markdown())
+    page += [table.markdown() for table in (run.answers_table(),) if table.lines]
     page += [*tables[1:], _foldable(site_table(rows)), "## How it was run\n", _fenced(run.recipe, "toml")]
     page.append(run.environment_table().markdown())
     report = folder / "report.md"
@@ -96,7 +100,22 @@ def _read(folder: Path) -> Run:
     except json.JSONDecodeError as error:
         raise FedKeelError(f"{folder / 'env.json'} is not JSON: {error}") from error
     measures = folder / "measures.jsonl"
-    return Run(rows, read_rows(measures) if measures.exists() else [], read_scores(folder), recipe, environment)
+    measured = read_rows(measures) if measures.exists() else []
+    return Run(rows, measured, read_scores(folder), recipe, environment, read_verdicts(folder), _answers(folder))
+
+
+def _answers(folder: Path) -> dict[str, Any]:
+    """What `RunFolder.write_answers` kept; empty where nothing was."""
+    path = folder / "answers.json"
+    if not path.exists():
+        return {}
+    try:
+        told = json.loads(_text(path))
+        said = {str(who): {str(k): str(v) for k, v in of.items()} for who, of in told["said"].items() if who in METHODS}
+        rows = [{key: str(row[key]) for key in ("id", "task", "prompt", "wanted")} for row in told["rows"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FedKeelError(f"{path} is not what a run keeps: {error!r}") from error
+    return {"rows": rows, "said": said}
 
 
 def missing_parts(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from fedkeel.types import Record
 
 RULE = (
     "Rule for tasks at chance, stated before the runs: a task is kept out of a stream's averages, but stays listed and marked, "
@@ -25,6 +28,15 @@ class Chance:
     centralised: float
     bar: float
     out: bool
+
+
+def majority(records: Iterable[Record]) -> dict[str, tuple[float, int]]:
+    """See `Majority`, of test rows; tasks without candidate labels are left out."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        if record.labels:
+            answers[record.task][record.output] += 1
+    return {task: (max(counts.values()) / counts.total(), counts.total()) for task, counts in answers.items()}
 
 
 def chances(majority: Majority, centralised: Mapping[str, float]) -> dict[str, Chance]:

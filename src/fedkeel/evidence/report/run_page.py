@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedkeel.evidence.report import run_charts as charts
@@ -12,10 +12,16 @@ from fedkeel.evidence.report.figures import figures_of
 from fedkeel.evidence.report.page import Block, Code, Folded, Page, Section, Text
 from fedkeel.evidence.report.styles import run_styles
 from fedkeel.evidence.report.sure import Models, sure_table
-from fedkeel.evidence.report.tables import Table, final, method_table, site_table, task_table, traffic_table
+from fedkeel.evidence.report.tables import METHODS, Table, final, method_table, site_table, task_table, traffic_table
+from fedkeel.evidence.report.verdicts import Verdict, measured, verdict_table
 from fedkeel.types import Row
 
+LONGEST = 400  # letters of a text in a table of answers
 LONG = 20  # lines; a table with more is folded away
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
 def foldable(table: Table) -> Block:
@@ -25,17 +31,37 @@ def foldable(table: Table) -> Block:
 @dataclass(frozen=True)
 class Run:
     """What a run's folder says. rows: never none. measures: of `fedkeel measure`. scores: of the test rows. recipe: TOML.
-    environment: of env.json."""
+    environment: of env.json. verdicts: kept beside what the rows tell. answers: see `RunFolder.write_answers`."""
 
     rows: Sequence[Row]
     measures: Sequence[Row]
     scores: Models
     recipe: str
     environment: Mapping[str, Any]
+    verdicts: Sequence[Verdict] = ()
+    answers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.rows[0].run
+
+    def verdict_table(self) -> Table:
+        """What `fedkeel doctor` says of the run; empty where it has nothing to say."""
+        return verdict_table([*measured(self.rows, self.scores), *self.verdicts])
+
+    def answers_table(self) -> Table:
+        """A line a row: what was asked and wanted, and what the models said."""
+        said = self.answers.get("said", {})
+        lines = [
+            (row["task"], *map(_short, (row["prompt"], row["wanted"], *(said[who].get(row["id"], "–") for who in said))))
+            for row in self.answers.get("rows", [])
+        ]
+        header = ("task", "asked", "wanted", *(METHODS[who] for who in said))
+        notes = (
+            "Test rows of each task in turn, by the hash that is their id: neither good nor bad answers are picked. Long texts "
+            "are cut here and whole in answers.json; evaluation.samples = 0 keeps none.",
+        )
+        return Table("Answers", header, tuple(lines), notes if lines else ())
 
     def environment_table(self) -> Table:
         """Software and machine, a line each."""
@@ -58,12 +84,15 @@ def run_page(run: Run, summary: str, missing: Sequence[str]) -> Page:
     traffic = traffic_table(rows)
     tasks = task_table(rows)
     kept = charts.kept_table(rows, measures)
+    verdicts, answers = run.verdict_table(), run.answers_table()
     found: list[tuple[str, str, tuple[Block, ...]]] = [
+        ("verdicts", "What to look at", (verdicts,) if verdicts.lines else ()),
         (
             "scores",
             "Scores",
             (method_table(rows), *(foldable(table) for table in (sure_table(run.scores), tasks) if table.lines)),
         ),
+        ("answers", "Sample answers", (answers,) if answers.lines else ()),
         ("learning", "Learning curves", figure(charts.learning(rows))),
         ("stages", "Score by stage", figure(charts.stages(rows))),
         ("traffic", "Score against traffic", (*figure(charts.traffic(rows)), *((traffic,) if traffic.lines else ()))),

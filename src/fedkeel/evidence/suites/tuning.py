@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -90,18 +90,13 @@ def chance(runs: Sequence[Planned]) -> dict[str, dict[str, dict[str, float]]]:
     What a report needs to tell a score from chance; tasks without candidate labels are left out. Reads the data of one run of
     each stream, no weights.
     """
+    from fedkeel.evidence.report.chance import majority
     from fedkeel.runs.prepare import prepare
     from fedkeel.scores.evaluate import choose
 
     found: dict[str, dict[str, dict[str, float]]] = {}
     for stream, run in {run.stream: run for run in reversed(runs)}.items():
         recipe = recipe_of(run)
-        answers: dict[str, Counter[str]] = defaultdict(Counter)
-        for record in choose(prepare(recipe).sites.all("test"), "test", recipe.evaluation.test_rows):
-            if record.labels:
-                answers[record.task][record.output] += 1
-        found[stream] = {
-            task: {"majority": max(counts.values()) / counts.total(), "rows": counts.total()}
-            for task, counts in answers.items()
-        }
+        rows = choose(prepare(recipe).sites.all("test"), "test", recipe.evaluation.test_rows)
+        found[stream] = {task: {"majority": share, "rows": count} for task, (share, count) in majority(rows).items()}
     return found
