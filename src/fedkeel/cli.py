@@ -23,6 +23,7 @@ from fedkeel.types import FedKeelError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedkeel.evidence.report.verdicts import Verdict
     from fedkeel.evidence.suites.plan import Plan, Planned
     from fedkeel.runs.prepare import Prepared
 
@@ -584,7 +585,12 @@ _LEVELS = {"bad": "bold red", "look": "yellow", "good": "green"}
 
 
 @app.command()
-def doctor(arguments: RecipeArguments = None) -> None:
+def doctor(
+    arguments: RecipeArguments = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Train a few rounds too, and throw them away: disagreement, rate, codec.")
+    ] = False,
+) -> None:
     """What looks wrong with a recipe, or with the folder of a run: verdicts with their numbers, and what to change."""
     given = arguments or []
     run = Path(given[0]) if given and (Path(given[0]) / "recipe.toml").is_file() else None
@@ -598,20 +604,36 @@ def doctor(arguments: RecipeArguments = None) -> None:
         from fedkeel.evidence.report.verdicts import in_order
         from fedkeel.runs.prepare import prepare
 
+        recipe = _recipe([str(run / "recipe.toml"), *given[1:]] if run else given)
         prepared = None
         try:
-            prepared = prepare(_recipe([str(run / "recipe.toml"), *given[1:]] if run else given))
+            prepared = prepare(recipe)
         except FedKeelError as error:
-            if run is None:
+            if run is None or probe:
                 raise
             console.print(f"note: the rows were not looked at: {error}", style="yellow")
         found = verdicts.of_run(run, prepared) if run else verdicts.of_recipe(prepared) if prepared else []
+    if probe and prepared:
+        found = [*(v for v in found if "codec_up" not in v.told), *_probed(console, prepared, run)]
     table = Table(title="Verdicts", title_justify="left", show_lines=True)
     for heading in ("", "what was found", "what to change"):
         table.add_column(heading)
     for verdict in in_order(found):
         table.add_row(Text(verdict.level, style=_LEVELS[verdict.level]), verdict.told, verdict.change)
     console.print(table)
+
+
+def _probed(console: Console, prepared: Prepared, run: Path | None) -> list[Verdict]:
+    from rich.progress import Progress
+
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        import torch
+
+        from fedkeel.evidence.probe import Probe
+
+        task = progress.add_task("probing: a site's round at a time", total=None)
+        torch.set_num_threads(prepared.recipe.threads)
+        return list(Probe(prepared, run, lambda done, of: progress.update(task, completed=done, total=of)).verdicts())
 
 
 deployment = typer.Typer(no_args_is_help=True, help="Several machines: write what each needs, and check a site before round 1.")
