@@ -15,6 +15,9 @@ from test_run import go
 
 from fedkeel.cli import main
 from fedkeel.runs.ask import WHO, Ask
+from fedkeel.runs.here import formatter_of
+from fedkeel.runs.prepare import prepare
+from fedkeel.scores.evaluate import score
 from fedkeel.types import FedKeelError
 
 LEAN = ["evaluation.baselines=[]", "evaluation.test_rows=1", "evaluation.validation_rows=0", "train.lr=0.05"]
@@ -132,3 +135,29 @@ def test_an_encoder_says_its_likeliest_classes(tmp_path: Path, tiny_data: Path) 
     assert shares == sorted(shares, reverse=True)
     assert abs(sum(shares) - 100) <= 2
     assert {part.split(" (")[0] for part in answer.split(", ")} == {"red", "green", "blue"}
+
+
+@pytest.mark.parametrize("listed", [0, 16])
+def test_asked_as_a_task_it_answers_as_the_score_does(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, listed: int
+) -> None:
+    """The likeliest label and its share, of base and federated model, are those that test rows were scored by."""
+    given = [*tiny_overrides, f"data.list_labels={listed}", "evaluation.baselines=[]"]
+    recipe, folder, _ = go(given)
+    models, prepared = Ask(recipe, folder.path), prepare(recipe)
+    rows = [r for r in prepared.sites.all("test") if r.task == "colour"]
+    scored = score(models.model, formatter_of(models.model, prepared), rows, recipe.evaluation)
+    for one in scored:
+        assert one.distribution is not None
+        said = models.answer_as("federated", "colour", one.record.input, 8, told=lambda text: None)
+        assert said.startswith(f"{one.prediction} ({max(one.distribution):.0%}), ")
+    free = next(r for r in prepared.sites.all("test") if r.task == "echo")
+    asked = models.answer_as("federated", "echo", free.input, 8, told=lambda text: None)
+    assert asked == models.answer("federated", [("user", f"{free.instruction}\n{free.input}")], 8, told=lambda text: None)
+    with pytest.raises(FedKeelError, match="among those that this run learnt: colour, echo"):
+        models.answer_as("base", "color", "the red cat", 8)
+    monkeypatch.setattr("sys.argv", ["fedkeel", "ask", str(folder.path), rows[0].input, "--task", "colour"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert models.answer_as("base", "colour", rows[0].input, 8, told=lambda text: None) in capsys.readouterr().out

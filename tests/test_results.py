@@ -119,6 +119,10 @@ def test_tables_of_a_suite_are_those_of_its_rows(suite: str) -> None:
 def test_pages_hold_the_tables_as_they_are() -> None:
     page, readme = results_page.PAGE.read_text(), results_page.README.read_text()
     assert page == results_page.filled(page)
+    brief = results_page.SHORT.read_text()
+    assert brief == results_page.short(brief)
+    assert len(results_page.PART.findall(brief)) >= 5
+    assert len(brief.splitlines()) <= 120  # three screens
     assert len(results_page.MARK.findall(page)) >= 20
     assert readme == results_page.readme(readme)
 

@@ -1,11 +1,13 @@
-"""Fill the tables of docs/results.md and README.md from committed results, and draw the page's pictures; words are by hand.
+"""Fill the tables of docs/results.md, docs/results-all.md and README.md from committed results, and draw pictures; words are by
+hand.
 
     python tools/results_page.py
 
-In docs/results.md a table stands between `<!-- table: SOURCE TITLE -->` and `<!-- end -->`, as `tables_in` finds it: of a
+In docs/results-all.md a table stands between `<!-- table: SOURCE TITLE -->` and `<!-- end -->`, as `tables_in` finds it: of a
 packed suite, by the title it has in the suite's tables.md, which is made anew from the suite's rows first; of a run of the main
 job; or of a benchmark's output. A note below a table is printed once on the page, where it first applies. The tables of the
-README stand between `<!-- NAME -->` and `<!-- end of NAME -->`. `tests/test_results.py` fails where page and results disagree.
+README stand between `<!-- NAME -->` and `<!-- end of NAME -->`, and in docs/results.md a part of one between
+`<!-- part: SOURCE TITLE | COLUMN, … | LINE, … -->` and `<!-- end -->`. `tests/test_results.py` fails where page and results disagree.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from fedkeel.evidence.suites.pack import tables_of
 from fedkeel.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE, README = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
+RESULTS, README = ROOT / "results", ROOT / "README.md"
+PAGE, SHORT = ROOT / "docs" / "results-all.md", ROOT / "docs" / "results.md"
 PICTURES = ("clinc150", "cl15")  # streams of the main suite whose kept score the page shows
 SUITES = tuple(sorted(path.parent.name for path in (RESULTS / "suites").glob("*/suite.json")))
 MARK = re.compile(r"<!-- table: (\S+) (.+?) -->\n.*?<!-- end -->", re.DOTALL)
@@ -149,6 +152,20 @@ def _selected(table: str, columns: Sequence[str], lines: Sequence[str] = ()) -> 
     return "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in [*cells[:2], *body])
 
 
+PART = re.compile(r"<!-- part: (\S+) ([^|]+?) \| ([^|]+?) \| ([^|]+?) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def short(text: str) -> str:
+    """The short page with every marked part of a table as the results have it."""
+
+    def one(found: re.Match[str]) -> str:
+        source, title, columns, lines = found.groups()
+        table = _selected(tables_in(source, title), columns.split(", "), lines.split(", "))
+        return f"<!-- part: {source} {title} | {columns} | {lines} -->\n\n{table}\n\n<!-- end -->"
+
+    return PART.sub(one, text)
+
+
 def readme(text: str) -> str:
     """The README with its tables: the encoder on CLINC150 by leg, and a few methods of the main suite."""
     legs = ("method", "score, points", "mean over sites, own rows", "bytes up", "bytes down")
@@ -172,4 +189,5 @@ if __name__ == "__main__":
     for stream in PICTURES:
         kept_picture(RESULTS / "suites" / "main", stream, RESULTS / "suites" / "main" / f"{stream}.svg")
     write_atomic(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+    write_atomic(SHORT, short(SHORT.read_text(encoding="utf-8")))
     write_atomic(README, readme(README.read_text(encoding="utf-8")))

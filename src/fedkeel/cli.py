@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -131,8 +132,11 @@ def _print_results(console: Console, folder: Path, recipe: Recipe, page: Path | 
     if not tables.RULES[recipe.federation.rule].personal:
         own = Path(sys.argv[0]).name == "fedkeel" and shutil.which("fedkeel") is None
         command = sys.argv[0] if own else "fedkeel"
+        tasks = RunFolder(folder).tasks()
+        labelled = [name for name, about in tasks.items() if about["labels"]]
+        how = f" --task {shlex.quote(labelled[0])}" if len(labelled) == len(tasks) == 1 else ""
         console.print(
-            f"try next:\n  {command} ask {folder}\n  {command} export {folder} merged-model --merged",
+            f"try next:\n  {command} ask {folder}{how}\n  {command} export {folder} merged-model --merged",
             highlight=False,
         )
 
@@ -240,6 +244,9 @@ def ask(
     prompt: Annotated[str | None, typer.Argument(help="A question; without one, a chat.", show_default=False)] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    task: Annotated[
+        str, typer.Option(help="Ask as this task's rows do: behind its instruction, and for its labels.", show_default=False)
+    ] = "",
     best: BestOption = False,
 ) -> None:
     """Ask a run: its base and its federated model answer side by side."""
@@ -259,7 +266,9 @@ def ask(
 
     def put(question: str) -> None:
         with Answers(console, WHO) as answers:
-            for who in WHO:
+            for who in WHO if task else ():
+                models.answer_as(who, task, question, tokens, partial(answers.told, who))
+            for who in () if task else WHO:
                 turns = [*said[who], ("user", question)]
                 text = models.answer(who, turns, tokens, temperature, partial(answers.told, who))
                 said[who] = [*turns, ("assistant", text)] if models.remembers else []
@@ -268,7 +277,7 @@ def ask(
         put(prompt)
         return
     console.print(
-        "Each model goes by what it said itself. " if models.remembers else "Each question is taken alone. ",
+        "Each model goes by what it said itself. " if models.remembers and not task else "Each question is taken alone. ",
         end="",
         style="dim",
     )
@@ -581,6 +590,27 @@ def report(
     typer.echo(f"report: {path}")
 
 
+@app.command()
+def keys(section: Annotated[str, typer.Argument(help="One of them, such as train.", show_default=False)] = "") -> None:
+    """Every key of a recipe: type, default, what may stand there, unit, meaning."""
+    from rich.table import Table
+
+    from fedkeel.recipe.reference import sections
+
+    found = sections()
+    names = [one.name for one in found if one.name]
+    if section and section not in names:
+        raise FedKeelError(f"there is no section {section!r}; there are {', '.join(names)}")
+    table = Table(show_lines=False)
+    for heading in ("key", "type", "default", "unit", "meaning"):
+        table.add_column(heading)
+    for one in found:
+        for key in one.keys if section in ("", one.name) else ():
+            kind = key.kind if not key.allowed else f"{key.kind}: {key.allowed}".replace("`", "")
+            table.add_row(key.name, kind, key.default, key.unit, key.about.replace("`", ""))
+    _console().print(table)
+
+
 _LEVELS = {"bad": "bold red", "look": "yellow", "good": "green"}
 
 
@@ -604,10 +634,9 @@ def doctor(
         from fedkeel.evidence.report.verdicts import in_order
         from fedkeel.runs.prepare import prepare
 
-        recipe = _recipe([str(run / "recipe.toml"), *given[1:]] if run else given)
         prepared = None
         try:
-            prepared = prepare(recipe)
+            prepared = prepare(_recipe([str(run / "recipe.toml"), *given[1:]] if run else given))
         except FedKeelError as error:
             if run is None or probe:
                 raise

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedkeel.evidence.report import human_bytes
+from fedkeel.evidence.report.tables import plural
 from fedkeel.federation.server import RoundResult
 from fedkeel.runs.watch import Left
 
@@ -132,7 +133,7 @@ class Display:
         """See `watch.Watch`."""
         positions = sum(u.positions for u in result.updates)
         loss = sum(u.stats["loss"] * u.positions for u in result.updates) / positions
-        line = f"{leg} round {done}/{rounds}: {len(result.updates)} sites, training loss {loss:.3f} nats"
+        line = f"{leg} round {done}/{rounds}: {plural(len(result.updates), 'site')}, training loss {loss:.3f} nats"
         if len(result.updates) > 1 or rounds > 1:
             self._bytes += sum(result.bytes_up.values()) + sum(result.bytes_down.values())
             line += f", aggregation error {result.error:.1%}, {human_bytes(self._bytes)} exchanged so far"

@@ -10,7 +10,7 @@ from pathlib import Path
 from fedkeel.data.format import Formatter
 from fedkeel.evidence.report.chance import chances, majority
 from fedkeel.evidence.report.sure import Models, mean_score, read_scores
-from fedkeel.evidence.report.tables import read_rows
+from fedkeel.evidence.report.tables import plural, read_rows
 from fedkeel.evidence.report.verdicts import BAD, GOOD, LOOK, Verdict, measured, read_verdicts, write_verdicts
 from fedkeel.model.load import load_tokenizer
 from fedkeel.recipe.schema import Recipe
@@ -98,7 +98,8 @@ def resolution(prepared: Prepared) -> Verdict:
     counts = Counter(r.task for stage in prepared.stages for r in stage.all("test"))
     kept = [min(count, limit) if limit else count for count in counts.values()]
     half = 196 * math.sqrt(sum(1 / (4 * count) for count in kept)) / len(kept)
-    told = f"{sum(kept)} test rows of {len(kept)} tasks: a score is known to ± {half:.1f} points (95 %, at worst)"
+    counted = f"{plural(sum(kept), 'test row')} of {plural(len(kept), 'task')}"
+    told = f"{counted}: a score is known to ± {half:.1f} points (95 %, at worst)"
     if half > 3:
         change = "more test rows (evaluation.test_rows, data.test_share) before differences of a few points are believed"
         return Verdict(BAD if half > 8 else LOOK, told, change)

@@ -218,7 +218,7 @@ def told_codec(found: Mapping[str, tuple[int, float]], noise: float, present: st
     part = f"federation.codec_up = {present!r} moves the average by {_ratio(off, noise):.2f} of the noise of batches"
     if off > noise:
         return Verdict(LOOK, part, f"set {least!r}, or federation.error_feedback = true where the rule allows it")
-    if found[least][0] < 0.6 * size:
+    if found[least][0] < 0.5 * size:
         times = size / found[least][0]
         other = f"{least!r} by {_ratio(found[least][1], noise):.2f}, in {times:.1f} times fewer bytes"
         return Verdict(LOOK, f"{part}, {other}", f"set federation.codec_up = {least!r}")

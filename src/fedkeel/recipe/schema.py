@@ -9,29 +9,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkeel import tables
-from fedkeel.recipe.settings import ConfigError, Frozen, checked, named_by, number, one_of, own_of, some_of
+from fedkeel.recipe.settings import ConfigError, Frozen, checked, meant, named_by, number, one_of, own_of, some_of
 
 LAYERS = re.compile(r"\d+(-\d+)?")
 
 
 @dataclass(frozen=True)
 class Model:
-    """base: `keel-nano` (embedded), `smollm2` (fetched), a folder, a GGUF file or a hub id. kind: what it is loaded as; `auto`
-    reads its config."""
+    """The frozen base model."""
 
-    base: str = "keel-nano"
-    revision: str = "main"
-    kind: str = one_of("auto", ("auto", "causal", "seq2seq", "classifier"))
-    # For an encoder: `label-text` scores a class by the similarity of the text to the label's own words (frozen);
-    # `linear` trains a fresh classification head.
-    head: str = one_of("label-text", ("label-text", "linear"))
-    # `none`, one of several that the tokenizer has, or a Jinja file, whose text a run keeps; empty: the tokenizer's own
-    chat_template: str = ""
-    device: str = "cpu"
-    precision: str = one_of("auto", ("auto", "fp32", "bf16"))
-    # MiB of hidden states kept below the first block of lora.layers: in memory, then in an unnamed file. No bit depends on it
-    cache_memory: int = number(1024, 0)
-    cache_disk: int = number(8192, 0)
+    base: str = meant(
+        "keel-nano", "`keel-nano` (embedded), `smollm2` (once fetched), a folder, a GGUF file or an id of the hub"
+    )
+    revision: str = meant("main", "of a base from the hub")
+    kind: str = one_of(
+        "auto", ("auto", "causal", "seq2seq", "classifier"), "what it is loaded as; `auto` reads its config.json"
+    )
+    head: str = one_of(
+        "label-text",
+        ("label-text", "linear"),
+        "of an encoder: `label-text` scores a class by how similar the text is to the label's own words, frozen; `linear` "
+        "trains a fresh classification head",
+    )
+    chat_template: str = meant(
+        "", "`none`, one of several that the tokenizer has, or a Jinja file, whose text a run keeps; empty: the tokenizer's own"
+    )
+    device: str = meant("cpu", "as torch names it: `cpu`, `cuda`, `cuda:1`")
+    precision: str = one_of(
+        "auto", ("auto", "fp32", "bf16"), "of the passes; `auto` is bf16 where the device has it and it is faster"
+    )
+    cache_memory: int = number(
+        1024, 0, about="hidden states kept in memory below the first block of lora.layers; no bit depends on it", unit="MiB"
+    )
+    cache_disk: int = number(8192, 0, about="and then in an unnamed file", unit="MiB")
 
 
 def _layers(spec: tuple[str, ...]) -> str:
@@ -42,17 +52,22 @@ def _layers(spec: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """targets: empty means attention and feed-forward maps of the architecture. alpha / rank is the scale."""
+    """The adapter: W = W₀ + scale · B A."""
 
-    rank: int = number(8, 1)
-    alpha: float = number(16.0, 0, above=True)
-    rslora: bool = False
-    dropout: float = number(0.0, 0, 0.99)
-    targets: tuple[str, ...] = ()
-    # blocks that get an adapter: `upper-half`, or their numbers from 0, such as [20, 21] or ["15-29"]; empty: all
-    layers: tuple[str, ...] = field(default=(), metadata={"check": _layers, "whole": True})
-    # ranks of the sites, gone through in the order of their names, none over `rank`; empty: `rank` everywhere
-    site_ranks: tuple[int, ...] = ()
+    rank: int = number(8, 1, about="r, of the global adapter")
+    alpha: float = number(16.0, 0, about="scale · r, or scale · √r with rslora", above=True)
+    rslora: bool = meant(False, "scale alpha / √r in place of alpha / r (Kalajdzievski 2023)")
+    dropout: float = number(0.0, 0, 0.99, "of what enters A, while training", unit="probability")
+    targets: tuple[str, ...] = meant((), "names of linear maps; empty: attention and feed-forward maps of the architecture")
+    layers: tuple[str, ...] = checked(
+        (),
+        _layers,
+        'blocks that get an adapter: `upper-half`, or numbers from 0, `[20, 21]` or `["15-29"]`; empty: all',
+        whole=True,
+    )
+    site_ranks: tuple[int, ...] = meant(
+        (), "ranks of the sites, gone through in the order of their names, none over `rank`; empty: `rank` everywhere"
+    )
 
     @property
     def one_rank(self) -> bool:
@@ -82,60 +97,62 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """source: `pydocs` (embedded), `files` (JSON Lines, CSV, TSV, Parquet under root), `hub` (a Hugging Face data set id or
-    folder) or `rows` (given from Python)."""
+    """Rows of text, and how much of them is used."""
 
-    source: str = one_of("pydocs", tables.SOURCES)
-    root: str = ""
-    files: tuple[str, ...] = ()
-    # JSON with, per task, `instruction` and `labels`; and `references` by row id
-    tasks_file: str = ""
-    # keep only these tasks; empty: all
-    tasks: tuple[str, ...] = ()
-    # leave out rows whose answer is one of these
-    drop_labels: tuple[str, ...] = ()
-    # what names the site of a row, for partition.scheme = "natural": the column, its file, or the folder that its file is in
-    site_from: str = one_of("column", ("column", "file", "folder"))
-    site_column: str = ""
-    dataset: str = ""
-    subset: str = ""
-    instruction: str = ""
-    # training rows kept a site, chosen by hash; 0: all
-    rows_per_site: int = number(0, 0)
-    # shares of rows without a `split` of their own
-    validation_share: float = number(0.1, 0, 0.5)
-    test_share: float = number(0.1, 0, 0.5)
-    max_length: int = number(512, 8)
-    # list the candidate answers in the prompt when there are at most this many
-    list_labels: int = number(16, 0)
+    source: str = one_of(
+        "pydocs",
+        tables.SOURCES,
+        "`pydocs` (docstrings of your own Python), `files` (JSON Lines, CSV, TSV, Parquet below root), `hub` (a data set of "
+        "the Hugging Face hub, or a folder of one), `rows` (given from Python)",
+    )
+    root: str = meant("", "the folder that `files` and `tasks_file` are relative to")
+    files: tuple[str, ...] = meant((), 'names or patterns, such as `["wards/*.csv"]`')
+    tasks_file: str = meant("", "JSON with each task's `instruction` and `labels`, `references` by row id, and orders of tasks")
+    tasks: tuple[str, ...] = meant((), "keep only these; empty: all")
+    drop_labels: tuple[str, ...] = meant((), "leave out rows whose answer is one of these")
+    site_from: str = one_of(
+        "column", ("column", "file", "folder"), 'what names the site of a row for partition.scheme = "natural"'
+    )
+    site_column: str = meant("", "the column, or key, that does so")
+    dataset: str = meant("", "for `hub`: an id, or a folder")
+    subset: str = meant("", "for `hub`: the configuration of a data set that has several")
+    instruction: str = meant("", "stands before every row that has none of its own")
+    rows_per_site: int = number(0, 0, about="training rows kept a site, chosen by hash; 0: all", unit="rows")
+    validation_share: float = number(0.1, 0, 0.5, "of the rows that have no `split` of their own", unit="share")
+    test_share: float = number(0.1, 0, 0.5, "and for test", unit="share")
+    max_length: int = number(
+        512, 8, about="of a row, its prompt and its answer; longer texts are cut and counted", unit="tokens"
+    )
+    list_labels: int = number(16, 0, about="name the labels in the prompt where a task has at most so many", unit="labels")
 
 
 @dataclass(frozen=True)
 class Partition:
-    """How rows become sites. `natural`: by the source's own key."""
+    """How rows become sites."""
 
-    scheme: str = one_of("natural", tables.PARTITIONS)
-    sites: int = number(4, 1)
-    alpha: float = number(0.3, 0, 1e6, above=True)
-    # what a Dirichlet draw is made for
-    over: str = one_of("labels", ("labels", "tasks"))
+    scheme: str = one_of("natural", tables.PARTITIONS, "`natural`: by the source's own key, see data.site_from")
+    sites: int = number(4, 1, about="to deal to; `natural` has its own", unit="sites")
+    alpha: float = number(0.3, 0, 1e6, "of the Dirichlet draw; small is skewed", above=True)
+    over: str = one_of("labels", ("labels", "tasks"), "what a Dirichlet draw is made for")
 
 
 @dataclass(frozen=True)
 class Train:
     """One site's round. Exactly one of local_steps and local_epochs is above 0. Learning rate and warm-up span a stage."""
 
-    lr: float = number(3e-3, 0, above=True)
-    local_steps: int = number(10, 0)
-    local_epochs: int = number(0, 0)
-    batch_size: int = number(16, 1)  # rows an optimiser step
-    micro_batch_size: int = number(0, 0)  # rows at once; 0: batch_size
-    warmup: float = number(0.05, 0, 1)  # share of the steps
-    final_lr: float = number(0.1, 0, 1)  # share of lr at the end; linear in between
-    weight_decay: float = number(0.0, 0)
-    clip_norm: float = number(1.0, 0, above=True)
-    proximal: float = number(0.0, 0)  # FedProx: this times half the squared distance from the global adapter
-    sam: float = number(0.0, 0)  # FedSAM: radius of the ascent before each step; costs a second pass
+    lr: float = number(
+        3e-3, 0, about="learning rate of AdamW at its height; as a rule 3 to 10 times that of full training", above=True
+    )
+    local_steps: int = number(10, 0, about="of a site in a round; 0 where local_epochs is set", unit="optimiser steps")
+    local_epochs: int = number(0, 0, about="of a site in a round, in place of local_steps", unit="epochs")
+    batch_size: int = number(16, 1, about="of an optimiser step", unit="rows")
+    micro_batch_size: int = number(0, 0, about="at once, for less memory; 0: batch_size", unit="rows")
+    warmup: float = number(0.05, 0, 1, "of a stage's steps, over which the rate rises from 0", unit="share")
+    final_lr: float = number(0.1, 0, 1, "of lr at the stage's end; it falls in a line", unit="share")
+    weight_decay: float = number(0.0, 0, about="of AdamW")
+    clip_norm: float = number(1.0, 0, about="most of the gradient's norm", above=True)
+    proximal: float = number(0.0, 0, about="FedProx: this times half the squared distance from the global adapter")
+    sam: float = number(0.0, 0, about="FedSAM: radius of the ascent before each step; costs a second pass")
 
 
 @dataclass(frozen=True)
@@ -145,47 +162,60 @@ class Stream:
     Empty: one stage with everything.
     """
 
-    stages: tuple[str, ...] = ()
-    # an order of tasks that data.tasks_file names under `task_orders` or `streams`; load_recipe writes it out as `stages`
-    order: str = ""
-    tasks_a_stage: int = number(1, 1)  # of `order`
-    # training rows of each earlier stage that a site keeps and trains on beside new ones, chosen by hash; 0: it keeps no row
-    replay: int = number(0, 0)
-    # what is served after a stage: this share of what was served after the stage before, the rest as the stage left it
-    average: float = number(0.0, 0, 0.99)
+    stages: tuple[str, ...] = meant((), "tasks or label groups of each, joined by `+`; empty: one stage with everything")
+    order: str = meant("", "a named order of tasks of data.tasks_file, in place of stages; a run keeps it written out")
+    tasks_a_stage: int = number(1, 1, about="of order", unit="tasks")
+    replay: int = number(
+        0,
+        0,
+        about="of each earlier stage that a site keeps and trains on beside new ones, chosen by hash; 0: it keeps no row",
+        unit="rows",
+    )
+    average: float = number(
+        0.0, 0, 0.99, "of what was served after the stage before, in what is served after this one", unit="share"
+    )
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What a site's loss may ask for by the rows that it holds (docs/method.md)."""
 
-    task: str = one_of("plain", tables.CALIBRATIONS)  # cross-entropy over which labels, or shifted by their shares
-    kappa: float = number(1.0, 0)  # of `prior`: how far
-    epsilon: float = number(0.1, 0, above=True)  # of `prior`: added to each label's rows
+    task: str = one_of(
+        "plain",
+        tables.CALIBRATIONS,
+        "cross-entropy over all labels, `restricted` to those that the site holds (FedRS), or shifted by the log of their "
+        "shares (`prior`: FedLC, logit adjustment)",
+    )
+    kappa: float = number(1.0, 0, about="of `prior`: how far")
+    epsilon: float = number(0.1, 0, about="of `prior`: added to each label's count", above=True, unit="rows")
 
 
 @dataclass(frozen=True)
 class Distill:
     """Guidance by the global model as it stood when the round began (docs/method.md). weight = 0: none of it runs."""
 
-    weight: float = number(0.0, 0)
-    temperature: float = number(1.0, 0, above=True)
-    # what the teacher is trusted for, position by position: on the gold answer, and on the rest of its distribution
-    gold: str = one_of("sigmoid", ("sigmoid", "hard", "constant", "off"))
-    kappa: float = number(1.0, 0, above=True)  # nats; how soft the gate `sigmoid` is
-    rest: str = one_of("kl", ("kl", "entropy", "constant", "off"))
-    beta: float = number(1.0, 0)  # of `entropy` and `constant`
-    task_trust: bool = True  # others' evidence on a task against mine
-    site_trust: bool = True  # the more skewed the site, the more it listens
-    trust_by: str = one_of("task", ("task", "label"))  # what evidence and skew are counted by; labels then travel as counts
-    # hidden states: linear CKA or mean cosine at a quarter, half, three quarters and the top of the blocks
-    align: str = one_of("off", ("off", "cka", "cosine"))
-    align_weight: float = number(0.1, 0)
-    layer_trust: bool = True  # less where the sites disagreed in the last round
-    memory: float = number(0.0, 0, 1)  # share of the teacher that is what was served after the stage before
-    ramp: float = number(0.1, 0, 1)  # share of the run over which the weight rises from 0
-    every: int = number(1, 1)  # guidance in every n-th step, at n times the weight: the teacher then costs an n-th
-    cache: int = number(64, 0)  # entries kept of a cached teacher output where a round meets rows again; 0: no cache
+    weight: float = number(0.0, 0, about="λ_d, of the whole term; 0: none of it runs")
+    temperature: float = number(1.0, 0, about="τ, that softens both distributions", above=True)
+    gold: str = one_of(
+        "sigmoid", ("sigmoid", "hard", "constant", "off"), "trust in the teacher on the right answer, token by token"
+    )
+    kappa: float = number(1.0, 0, about="how soft the gate `sigmoid` is", above=True, unit="nats")
+    rest: str = one_of("kl", ("kl", "entropy", "constant", "off"), "trust in it on the rest of its distribution")
+    beta: float = number(1.0, 0, about="height of `entropy` and `constant`")
+    task_trust: bool = meant(True, "more where the others hold more of a task than the site itself")
+    site_trust: bool = meant(True, "the more skewed a site, the more it listens: a factor from ¼ to 1")
+    trust_by: str = one_of("task", ("task", "label"), "what both are counted by; `label` sends label names and counts")
+    align: str = one_of(
+        "off", ("off", "cka", "cosine"), "hidden states too, at a quarter, half, three quarters and all of the blocks"
+    )
+    align_weight: float = number(0.1, 0, about="η, of that")
+    layer_trust: bool = meant(True, "align less where the sites disagreed in the last round")
+    memory: float = number(0.0, 0, 1, "of the teacher that is what was served after the stage before", unit="share")
+    ramp: float = number(0.1, 0, 1, "of the run, over which the weight rises from 0", unit="share")
+    every: int = number(1, 1, about="guidance in every n-th step, at n times the weight", unit="steps")
+    cache: int = number(
+        64, 0, about="kept of a teacher's distribution where a round meets rows again; 0: no cache", unit="entries"
+    )
 
 
 class _Modes(Iterable[str]):
@@ -204,13 +234,18 @@ class Structure:
     """Modules injected while training (docs/method.md). amounts: structure -> drop probability, standard deviation or norm,
     under its own name (`structure.heads = 0.1`); 0: not injected."""
 
-    mode: str = one_of("implicit", _Modes())
-    weight: float = number(1.0, 0)  # of the consistency term of `self` and `rdrop`
-    every: int = number(4, 1)  # `self`: every n-th step
+    mode: str = one_of(
+        "implicit",
+        _Modes(),
+        "how they enter the loss: alone (`implicit`), against a clean pass (`self`), against a second draw (`rdrop`), or "
+        "through the clean teacher (`anchored`)",
+    )
+    weight: float = number(1.0, 0, about="λ_s, of the consistency term of `self` and `rdrop`")
+    every: int = number(4, 1, about="`self` compares in every n-th step", unit="steps")
     amounts: Frozen[float] = field(default_factory=Frozen, metadata=named_by(tables.STRUCTURES, _amount))
-    hold: bool = False  # `branch` draws once a round: what is left out is neither trained nor sent
-    ramp: float = number(0.2, 0, 1)  # share of the run over which strength rises from 0
-    anneal: float = number(0.1, 0, 1)  # share of the run at its end over which it falls to 0
+    hold: bool = meant(False, "`branch` draws once a round: what is left out is neither trained nor sent")
+    ramp: float = number(0.2, 0, 1, "of the run, over which strength rises from 0", unit="share")
+    anneal: float = number(0.1, 0, 1, "of the run, at its end, over which it falls to 0", unit="share")
 
     def amount(self, name: str) -> float:
         """Of a structure; 0 where it is not injected."""
@@ -229,50 +264,64 @@ def _codec(spec: str) -> str:
 class Federation:
     """The round loop. quorum: share of the sampled sites that must answer well, else the run stops with their errors."""
 
-    rounds: int = number(10, 1)
-    # points of the validation curve (evaluation.every) in a row that are no better than the best one, after which a stage
-    # ends; 0: it lasts all its rounds
-    patience: int = number(0, 0)
-    keep: str = one_of("last", ("last", "best"))  # what a stage ends in: its last round, or its best by validation rows
-    sites_per_round: int = number(0, 0)  # 0: all
-    rule: str = one_of("mean", tables.RULES)  # of aggregation, see docs/exchange.md
-    hostile: int = number(0, 0)  # sites that may lie: what `trimmed` and `krum` are to withstand
-    weighting: str = one_of("positions", tables.WEIGHTINGS)
-    optimiser: str = one_of("average", tables.OPTIMISERS)  # of the server, around the rule
-    server_lr: float = number(1.0, 0, above=True)
-    codec_up: str = checked("fp32", _codec)
-    codec_down: str = checked("fp32", _codec)
-    # a site keeps what a lossy codec_up left out and adds it to its next update, where the rule keeps the factors' basis
-    error_feedback: bool = True
-    quorum: float = number(1.0, 0, 1, above=True)
-    deadline: float = number(3600.0, 0, above=True)  # seconds a round
-    max_update_norm: float = number(math.inf, 0, above=True, infinite=True)  # of a site's change; beyond: refused
+    rounds: int = number(10, 1, about="of each stage", unit="rounds")
+    patience: int = number(
+        0,
+        0,
+        about="after which a stage ends, if none was above the best; 0: it lasts all its rounds",
+        unit="points of the curve",
+    )
+    keep: str = one_of("last", ("last", "best"), "what a stage ends in: its last round, or its best by validation rows")
+    sites_per_round: int = number(0, 0, about="drawn anew each round; 0: all", unit="sites")
+    rule: str = one_of("mean", tables.RULES, "of aggregation, see docs/exchange.md")
+    hostile: int = number(0, 0, about="that may lie: what `trimmed` and `krum` are to withstand", unit="sites")
+    weighting: str = one_of(
+        "positions", tables.WEIGHTINGS, "what a site counts by: its supervised tokens, their root, or nothing"
+    )
+    optimiser: str = one_of("average", tables.OPTIMISERS, "of the server, around the rule")
+    server_lr: float = number(1.0, 0, about="of that optimiser", above=True)
+    codec_up: str = checked(
+        "fp32", _codec, "how updates travel: `fp32`, `bf16`, `fp16`, `int8`, `int4`, `topk=0.1`, `topk=0.1+int4`, …"
+    )
+    codec_down: str = checked("fp32", _codec, "how the global adapter travels")
+    error_feedback: bool = meant(
+        True, "a site adds what a lossy codec_up left out to its next update, where the rule keeps the factors' basis"
+    )
+    quorum: float = number(1.0, 0, 1, "of the asked sites that must answer well, else the run stops", above=True, unit="share")
+    deadline: float = number(3600.0, 0, about="of a round", above=True, unit="seconds")
+    max_update_norm: float = number(math.inf, 0, about="of a site's change; beyond, it is refused", above=True, infinite=True)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Curves come from validation rows, the final table from test rows. Rows are chosen by hash, the same for every method."""
 
-    every: int = number(1, 1)  # rounds between curve points
-    validation_rows: int = number(100, 0)  # a task; 0: all
-    test_rows: int = number(400, 0)  # a task; 0: all
-    unseen_sites: int = number(0, 0)  # sites, drawn by the seed, that take no part in any training; their test rows are scored
-    batch_size: int = number(32, 1)
-    generate: bool = True  # free answers, for ROUGE-L; without, by their token accuracy
-    max_new_tokens: int = number(48, 1)
-    samples: int = number(10, 0)  # test rows whose text and answers a run in one process keeps for its report; 0: none
-    baselines: tuple[str, ...] = some_of(("base", "local", "centralised"), tables.BASELINES)
+    every: int = number(1, 1, about="between two points of the validation curve", unit="rounds")
+    validation_rows: int = number(100, 0, about="a task; 0: all", unit="rows")
+    test_rows: int = number(400, 0, about="a task; 0: all", unit="rows")
+    unseen_sites: int = number(
+        0, 0, about="drawn by the seed, that take no part in any training; their test rows are scored", unit="sites"
+    )
+    batch_size: int = number(32, 1, about="scored at once", unit="rows")
+    generate: bool = meant(True, "free answers are generated, for ROUGE-L; without, they are scored by token accuracy")
+    max_new_tokens: int = number(48, 1, about="of a generated answer", unit="tokens")
+    samples: int = number(
+        10, 0, about="of test, whose text and answers a run in one process keeps for its report; 0: none", unit="rows"
+    )
+    baselines: tuple[str, ...] = some_of(
+        ("base", "local", "centralised"), tables.BASELINES, "run beside the federation, on the same rows and steps"
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that determines a run. own: `KIND.NAME` -> options of an entry that has some, see `tables.OWN`."""
 
-    name: str = "run"
-    seed: int = number(1, 0)
-    out: str = "runs"
-    threads: int = number(0, 0)  # of torch; 0: OMP_NUM_THREADS, else the cores this process may use, at most 8
-    track: tuple[str, ...] = some_of((), tables.TRACKERS)  # live views, each with an extra of its own
+    name: str = meant("run", "of the run, and of its folder in out")
+    seed: int = number(1, 0, about="of everything that is drawn")
+    out: str = meant("runs", "the folder of runs")
+    threads: int = number(0, 0, about="of torch; 0: OMP_NUM_THREADS, else the cores that this process may use, at most 8")
+    track: tuple[str, ...] = some_of((), tables.TRACKERS, "live views, each with an extra of its own")
     model: Model = field(default_factory=Model)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: Data = field(default_factory=Data)

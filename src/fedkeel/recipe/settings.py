@@ -54,19 +54,24 @@ class Frozen(Mapping[str, V]):
         return repr(self._content)
 
 
-def one_of(default: str, choices: Iterable[str]) -> Any:
-    """A text among `choices`, a tuple or a table; of a list, each of its texts."""
-    return field(default=default, metadata={"choices": choices})
+def meant(default: Any, about: str, **more: Any) -> Any:
+    """A value that may be any of its type. about: what the key means, for a reference of all keys. more: further metadata."""
+    return field(default=default, metadata={"about": about, **more})
 
 
-def some_of(default: tuple[str, ...], choices: Iterable[str]) -> Any:
-    """A list of texts among `choices`."""
-    return field(default=default, metadata={"choices": choices})
+def one_of(default: str, choices: Iterable[str], about: str = "") -> Any:
+    """A text among `choices`, a tuple or a table; of a list, each of its texts. about: as of `meant`."""
+    return meant(default, about, choices=choices)
 
 
-def number(default: float, low: float, high: float = math.inf, *, above: bool = False, infinite: bool = False) -> Any:
-    """A number in [low, high], or in (low, high] with `above`; infinity too with `infinite`."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above, "infinite": infinite})
+def some_of(default: tuple[str, ...], choices: Iterable[str], about: str = "") -> Any:
+    """A list of texts among `choices`. about: as of `meant`."""
+    return meant(default, about, choices=choices)
+
+
+def number(default: float, low: float, high: float = math.inf, about: str = "", **more: Any) -> Any:
+    """A number in [low, high]. about: as of `meant`. more: `above`: not low itself; `infinite`: infinity too; `unit`."""
+    return meant(default, about, **{"low": low, "high": high, "above": False, "infinite": False, **more})
 
 
 def needed(what: str) -> Any:
@@ -79,9 +84,10 @@ def filled(default: tuple[Any, ...], low: int = 1) -> Any:
     return field(default=default, metadata={"filled": True, "low": low})
 
 
-def checked(default: Any, check: Callable[[Any], str]) -> Any:
-    """A value or list that `check` has nothing to say against: it -> what would be right, empty where it is."""
-    return field(default=default, metadata={"check": check})
+def checked(default: Any, check: Callable[[Any], str], about: str = "", **more: Any) -> Any:
+    """A value or list that `check` has nothing to say against: it -> what would be right, empty where it is. about, more: as of
+    `meant`."""
+    return meant(default, about, check=check, **more)
 
 
 def named_by(table: Table[Any], bounds: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from fedkeel.model.generate import generate
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.rng import seed_torch
+from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.served import trained_model
+from fedkeel.scores.evaluate import label_log_likelihoods
 from fedkeel.types import FedKeelError, Record
 
 WHO = ("base", "federated")
@@ -53,8 +55,11 @@ class Ask:
         self._base = Model(recipe.model, recipe.lora, recipe.seed, self.model.classes) if self.model.shifts else self.model
         about = self.model.net.config
         longest = min(LONGEST, getattr(about, "max_position_embeddings", None) or LONGEST)
-        self._formatter = Formatter(self.model.tokenizer, self.model.kind, longest, classes=self.model.classes)
+        self._formatter = Formatter(
+            self.model.tokenizer, self.model.kind, longest, recipe.data.list_labels, classes=self.model.classes
+        )
         self._seed = recipe.seed
+        self.tasks = RunFolder(folder).tasks()
 
     @property
     def remembers(self) -> bool:
@@ -93,6 +98,29 @@ class Ask:
             (new,) = generate(model, (ids, torch.ones_like(ids)), ends, tokens, temperature, heard)
         return self._formatter.said(Record("asked", "asked", "test", "", input=question), new.tolist())
 
+    @torch.no_grad()
+    def answer_as(self, who: str, task: str, text: str, tokens: int, told: Callable[[str], None] = print) -> str:
+        """What `who` says to `text` as the input of a row of `task`: behind its instruction, and where it has labels, the three
+        likeliest with their shares. Raises FedKeelError for a task that the run did not learn."""
+        if task not in self.tasks:
+            known = ", ".join(self.tasks) or "none, as it ran elsewhere or before they were kept"
+            raise FedKeelError(f"task {task!r} is not among those that this run learnt: {known}")
+        if not text.strip():
+            raise FedKeelError("the question is empty")
+        about = self.tasks[task]
+        labels = tuple(about["labels"])
+        record = Record("asked", task, "test", labels[0] if labels else "", about["instruction"], text, labels=labels)
+        with self._speaking(who) as model, model.autocast():
+            if labels and model.kind != "classifier":
+                answers = self._formatter.label_ids(record)
+                prompt = self._formatter.prompt_ids(record, max(map(len, answers)))
+                (likelihoods,) = label_log_likelihoods(model, [prompt], [answers])
+                said = _likeliest(labels, torch.tensor(likelihoods, dtype=torch.float64).softmax(0))
+                told(said)
+                return said
+        asked = "\n".join(part for part in (about["instruction"], text) if part) if self.model.kind != "classifier" else text
+        return self.answer(who, [("user", asked)], tokens, told=told)
+
     def _prompt(self, turns: Sequence[Turn], room: int) -> tuple[int, ...]:
         said = (*turns, ("assistant", "")) if self.remembers and len(turns) > 1 else ()  # a long talk loses its beginning
         record = Record("asked", "asked", "test", "", input="" if said else turns[-1][1], messages=said)
@@ -110,5 +138,9 @@ class Ask:
         example = Example("asked", "asked", ids, target=0, allowed=tuple(range(len(model.classes))))
         logits = model.forward(collate([example], model.kind, model.tokenizer.pad_token_id, len(model.classes))).logits
         shares = logits.float().softmax(-1)[0]
-        best = shares.argsort(descending=True)[:3].tolist()
-        return ", ".join(f"{model.classes[k]} ({float(shares[k]):.0%})" for k in best)
+        return _likeliest(model.classes, shares)
+
+
+def _likeliest(names: Sequence[str], shares: torch.Tensor) -> str:
+    """The first three, with their shares."""
+    return ", ".join(f"{names[k]} ({float(shares[k]):.0%})" for k in shares.argsort(descending=True)[:3].tolist())

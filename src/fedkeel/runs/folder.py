@@ -193,6 +193,22 @@ class RunFolder:
         told = {"rows": list(rows), "said": {**held["said"], who: dict(said)}}
         write_atomic(path, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
 
+    def write_tasks(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep how the rows of each task ask, see `answers.tasks_of`."""
+        write_atomic(self.path / "tasks.json", json.dumps(tasks, ensure_ascii=False, indent=1) + "\n")
+
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """What `write_tasks` kept; empty where nothing was."""
+        path = self.path / "tasks.json"
+        try:
+            held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            return {
+                str(name): {"instruction": str(t["instruction"]), "labels": [*map(str, t["labels"])]}
+                for name, t in held.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path} cannot be used: {error!r}") from error
+
     def exchanged(self) -> int:
         """Bytes that the messages of the rounds so far took."""
         saved = self.rows_file.read_bytes()[: self.state()["rows_bytes"]] if self.rows_file.exists() else b""

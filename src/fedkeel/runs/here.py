@@ -21,7 +21,7 @@ from fedkeel.model.digest import base_digest, tokenizer_digest
 from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.runs.answers import asked, chosen
+from fedkeel.runs.answers import asked, chosen, tasks_of
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Leg
 from fedkeel.runs.prepare import Prepared
@@ -196,6 +196,7 @@ class Here:
             self._keep_answers(leg.method)
         if leg.method != "federated":
             return
+        self.folder.write_tasks(tasks_of(self.prepared.stages[-1].all("train")))
         self._write("adapter", leg, current)
         if best is not None:
             self._write("best", leg, best)

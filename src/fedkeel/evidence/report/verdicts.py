@@ -76,7 +76,7 @@ def falling(rows: Sequence[Row]) -> Iterator[Verdict]:
     told = f"training loss {before:.3g} and then {late:.3g} nats in the last two quarters of the rounds ({change:+.0%})"
     if change > 0.05:
         yield Verdict(BAD, told, "a lower train.lr: it rises")
-    elif change < -0.05:
+    elif change < -0.05 and before - late > 0.05:
         yield Verdict(LOOK, told, "more federation.rounds: it still falls, and a comparison would judge speed")
     else:
         yield Verdict(GOOD, told)
