@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test slow faults check format lint types clean
+.PHONY: run test slow docs faults check format lint types clean
 
 run: .venv/installed
 	$(BIN)/fedkeel run recipes/quickstart.toml --fresh
@@ -23,10 +23,18 @@ slow: .venv/installed-dev .venv/llama-cpp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama-cpp]' \
 	  && touch $@ || echo "llama-cpp-python could not be built: GGUF files are not compared with llama.cpp"
 
+docs: .venv/installed-docs
+	$(BIN)/python tools/docs_site.py
+	@echo "site: build/site/html/index.html"
+
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@ .venv/installed .venv/installed-dev
+
 faults: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m faults
 
-check: format lint types test
+check: format lint types test docs
 
 format: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ import pytest
 from test_run import adapter_of, same
 from typer.testing import CliRunner
 
+import docs_site
 import keys_page
 from fedkeel.cli import app
 from fedkeel.recipe.reference import sections
@@ -117,3 +118,19 @@ def test_your_data_in_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     quick = python.replace('"mail.toml"', '{"federation.rounds": 1, "train.local_steps": 1, "name": "mine", "threads": 1}')
     exec(compile(quick, "python", "exec"), {"frame": rows, "rows": rows})
     assert Path("runs/mine/best").is_dir()
+
+
+def test_pages_of_the_site_link_as_those_of_the_repository() -> None:
+    text = "[a](../README.md#two-commands) [b](../results/suites) [c](method.md) ![d](../results/main-job/x.svg) `[e](no.md)` [f](#g)"
+    with pytest.raises(SystemExit, match=r"docs/keys.md: there is no results/main-job/x\.svg"):
+        docs_site.linked("docs/keys.md", text)
+    told, pages, files = docs_site.linked("docs/keys.md", text.replace("x.svg", "clinc150-minilm/curve.svg"))
+    picture = "![d](../results/main-job/clinc150-minilm/curve.svg)"
+    assert told == f"[a](../index.md#two-commands) b [c](method.md) {picture} `[e](no.md)` [f](#g)"
+    assert pages == ["README.md", "docs/method.md"]
+    assert files == ["results/main-job/clinc150-minilm/curve.svg"]
+
+
+def test_every_page_of_the_docs_is_in_the_sites_contents() -> None:
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert {f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")} <= named

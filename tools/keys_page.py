@@ -15,9 +15,9 @@ from fedkeel.recipe.reference import Key, Section, sections
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "keys.md"
 HEAD = """# Every key of a recipe
 
-Made from the schema by `python tools/keys_page.py`; `fedkeel keys [SECTION]` prints the same. A key is written in its section, or
-dotted on the command line: `train.lr=1e-3`. What keys demand of each other is checked before any work, and the error says what would
-be right. What they are for: [recipes.md](recipes.md); the method's formulas: [method.md](method.md); words:
+Made from the schema by `python tools/keys_page.py`; `fedkeel keys [SECTION]` prints the same. A key is written in its section,
+or dotted on the command line: `train.lr=1e-3`. What keys demand of each other is checked before any work, and the error says
+what would be right. What they are for: [recipes.md](recipes.md); the method's formulas: [method.md](method.md); words:
 [glossary.md](glossary.md).
 """
 

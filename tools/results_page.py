@@ -7,7 +7,8 @@ In docs/results-all.md a table stands between `<!-- table: SOURCE TITLE -->` and
 packed suite, by the title it has in the suite's tables.md, which is made anew from the suite's rows first; of a run of the main
 job; or of a benchmark's output. A note below a table is printed once on the page, where it first applies. The tables of the
 README stand between `<!-- NAME -->` and `<!-- end of NAME -->`, and in docs/results.md a part of one between
-`<!-- part: SOURCE TITLE | COLUMN, … | LINE, … -->` and `<!-- end -->`. `tests/test_results.py` fails where page and results disagree.
+`<!-- part: SOURCE TITLE | COLUMN, … | LINE, … -->` and `<!-- end -->`. `tests/test_results.py` fails where page and
+results disagree.
 """
 
 from __future__ import annotations
