@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pandas
 import pytest
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 import fedkeel
 from fedkeel import tables
 from fedkeel.data.forms import DataError
+from fedkeel.data.given import records_of
 from fedkeel.method.aggregate.common import Aggregate
 from fedkeel.method.aggregate.updates import Checked
 from fedkeel.recipe.load import load_recipe, read_tree
+from fedkeel.recipe.schema import Data
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.tables import Rule, Term
 from fedkeel.types import Adapter, FedKeelError, Forward, Update
@@ -68,6 +71,21 @@ def plain_mean(reference: Adapter, updates: Iterable[Update], weights: Mapping[s
 
 
 # ------------------------------------------------------------------------------------------------------------------------ rows
+
+
+def test_a_frame_of_arrays_is_the_same_rows_as_lists() -> None:
+    """As pandas reads nested columns of Parquet: history, turns of a chat, and numbers."""
+    pairs, turns = numpy.empty(2, object), numpy.empty(2, object)
+    pairs[0], pairs[1] = numpy.array([numpy.array(["a", "b"], object)], object), numpy.array([], object)
+    rows = [{"instruction": "x", "output": "1", "history": [["a", "b"]]}, {"instruction": "y", "output": "2", "history": []}]
+    frame = pandas.DataFrame([{"instruction": r["instruction"], "output": r["output"]} for r in rows])
+    frame["history"] = pairs
+    config = Data(source="rows")
+    assert records_of({"a": frame}, config) == records_of({"a": rows}, config)
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    turns[0] = turns[1] = numpy.array(said, object)
+    told = pandas.DataFrame({"messages": turns, "weight": numpy.array([1, 1])})
+    assert records_of({"a": told}, config) == records_of({"a": [{"messages": said, "weight": 1}] * 2}, config)
 
 
 @pytest.mark.parametrize("form", ["dicts", "pandas", "datasets"])

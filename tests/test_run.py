@@ -632,3 +632,18 @@ def test_what_changes_no_bit_may_change_on_resume(tiny_overrides: list[str], tmp
     resumed = go([*brief, *free], resume=True)[1]
     assert same(adapter_of(resumed.path), adapter_of(whole.path))
     assert load_recipe(resumed.path / "recipe.toml", []).evaluation.batch_size == 7
+
+
+def test_the_order_of_rows_files_and_sites_changes_no_score(
+    tiny_overrides: list[str], uncut: RunFolder, tmp_path: Path
+) -> None:
+    """The rows backwards, a file a department, named against the order of departments: every row of the run is the same, and
+    so is the adapter."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    shutil.copy(Path(next(o for o in tiny_overrides if o.startswith("data.root=")).partition("=")[2]) / "tasks.json", folder)
+    for number in range(3):
+        rows = [json.dumps(row) + "\n" for row in reversed(tiny.tiny_rows()) if row["department"] == f"ward-{number}"]
+        (folder / f"{'cab'[number]}.jsonl").write_text("".join(rows))
+    _, other, _ = go([*tiny_overrides, f"data.root={folder}", 'data.files=["*.jsonl"]', "name=tiny", f"out={tmp_path}"])
+    assert_ends_as(other, uncut)

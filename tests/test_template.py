@@ -197,3 +197,10 @@ def test_an_earlier_answer_that_is_written_otherwise_is_not_learnt() -> None:
     assert parts(made, example) == [TURNS[0] + "One.<|im_end|>\n" + TURNS[1], "<think>2</think> Two.<|im_end|>"]
     assert made.counts["last only"] == 1
     assert made.prompt_ids(talk, 9) + made.answer_ids(talk, talk.output) == example.ids
+
+
+def test_a_template_that_writes_the_date_writes_one_date() -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}|" + NO_PROMPT + ASK
+    made = formatter(dated)
+    assert made.tokenizer.decode(made.prompt_ids(ROW, 4)).startswith("26 Jul 2024|")
+    assert made.encode(ROW).answer == formatter(NO_PROMPT + ASK).encode(ROW).answer

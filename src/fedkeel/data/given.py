@@ -38,7 +38,15 @@ def dicts_of(rows: Rows, site: str) -> Iterator[Mapping[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise DataError(f"site {site}, row {number}: {type(row).__name__} where a dict belongs")
-        yield {str(key): value for key, value in row.items() if not is_null(value)}
+        yield {str(key): _plain(value) for key, value in row.items() if not is_null(value)}
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and numbers of NumPy's, which a frame read from Parquet is full of, as lists and numbers of Python's."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def records_of(sites: Mapping[str, Rows], config: Data) -> list[Record]:

@@ -12,6 +12,7 @@ from typing import Protocol
 from fedkeel import tables
 from fedkeel.data.format import Example, Formatter
 from fedkeel.data.sites import Sites
+from fedkeel.data.template import TODAY
 from fedkeel.federation.client import Site
 from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
@@ -96,6 +97,8 @@ class Here:
                 f"{self.formatter.counts['last only']} talks are learnt in their last answer alone: the chat template writes "
                 f"earlier ones otherwise than they stand in the row"
             )
+        if "strftime_now" in str(self.model.tokenizer.chat_template):
+            self.watch.note(f"the chat template writes today's date: {TODAY:%d %B %Y} stands in its place, in every row")
         if self.model.bare:
             self.watch.note(f"no branch is at {', '.join(self.model.bare)}: these matrices stay as they are")
         for note in self.prepared.notes:
