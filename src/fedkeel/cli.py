@@ -73,6 +73,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     from fedkeel.runs.dry import describe_model, payload_bytes
     from fedkeel.runs.legs import legs_of
     from fedkeel.runs.prepare import describe_sites
+    from fedkeel.runs.privacy import check_budget
 
     recipe = prepared.recipe
     console.print(to_toml(recipe), highlight=False)
@@ -92,7 +93,9 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (down + up))}")
     rounds = recipe.federation.rounds * len(prepared.stages)
     facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(rounds * sites * (down + up))}")
-    facts.add_row("legs", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared.cast))))
+    if promised := check_budget(prepared.cast):
+        facts.add_row("privacy", promised)
+    facts.add_row("methods", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared.cast))))
     console.print(facts)
     for note in prepared.notes:
         console.print(f"note: {note}", style="yellow")

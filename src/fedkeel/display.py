@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -132,11 +133,14 @@ class Display:
     def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
         """See `watch.Watch`."""
         positions = sum(u.positions for u in result.updates)
-        loss = sum(u.stats["loss"] * u.positions for u in result.updates) / positions
-        line = f"{leg} round {done}/{rounds}: {plural(len(result.updates), 'site')}, training loss {loss:.3f} nats"
+        line = f"{leg} round {done}/{rounds}: {plural(len(result.updates), 'site')}"
+        if all("loss" in u.stats for u in result.updates):  # private sites do not tell it
+            loss = sum(u.stats["loss"] * u.positions for u in result.updates) / positions
+            line += f", training loss {loss:.3f} nats"
         if len(result.updates) > 1 or rounds > 1:
             self._bytes += sum(result.bytes_up.values()) + sum(result.bytes_down.values())
-            line += f", aggregation error {result.error:.1%}, {human_bytes(self._bytes)} exchanged so far"
+            error = f", aggregation error {result.error:.1%}" if math.isfinite(result.error) else ""
+            line += f"{error}, {human_bytes(self._bytes)} exchanged so far"
         left = "" if self._live else self._left.told()
         self._line(f"{line}, {result.seconds:.1f} s{left and f', {left}'}")
 

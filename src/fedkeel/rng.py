@@ -1,4 +1,5 @@
-"""One seed, many independent generators, each keyed by what it is for. Nothing else in FedKeel seeds anything.
+"""One seed, many independent generators, each keyed by what it is for. Nothing else in FedKeel seeds anything. What must be
+secret is drawn from the operating system's entropy, and from no seed: `secret_normal`.
 
 A key is a tuple such as ("batches", round, site, step). The generator depends on the key alone and not on what was drawn
 before, so a resumed run, another engine or another order of sites draws the same numbers.
@@ -9,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from typing import TYPE_CHECKING
+
+from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,3 +60,25 @@ def counter_normal(key: int, counters: Tensor) -> Tensor:
     """Standard normal numbers, float32, keyed as `counter_uniform` is (Box & Muller 1958): counter c uses 2c and 2c + 1."""
     radius = (-2.0 * counter_uniform(key, 2 * counters).log()).sqrt()
     return radius * (2.0 * math.pi * counter_uniform(key, 2 * counters + 1)).cos()
+
+
+def secret_normal(shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float64, that nobody can foretell or draw again: Box & Muller over a ChaCha20 stream under a key
+    of 256 bits from the operating system, which is forgotten. Raises FedKeelError where `cryptography` is not installed."""
+    import secrets
+
+    import numpy as np
+    import torch
+
+    try:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+    except ImportError as error:
+        raise FedKeelError("noise for privacy is drawn through `cryptography`: pip install 'fedkeel[privacy]'") from error
+    count = math.prod(shape)
+    pairs = (count + 1) // 2
+    stream = Cipher(algorithms.ChaCha20(secrets.token_bytes(32), bytes(16)), mode=None).encryptor().update(bytes(16 * pairs))
+    whole = np.frombuffer(stream, dtype=np.uint64) >> np.uint64(11)
+    uniform = (whole.astype(np.float64) + 0.5) / 2.0**53  # in (0, 1)
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[:pairs])), 2.0 * math.pi * uniform[pairs:]
+    numbers = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    return torch.from_numpy(numbers.reshape(shape))

@@ -296,7 +296,7 @@ class Rule(Entry):
     claims error 0 up to rounding. keeps_basis: factors keep their basis from round to round, so that a step from one to the
     next means something. apart: it may be taken module by module, over the sites that trained a module. counts: f hostile sites
     need counts[0] · f + counts[1] in all. withstands: it reads federation.hostile. even: every site counts the same, whatever
-    its weight.
+    its weight. sums: what it makes of changes is their weighted sum.
     """
 
     trains: tuple[str, ...] = ("ab",)
@@ -309,6 +309,7 @@ class Rule(Entry):
     counts: tuple[int, int] = (0, 1)
     withstands: bool = False
     even: bool = False
+    sums: bool = False
 
     def trained(self, round: int) -> frozenset[str]:
         """The factors that a site trains in round `round`, from 0; the other is as the reference has it."""
@@ -338,9 +339,9 @@ _AGGREGATE = "fedkeel.method.aggregate"
 RULES = Table(
     "rule",
     {
-        "mean": Rule(f"{_AGGREGATE}.mean:mean", keeps_basis=True),
-        "freeze_a": Rule(f"{_AGGREGATE}.one_factor:freeze_a", trains=("b",), exact=True, keeps_basis=True),
-        "alternate": Rule(f"{_AGGREGATE}.one_factor:alternate", trains=("b", "a"), exact=True),
+        "mean": Rule(f"{_AGGREGATE}.mean:mean", keeps_basis=True, sums=True),
+        "freeze_a": Rule(f"{_AGGREGATE}.one_factor:freeze_a", trains=("b",), exact=True, keeps_basis=True, sums=True),
+        "alternate": Rule(f"{_AGGREGATE}.one_factor:alternate", trains=("b", "a"), exact=True, sums=True),
         "svd": Rule(f"{_AGGREGATE}.svd:svd", mixed=True),
         "stack": Rule(f"{_AGGREGATE}.stack:stack", mixed=True, shifts=True, exact=True, apart=False),
         "residual": Rule(f"{_AGGREGATE}.residual:residual", shifts=True, exact=True, keeps_basis=True, apart=False),
@@ -454,7 +455,14 @@ class Step(Entry):
     the recipe does not ask for it."""
 
 
-STEPS = Table("step of the channel", {"residual": Step("fedkeel.exchange.channel:feedback")})
+STEPS = Table(
+    "step of the channel",
+    {
+        "clip": Step("fedkeel.exchange.clip:clip"),
+        "noise": Step("fedkeel.exchange.noise:noise"),
+        "residual": Step("fedkeel.exchange.channel:feedback"),
+    },
+)
 
 
 # Where rows come from, and who holds them

@@ -15,7 +15,8 @@ EXTRA = re.compile(r"""\bextra\s*==\s*["']([^"']+)["']""")
 
 def needed_extras(recipe: Recipe) -> tuple[str, ...]:
     """The extras of fedkeel that a coordinator and a site of this federation need."""
-    return ("flower", "hub") if recipe.data.source == "hub" else ("flower",)
+    hub = ("hub",) if recipe.data.source == "hub" else ()
+    return ("flower", *hub, *(("privacy",) if recipe.privacy.unit != "none" else ()))
 
 
 def pins(extras: Sequence[str]) -> tuple[str, ...]:

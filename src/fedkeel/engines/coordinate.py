@@ -32,6 +32,7 @@ from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Cast, Leg, legs_of
+from fedkeel.runs.privacy import check_budget
 from fedkeel.runs.rounds import Carrier, Loop, Memory, Progress, check_curve
 from fedkeel.runs.rows import Sums, pooled_rows
 from fedkeel.runs.track import Tracks
@@ -273,7 +274,12 @@ class Away:
 
     def size(self, leg: Leg, stage: int, split: str) -> int:
         """See `Parties`."""
-        return sum(self._rows(site, stage, split) for site in self._scoring(leg))
+        return 0 if self._silent else sum(self._rows(site, stage, split) for site in self._scoring(leg))
+
+    @property
+    def _silent(self) -> bool:
+        """Whether sites keep their scores, which are numbers about their rows, to themselves."""
+        return self.recipe.privacy.unit != "none"
 
     def _scoring(self, leg: Leg) -> list[str]:
         """The sites that score a leg's model: a local one stays with the site that trained it."""
@@ -281,6 +287,9 @@ class Away:
 
     def score(self, leg: Leg, stage: int, current: Global, split: str) -> list[Row]:
         """See `Parties`. A site without an answer is left out, and said so."""
+        if self._silent:
+            self.watch.note("no scores: they are numbers about private rows, which privacy.unit keeps at the sites")
+            return []
         payload = pack_global("checkpoint", current, since=0)  # the whole state, exactly
         header = {"split": split, "stage": stage}
         asked = {s: ({**header, "kept": self._kept.get(s, "")}, payload) for s in self._scoring(leg)}
@@ -358,6 +367,9 @@ def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: W
     """
     if recipe.evaluation.unseen_sites:
         raise ConfigError("evaluation.unseen_sites: in a deployment every site trains; leave those out of --sites that do not")
+    if recipe.privacy.unit != "none" and recipe.evaluation.baselines:
+        watch.note("no baselines: their scores are numbers about private rows, which privacy.unit keeps at the sites")
+        recipe = replace(recipe, evaluation=replace(recipe.evaluation, baselines=()))
     pooling = [name for name in recipe.evaluation.baselines if tables.BASELINES[name].pools]
     if pooling:
         watch.note(f"not run here, as it needs the rows of all sites in one place: {', '.join(pooling)}")
@@ -381,6 +393,8 @@ def _coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: 
     loop = Loop(recipe, away, folder, watch, folder.open(recipe, resume, False))
     loop.state.update(run=run, reference=reference)
     legs = legs_of(away.cast())
+    if promised := check_budget(away.cast()):
+        watch.note(f"private: {promised}")
     check_curve(legs, away, recipe.evaluation.every)
     watch.begin(loop.work(legs))
     with tracks as folder.tracks:

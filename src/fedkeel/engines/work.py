@@ -106,7 +106,8 @@ class Work:
     def hello(self, site: str) -> dict[str, Any]:
         """What a coordinator checks before round 1: that this site would train the same thing as the others."""
         versions = {name: metadata.version(name) for name in ("fedkeel", "torch", "transformers", "peft")}
-        rows = [{split: len(held) for split, held in stage.rows[site].items()} for stage in self.prepared.stages]
+        most = 1 if self.recipe.privacy.unit != "none" else 2**63  # how many rows there are is a number about them
+        rows = [{split: min(most, len(held)) for split, held in stage.rows[site].items()} for stage in self.prepared.stages]
         return {
             "site": site,
             "versions": versions,
@@ -118,7 +119,7 @@ class Work:
             "classes": hashlib.sha256(json.dumps(self.model.classes).encode()).hexdigest(),
             "tasks": self._meanings(),
             "rows": rows,
-            "encoded": [len(stage) for stage in self.examples(site)],
+            "encoded": [min(most, len(stage)) for stage in self.examples(site)],
             "load_seconds": self.seconds,
         }
 
@@ -165,6 +166,8 @@ class Work:
     def evaluate(self, site: str, header: Mapping[str, Any], payload: bytes, store: Store) -> tuple[dict[str, Any], bytes]:
         """Sums and counts of the site's held-out rows, by the stage they came in, task and measure, under an adapter; no text
         leaves the site. header: `split`, `stage` (whose rows), `kept`."""
+        if self.recipe.privacy.unit != "none":
+            raise WorkError("scores are numbers about private rows, which privacy.unit keeps here")
         split, stage = header.get("split"), int(header.get("stage", 0))
         if split not in SPLITS or not 0 <= stage < len(self.prepared.stages):
             raise WorkError(
@@ -226,6 +229,14 @@ def present(recipe: Recipe, alone: str) -> Work:
     return _present[2]
 
 
+def _told(text: str, private: bool) -> str:
+    """What a coordinator hears of a failure. private: losses and lines of a traceback tell of rows, and stay in the site's log."""
+    if not private:
+        return text
+    print(f"{time.strftime('%F %T')} a round failed: {text}", file=sys.stderr, flush=True)
+    return "its round failed; what went wrong stands in the log of that site, as its rows are private"
+
+
 def handle(
     header: Mapping[str, Any], payload: bytes, site_file: SiteFile | None = None, partition: int = 0, state: Path | None = None
 ) -> tuple[dict[str, Any], bytes]:
@@ -237,6 +248,7 @@ def handle(
     """
     begin = time.process_time()
     told: dict[str, Any] = {"run": header.get("run"), "id": header.get("id"), "site": header.get("site")}
+    private = False
     try:
         text, run, kind = str(header["recipe"]), checked_name(header["run"]), header["kind"]
         if site_file is not None:
@@ -248,6 +260,7 @@ def handle(
                 raise WorkError(f"partition {partition} of {len(work.names)} sites")
             site, root = work.names[partition], state or Path()
         told["site"] = site
+        private = work.recipe.privacy.unit != "none" and kind == "train"
         if header["site"] not in ("", site):
             raise WorkError(f"the message is for site {header['site']!r}; this is {site!r}")
         folder = root / run
@@ -282,7 +295,7 @@ def handle(
     except LostStateError as error:
         return {**told, "error": str(error), "lost": True}, b""
     except FedKeelError as error:
-        return {**told, "error": str(error)}, b""
+        return {**told, "error": _told(str(error), private)}, b""
     except Exception:  # whatever it is, it is this site's failure, and the coordinator repeats the text
-        return {**told, "error": traceback.format_exc()}, b""
+        return {**told, "error": _told(traceback.format_exc(), private)}, b""
     return {**told, **more, "cpu": time.process_time() - begin}, out

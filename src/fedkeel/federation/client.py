@@ -65,6 +65,8 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     encoded, kept.memory = channel_of(recipe).send({name: change[name] for name in sorted(sent)}, kept.memory, key)
     told = {"site": site.name, "positions": positions, "stats": stats, "seconds": seconds, "held": model.shifts}
     told["tasks"] = held_positions(examples, recipe.distill.trust_by) if _counts_travel(recipe) else {}
+    if recipe.privacy.unit != "none":  # numbers about private rows are not sent, and time tells of them too
+        told |= {"positions": 1, "stats": {}, "seconds": f"{0:012.3f}"}
     return pack("update", round.state.round, like, encoded, recipe.federation.codec_up, **told)
 
 

@@ -38,7 +38,7 @@ class Expected:
     """What a reply is held to. reference: what the site started from. names: the tensors that must come; None: all.
 
     codec: what they must have come through; empty: any. max_norm: of the change, Euclidean, all tensors together. log: base
-    shifts there are.
+    shifts there are. silent: a site tells nothing beside its change.
     """
 
     round: int
@@ -47,6 +47,7 @@ class Expected:
     codec: str = ""
     max_norm: float = math.inf
     log: int = 0
+    silent: bool = False
 
 
 def screen(reply: Reply, expected: Expected) -> Update:
@@ -64,7 +65,9 @@ def screen(reply: Reply, expected: Expected) -> Update:
     held = header.get("held", 0)
     if type(held) is not int or not 0 <= held <= expected.log:
         raise EnvelopeError(f"the message reports {held!r} base shifts held, of {expected.log} that there are")
-    stats = _stats(header)
+    if expected.silent and (positions != 1 or header["stats"]):
+        raise EnvelopeError("the message tells numbers about its site's rows, which privacy.unit keeps there")
+    stats = {} if expected.silent else _stats(header)
     counts = read_counts(header.get("tasks"))
     norm = float(torch.sqrt(sum((t.double().square().sum() for t in change.values()), torch.zeros(()))))
     if norm > expected.max_norm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from fedkeel import tables
 from fedkeel.exchange.codecs import EnvelopeError
 from fedkeel.exchange.messages import Way, layout, names_of, pack_global, unpack_global, unsent
+from fedkeel.exchange.noise import deviation, noised
 from fedkeel.federation.screen import Expected, screen
 from fedkeel.method.aggregate.common import Aggregate, exact_factors, product_norm
 from fedkeel.method.aggregate.drift import drift
@@ -22,7 +24,7 @@ from fedkeel.method.aggregate.layouts import truncated
 from fedkeel.method.aggregate.optimise import Rates, step
 from fedkeel.method.aggregate.rule import Aggregator, Options
 from fedkeel.method.aggregate.weighting import weights
-from fedkeel.recipe.schema import Federation
+from fedkeel.recipe.schema import Federation, Privacy
 from fedkeel.rng import derive, numpy_generator
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Transport, Update
 
@@ -43,7 +45,7 @@ class Roster:
     """Who takes part in a leg's rounds, and what the rounds go by.
 
     layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the modules
-    that the site leaves out of this round. own: the rule's own options.
+    that the site leaves out of this round. own: the rule's own options. privacy: what is hidden of a site, and who hides it.
     """
 
     sites: Sequence[str]
@@ -52,11 +54,21 @@ class Roster:
     layouts: Mapping[str, Adapter] = field(default_factory=dict)
     hold: Callable[[str, int], frozenset[str]] = nothing_held
     own: Any = None
+    privacy: Privacy = field(default_factory=Privacy)
 
     @property
     def rule(self) -> tables.Rule:
         """Of aggregation."""
         return tables.RULES[self.federation.rule]
+
+    @property
+    def hides(self) -> bool:
+        """Whether it is the coordinator who adds noise, so that what is seen of updates must not be told."""
+        return self.privacy.unit != "none" and self.privacy.noise_at == "coordinator"
+
+    def asked(self, round: int) -> list[str]:
+        """The sites of round `round`."""
+        return sample_sites(self.sites, self.federation.sites_per_round, self.seed, round)
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,8 @@ def run_round(
     """
     begin = clock()
     rule, federation = roster.rule, roster.federation
-    sampled = sample_sites(roster.sites, federation.sites_per_round, roster.seed, state.round)
+    sampled = roster.asked(state.round)
+    _check_together(roster, sampled)
     if len(rule.trains) > 1:  # by turns: the factor that rests is made orthogonal
         state = replace(state, adapter=gauge(state.adapter, "".join(rule.trained(state.round))))
     to = _messages(state, roster, sampled)
@@ -138,7 +151,7 @@ def run_round(
     reference = state.adapter if roster.layouts else to[answers.heads[0].site].reference
     result, kept = _aggregated(state, roster, answers, reference, left_out)
     # factors can be compared where all sites have them, of one rank
-    comparable = not roster.layouts and not any(left_out.values())
+    comparable = not roster.layouts and not any(left_out.values()) and not roster.hides
     shares = weights(answers.heads, federation.weighting)
     disagreement = drift(reference, answers.updates, shares) if comparable else {}
     end = clock()
@@ -156,7 +169,9 @@ def run_round(
     )
     down = {site: len(to[site].payload) for site in sampled}
     up = {r.site: len(r.payload) for r in replies}
-    return RoundResult(after, result.error, answers.heads, down, up, end - begin, end - aggregation, answers.failures)
+    error = math.nan if roster.hides else result.error
+    heads = [replace(u, stats={}) for u in answers.heads] if roster.hides else answers.heads
+    return RoundResult(after, error, heads, down, up, end - begin, end - aggregation, answers.failures)
 
 
 def _messages(state: Global, roster: Roster, sampled: Sequence[str]) -> dict[str, _Sent]:
@@ -204,7 +219,8 @@ def _decoded(
     shared = roster.rule.trained(state.round) & roster.rule.shared
     names = names_of(reference, shared, left_out[reply.site])
     log = len(state.shifts)
-    return screen(reply, Expected(state.round, reference, names, federation.codec_up, federation.max_update_norm, log))
+    held = (federation.codec_up, federation.max_update_norm, log)
+    return screen(reply, Expected(state.round, reference, names, *held, roster.privacy.unit != "none"))
 
 
 def _sifted(replies: Sequence[Reply], sampled: Sequence[str], decode: Callable[[Reply], Update], round: int) -> _Answers:
@@ -229,6 +245,15 @@ def _sifted(replies: Sequence[Reply], sampled: Sequence[str], decode: Callable[[
     for site in set(sampled) - set(answered):
         failures[site] = "no reply"
     return _Answers(heads, whole if small else _Anew(good, decode), failures)
+
+
+def _check_together(roster: Roster, sampled: Sequence[str]) -> None:
+    least = math.ceil(roster.federation.quorum * len(sampled) - 1e-9)
+    if roster.privacy.unit != "none" and roster.privacy.together > least:
+        raise FederationError(
+            f"privacy.together = {roster.privacy.together}: by federation.quorum = {roster.federation.quorum:g} a round may go "
+            f"on with {least} of {len(sampled)} sites, whose noise would not add up; set it to {least} or less"
+        )
 
 
 def _check_quorum(answers: _Answers, sampled: Sequence[str], roster: Roster, round: int) -> None:
@@ -256,6 +281,8 @@ def _aggregated(
         result = _combine(Aggregator(roster.rule), reference, answers.updates, shares, options, left_out)
     except ValueError as error:
         raise FederationError(f"round {round + 1}, federation.rule = {federation.rule!r}: {error}") from error
+    if roster.hides:
+        result = replace(result, adapter=_hidden(roster, reference, result.adapter, state.round, len(answers.heads)))
     adapter, kept = step(federation.optimiser, reference, result.adapter, state.optimiser, Rates(federation.server_lr))
     made = [*adapter.tensors().items(), *((path, t) for path, pair in result.shift.items() for t in pair)]
     for name, tensor in made:
@@ -265,6 +292,13 @@ def _aggregated(
                 f"federation.max_update_norm keeps out what grew too large. The round before can be resumed"
             )
     return replace(result, adapter=adapter), kept
+
+
+def _hidden(roster: Roster, reference: Adapter, adapter: Adapter, round: int, count: int) -> Adapter:
+    """The average of `count` sites with the noise of their sum, z · C, shared by them."""
+    trained = names_of(reference, roster.rule.trained(round))
+    held = adapter.tensors()
+    return adapter.with_tensors(held | noised({n: held[n] for n in sorted(trained)}, deviation(roster.privacy) / count))
 
 
 def _combine(

@@ -128,6 +128,7 @@ def cross_check(recipe: Recipe) -> None:
         )
     _check_stream(recipe)
     _check_exchange(recipe)
+    _check_privacy(recipe)
     if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
         raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
 
@@ -137,6 +138,41 @@ def _check_stream(recipe: Recipe) -> None:
         raise ConfigError(
             f"stream.replay = {recipe.stream.replay} keeps rows of earlier stages, and there is one stage: set "
             f"stream.stages or stream.order, or stream.replay = 0"
+        )
+
+
+def _check_privacy(recipe: Recipe) -> None:
+    privacy, federation, distill = recipe.privacy, recipe.federation, recipe.distill
+    rule = tables.RULES[federation.rule]
+    if privacy.unit == "none":
+        if privacy.noise or privacy.epsilon:
+            raise ConfigError("privacy.noise and privacy.epsilon need privacy.unit = 'site'")
+        return
+    if not privacy.noise:
+        raise ConfigError(
+            "privacy.unit = 'site' without noise promises nothing: set privacy.noise; `--dry-run` says what each ε asks"
+        )
+    if federation.weighting != "uniform":
+        raise ConfigError(
+            f"privacy.unit = 'site': with federation.weighting = {federation.weighting!r} a site's weight tells of its rows; "
+            f"set 'uniform'"
+        )
+    if distill.weight and (distill.task_trust or distill.site_trust):
+        raise ConfigError(
+            "privacy.unit = 'site': distill.task_trust and site_trust send counts of a site's rows; set both to false"
+        )
+    if (privacy.noise_at == "coordinator" or privacy.together > 1) and not rule.sums:
+        raise ConfigError(
+            f"privacy.noise_at = {privacy.noise_at!r}, together = {privacy.together}: noise hides a site in a sum, and "
+            f"federation.rule = {federation.rule!r} is none; set one of {_rules(lambda r: r.sums)}, or noise_at = 'sites' and "
+            f"together = 1"
+        )
+    if privacy.noise_at == "coordinator" and privacy.together > 1:
+        raise ConfigError("privacy.together counts sites that add noise; with noise_at = 'coordinator' none does: set 1")
+    if rule.personal:
+        raise ConfigError(
+            f"privacy.unit = 'site': federation.rule = {rule.name!r} keeps a factor at each site, without noise; choose "
+            f"another rule"
         )
 
 

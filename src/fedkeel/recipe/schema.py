@@ -293,6 +293,25 @@ class Federation:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of a site's whole contribution (docs/privacy.md)."""
+
+    unit: str = one_of("none", ("none", "site"), "whose presence is hidden: nobody's, or all that a site contributes")
+    clip: float = number(1.0, 0, about="C, most that a site's change may be long in a round, Euclidean", above=True)
+    noise: float = number(0.0, 0, about="z: the sum over sites has Gaussian noise of standard deviation z · C")
+    noise_at: str = one_of(
+        "sites",
+        ("sites", "coordinator"),
+        "who adds it: each site before it sends, or the coordinator, who then sees updates without",
+    )
+    together: int = number(
+        1, 1, about="whose noise adds up to the whole; 1: each site's update is private by itself", unit="sites"
+    )
+    delta: float = number(1e-5, 0, 0.5, "δ, at which ε is stated", above=True, unit="probability")
+    epsilon: float = number(0.0, 0, about="most that the run may come to: one that would is refused; 0: any")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Curves come from validation rows, the final table from test rows. Rows are chosen by hash, the same for every method."""
 
@@ -332,6 +351,7 @@ class Recipe:
     distill: Distill = field(default_factory=Distill)
     structure: Structure = field(default_factory=Structure)
     federation: Federation = field(default_factory=Federation)
+    privacy: Privacy = field(default_factory=Privacy)
     evaluation: Evaluation = field(default_factory=Evaluation)
     own: Frozen[Any] = field(default_factory=Frozen, metadata=own_of(tables.OWN))
 

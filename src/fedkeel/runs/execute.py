@@ -12,6 +12,7 @@ from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.here import Engine, Here
 from fedkeel.runs.legs import legs_of
 from fedkeel.runs.prepare import Prepared
+from fedkeel.runs.privacy import check_budget
 from fedkeel.runs.rounds import Loop, check_curve
 from fedkeel.runs.served import serve
 from fedkeel.runs.track import Tracks
@@ -43,6 +44,8 @@ def _execute(prepared: Prepared, folder: RunFolder, watch: Watch, begin: tuple[b
     tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
     here = Here(prepared, folder, watch, engine)
     legs = legs_of(prepared.cast)
+    if promised := check_budget(prepared.cast):
+        watch.note(f"private: {promised}")
     check_curve(legs, here, recipe.evaluation.every)
     # only now: a recipe that cannot run leaves no folder, and replaces none
     loop = Loop(recipe, here, folder, watch, folder.open(recipe, *begin, here.prints()))

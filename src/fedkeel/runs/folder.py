@@ -90,7 +90,8 @@ class RunFolder:
     def state(self) -> dict[str, Any]:
         """{done: names of finished legs, leg, round: the last checkpoint, tested: stages of it that are scored, scored: the
         last round with a point of the curve, best: {stage, round, score, waited: points since} of its best point, of the stage
-        at hand, kept: names of what sites keep elsewhere, rows_bytes, finished}."""
+        at hand, kept: names of what sites keep elsewhere, asked: under [privacy], site -> rounds that it was asked for,
+        rows_bytes, finished}."""
         if not self._state_file.exists():
             return {"done": [], "leg": "", "round": 0, "tested": 0, "scored": 0, "rows_bytes": 0, "finished": False}
         state: dict[str, Any] = json.loads(self._state_file.read_text())

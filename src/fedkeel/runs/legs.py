@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fedkeel import tables
 from fedkeel.federation.train import steps_a_round
 from fedkeel.recipe.load import plain
-from fedkeel.recipe.schema import Federation, Recipe
+from fedkeel.recipe.schema import Federation, Privacy, Recipe
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def single(recipe: Recipe, steps: int) -> Recipe:
     return dataclasses.replace(
         plain(recipe),
         federation=Federation(rounds=1, deadline=math.inf),
+        privacy=Privacy(),  # of a site by itself nothing is sent
         lora=dataclasses.replace(recipe.lora, site_ranks=()),
         train=dataclasses.replace(plain(recipe).train, local_steps=max(1, steps), local_epochs=0),
     )

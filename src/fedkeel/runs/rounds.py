@@ -8,6 +8,7 @@ scoring, the folder is in a state to resume from.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Leg, Stage
+from fedkeel.runs.privacy import epsilon
 from fedkeel.runs.rows import round_rows
 from fedkeel.runs.served import served
 from fedkeel.runs.watch import Watch, tell_failures
@@ -178,7 +180,7 @@ class Loop:
         ranks = recipe.lora.ranks(self._everyone(leg))
         layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in ranks.items()}
         out, own = modules_left_out(recipe, initial.lora), recipe.options("rule", recipe.federation.rule)
-        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own)
+        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own, recipe.privacy)
 
     @staticmethod
     def _everyone(leg: Leg) -> list[str]:
@@ -195,6 +197,7 @@ class Loop:
             # and if the memory is the global adapter itself, it need not travel twice
             apart = remembers and recipe.stream.average
             current = replace(current, counts={}, memory=self._served(leg, stage - 1) if apart else None)
+        self._release(roster, current.round)
         begin, elsewhere = time.process_time(), carrier.cpu
         result = run_round(current, carrier, roster)
         cpu = time.process_time() - begin + carrier.cpu - elsewhere
@@ -203,9 +206,22 @@ class Loop:
             current = replace(current, memory=self._served(leg, stage - 1))
         tell_failures(self.watch, result)
         # before it is scored: a base shift that sites hold must not be made again
-        self._save(leg, current, round_rows(leg, stage, replace(result, state=current), self.recipe.name, cpu))
+        rows = round_rows(leg, stage, replace(result, state=current), self.recipe.name, cpu)
+        if roster.privacy.unit != "none":
+            spent = epsilon(roster.privacy, max(self.state["asked"].values()))
+            rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, "epsilon", spent, "epsilon", stage=stage))
+            self.watch.note(f"private so far: ε = {spent:.2f} at δ = {roster.privacy.delta:g}")
+        self._save(leg, current, rows)
         self.watch.round(leg.name, current.round, leg.whole, result)
         return current
+
+    def _release(self, roster: Roster, round: int) -> None:
+        """Count what the sites are asked for before they are: a round that is cut off and done again is told twice."""
+        if roster.privacy.unit != "none":
+            asked = Counter(self.state.get("asked", {}))
+            asked.update(roster.asked(round))
+            self.state["asked"] = dict(asked)
+            self.folder.save(self.state, [])
 
     def _save(self, leg: Leg, current: Global, rows: Sequence[Row], **more: Any) -> None:
         """A state to resume from. What the sites keep is part of it."""

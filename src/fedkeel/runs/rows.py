@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedkeel import tables
@@ -78,7 +79,7 @@ def round_rows(leg: Leg, stage: int, result: RoundResult, run: str, cpu: float) 
         return Row(run, leg.method, leg.seed, result.state.round, name, value, unit, site=site, stage=stage)
 
     rows = [
-        row("aggregation_error", result.error, "share"),
+        *([row("aggregation_error", result.error, "share")] if math.isfinite(result.error) else []),
         row("seconds", result.seconds, "seconds"),
         row("cpu_seconds", cpu, "seconds"),
         row("aggregation_seconds", result.aggregation_seconds, "seconds"),

@@ -104,12 +104,12 @@ class Lines:
     def round(self, leg: str, done: int, rounds: int, result: RoundResult) -> None:
         """See `Watch`."""
         sent = sum(result.bytes_down.values()) + sum(result.bytes_up.values())
-        losses = [u.stats["loss"] for u in result.updates]
-        sites = f"{len(losses)} site{'s' * (len(losses) != 1)}"
+        losses = [u.stats["loss"] for u in result.updates if "loss" in u.stats]  # private sites do not tell it
+        sites = f"{len(result.updates)} site{'s' * (len(result.updates) != 1)}"
+        loss = f", loss {sum(losses) / len(losses):.3f} nats" if losses else ""
         left = self._left.told()
         self._line(
-            f"{leg} round {done} of {rounds}: {sites}, loss {sum(losses) / len(losses):.3f} nats, "
-            f"{result.seconds:.1f} s, {sent:,} bytes{left and f', {left}'}"
+            f"{leg} round {done} of {rounds}: {sites}{loss}, {result.seconds:.1f} s, {sent:,} bytes{left and f', {left}'}"
         )
 
     def note(self, text: str) -> None:

@@ -1,0 +1,364 @@
+"""Differential privacy of a site's contribution: bounds, noise, ε, and what no longer travels."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import pytest
+import torch
+from dp_accounting import pld
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_run import Silent, go, rows_of
+from typer.testing import CliRunner
+
+import fedkeel.exchange.noise
+import fedkeel.federation.local
+import fedkeel.federation.server
+from fedkeel.cli import app
+from fedkeel.exchange.channel import channel_of
+from fedkeel.exchange.clip import Clip
+from fedkeel.exchange.codecs import EnvelopeError, open_envelope
+from fedkeel.exchange.messages import pack
+from fedkeel.exchange.noise import Noise, deviation
+from fedkeel.federation.screen import Expected, screen
+from fedkeel.federation.server import FederationError
+from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.schema import Privacy
+from fedkeel.recipe.settings import ConfigError
+from fedkeel.rng import secret_normal
+from fedkeel.runs.prepare import prepare
+from fedkeel.runs.privacy import check_budget, epsilon, most_asked, noise_for
+from fedkeel.types import Adapter, Lora, Reply
+
+PRIVATE = ["privacy.unit=site", "privacy.clip=0.05", "privacy.noise=2.0", "federation.weighting=uniform"]
+ALONE = ["evaluation.baselines=[]", "train.local_steps=2"]
+
+
+def gaussian(noise: float, delta: float) -> float:
+    """ε of one Gaussian, slowly: bisection on δ(ε) = Φ(1/2z − εz) − e^ε Φ(−1/2z − εz), theorem 8 of Balle & Wang 2018."""
+
+    def phi(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
+    low, high = 0.0, 200.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        found = phi(0.5 / noise - middle * noise) - math.exp(middle) * phi(-0.5 / noise - middle * noise)
+        low, high = (middle, high) if found > delta else (low, middle)
+    return high
+
+
+@pytest.mark.parametrize(("noise", "published"), [(3.730632, 1.0), (1.0, 4.377178), (0.5, 10.99)])
+def test_epsilon_is_the_published_one(noise: float, published: float) -> None:
+    """At δ = 1e-5; σ = 3.73 for ε = 1 is Balle & Wang's own example of how far the classical 4.84 is off."""
+    found = epsilon(Privacy("site", noise=noise), 1)
+    assert found == pytest.approx(gaussian(noise, 1e-5), rel=1e-4)
+    if noise >= 1:
+        assert found == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(10.0, 100), (4.0, 7), (2.0, 30)])
+def test_rounds_compose_as_an_accountant_of_loss_distributions_says(noise: float, rounds: int) -> None:
+    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(noise), rounds))
+    assert epsilon(Privacy("site", noise=noise), rounds) == pytest.approx(accountant.get_epsilon(1e-5), rel=0.01)
+    assert epsilon(Privacy("site", noise=noise_for(3.0, rounds, 1e-5)), rounds) == pytest.approx(3.0, rel=1e-3)
+
+
+odd = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -3.0, 1e19, 3.4e38, -3.4e38, math.inf, -math.inf, math.nan])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(odd, min_size=1, max_size=5), min_size=1, max_size=3), st.sampled_from([1e-6, 0.1, 1.0, 1e6]))
+def test_no_change_is_longer_than_the_bound(values: list[list[float]], most: float) -> None:
+    tensors = {str(n): torch.tensor(v, dtype=torch.float32) for n, v in enumerate(values)}
+    left = Clip(most).leaves(tensors, {})
+    length = math.sqrt(sum(float(t.double().square().sum()) for t in left.values()))
+    assert length <= most
+    assert all(torch.isfinite(t).all() for t in left.values())
+    flat = torch.cat(list(tensors.values())).double()
+    if not torch.isfinite(flat).all():
+        assert length == 0
+    elif float(flat.norm()) <= most * (1 - 1e-6):
+        assert all(torch.equal(left[name], tensors[name]) for name in tensors)
+    else:  # its direction stays
+        assert torch.allclose(
+            torch.cat(list(left.values())).double(), flat * (most / float(flat.norm())), rtol=1e-5, atol=1e-44
+        )
+
+
+def test_the_noise_has_its_deviation_and_no_seed() -> None:
+    """A million numbers: mean, variance and kurtosis within four of their own standard errors; another million is another."""
+    count = 10**6
+    torch.manual_seed(0)
+    first = secret_normal((count,))
+    torch.manual_seed(0)
+    second = secret_normal((1000, 1000)).reshape(-1)
+    for numbers in (first, second):
+        assert abs(float(numbers.mean())) < 4 / math.sqrt(count)
+        assert abs(float(numbers.var()) - 1) < 4 * math.sqrt(2 / count)
+        assert abs(float(numbers.pow(4).mean()) - 3) < 4 * math.sqrt(96 / count)
+    assert abs(float((first * second).mean())) < 4 / math.sqrt(count)
+    assert abs(float((first[:-1] * first[1:]).mean())) < 4 / math.sqrt(count)
+    assert secret_normal(()).shape == ()
+    assert secret_normal((3, 0)).shape == (3, 0)
+    assert deviation(Privacy("site", clip=0.5, noise=3.0, together=4)) == pytest.approx(0.75)
+    told = Noise(0.75).leaves({"w": torch.zeros(count)}, {})["w"]
+    assert float(told.std()) == pytest.approx(0.75, abs=4 * 0.75 / math.sqrt(2 * count))
+
+
+def ones(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.float64)
+
+
+def listening(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, torch.Tensor]]:
+    """What each site would have sent, before the channel."""
+    heard: list[Mapping[str, torch.Tensor]] = []
+
+    def leaves(self: Clip, tensors: Any, memory: Any) -> Any:
+        heard.append({name: t.clone() for name, t in tensors.items()})
+        return real(self, tensors, memory)
+
+    real = Clip.leaves
+    monkeypatch.setattr(Clip, "leaves", leaves)
+    return heard
+
+
+@pytest.mark.parametrize("at", ["sites", "coordinator"])
+@pytest.mark.parametrize("rule", ["mean", "freeze_a"])
+def test_a_round_is_the_mean_of_clipped_changes_and_noise(
+    at: str, rule: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With noise of ones: at the sites z · C / √together on each, at the coordinator z · C over the sum of three."""
+    heard = listening(monkeypatch)
+    monkeypatch.setattr(fedkeel.exchange.noise, "secret_normal", ones)
+    together = ["privacy.together=2"] if at == "sites" else []
+    given = [*tiny_overrides, *PRIVATE, *ALONE, *together, f"privacy.noise_at={at}", f"federation.rule={rule}"]
+    watch = Silent()
+    go([*given, "federation.rounds=1"], watch)
+    ((_, result),) = watch.results
+    assert len(heard) == 3
+    shift = 2.0 * 0.05 / math.sqrt(2) if at == "sites" else 2.0 * 0.05 / 3
+    recipe = load_recipe(None, given)
+    from fedkeel.model.lora import Model
+
+    initial = Model(recipe.model, recipe.lora, recipe.seed).initial
+    assert initial is not None
+    after, before = result.state.adapter.tensors(), initial.tensors()
+    lengths = [math.sqrt(sum(float(t.double().square().sum()) for t in change.values())) for change in heard]
+    assert max(lengths) > 0.05  # the bound is felt
+    for name in before:
+        if name not in heard[0]:
+            assert torch.equal(after[name], before[name])
+            continue
+        clipped = [c[name].double() * min(1.0, 0.05 / n) for c, n in zip(heard, lengths, strict=True)]
+        assert torch.allclose(after[name].double(), before[name].double() + sum(clipped) / 3 + shift, atol=1e-6), name
+
+
+def test_what_a_site_sends_tells_nothing_beside_its_change(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    def answer(*given: Any) -> bytes:
+        sent.append(real(*given))
+        return sent[-1]
+
+    real = fedkeel.federation.local.answer
+    monkeypatch.setattr(fedkeel.federation.local, "answer", answer)
+    _, folder, _ = go([*tiny_overrides, *PRIVATE, *ALONE, "federation.rounds=2", "privacy.noise_at=coordinator"])
+    headers = [open_envelope(payload)[0] for payload in sent]
+    assert {(h["positions"], json.dumps(h["stats"]), h["seconds"], json.dumps(h["tasks"])) for h in headers} == {
+        (1, "{}", "00000000.000", "{}")
+    }
+    assert len({len(payload) for payload in sent}) == 1
+    told = {r["name"] for r in rows_of(folder) if r["method"] == "federated" and not r["split"]}
+    assert told == {
+        "seconds", "cpu_seconds", "aggregation_seconds", "positions", "bytes_down", "bytes_up", "epsilon", "test_seconds",
+    }  # fmt: skip
+
+
+def test_the_server_takes_no_numbers_about_private_rows() -> None:
+    like = Adapter({"m": Lora(torch.zeros(2, 3), torch.zeros(4, 2), 1.0)})
+    sent = dict(like.tensors())
+    quiet = {"site": "a", "tasks": {}, "seconds": "00000000.000"}
+    expected = Expected(0, like, silent=True)
+    assert screen(Reply("a", pack("update", 0, like, sent, "fp32", **quiet, positions=1, stats={})), expected).positions == 1
+    for more in ({"positions": 7, "stats": {}}, {"positions": 1, "stats": {"loss": 1.0}}):
+        with pytest.raises(EnvelopeError, match=r"numbers about its site's rows"):
+            screen(Reply("a", pack("update", 0, like, sent, "fp32", **quiet, **more)), expected)
+
+
+def test_epsilon_is_told_each_round_and_counts_what_was_asked_for_twice(tiny_overrides: list[str]) -> None:
+    """Four rounds; the third is cut off after the sites have answered, and asked for again by the resumed run."""
+    given = [*tiny_overrides, *PRIVATE, *ALONE, "federation.rounds=4"]
+    privacy = load_recipe(None, given).privacy
+    watch = Silent()
+    _, whole, _ = go([*given, "name=whole"], watch)
+    found = [r["value"] for r in rows_of(whole) if r["name"] == "epsilon"]
+    assert found == pytest.approx([epsilon(privacy, n) for n in (1, 2, 3, 4)])
+    assert sum("private so far" in note for note in watch.notes) == 4
+
+    class Cut(Silent):
+        def advance(self, work: float) -> None:
+            super().advance(work)
+            if len(self.results) == 2 and self.work > self.at + 40:
+                raise KeyboardInterrupt
+
+        def round(self, leg: str, done: int, rounds: int, result: Any) -> None:
+            super().round(leg, done, rounds, result)
+            self.at = self.work
+
+    with pytest.raises(KeyboardInterrupt):
+        go([*given, "name=cut"], Cut())
+    _, resumed, _ = go([*given, "name=cut"], resume=True)
+    last = [r["value"] for r in rows_of(resumed) if r["name"] == "epsilon"][-1]
+    assert last == pytest.approx(epsilon(privacy, 5))
+
+
+def test_a_site_that_is_drawn_seldom_spends_less(tiny_overrides: list[str]) -> None:
+    recipe = load_recipe(None, [*tiny_overrides, *PRIVATE, "federation.sites_per_round=1", "federation.rounds=9"])
+    sites = ["ward-0", "ward-1", "ward-2"]
+    counts = dict.fromkeys(sites, 0)
+    for round in range(9):
+        (name,) = fedkeel.federation.server.sample_sites(sites, 1, recipe.seed, round)
+        counts[name] += 1
+    assert most_asked(recipe, [sites]) == max(counts.values()) < 9
+    told = check_budget(prepare(recipe).cast)
+    assert f"ε = {epsilon(recipe.privacy, max(counts.values())):.3g} at δ = 1e-05" in told
+
+
+def test_a_run_over_its_budget_is_refused_and_the_dry_run_says_what_would_do(tiny_overrides: list[str]) -> None:
+    given = [*tiny_overrides, *PRIVATE, *ALONE, "federation.rounds=4"]
+    with pytest.raises(ConfigError, match=r"come to ε = .* set fewer rounds, or privacy.noise = (\S+)") as refused:
+        go([*given, "privacy.epsilon=1"])
+    enough = str(refused.value).rpartition("privacy.noise = ")[2]
+    assert check_budget(prepare(load_recipe(None, [*given, f"privacy.noise={float(enough) + 1e-3}", "privacy.epsilon=1"])).cast)
+    told = CliRunner().invoke(app, ["run", *given, "--dry-run"])
+    assert told.exit_code == 0, told.output
+    said = " ".join(told.output.replace("│", " ").split())
+    assert "for each site, by noise 2 in 4 rounds" in said
+    assert f"ε = 3 asks {noise_for(3.0, 4, 1e-5):.3g}" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (["privacy.noise=1"], "need privacy.unit = 'site'"),
+        (["privacy.unit=site", "federation.weighting=uniform"], "without noise promises nothing"),
+        (["privacy.unit=site", "privacy.noise=1"], "tells of its rows"),
+        ([*PRIVATE, "distill.weight=1"], "send counts of a site's rows"),
+        ([*PRIVATE, "federation.rule=svd", "privacy.noise_at=coordinator"], "federation.rule = 'svd' is none; set one of mean"),
+        ([*PRIVATE, "federation.rule=share_a"], "keeps a factor at each site"),
+        ([*PRIVATE, "privacy.noise_at=coordinator", "privacy.together=2"], "none does: set 1"),
+    ],
+)
+def test_what_would_promise_too_much_is_refused(wrong: list[str], text: str, tiny_overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load_recipe(None, [*tiny_overrides, *wrong])
+
+
+def test_noise_that_would_not_add_up_stops_the_first_round(tiny_overrides: list[str]) -> None:
+    given = [*tiny_overrides, *PRIVATE, *ALONE, "privacy.together=3", "federation.quorum=0.6"]
+    with pytest.raises(FederationError, match="may go on with 2 of 3 sites"):
+        go(given)
+
+
+def test_a_private_run_is_another_each_time_and_lossy_codecs_come_behind_the_noise(tiny_overrides: list[str]) -> None:
+    given = [*tiny_overrides, *PRIVATE, *ALONE, "federation.rounds=1", "federation.codec_up=int8"]
+    ends = []
+    for name in ("one", "two"):
+        watch = Silent()
+        go([*given, f"name={name}"], watch)
+        ends.append(watch.results[0][1].state.adapter.tensors())
+    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert list(channel_of(load_recipe(None, given)).steps) == ["clip", "noise", "residual"]
+
+
+def test_over_machines_no_count_and_no_score_leaves_a_site(
+    tiny_overrides: list[str], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
+    from flower_grid import FakeGrid
+    from flwr.app import Context, RecordDict
+    from tiny import tiny_rows
+
+    from fedkeel.engines.flower.apps import client_app, server_app
+    from fedkeel.engines.work import Work
+    from fedkeel.recipe.settings import to_toml
+    from fedkeel.runs.folder import RunFolder
+
+    hellos: list[dict[str, Any]] = []
+
+    def hello(self: Work, site: str) -> dict[str, Any]:
+        hellos.append(real(self, site))
+        return hellos[-1]
+
+    real = Work.hello
+    monkeypatch.setattr(Work, "hello", hello)
+    files = []
+    for name in ("ward-0", "ward-1", "ward-2"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in tiny_rows() if r["department"] == name))
+        (folder / "tasks.json").write_text(json.dumps({"colour": {"labels": ["red", "green", "blue"]}}))
+        text = f'name = "{name}"\nthreads = 1\n[model]\nbase = "{tiny_base}"\n[data]\nroot = "."\n[worker]\nwarm = false\n'
+        (folder / "site.toml").write_text(text)
+        files.append(folder / "site.toml")
+    recipe = load_recipe(None, [*tiny_overrides, *PRIVATE, "name=there", "evaluation.baselines=base"])
+    made = tmp_path / "app"
+    made.mkdir()
+    (made / "recipe.toml").write_text(to_toml(recipe).replace(recipe.model.base, "tiny_base").replace(recipe.data.root, ""))
+    monkeypatch.syspath_prepend(str(made))
+    server_app(
+        FakeGrid(client_app, 3, None, files), Context(77, 1, {}, RecordDict(), {"sites": "ward-0,ward-1,ward-2", "wait": 60.0})
+    )
+    run = RunFolder(Path(recipe.out) / "there")
+    assert run.state()["finished"]
+    assert (run.path / "adapter" / "adapter_model.safetensors").exists()
+    assert {count for told in hellos for stage in told["rows"] for count in stage.values()} <= {0, 1}
+    assert {count for told in hellos for count in told["encoded"]} == {1}
+    rows = rows_of(run)
+    assert not [r for r in rows if r["split"]]
+    assert [r["value"] for r in rows if r["name"] == "epsilon"] == pytest.approx(
+        [epsilon(recipe.privacy, n) for n in (1, 2, 3)]
+    )
+
+
+def test_what_went_wrong_in_a_private_round_stays_at_the_site(
+    tiny_overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A loss that breaks, and its number, are of private rows."""
+    from fedkeel.engines.work import handle
+    from fedkeel.exchange.messages import pack_global
+    from fedkeel.recipe.settings import to_toml
+    from fedkeel.types import Global
+
+    answers = {}
+    for name, more in (("open", []), ("private", PRIVATE)):
+        text = to_toml(load_recipe(None, [*tiny_overrides, *more, "train.lr=1e30", "train.local_steps=6"]))
+        about = {
+            "run": name,
+            "id": "1",
+            "site": "",
+            "recipe": text,
+            "kept": "",
+            "leg": "federated",
+            "steps": 0,
+            "rounds": 3,
+            "rank": 0,
+        }
+        handle({**about, "kind": "hello"}, b"", state=tmp_path)
+        _, start = handle({**about, "kind": "start"}, b"", state=tmp_path)
+        from fedkeel.engines.coordinate import read_start
+
+        down = pack_global("global", Global(0, read_start(start)), since=0, tasks={})
+        answers[name] = handle({**about, "kind": "train"}, down, state=tmp_path)[0]["error"]
+    assert "the loss became" in answers["open"]
+    assert "loss" not in answers["private"]
+    assert "stands in the log of that site" in answers["private"]
+    assert "the loss became" in capfd.readouterr().err
