@@ -230,7 +230,7 @@ def present(recipe: Recipe, alone: str) -> Work:
 
 
 def _told(text: str, private: bool) -> str:
-    """What a coordinator hears of a failure. private: losses and lines of a traceback tell of rows, and stay in the site's log."""
+    """What a coordinator hears of a failure. private: losses and tracebacks tell of rows, and stay in the site's log."""
     if not private:
         return text
     print(f"{time.strftime('%F %T')} a round failed: {text}", file=sys.stderr, flush=True)
