@@ -391,6 +391,8 @@ def _coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: 
     reference = away.admit(before.get("reference"))
     away.start(reference["initial"])
     loop = Loop(recipe, away, folder, watch, folder.open(recipe, resume, False))
+    for note in folder.notes:
+        watch.note(note)
     loop.state.update(run=run, reference=reference)
     legs = legs_of(away.cast())
     if promised := check_budget(away.cast()):

@@ -90,7 +90,7 @@ def _ratio(a: float, b: float) -> float:
 
 
 class Probe:
-    """The sites of a recipe at one moment: of a run, the middle of its last stage; else the beginning.
+    """The sites of a recipe at one moment: of a run, the middle of its last stage, if that is kept; else the beginning.
 
     tick: called with (trainings done, trainings in all). Raises ConfigError where the sites' changes cannot be compared.
     """
@@ -108,8 +108,9 @@ class Probe:
         self.judged = formatter.encode_all(choose(last.all("validation"), "validation", ROWS))
         rounds = recipe.federation.rounds
         at = self.stage * rounds + rounds // 2
-        found = RunFolder(run).read_checkpoint("federated", at, self.model.initial) if run and at else None
-        self.state = found or Global(self.stage * rounds, self.model.initial)
+        self.state = Global(self.stage * rounds, self.model.initial)
+        if run and at and RunFolder(run).checkpoint("federated", at).exists():
+            self.state = RunFolder(run).read_checkpoint("federated", at, self.model.initial)
         self.model.replay(self.state.shifts, 0)
         self.shares = self._shares()
         self._tick, self._done, self._all = tick, 0, len(self.sites) * (2 + len(RATES) - 1)

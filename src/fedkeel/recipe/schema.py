@@ -339,6 +339,9 @@ class Recipe:
     name: str = meant("run", "of the run, and of its folder in out")
     seed: int = number(1, 0, about="of everything that is drawn")
     out: str = meant("runs", "the folder of runs")
+    keep_checkpoints: int = number(
+        0, 0, about="last ones that are kept, beside stages' ends and the best round; 0: all, at least 2", unit="rounds"
+    )
     threads: int = number(0, 0, about="of torch; 0: OMP_NUM_THREADS, else the cores that this process may use, at most 8")
     track: tuple[str, ...] = some_of((), tables.TRACKERS, "live views, each with an extra of its own")
     model: Model = field(default_factory=Model)

@@ -49,6 +49,8 @@ def _execute(prepared: Prepared, folder: RunFolder, watch: Watch, begin: tuple[b
     check_curve(legs, here, recipe.evaluation.every)
     # only now: a recipe that cannot run leaves no folder, and replaces none
     loop = Loop(recipe, here, folder, watch, folder.open(recipe, *begin, here.prints()))
+    for note in folder.notes:
+        watch.note(note)
     watch.begin(loop.work(legs))
     with nullcontext() if loop.state["finished"] else tracks as folder.tracks:
         for leg in legs:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -57,7 +57,7 @@ def environment() -> dict[str, Any]:
 # Keys that a resumed run may have otherwise: they change no bit of it, or as the threads and the rows scored at once only
 # the last ones.
 FREE = (
-    "evaluation.batch_size", "model.cache_disk", "model.cache_memory", "out", "threads", "track",
+    "evaluation.batch_size", "keep_checkpoints", "model.cache_disk", "model.cache_memory", "out", "threads", "track",
 )  # fmt: skip
 
 
@@ -82,6 +82,8 @@ class RunFolder:
         self.path = path
         self.rows_file = path / "rows.jsonl"
         self.tracks: Tracks | None = None  # told of every row that is saved
+        self.notes: list[str] = []  # what `open` found that a person should know
+        self._saved: dict[str, Any] = {}  # the state as it was saved last
 
     @property
     def _state_file(self) -> Path:
@@ -91,7 +93,7 @@ class RunFolder:
         """{done: names of finished legs, leg, round: the last checkpoint, tested: stages of it that are scored, scored: the
         last round with a point of the curve, best: {stage, round, score, waited: points since} of its best point, of the stage
         at hand, kept: names of what sites keep elsewhere, asked: under [privacy], site -> rounds that it was asked for,
-        rows_bytes, finished}."""
+        before: the state as the round before left it, rows_bytes, finished}."""
         if not self._state_file.exists():
             return {"done": [], "leg": "", "round": 0, "tested": 0, "scored": 0, "rows_bytes": 0, "finished": False}
         state: dict[str, Any] = json.loads(self._state_file.read_text())
@@ -142,7 +144,7 @@ class RunFolder:
         fingerprint; a run goes on only with what it began with. Raises RunError."""
         self.check(recipe, resume, fresh)
         if self._state_file.exists() and not fresh:
-            state = self.state()
+            state = self._whole(self.state())
             self._check_prints(state.get("prints"), prints or {})
             write_atomic(self.path / "recipe.toml", to_toml(recipe))
             if self.rows_file.exists():  # rows written after the last checkpoint belong to work that is done again
@@ -154,7 +156,47 @@ class RunFolder:
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
         state = {**self.state(), "prints": dict(prints or {})}
         write_atomic(self._state_file, json.dumps(state))
+        self._saved = dict(state)
         return state
+
+    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state, or that of the round before where what it points to is torn or altered. Raises RunError where both are."""
+        self._saved = {key: value for key, value in state.items() if key != "before"}
+        wrong = self._damage(state)
+        if not wrong:
+            return state
+        before = state.get("before")
+        if not before or self._damage(before):
+            raise RunError(f"{wrong}, and the round before cannot be used either; start over with --fresh")
+        # what was sent cannot be taken back, and counts for privacy
+        asked = {"asked": state["asked"]} if "asked" in state else {}
+        self.notes.append(f"{wrong}: this run goes on from round {before['round']}, the one before")
+        self._saved = {**before, **asked}
+        return dict(self._saved)
+
+    def _damage(self, state: Mapping[str, Any]) -> str:
+        """What is wrong with the files of a state's checkpoint; nothing where they are as they were written."""
+        leg, round = state["leg"], state["round"]
+        if not leg or not round:
+            return ""
+        path = self.checkpoint(leg, round)
+        try:
+            header, _ = open_envelope(path.read_bytes())
+            files = [self._shift(leg, n + 1) for n in range(int(header["log"]))]
+            files += [self._kept(leg, round) / "optimiser.fkl"] if header.get("kept") else []
+            for path in files:
+                told, _ = open_envelope(path.read_bytes())
+                if path.name == "optimiser.fkl":
+                    files += [path.with_name(f"{n}.fkl") for n in range(int(told["sites"]))]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"checkpoint {path} is not as it was written ({error})"
+        return ""
+
+    def prune(self, leg: str, keep: Collection[int]) -> None:
+        """Remove a leg's checkpoints of other rounds than `keep`, and no base shift, as each is needed for all later ones."""
+        for path in self.checkpoint(leg, 0).parent.glob("round-*.fkl"):
+            if int(path.stem.removeprefix("round-")) not in keep:
+                path.unlink()
 
     def _check_prints(self, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
         if before is None:
@@ -169,7 +211,10 @@ class RunFolder:
     def save(self, state: dict[str, Any], rows: Sequence[Row]) -> None:
         """Append rows and move the state on: the one point after which a resumed run continues."""
         state["rows_bytes"] = append_lines(self.rows_file, [json.dumps(r.as_json(), allow_nan=False) for r in rows])
+        if self._saved and (self._saved["leg"], self._saved["round"]) != (state["leg"], state["round"]):
+            state["before"] = self._saved
         write_atomic(self._state_file, json.dumps(state))
+        self._saved = {key: value for key, value in state.items() if key != "before"}
         if self.tracks and rows:
             self.tracks.log(rows)
 

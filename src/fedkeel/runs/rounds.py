@@ -229,6 +229,11 @@ class Loop:
         self.folder.write_checkpoint(leg.name, current, memory.tensors)
         self.state.update(round=current.round, kept=dict(memory.names), **more)
         self.folder.save(self.state, rows)
+        if self.recipe.keep_checkpoints:
+            last = range(current.round - max(2, self.recipe.keep_checkpoints) + 1, current.round + 1)
+            ends = range(leg.rounds, current.round + 1, leg.rounds) if leg.rounds else ()
+            best = self.state.get("best", {}).get("round", 0) if leg.method == "federated" else 0
+            self.folder.prune(leg.name, {*last, *ends, best})
 
     def _served(self, leg: Leg, stage: int) -> Adapter:
         """What is served after `stage`, from the checkpoints of the stages' ends."""
