@@ -594,6 +594,28 @@ def report(
 
 
 @app.command()
+def audit(
+    run_folder: RunArgument,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as data.root=PATH")] = None,
+) -> None:
+    """Attack a run's model: whether it tells which rows it was trained on. It needs the rows; the report then shows it."""
+    finished(run_folder)
+    recipe = load_recipe(run_folder / "recipe.toml", overrides or [])
+    console = _console()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with console.status("attacking"):
+        import torch
+
+        from fedkeel.evidence.audit import audit as attack
+        from fedkeel.evidence.report.leaks import audit_table
+        from fedkeel.runs.prepare import prepare
+
+        torch.set_num_threads(recipe.threads)
+        found = attack(prepare(recipe), run_folder)
+    console.print(audit_table(found).rich())
+
+
+@app.command()
 def keys(section: Annotated[str, typer.Argument(help="One of them, such as train.", show_default=False)] = "") -> None:
     """Every key of a recipe: type, default, what may stand there, unit, meaning."""
     from rich.table import Table

@@ -229,8 +229,9 @@ def present(recipe: Recipe, alone: str) -> Work:
     return _present[2]
 
 
-def _told(text: str, private: bool) -> str:
+def _told(error: Exception, private: bool) -> str:
     """What a coordinator hears of a failure. private: losses and tracebacks tell of rows, and stay in the site's log."""
+    text = str(error) if isinstance(error, FedKeelError) else traceback.format_exc()
     if not private:
         return text
     print(f"{time.strftime('%F %T')} a round failed: {text}", file=sys.stderr, flush=True)
@@ -294,8 +295,6 @@ def handle(
             raise WorkError(f"a message of kind {kind!r}")
     except LostStateError as error:
         return {**told, "error": str(error), "lost": True}, b""
-    except FedKeelError as error:
-        return {**told, "error": _told(str(error), private)}, b""
-    except Exception:  # whatever it is, it is this site's failure, and the coordinator repeats the text
-        return {**told, "error": _told(traceback.format_exc(), private)}, b""
+    except Exception as error:  # whatever it is, it is this site's failure, and the coordinator repeats the text
+        return {**told, "error": _told(error, private)}, b""
     return {**told, **more, "cpu": time.process_time() - begin}, out

@@ -4,7 +4,7 @@ harmless. A few rounds are trained and thrown away."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from fedkeel import tables
-from fedkeel.data.batches import collate
-from fedkeel.data.format import Example
 from fedkeel.evidence.report.verdicts import BAD, GOOD, LOOK, Verdict
 from fedkeel.exchange.codecs import make_codec
 from fedkeel.exchange.messages import difference, names_of
@@ -26,7 +24,7 @@ from fedkeel.runs.dry import payload_bytes
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.here import formatter_of
 from fedkeel.runs.prepare import Prepared
-from fedkeel.scores.evaluate import choose
+from fedkeel.scores.evaluate import choose, row_nats
 from fedkeel.types import Global
 
 ROWS = 64  # validation rows a task that a rate is judged by
@@ -140,22 +138,12 @@ class Probe:
             self._tick(self._done, self._all)
         return found
 
-    @torch.no_grad()
     def nats(self, change: Change) -> Tensor:
-        """Nats of each validation row, summed over its positions, once the adapter has changed so; and with them ended."""
+        """`row_nats` of the validation rows once the adapter has changed so."""
         now = self.state.adapter.tensors()
         moved = {name: tensor + change[name].float() if name in change else tensor for name, tensor in now.items()}
         self.model.write(self.state.adapter.with_tensors(moved))
-        found, size = [], self.recipe.evaluation.batch_size
-        for start in range(0, len(self.judged), size):
-            rows: Sequence[Example] = self.judged[start : start + size]
-            with self.model.autocast():
-                batch = collate(rows, self.model.kind, self.model.tokenizer.pad_token_id, len(self.model.classes))
-                forward = self.model.forward(batch)
-            logits = forward.logits.float()
-            each = logits.logsumexp(-1) - logits.gather(1, forward.targets[:, None])[:, 0]
-            found.append(torch.zeros(len(rows), dtype=torch.float64).index_add_(0, forward.rows.cpu(), each.double().cpu()))
-        return torch.cat(found)
+        return row_nats(self.model, self.judged, self.recipe.evaluation.batch_size)
 
     def verdicts(self) -> Iterator[Verdict]:
         """All that a probe finds."""

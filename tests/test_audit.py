@@ -1,0 +1,118 @@
+"""Membership inference by hand, on models that learnt rows by heart and on models that learnt nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_run import go
+from typer.testing import CliRunner
+
+from fedkeel.cli import app
+from fedkeel.evidence.audit import attacked, auc, audit, hits, pairs
+from fedkeel.evidence.report import write_report
+from fedkeel.recipe.load import load_recipe
+from fedkeel.runs.here import formatter_of
+from fedkeel.runs.prepare import prepare
+from fedkeel.runs.served import trained_model
+from fedkeel.scores.evaluate import row_nats
+from fedkeel.types import FedKeelError
+
+WHOLE = ["evaluation.baselines=[]", "data.test_share=0.4", "data.validation_share=0.1"]
+
+
+def test_auc_and_hits_by_hand() -> None:
+    """Of 3 × 2 pairs: 3 beats both, 2 beats one and ties with none, 1 ties with one: (2 + 1 + 0.5) / 6."""
+    members, others = np.array([3.0, 2.0, 1.0]), np.array([2.5, 1.0])
+    assert auc(members, others) == pytest.approx(3.5 / 6)
+    assert auc(others, members) == pytest.approx(2.5 / 6)
+    draw = np.random.default_rng(0)
+    a, b = draw.integers(0, 9, 40).astype(float), draw.integers(0, 9, 30).astype(float)
+    slow = np.mean([(x > y) + 0.5 * (x == y) for x in a for y in b])
+    assert auc(a, b) == pytest.approx(slow)
+    assert hits(np.array([5.0, 1.0, 9.0, 4.0]), np.arange(100) / 20, 0.01) == pytest.approx(0.5)  # above 4.9: 5 and 9
+
+
+def test_the_interval_holds_the_auc_of_two_normals() -> None:
+    """N(1, 1) against N(0, 1): Φ(1/√2) = 0.760; without a difference ½ is inside."""
+    draw = np.random.default_rng(1)
+    found = attacked("loss", draw.normal(1, 1, 400), draw.normal(0, 1, 400), 1)
+    assert found.low < 0.760 < found.high
+    assert found.high - found.low < 0.1
+    none = attacked("loss", draw.normal(0, 1, 400), draw.normal(0, 1, 400), 1)
+    assert none.low < 0.5 < none.high
+
+
+def rows(folder: Path, count: int) -> list[str]:
+    """Rows whose answer cannot be known from the question."""
+    draw = np.random.default_rng(3)
+    words = ["red", "green", "blue", "cat", "dog", "bird", "tree", "house", "river", "stone"]
+    made = [
+        {
+            "department": f"ward-{n % 3}", "split": "train" if n % 2 else "test", "task": "echo",
+            "instruction": "Repeat the verb.", "input": f"line {n}", "output": " ".join(draw.choice(words, 4)),
+        }
+        for n in range(count)
+    ]  # fmt: skip
+    (folder / "secrets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return [f"data.root={folder}", 'data.files=["secrets.jsonl"]', 'data.tasks_file=""', "evaluation.baselines=[]"]
+
+
+def test_rows_learnt_by_heart_are_found_and_others_are_not(tiny_overrides: list[str], tmp_path: Path) -> None:
+    given = [*tiny_overrides, *rows(tmp_path, 80), "evaluation.test_rows=2", "evaluation.validation_rows=1"]
+    heart = [
+        "name=heart",
+        "federation.rounds=4",
+        "train.local_steps=100",
+        "train.lr=0.01",
+        "lora.rank=16",
+        "train.batch_size=8",
+    ]
+    _, learnt, _ = go([*given, *heart])
+    _, idle, _ = go([*given, "name=idle", "federation.rounds=1", "train.local_steps=1", "train.lr=1e-6"])
+    by_heart, nothing = (audit(prepare(load_recipe(run.path / "recipe.toml")), run.path) for run in (learnt, idle))
+    assert {one.attack: one.low > 0.6 for one in by_heart} == {"loss": True, "reference": True}
+    assert all(one.low < 0.5 < one.high for one in nothing)
+    assert {(one.members, one.others) for one in by_heart} == {(40, 40)}
+    told = CliRunner().invoke(app, ["audit", str(learnt.path)])
+    assert told.exit_code == 0, told.output
+    assert f"{by_heart[0].auc:.3f}" in told.output
+    page = write_report(learnt.path)
+    for text in (page.read_text(), page.with_suffix(".html").read_text()):
+        assert "Who was trained on" in text
+        assert f"{by_heart[1].auc:.3f}" in text
+    (learnt.path / "audit.json").write_text("[1]")
+    with pytest.raises(FedKeelError, match=r"audit\.json cannot be read"):
+        write_report(learnt.path)
+
+
+def test_as_many_of_each_task_and_no_row_on_both_sides(tiny_overrides: list[str]) -> None:
+    prepared = prepare(load_recipe(None, tiny_overrides))
+    members, others = pairs(prepared)
+    assert {r.split for r in members} == {"train"}
+    assert {r.split for r in others} == {"test"}
+    for task in ("colour", "echo"):
+        assert sum(r.task == task for r in members) == sum(r.task == task for r in others) == 6
+
+
+def test_nats_of_a_row_are_those_of_transformers(tiny_overrides: list[str]) -> None:
+    """Summed over the answer's tokens, whatever else is in the batch."""
+    recipe, folder, _ = go([*tiny_overrides, "evaluation.baselines=[]"])
+    model, prepared = trained_model(recipe, folder.path), prepare(recipe)
+    examples = formatter_of(model, prepared).encode_all(prepared.sites.all("test"))
+    found = row_nats(model, examples, 5)
+    for example, nats in zip(examples, found.tolist(), strict=True):
+        ids = torch.tensor([example.ids])
+        labels = torch.where(torch.tensor([example.supervised]), ids, -100)
+        with torch.no_grad():
+            loss = model.net(input_ids=ids, labels=labels).loss
+        assert nats == pytest.approx(float(loss) * example.positions, rel=1e-4)
+
+
+def test_too_few_rows_are_refused(tiny_overrides: list[str]) -> None:
+    _, folder, _ = go([*tiny_overrides, "evaluation.baselines=[]"])
+    with pytest.raises(FedKeelError, match="too few to attack"):
+        audit(prepare(load_recipe(None, tiny_overrides)), folder.path)
