@@ -63,18 +63,14 @@ def rows(folder: Path, count: int) -> list[str]:
 
 def test_rows_learnt_by_heart_are_found_and_others_are_not(tiny_overrides: list[str], tmp_path: Path) -> None:
     given = [*tiny_overrides, *rows(tmp_path, 80), "evaluation.test_rows=2", "evaluation.validation_rows=1"]
-    heart = [
-        "name=heart",
-        "federation.rounds=4",
-        "train.local_steps=100",
-        "train.lr=0.01",
-        "lora.rank=16",
-        "train.batch_size=8",
-    ]
+    alone = ["partition.scheme=iid", "partition.sites=1", "federation.rounds=1", "train.local_steps=300"]
+    heart = ["name=heart", *alone, "train.lr=0.01", "lora.rank=16", "train.batch_size=8"]
     _, learnt, _ = go([*given, *heart])
     _, idle, _ = go([*given, "name=idle", "federation.rounds=1", "train.local_steps=1", "train.lr=1e-6"])
     by_heart, nothing = (audit(prepare(load_recipe(run.path / "recipe.toml")), run.path) for run in (learnt, idle))
-    assert {one.attack: one.low > 0.6 for one in by_heart} == {"loss": True, "reference": True}
+    loss, reference = by_heart
+    assert loss.low > 0.75
+    assert reference.low > 0.55
     assert all(one.low < 0.5 < one.high for one in nothing)
     assert {(one.members, one.others) for one in by_heart} == {(40, 40)}
     told = CliRunner().invoke(app, ["audit", str(learnt.path)])
