@@ -8,7 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
+import transformers
 from safetensors.torch import load_file
 from test_run import adapter_of, go, rows_of, same
 
@@ -17,7 +20,9 @@ pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
 from flower_grid import FakeGrid, Twist
 from flwr.app import Context, RecordDict
 from tiny import tiny_rows
+from typer.testing import CliRunner
 
+from fedkeel.cli import app as cli
 from fedkeel.engines.coordinate import meanings_of, reference_of
 from fedkeel.engines.flower.apps import client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
@@ -322,3 +327,35 @@ def test_a_site_file_is_read_with_whole_paths(tmp_path: Path) -> None:
         str(tmp_path / "b"),
         {"root": str(tmp_path.parent), "files": ("r",)},
     )
+
+
+def test_what_needs_no_rows_is_done_where_there_are_none(
+    deployment: tuple[list[str], list[Path]], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator's run: exported, merged with a base that is named, reported, asked; what needs rows says so."""
+    overrides, files = deployment
+    there = coordinate([*overrides, "federation.rounds=1"], files, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+    def told(*command: str) -> tuple[int, str]:
+        found = CliRunner().invoke(cli, [*command])
+        return found.exit_code, f"{found.output}{found.exception or ''}"
+
+    assert told("export", str(there.path), "plain")[0] == 0
+    assert same(load_file(tmp_path / "plain" / "adapter_model.safetensors"), adapter_of(there.path))
+    code, text = told("export", str(there.path), "whole", "--merged")
+    assert code
+    assert "tiny_base" in text
+    assert told("export", str(there.path), "whole", "--merged", "--base", str(tiny_base))[0] == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=merged.dtype)
+    expected = peft.PeftModel.from_pretrained(base, there.path / "adapter").merge_and_unload()
+    ids = torch.tensor([[1, 3, 40, 41, 42]])
+    assert torch.allclose(merged(ids).logits, expected(ids).logits, atol=1e-5)
+    assert told("report", str(there.path))[0] == 0
+    assert "not finished" not in (there.path / "report.md").read_text()
+    code, text = told("ask", str(there.path), "the red cat", "--tokens", "2", "--base", str(tiny_base))
+    assert code == 0, text
+    code, text = told("evaluate", str(there.path))
+    assert code
+    assert "data.root is not set" in text

@@ -16,7 +16,7 @@ import typer
 
 from fedkeel import __version__, tables
 from fedkeel.recipe.checks import check_one_model
-from fedkeel.recipe.load import load_recipe, with_threads
+from fedkeel.recipe.load import load_recipe, make_recipe, read_tree, with_threads
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
 from fedkeel.types import FedKeelError
@@ -39,6 +39,9 @@ app = typer.Typer(
 RecipeArguments = Annotated[
     list[str] | None,
     typer.Argument(help="A recipe file (.toml), then key=value overrides such as train.lr=1e-3.", show_default=False),
+]
+BaseOption = Annotated[
+    str, typer.Option(help="Where the base model is here, if not where the recipe says.", show_default=False)
 ]
 BestOption = Annotated[bool, typer.Option("--best", help="The best round by validation rows, not the last.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.", show_default=False)]
@@ -203,15 +206,17 @@ def run(
     _print_results(console, folder.path, recipe, page)
 
 
-def finished(folder: Path, which: str = "adapter") -> tuple[Recipe, Path]:
-    """The recipe and the PEFT folder of a run whose federation has ended, or an error that says what is missing.
+def finished(folder: Path, which: str = "adapter", base: str = "") -> tuple[Recipe, Path]:
+    """The recipe and the PEFT folder of a run whose federation has ended, or an error that says what is missing. Its rows need
+    not be here, as a coordinator has none.
 
-    which: `adapter`, or `best` for the best by validation rows.
+    which: `adapter`, or `best` for the best by validation rows. base: where the base is on this machine; empty: where the
+    recipe says.
     """
     recipe, adapter = folder / "recipe.toml", folder / "adapter" / "adapter_model.safetensors"
     if not recipe.is_file():
         raise FedKeelError(f"{recipe} is missing: {folder} is not a run whose federation has ended")
-    loaded = load_recipe(recipe)
+    loaded = make_recipe(read_tree(recipe, [f"model.base={base}"] if base else []), data=False)
     check_one_model(loaded, folder / "adapter")
     if not adapter.is_file():
         raise FedKeelError(f"{adapter} is missing: {folder} is not a run whose federation has ended")
@@ -251,10 +256,11 @@ def ask(
         str, typer.Option(help="Ask as this task's rows do: behind its instruction, and for its labels.", show_default=False)
     ] = "",
     best: BestOption = False,
+    base: BaseOption = "",
 ) -> None:
     """Ask a run: its base and its federated model answer side by side."""
     which = "best" if best else "adapter"
-    recipe, _ = finished(run_folder, which)
+    recipe, _ = finished(run_folder, which, base)
     console = _console()
     with console.status("loading libraries and model"):
         import torch
@@ -418,6 +424,7 @@ def export(
         str, typer.Option("--type", help="Of the matrices of --merged --gguf: f16, bf16 or f32.", show_default="f16")
     ] = "",
     best: BestOption = False,
+    base: BaseOption = "",
 ) -> None:
     """Write a run's federated adapter in PEFT format, or merged into its base in Hugging Face layout, or as GGUF; with a model
     card that says how to load it."""
@@ -429,7 +436,7 @@ def export(
         if kind not in TYPES:
             raise FedKeelError(f"--type {kind}: one of {', '.join(TYPES)} belongs here")
     which = "best" if best else "adapter"
-    recipe, _ = finished(run_folder, which)
+    recipe, _ = finished(run_folder, which, base)
     if target.exists():
         raise FedKeelError(f"{target} exists; name a folder that does not")
     console = _console()
