@@ -12,9 +12,12 @@ from test_run import go
 from typer.testing import CliRunner
 
 from fedkeel.cli import app
-from fedkeel.evidence.audit import attacked, auc, audit, hits, pairs
+from fedkeel.data.canaries import canaries
+from fedkeel.evidence.audit import attacked, auc, audit, exposed, hits, pairs
 from fedkeel.evidence.report import write_report
+from fedkeel.evidence.report.leaks import Exposed
 from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.here import formatter_of
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.served import trained_model
@@ -67,7 +70,7 @@ def test_rows_learnt_by_heart_are_found_and_others_are_not(tiny_overrides: list[
     heart = ["name=heart", *alone, "train.lr=0.01", "lora.rank=16", "train.batch_size=8"]
     _, learnt, _ = go([*given, *heart])
     _, idle, _ = go([*given, "name=idle", "federation.rounds=1", "train.local_steps=1", "train.lr=1e-6"])
-    by_heart, nothing = (audit(prepare(load_recipe(run.path / "recipe.toml")), run.path) for run in (learnt, idle))
+    by_heart, nothing = (audit(prepare(load_recipe(run.path / "recipe.toml")), run.path).attacks for run in (learnt, idle))
     loss, reference = by_heart
     assert loss.low > 0.75
     assert reference.low > 0.55
@@ -112,3 +115,36 @@ def test_too_few_rows_are_refused(tiny_overrides: list[str]) -> None:
     _, folder, _ = go([*tiny_overrides, "evaluation.baselines=[]"])
     with pytest.raises(FedKeelError, match="too few to attack"):
         audit(prepare(load_recipe(None, tiny_overrides)), folder.path)
+
+
+def test_secrets_that_were_learnt_are_exposed(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """Three at one site, twelve of each among its rows, against the same run that trains on next to nothing."""
+    alone = ["partition.scheme=iid", "partition.sites=1", "federation.rounds=1", "train.local_steps=300", "train.batch_size=8"]
+    given = [*tiny_overrides, "evaluation.baselines=[]", *alone, "lora.rank=16", "audit.canaries=3", "audit.copies=40"]
+    found = {}
+    for name, rate in (("learnt", "0.01"), ("idle", "1e-9")):
+        _, folder, _ = go([*given, f"name={name}", f"train.lr={rate}", "data.test_share=0.4"])
+        prepared = prepare(load_recipe(folder.path / "recipe.toml"))
+        model = trained_model(prepared.recipe, folder.path)
+        found[name] = exposed(model, formatter_of(model, prepared), prepared.recipe)
+    assert [one.codes for one in found["learnt"]] == [500] * 3
+    assert [one.base_rank for one in found["learnt"]] == [one.rank for one in found["idle"]]
+    assert sum(one.exposure for one in found["learnt"]) > sum(one.exposure for one in found["idle"]) + 3
+    assert Exposed("x", 1, 1, 512).exposure == 9
+    assert Exposed("x", 512, 1, 512).exposure == 0
+
+
+def test_where_secrets_are_planted(tiny_overrides: list[str]) -> None:
+    """Among the training rows of one site, and in no test; the same codes for a seed, others for another."""
+    given = [*tiny_overrides, "audit.canaries=2", "audit.copies=3"]
+    prepared = prepare(load_recipe(None, [*given, "audit.site=ward-2"]))
+    held = {name: [r for r in of["train"] if r.task == "canary"] for name, of in prepared.stages[-1].rows.items()}
+    assert {name: len(rows) for name, rows in held.items()} == {"ward-0": 0, "ward-1": 0, "ward-2": 6}
+    assert len({r.output for r in held["ward-2"]}) == 2
+    assert not [r for split in ("validation", "test") for r in prepared.stages[-1].all(split) if r.task == "canary"]
+    assert any("2 secrets are planted at site ward-2, 3 of each" in note for note in prepared.notes)
+    again, other = (canaries(prepared.recipe.audit, seed, "") for seed in (prepared.recipe.seed, 99))
+    assert {r.output for r in again} == {r.output for r in held["ward-2"]}
+    assert not {r.output for r in other} & {r.output for r in again}
+    with pytest.raises(ConfigError, match=r"audit\.site = 'ward-9': no site of that name"):
+        prepare(load_recipe(None, [*given, "audit.site=ward-9"]))

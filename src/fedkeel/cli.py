@@ -614,12 +614,13 @@ def audit(
         import torch
 
         from fedkeel.evidence.audit import audit as attack
-        from fedkeel.evidence.report.leaks import audit_table
+        from fedkeel.evidence.report.leaks import audit_tables
         from fedkeel.runs.prepare import prepare
 
         torch.set_num_threads(recipe.threads)
         found = attack(prepare(recipe), run_folder)
-    console.print(audit_table(found).rich())
+    for table in audit_tables(found):
+        console.print(table.rich())
 
 
 @app.command()

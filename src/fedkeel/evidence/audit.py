@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedkeel.data.format import Example
-from fedkeel.evidence.report.leaks import ATTACKS, FALSE_ALARMS, KEPT, Found
+from fedkeel.data.canaries import TASK, canaries, code
+from fedkeel.data.format import Example, Formatter
+from fedkeel.evidence.report.leaks import ATTACKS, FALSE_ALARMS, KEPT, Audited, Exposed, Found
 from fedkeel.files import write_atomic
 from fedkeel.model.lora import Model
+from fedkeel.recipe.schema import Recipe
 from fedkeel.rng import numpy_generator
 from fedkeel.runs.here import formatter_of
 from fedkeel.runs.prepare import Prepared
@@ -29,6 +31,7 @@ from fedkeel.types import FedKeelError, Record
 
 ROWS = 500  # members, and as many others, at most
 RESAMPLES = 1000
+CODES = 500  # that a planted secret is told from
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -60,7 +63,8 @@ def pairs(prepared: Prepared) -> tuple[list[Record], list[Record]]:
     split: dict[str, dict[str, list[Record]]] = defaultdict(lambda: {"train": [], "test": []})
     for name in ("train", "test"):
         for record in {r.id: r for stage in prepared.stages for r in stage.all(name)}.values():
-            split[record.task][name].append(record)
+            if record.task != TASK:
+                split[record.task][name].append(record)
     members: list[Record] = []
     others: list[Record] = []
     most = max(1, ROWS // max(1, len(split)))
@@ -71,7 +75,22 @@ def pairs(prepared: Prepared) -> tuple[list[Record], list[Record]]:
     return members, others
 
 
-def audit(prepared: Prepared, run: Path) -> list[Found]:
+def exposed(model: Model, formatter: Formatter, recipe: Recipe) -> list[Exposed]:
+    """Of each planted secret, where the true code stands among CODES by the loss of the federated model, and of the base."""
+    found = []
+    for number, record in enumerate(canaries(recipe.audit, recipe.seed, "")):
+        drawn = (code(recipe.seed, number, "other", n) for n in range(2 * CODES))
+        others = [one for one in dict.fromkeys(drawn) if one != record.output][: CODES - 1]
+        rows = [e for answer in (record.output, *others) for e in formatter.encode_all([replace(record, output=answer)])]
+        mine = row_nats(model, rows, recipe.evaluation.batch_size)
+        with model.net.disable_adapter():
+            base = row_nats(model, rows, recipe.evaluation.batch_size)
+        rank, base_rank = (1 + int((nats[1:] <= nats[0]).sum()) for nats in (mine, base))
+        found.append(Exposed(record.instruction, rank, base_rank, len(rows)))
+    return found
+
+
+def audit(prepared: Prepared, run: Path) -> Audited:
     """Attack a finished run's federated adapter; what was found is kept in the run's folder. Raises FedKeelError."""
     model = trained_model(prepared.recipe, run)
     if model.shifts:
@@ -85,9 +104,10 @@ def audit(prepared: Prepared, run: Path) -> list[Found]:
     told = {
         name: _numbers(model, rows, prepared.recipe.evaluation.batch_size) for name, rows in (("in", members), ("out", others))
     }
-    found = [attacked(attack, told["in"][attack], told["out"][attack], prepared.recipe.seed) for attack in ATTACKS]
-    write_atomic(run / KEPT, json.dumps([asdict(one) for one in found], indent=1) + "\n")
-    return found
+    found = tuple(attacked(attack, told["in"][attack], told["out"][attack], prepared.recipe.seed) for attack in ATTACKS)
+    all_of = Audited(found, tuple(exposed(model, formatter, prepared.recipe)))
+    write_atomic(run / KEPT, json.dumps(asdict(all_of), indent=1) + "\n")
+    return all_of
 
 
 def _numbers(model: Model, rows: Sequence[Example], size: int) -> Mapping[str, np.ndarray]:

@@ -312,6 +312,15 @@ class Privacy:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """Secrets that are planted among one site's training rows, for `fedkeel audit` to look for."""
+
+    canaries: int = number(0, 0, about="how many; 0: none", unit="secrets")
+    copies: int = number(4, 1, about="of each among the site's rows", unit="rows")
+    site: str = meant("", "where; empty: the first by name")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Curves come from validation rows, the final table from test rows. Rows are chosen by hash, the same for every method."""
 
@@ -355,6 +364,7 @@ class Recipe:
     structure: Structure = field(default_factory=Structure)
     federation: Federation = field(default_factory=Federation)
     privacy: Privacy = field(default_factory=Privacy)
+    audit: Audit = field(default_factory=Audit)
     evaluation: Evaluation = field(default_factory=Evaluation)
     own: Frozen[Any] = field(default_factory=Frozen, metadata=own_of(tables.OWN))
 

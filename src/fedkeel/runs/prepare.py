@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fedkeel.data.canaries import planted
 from fedkeel.data.sites import Sites, make_sites, unseen_sites
 from fedkeel.data.sources import label_groups, load_records
 from fedkeel.data.splits import held_apart
@@ -52,6 +53,7 @@ def data_view(recipe: Recipe) -> Recipe:
         data=recipe.data,
         partition=recipe.partition,
         stream=dataclasses.replace(recipe.stream, average=default.stream.average),
+        audit=recipe.audit,
         evaluation=dataclasses.replace(default.evaluation, unseen_sites=recipe.evaluation.unseen_sites),
         own=Frozen(own),
     )
@@ -96,6 +98,10 @@ def prepare(recipe: Recipe, alone: str = "", records: Sequence[Record] | None = 
     trains, scored_only = ([stage.only(names) for stage in stages] for names in (taking_part, apart))
     if not alone:
         check_stages_are_learnt(trains, arrival, recipe)
+    if recipe.audit.canaries and kind == "classifier":
+        raise ConfigError("audit.canaries: a classifier writes no text, and so no secret; set 0, or another base")
+    trains, told = planted(trains, recipe.audit, recipe.seed, alone)
+    notes += told
     return Prepared(whole, sites, trains, scored_only, arrival, kind, classes, tuple(notes))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkeel.evidence.report.leaks import audit_table, read_audit
+from fedkeel.evidence.report.leaks import audit_tables, read_audit
 from fedkeel.evidence.report.page import render
 from fedkeel.evidence.report.pictures import learning_curve, run_pictures
 from fedkeel.evidence.report.run_page import LONG, Run, run_page
@@ -76,7 +76,7 @@ def write_report(folder: Path) -> Path:
     traffic = traffic_table(rows)
     if traffic.lines:
         tables.append(traffic.markdown())
-    page += [table.markdown() for table in (run.answers_table(), run.audit) if table is not None and table.lines]
+    page += [table.markdown() for table in (run.answers_table(), *run.audit) if table.lines]
     page += [*tables[1:], _foldable(site_table(rows)), "## How it was run\n", _fenced(run.recipe, "toml")]
     page.append(run.environment_table().markdown())
     report = folder / "report.md"
@@ -102,7 +102,7 @@ def _read(folder: Path) -> Run:
         raise FedKeelError(f"{folder / 'env.json'} is not JSON: {error}") from error
     measures = folder / "measures.jsonl"
     measured = read_rows(measures) if measures.exists() else []
-    audit = audit_table(found) if (found := read_audit(folder)) else None
+    audit = audit_tables(read_audit(folder))
     return Run(rows, measured, read_scores(folder), recipe, environment, read_verdicts(folder), audit, _answers(folder))
 
 

@@ -39,7 +39,7 @@ class Run:
     recipe: str
     environment: Mapping[str, Any]
     verdicts: Sequence[Verdict] = ()
-    audit: Table | None = None
+    audit: Sequence[Table] = ()
     answers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,7 +94,7 @@ def run_page(run: Run, summary: str, missing: Sequence[str]) -> Page:
             (method_table(rows), *(foldable(table) for table in (sure_table(run.scores), tasks) if table.lines)),
         ),
         ("answers", "Sample answers", (answers,) if answers.lines else ()),
-        ("audit", "Leak audit", (run.audit,) if run.audit is not None else ()),
+        ("audit", "Leak audit", tuple(run.audit)),
         ("learning", "Learning curves", figure(charts.learning(rows))),
         ("stages", "Score by stage", figure(charts.stages(rows))),
         ("traffic", "Score against traffic", (*figure(charts.traffic(rows)), *((traffic,) if traffic.lines else ()))),
