@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dp_accounting
+import dp_accounting.rdp
 import pytest
 import torch
 from dp_accounting import pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import Silent, go, rows_of
+from training import recipe_of, setting
 from typer.testing import CliRunner
 
 import fedkeel.exchange.noise
@@ -33,7 +36,7 @@ from fedkeel.recipe.schema import Privacy
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import secret_normal
 from fedkeel.runs.prepare import prepare
-from fedkeel.runs.privacy import check_budget, epsilon, most_asked, noise_for
+from fedkeel.runs.privacy import check_budget, epsilon, noise_for, planned, row_epsilon, spending
 from fedkeel.types import Adapter, Lora, Reply
 
 PRIVATE = ["privacy.unit=site", "privacy.clip=0.05", "privacy.noise=2.0", "federation.weighting=uniform"]
@@ -68,7 +71,9 @@ def test_rounds_compose_as_an_accountant_of_loss_distributions_says(noise: float
     accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(noise), rounds))
     assert epsilon(Privacy("site", noise=noise), rounds) == pytest.approx(accountant.get_epsilon(1e-5), rel=0.01)
-    assert epsilon(Privacy("site", noise=noise_for(3.0, rounds, 1e-5)), rounds) == pytest.approx(3.0, rel=1e-3)
+    least = noise_for(3.0, lambda z: epsilon(Privacy("site", noise=z), rounds))
+    assert epsilon(Privacy("site", noise=least), rounds) == pytest.approx(3.0, rel=2e-3)
+    assert epsilon(Privacy("site", noise=least), rounds) <= 3.0
 
 
 odd = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -3.0, 1e19, 3.4e38, -3.4e38, math.inf, -math.inf, math.nan])
@@ -227,8 +232,10 @@ def test_a_site_that_is_drawn_seldom_spends_less(tiny_overrides: list[str]) -> N
     for round in range(9):
         (name,) = fedkeel.federation.server.sample_sites(sites, 1, recipe.seed, round)
         counts[name] += 1
-    assert most_asked(recipe, [sites]) == max(counts.values()) < 9
-    told = check_budget(prepare(recipe).cast)
+    cast = prepare(recipe).cast
+    assert dict(planned(cast)) == {name: count for name, count in counts.items() if count}
+    assert max(counts.values()) < 9
+    told = check_budget(cast)
     assert f"ε = {epsilon(recipe.privacy, max(counts.values())):.3g} at δ = 1e-05" in told
 
 
@@ -242,7 +249,8 @@ def test_a_run_over_its_budget_is_refused_and_the_dry_run_says_what_would_do(tin
     assert told.exit_code == 0, told.output
     said = " ".join(told.output.replace("│", " ").split())
     assert "for each site, by noise 2 in 4 rounds" in said
-    assert f"ε = 3 asks {noise_for(3.0, 4, 1e-5):.3g}" in said
+    least = noise_for(3.0, lambda z: epsilon(Privacy("site", noise=z), 4))
+    assert f"ε = 3 asks {least:.3g}" in said
 
 
 @pytest.mark.parametrize(
@@ -362,3 +370,137 @@ def test_what_went_wrong_in_a_private_round_stays_at_the_site(
     assert "loss" not in answers["private"]
     assert "stands in the log of that site" in answers["private"]
     assert "the loss became" in capfd.readouterr().err
+
+
+ROWS = ["privacy.unit=row", "privacy.clip=0.1", "privacy.noise=1.1", "federation.weighting=uniform"]
+
+
+def test_epsilon_of_rows_is_the_published_one() -> None:
+    """TensorFlow Privacy's example, 60,000 rows, batches of 256, 60 epochs, noise 1.12, δ = 1e-5: ε = 2.92 by the conversion of
+    Mironov 2017; that of Canonne et al. 2020, which is used here, says less of the same divergences. One row in each step is
+    plain composition, and an accountant of loss distributions stays just below."""
+    steps, rate = 60 * 60_000 // 256, 256 / 60_000
+    old = dp_accounting.rdp.RdpAccountant()
+    event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(1.12))
+    old.compose(dp_accounting.SelfComposedDpEvent(event, steps))
+    published = min(d + math.log(1e5) / (a - 1) for d, a in zip(old._rdp, old._orders, strict=True) if a > 1)
+    assert published == pytest.approx(2.92, rel=0.01)
+    assert 0.8 * published < row_epsilon(1.12, rate, steps, 1e-5) < published
+    whole = gaussian(8 / 3, 1e-5)
+    assert whole <= row_epsilon(8.0, 1.0, 9, 1e-5) <= 1.12 * whole
+    assert row_epsilon(1.0, 0.1, 0, 1e-5) == 0
+    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    sampled = dp_accounting.PoissonSampledDpEvent(0.05, dp_accounting.GaussianDpEvent(1.5))
+    accountant.compose(dp_accounting.SelfComposedDpEvent(sampled, 200))
+    assert accountant.get_epsilon(1e-5) <= row_epsilon(1.5, 0.05, 200, 1e-5) <= 1.15 * accountant.get_epsilon(1e-5)
+
+
+def test_the_site_with_the_fewest_rows_spends_most(tiny_overrides: list[str]) -> None:
+    """Sites of 12 and 18 rows, 3 rounds of 3 steps of 4 rows."""
+    prepared = prepare(load_recipe(None, [*tiny_overrides, *ROWS, "train.batch_size=4"]))
+    sizes = {name: len(held["train"]) for name, held in prepared.sites.rows.items()}
+    assert set(sizes.values()) == {12, 18}
+    spends = spending(prepared.cast)
+    assert spends.after(planned(prepared.cast)) == pytest.approx(row_epsilon(1.1, 4 / 12, 9, 1e-5))
+    largest = next(name for name, count in sizes.items() if count == 18)
+    assert spends.after({largest: 2}) == pytest.approx(row_epsilon(1.1, 4 / 18, 6, 1e-5))
+    assert "for each row, by noise 1.1 in 3 rounds" in check_budget(prepared.cast)
+
+
+@pytest.mark.parametrize("micro", [0, 2])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_step_is_the_sum_of_clipped_gradients_of_rows_and_noise(
+    micro: int, together: bool, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against autograd on each row by itself through the whole model, with drawn rows and noise known."""
+    import fedkeel.federation.private as private
+    from fedkeel.federation.train import Log, Round, lesson_of
+    from fedkeel.model.lora import Model
+    from fedkeel.runs.here import formatter_of
+    from fedkeel.types import Global
+
+    monkeypatch.setattr(fedkeel.exchange.noise, "secret_normal", ones)
+    other = "_one_by_one" if together else "_together"
+    monkeypatch.setattr(private, other, lambda *given: pytest.fail("not asked") if together else None)
+    recipe = load_recipe(None, [*tiny_overrides, *ROWS, "train.batch_size=4", f"train.micro_batch_size={micro}"])
+    model, prepared = Model(recipe.model, recipe.lora, recipe.seed), prepare(recipe)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    examples = formatter_of(model, prepared).encode_all(prepared.sites.rows["ward-0"]["train"])
+    chosen = [0, 3, 7]
+    with lesson_of(model, examples, Round("ward-0", 3, recipe, Global(0, model.read()))) as lesson:
+        backward = partial(lesson.of_rows, lesson.moment(0), Log())
+        private.private_gradient(model.net, backward, {i: examples[i].positions for i in chosen}, recipe)
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    expected = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    lengths = []
+    for index in chosen:
+        ids = torch.tensor([examples[index].ids])
+        labels = torch.where(torch.tensor([examples[index].supervised]), ids, -100)
+        own = torch.autograd.grad(model.net(input_ids=ids, labels=labels).loss, model.parameters())
+        lengths.append(math.sqrt(sum(float(g.double().square().sum()) for g in own)))
+        for total, gradient in zip(expected, own, strict=True):
+            total += gradient.double() * min(1.0, 0.1 / lengths[-1])
+    assert max(lengths) > 0.1
+    for mine, total in zip(found, expected, strict=True):
+        assert torch.allclose(mine.double(), (total + 1.1 * 0.1) / 4, rtol=1e-3, atol=1e-6)
+
+
+def test_rows_are_drawn_by_nobodys_seed_each_with_its_chance() -> None:
+    """10,000 rows at 0.3: their number within four deviations, and never the same twice."""
+    from fedkeel.rng import secret_draw
+
+    draws = [secret_draw(10_000, 0.3) for _ in range(2)]
+    for draw in draws:
+        assert abs(len(draw) - 3000) < 4 * math.sqrt(10_000 * 0.3 * 0.7)
+        assert draw == sorted(set(draw))
+    assert draws[0] != draws[1]
+    assert secret_draw(5, 1.0) == [0, 1, 2, 3, 4]
+
+
+def test_a_federation_with_private_rows_runs_and_tells_what_it_spent(tiny_overrides: list[str]) -> None:
+    given = [*tiny_overrides, *ROWS, *ALONE, "train.batch_size=4"]
+    recipe, folder, _ = go(given)
+    told = [r["value"] for r in rows_of(folder) if r["name"] == "epsilon"]
+    assert told == pytest.approx([row_epsilon(1.1, 4 / 12, 2 * n, 1e-5) for n in (1, 2, 3)])
+    assert not [r for r in rows_of(folder) if r["name"] == "loss" and r["method"] == "federated"]
+    assert recipe.privacy.unit == "row"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (["evidence.task=restricted"], r"evidence\.task"),
+        (["train.sam=0.05"], r"train\.sam"),
+        (["train.proximal=0.1"], r"train\.proximal"),
+        (["structure.rank=0.1"], r"structure\.\*"),
+        (["privacy.noise_at=coordinator"], "the noise is in each step"),
+    ],
+)
+def test_what_would_couple_rows_is_refused(wrong: list[str], text: str, tiny_overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load_recipe(None, [*tiny_overrides, *ROWS, *wrong])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt", "bert", "modernbert", "t5", "bart"])
+def test_rows_taken_together_are_rows_taken_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every kind of architecture; where rows cannot be told apart, they are taken by themselves."""
+    import fedkeel.federation.private as private
+    from fedkeel.federation.train import Log, Round, lesson_of
+    from fedkeel.types import Global
+
+    monkeypatch.setattr(fedkeel.exchange.noise, "secret_normal", lambda shape: torch.zeros(shape, dtype=torch.float64))
+    model, examples = setting(name)
+    recipe = recipe_of(*ROWS, "privacy.clip=0.5")
+    ends = []
+    for way in ("together", "apart"):
+        if way == "apart":
+            monkeypatch.setattr(private, "_together", lambda *given: None)
+        with lesson_of(model, examples, Round("site", 3, recipe, Global(0, model.read()))) as lesson:
+            backward = partial(lesson.of_rows, lesson.moment(0), Log())
+            private.private_gradient(model.net, backward, {i: examples[i].positions for i in range(len(examples))}, recipe)
+            ends.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for one, two in zip(*ends, strict=True):
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-6)

@@ -62,23 +62,37 @@ def counter_normal(key: int, counters: Tensor) -> Tensor:
     return radius * (2.0 * math.pi * counter_uniform(key, 2 * counters + 1)).cos()
 
 
-def secret_normal(shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float64, that nobody can foretell or draw again: Box & Muller over a ChaCha20 stream under a key
-    of 256 bits from the operating system, which is forgotten. Raises FedKeelError where `cryptography` is not installed."""
+def _secret_uniform(count: int) -> np.ndarray:
+    """Numbers in (0, 1), float64, from a ChaCha20 stream under a key of 256 bits of the operating system, which is forgotten.
+    Raises FedKeelError where `cryptography` is not installed."""
     import secrets
 
     import numpy as np
-    import torch
 
     try:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
     except ImportError as error:
         raise FedKeelError("noise for privacy is drawn through `cryptography`: pip install 'fedkeel[privacy]'") from error
+    stream = Cipher(algorithms.ChaCha20(secrets.token_bytes(32), bytes(16)), mode=None).encryptor().update(bytes(8 * count))
+    whole = np.frombuffer(stream, dtype=np.uint64) >> np.uint64(11)
+    return (whole.astype(np.float64) + 0.5) / 2.0**53
+
+
+def secret_draw(count: int, rate: float) -> list[int]:
+    """Which of `count` things are drawn, each with probability `rate` by itself; nobody can foretell it. Raises as
+    `secret_normal`."""
+    return [int(n) for n in (_secret_uniform(count) < rate).nonzero()[0]]
+
+
+def secret_normal(shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float64, that nobody can foretell or draw again (Box & Muller 1958). Raises FedKeelError where
+    `cryptography` is not installed."""
+    import numpy as np
+    import torch
+
     count = math.prod(shape)
     pairs = (count + 1) // 2
-    stream = Cipher(algorithms.ChaCha20(secrets.token_bytes(32), bytes(16)), mode=None).encryptor().update(bytes(16 * pairs))
-    whole = np.frombuffer(stream, dtype=np.uint64) >> np.uint64(11)
-    uniform = (whole.astype(np.float64) + 0.5) / 2.0**53  # in (0, 1)
+    uniform = _secret_uniform(2 * pairs)
     radius, angle = np.sqrt(-2.0 * np.log(uniform[:pairs])), 2.0 * math.pi * uniform[pairs:]
     numbers = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
     return torch.from_numpy(numbers.reshape(shape))

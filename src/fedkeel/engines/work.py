@@ -106,7 +106,7 @@ class Work:
     def hello(self, site: str) -> dict[str, Any]:
         """What a coordinator checks before round 1: that this site would train the same thing as the others."""
         versions = {name: metadata.version(name) for name in ("fedkeel", "torch", "transformers", "peft")}
-        most = 1 if self.recipe.privacy.unit != "none" else 2**63  # how many rows there are is a number about them
+        most = 1 if self.recipe.privacy.unit == "site" else 2**63  # how many rows there are is a number about them
         rows = [{split: min(most, len(held)) for split, held in stage.rows[site].items()} for stage in self.prepared.stages]
         return {
             "site": site,

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedkeel.data.batches import Batch, batch_indices, batches_per_epoch, collate
 from fedkeel.data.format import Example
 from fedkeel.federation.evidence import Calibration, calibration_of
+from fedkeel.federation.private import drawn, private_gradient
 from fedkeel.federation.teacher import Guide
 from fedkeel.method.objective.ascent import backward_at_worst
 from fedkeel.method.objective.terms import Active, Moment, terms_of
@@ -173,6 +174,18 @@ class Lesson:
             (weights[term.entry.name] * term(self.parameters).value).backward()
         return nats
 
+    def of_rows(self, moment: Moment, log: Log, indices: Sequence[int]) -> float:
+        """`backward`, for a `private.Backward`."""
+        return self.backward(indices, moment, log)
+
+    def gradient(self, indices: Sequence[int], moment: Moment, log: Log) -> tuple[float, float]:
+        """The gradient of one optimiser step, clipped: the task's nats, summed over positions, and its norm before."""
+        train, parameters = self.round.recipe.train, self.parameters.now
+        nats = self.backward(indices, moment, log)
+        if train.sam:
+            backward_at_worst(parameters, train.sam, partial(self.backward, indices, moment, Log()))
+        return nats, float(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm))
+
     def see(self, batch: Batch, examples: Sequence[Example], moment: Moment, needs: set[str]) -> Forward:
         """What the terms look at: the student's disturbed pass, and what else they need."""
         model, guide = self.model, self.guide
@@ -250,20 +263,23 @@ def train_round(
         schedule = round.schedule(len(examples))
         seed_torch(round.recipe.seed, "train", round.site, round.state.round)
         model.train()
-        for step, indices in zip(schedule, round.batches(examples), strict=True):
+        private = round.recipe.privacy.unit == "row"
+        batches = [drawn(len(examples), round.recipe) for _ in schedule] if private else round.batches(examples)
+        for step, indices in zip(schedule, batches, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(train, step, round.rounds * len(schedule))
             moment = lesson.moment(step)
             if lesson.injection is not None:
                 lesson.draw.strength = moment.strength
                 log.strength.append(moment.strength)
-            nats = lesson.backward(indices, moment, log)
-            if train.sam:
-                backward_at_worst(parameters, train.sam, partial(lesson.backward, indices, moment, Log()))
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm))
             n_step = sum(examples[i].positions for i in indices)
-            if not (math.isfinite(nats) and math.isfinite(norm)):
-                raise _diverged(round, nats / n_step, norm, step - schedule.start, len(schedule))
+            if private:
+                drawn_rows = {i: examples[i].positions for i in indices}
+                private_gradient(model.net, partial(lesson.of_rows, moment, log), drawn_rows, round.recipe)
+            else:
+                nats, norm = lesson.gradient(indices, moment, log)
+                if not (math.isfinite(nats) and math.isfinite(norm)):
+                    raise _diverged(round, nats / n_step, norm, step - schedule.start, len(schedule))
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if lesson.injection is not None:

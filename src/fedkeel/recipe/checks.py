@@ -129,6 +129,8 @@ def cross_check(recipe: Recipe) -> None:
     _check_stream(recipe)
     _check_exchange(recipe)
     _check_privacy(recipe)
+    if recipe.privacy.unit == "row":
+        _check_row_privacy(recipe)
     if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
         raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
 
@@ -146,20 +148,21 @@ def _check_privacy(recipe: Recipe) -> None:
     rule = tables.RULES[federation.rule]
     if privacy.unit == "none":
         if privacy.noise or privacy.epsilon:
-            raise ConfigError("privacy.noise and privacy.epsilon need privacy.unit = 'site'")
+            raise ConfigError("privacy.noise and privacy.epsilon need privacy.unit = 'site' or 'row'")
         return
     if not privacy.noise:
         raise ConfigError(
-            "privacy.unit = 'site' without noise promises nothing: set privacy.noise; `--dry-run` says what each ε asks"
+            f"privacy.unit = {privacy.unit!r} without noise promises nothing: set privacy.noise; --dry-run says what ε asks"
         )
     if federation.weighting != "uniform":
         raise ConfigError(
-            f"privacy.unit = 'site': with federation.weighting = {federation.weighting!r} a site's weight tells of its rows; "
-            f"set 'uniform'"
+            f"privacy.unit = {privacy.unit!r}: under federation.weighting = {federation.weighting!r} a site's weight "
+            f"tells of its rows; set 'uniform'"
         )
     if distill.weight and (distill.task_trust or distill.site_trust):
         raise ConfigError(
-            "privacy.unit = 'site': distill.task_trust and site_trust send counts of a site's rows; set both to false"
+            f"privacy.unit = {privacy.unit!r}: distill.task_trust and site_trust send counts of a site's rows; set both "
+            f"to false"
         )
     if (privacy.noise_at == "coordinator" or privacy.together > 1) and not rule.sums:
         raise ConfigError(
@@ -171,8 +174,31 @@ def _check_privacy(recipe: Recipe) -> None:
         raise ConfigError("privacy.together counts sites that add noise; with noise_at = 'coordinator' none does: set 1")
     if rule.personal:
         raise ConfigError(
-            f"privacy.unit = 'site': federation.rule = {rule.name!r} keeps a factor at each site, without noise; choose "
-            f"another rule"
+            f"privacy.unit = {privacy.unit!r}: federation.rule = {rule.name!r} keeps a factor at each site, without noise; "
+            f"choose another rule"
+        )
+
+
+def _check_row_privacy(recipe: Recipe) -> None:
+    """A row's gradient must be a function of that row, and of nothing else that is private."""
+    privacy, structure = recipe.privacy, recipe.structure
+    if privacy.noise_at != "sites" or privacy.together > 1:
+        raise ConfigError(
+            "privacy.unit = 'row': the noise is in each step, at the sites; set noise_at = 'sites' and together = 1"
+        )
+    wrong = {
+        "evidence.task": recipe.evidence.task != "plain",  # which labels a site holds
+        "distill.align": recipe.distill.weight and recipe.distill.align == "cka",  # of a whole batch
+        "train.sam": recipe.train.sam,
+        "train.proximal": recipe.train.proximal,  # no function of a row, and would be clipped with it
+        "structure.*": structure.amounts,
+        "stream.replay": recipe.stream.replay,  # rows of an earlier stage are drawn again
+    }
+    found = [key for key, set_ in wrong.items() if set_]
+    if found:
+        raise ConfigError(
+            f"privacy.unit = 'row' takes each row's gradient by itself, which {', '.join(found)} would couple to other rows or "
+            f"spend twice; leave it out"
         )
 
 

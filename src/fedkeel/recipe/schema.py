@@ -294,11 +294,15 @@ class Federation:
 
 @dataclass(frozen=True)
 class Privacy:
-    """Differential privacy of a site's whole contribution (docs/privacy.md)."""
+    """Differential privacy of a site's whole contribution, or of each of its training rows (docs/privacy.md)."""
 
-    unit: str = one_of("none", ("none", "site"), "whose presence is hidden: nobody's, or all that a site contributes")
-    clip: float = number(1.0, 0, about="C, most that a site's change may be long in a round, Euclidean", above=True)
-    noise: float = number(0.0, 0, about="z: the sum over sites has Gaussian noise of standard deviation z · C")
+    unit: str = one_of(
+        "none", ("none", "site", "row"), "whose presence is hidden: nobody's, all that a site contributes, or a training row"
+    )
+    clip: float = number(
+        1.0, 0, about="C, most that a site's change of a round, or a row's gradient, may be long, Euclidean", above=True
+    )
+    noise: float = number(0.0, 0, about="z: the sum over sites, or over a step's rows, has Gaussian noise of deviation z · C")
     noise_at: str = one_of(
         "sites",
         ("sites", "coordinator"),

@@ -1,19 +1,23 @@
 """What a run comes to in differential privacy: ε at δ, by how often each site was asked.
 
-The mechanism of a round is Gaussian: sums of changes clipped to C with noise z · C. Hidden is whether a site's change was there
-or zeros in its place (Kairouz et al. 2021, arXiv:1912.04977 §4.2), for one site at a time. That sites are drawn is no help:
-the recipe's seed says who is. Gaussians compose exactly, and ε of one is that of Balle & Wang 2018 (arXiv:1805.06530), by
-`dp-accounting`.
+Of a site: the mechanism of a round is Gaussian, sums of changes clipped to C with noise z · C. Hidden is whether a site's
+change was there or zeros in its place (Kairouz et al. 2021, arXiv:1912.04977 §4.2), for one site at a time. That sites are
+drawn is no help: the recipe's seed says who is. Gaussians compose exactly, and ε of one is that of Balle & Wang 2018
+(arXiv:1805.06530), by `dp-accounting`. Of a row: DP-SGD with Poisson sampling, each step a mechanism; hidden is whether the
+row was there. How many rows a site has is taken to be known.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from fedkeel.federation.server import sample_sites
+from fedkeel.federation.train import steps_a_round
 from fedkeel.recipe.schema import Privacy, Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.legs import Cast
@@ -34,36 +38,93 @@ def epsilon(privacy: Privacy, rounds: int) -> float:
     return float(_accounting().get_epsilon_gaussian(privacy.noise / math.sqrt(rounds), privacy.delta)) if rounds else 0.0
 
 
-def noise_for(wished: float, rounds: int, delta: float) -> float:
-    """The noise z whose ε after `rounds` rounds is `wished`."""
-    return float(_accounting().get_sigma_gaussian(wished, delta)) * math.sqrt(rounds)
+@lru_cache(maxsize=4096)
+def row_epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
+    """ε of a row after `steps` steps, in each of which it was drawn with probability `rate`; by Rényi divergences (Mironov et
+    al. 2019, arXiv:1908.10530). 0 after none."""
+    if not steps:
+        return 0.0
+    dp = _accounting()
+    from dp_accounting import rdp
+
+    accountant = rdp.RdpAccountant()
+    accountant.compose(dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), steps))
+    return float(accountant.get_epsilon(delta))
 
 
-def most_asked(recipe: Recipe, sites: Sequence[Sequence[str]]) -> int:
-    """In how many rounds of the whole run the site that is asked most often is asked. sites: of each stage, those with rows."""
+def noise_for(wished: float, of: Callable[[float], float]) -> float:
+    """The least noise z, to three digits, for which `of`, an ε that falls with z, is at most `wished`."""
+    low, high = 1e-2, 1.0
+    while of(high) > wished:
+        low, high = high, 2 * high
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if of(middle) <= wished else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a run spends. rows: by site, the fewest training rows that it has in a stage: a row is drawn the oftener the fewer
+    there are."""
+
+    recipe: Recipe
+    rows: Mapping[str, int]
+
+    def after(self, asked: Mapping[str, int], noise: float = 0.0) -> float:
+        """ε of the site, or the row, that has spent most. asked: site -> rounds. noise: in place of the recipe's."""
+        privacy, train = self.recipe.privacy, self.recipe.train
+        noise = noise or privacy.noise
+        if privacy.unit == "site":
+            return epsilon(replace(privacy, noise=noise), max(asked.values(), default=0))
+        return max(
+            (
+                row_epsilon(noise, min(1.0, train.batch_size / rows), rounds * steps_a_round(train, rows), privacy.delta)
+                for site, rounds in asked.items()
+                if (rows := self.rows.get(site, 0))
+            ),
+            default=0.0,
+        )
+
+
+def spending(cast: Cast) -> Spending:
+    """Of a run."""
+    rows: dict[str, int] = {}
+    for stage in cast.rows:
+        for name, count in stage.items():
+            if count:
+                rows[name] = min(count, rows.get(name, count))
+    return Spending(cast.recipe, rows)
+
+
+def planned(cast: Cast) -> Counter[str]:
+    """site -> in how many rounds of the whole run it is asked."""
     asked: Counter[str] = Counter()
-    federation = recipe.federation
-    for stage, names in enumerate(sites):
+    recipe, federation = cast.recipe, cast.recipe.federation
+    for stage, rows in enumerate(cast.rows):
+        names = [name for name, count in rows.items() if count]
         for round in range(stage * federation.rounds, (stage + 1) * federation.rounds):
             asked.update(sample_sites(names, federation.sites_per_round, recipe.seed, round))
-    return max(asked.values(), default=0)
+    return asked
 
 
 def check_budget(cast: Cast) -> str:
     """What the run will come to, in words; empty where it promises nothing. Raises ConfigError over privacy.epsilon."""
-    privacy = cast.recipe.privacy
+    privacy, asked, spends = cast.recipe.privacy, planned(cast), spending(cast)
     if privacy.unit == "none":
         return ""
-    rounds = most_asked(cast.recipe, [[name for name, count in stage.items() if count] for stage in cast.rows])
-    comes = epsilon(privacy, rounds)
+    comes, rounds = spends.after(asked), max(asked.values(), default=0)
+
+    def needs(wished: float) -> float:
+        return noise_for(wished, lambda noise: spends.after(asked, noise))
+
     if privacy.epsilon and comes > privacy.epsilon:
         raise ConfigError(
             f"privacy.epsilon = {privacy.epsilon:g}: {rounds} rounds with privacy.noise = {privacy.noise:g} come to ε = "
-            f"{comes:.3g} at δ = {privacy.delta:g}; set fewer rounds, or privacy.noise = "
-            f"{noise_for(privacy.epsilon, rounds, privacy.delta):.4g}"
+            f"{comes:.3g} at δ = {privacy.delta:g}; set fewer rounds, or privacy.noise = {needs(privacy.epsilon):.4g}"
         )
-    wished = ", ".join(f"ε = {e:g} asks {noise_for(e, rounds, privacy.delta):.3g}" for e in WISHED)
+    wished = ", ".join(f"ε = {e:g} asks {needs(e):.3g}" for e in WISHED)
     return (
-        f"ε = {comes:.3g} at δ = {privacy.delta:g} for each site, by noise {privacy.noise:g} in {rounds} rounds ({wished}); "
-        f"not repeatable, as the noise follows no seed"
+        f"ε = {comes:.3g} at δ = {privacy.delta:g} for each {privacy.unit}, by noise {privacy.noise:g} in {rounds} rounds "
+        f"({wished}); not repeatable, as the noise follows no seed"
     )

@@ -23,8 +23,8 @@ from fedkeel.method.aggregate.common import blend
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
-from fedkeel.runs.legs import Leg, Stage
-from fedkeel.runs.privacy import epsilon
+from fedkeel.runs.legs import Cast, Leg, Stage
+from fedkeel.runs.privacy import spending
 from fedkeel.runs.rows import round_rows
 from fedkeel.runs.served import served
 from fedkeel.runs.watch import Watch, tell_failures
@@ -208,7 +208,7 @@ class Loop:
         # before it is scored: a base shift that sites hold must not be made again
         rows = round_rows(leg, stage, replace(result, state=current), self.recipe.name, cpu)
         if roster.privacy.unit != "none":
-            spent = epsilon(roster.privacy, max(self.state["asked"].values()))
+            spent = spending(Cast(recipe, [at.rows for at in leg.stages])).after(self.state["asked"])
             rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, "epsilon", spent, "epsilon", stage=stage))
             self.watch.note(f"private so far: ε = {spent:.2f} at δ = {roster.privacy.delta:g}")
         self._save(leg, current, rows)
