@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -26,6 +27,7 @@ from fedkeel.cli import app as cli
 from fedkeel.engines.coordinate import meanings_of, reference_of
 from fedkeel.engines.flower.apps import client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
+from fedkeel.engines.work import handle
 from fedkeel.federation.server import FederationError
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
@@ -359,3 +361,40 @@ def test_what_needs_no_rows_is_done_where_there_are_none(
     code, text = told("evaluate", str(there.path))
     assert code
     assert "data.root is not set" in text
+
+
+def test_a_report_of_a_federation_that_ended_does_not_miss_what_cannot_be_there(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local-only model is scored on its own site's rows alone, and has no score on all of them."""
+    overrides, files = deployment
+    there = coordinate([*overrides, "evaluation.baselines=local", "federation.rounds=1"], files, tmp_path, monkeypatch)
+    assert CliRunner().invoke(cli, ["report", str(there.path)]).exit_code == 0
+    assert "not finished" not in (there.path / "report.md").read_text() + (there.path / "report.html").read_text()
+
+
+def test_a_recipe_that_a_site_has_not_agreed_to_is_refused(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two agree to what is sent, one to another: it trains nothing, and says what it agreed to."""
+    overrides, files = deployment
+    recipe = load_recipe(None, [*overrides, "name=there"])
+    text = to_toml(recipe).replace(recipe.model.base, "tiny_base").replace(recipe.data.root, "")
+    agreed = hashlib.sha256(text.encode()).hexdigest()
+    for file, seal in zip(files, (agreed, agreed, "0" * 64), strict=True):
+        file.write_text(f'recipe_sha256 = "{seal}"\n{file.read_text()}')
+    with pytest.raises(FederationError, match=r"2 of 3 sites are fit to train"):
+        coordinate(overrides, files, tmp_path, monkeypatch)
+    said, _ = handle({"recipe": text, "run": "r", "kind": "train", "site": ""}, b"", read_site(files[2]))
+    assert "it agreed to the recipe with sha256 0000000000000000" in said["error"]
+    assert agreed in said["error"]
+
+
+def test_a_base_that_is_at_the_sites_is_not_looked_for_elsewhere(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides, files = deployment
+    there = coordinate([*overrides, "federation.rounds=1"], files, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    refused = CliRunner().invoke(cli, ["ask", str(there.path), "the red cat"])
+    assert "'tiny_base' of this run is a folder at its sites: say where it is here with --base PATH" in str(refused.exception)

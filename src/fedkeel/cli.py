@@ -206,17 +206,23 @@ def run(
     _print_results(console, folder.path, recipe, page)
 
 
-def finished(folder: Path, which: str = "adapter", base: str = "") -> tuple[Recipe, Path]:
+def finished(folder: Path, which: str = "adapter", base: str = "", needs_base: bool = True) -> tuple[Recipe, Path]:
     """The recipe and the PEFT folder of a run whose federation has ended, or an error that says what is missing. Its rows need
     not be here, as a coordinator has none.
 
     which: `adapter`, or `best` for the best by validation rows. base: where the base is on this machine; empty: where the
-    recipe says.
+    recipe says. needs_base: whether it must be here.
     """
+    from fedkeel.evidence.card import base_is_away
+
     recipe, adapter = folder / "recipe.toml", folder / "adapter" / "adapter_model.safetensors"
     if not recipe.is_file():
         raise FedKeelError(f"{recipe} is missing: {folder} is not a run whose federation has ended")
-    loaded = make_recipe(read_tree(recipe, [f"model.base={base}"] if base else []), data=False)
+    loaded = with_threads(make_recipe(read_tree(recipe, [f"model.base={base}"] if base else []), data=False))
+    if needs_base and base_is_away(loaded, folder):
+        raise FedKeelError(
+            f"the base {loaded.model.base!r} of this run is a folder at its sites: say where it is here with --base PATH"
+        )
     check_one_model(loaded, folder / "adapter")
     if not adapter.is_file():
         raise FedKeelError(f"{adapter} is missing: {folder} is not a run whose federation has ended")
@@ -307,14 +313,16 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as evaluation.test_rows=0")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     best: BestOption = False,
+    base: BaseOption = "",
     predictions: Annotated[Path | None, typer.Option(help="Write every row's prediction to this JSON Lines file.")] = None,
 ) -> None:
     """Score a run's federated adapter, on more rows or other data than the run did."""
     if split not in ("train", "validation", "test"):
         raise FedKeelError(f"--split {split}: one of train, validation, test belongs here")
     which = "best" if best else "adapter"
-    finished(run_folder, which)
-    recipe = load_recipe(run_folder / "recipe.toml", overrides or [])
+    finished(run_folder, which, base)
+    given = [*([f"model.base={base}"] if base else []), *(overrides or [])]
+    recipe = with_threads(load_recipe(run_folder / "recipe.toml", given))
     console = _console()
     with console.status("loading libraries, data and model"):
         import torch
@@ -436,7 +444,7 @@ def export(
         if kind not in TYPES:
             raise FedKeelError(f"--type {kind}: one of {', '.join(TYPES)} belongs here")
     which = "best" if best else "adapter"
-    recipe, _ = finished(run_folder, which, base)
+    recipe, _ = finished(run_folder, which, base, merged or gguf)
     if target.exists():
         raise FedKeelError(f"{target} exists; name a folder that does not")
     console = _console()
@@ -607,7 +615,7 @@ def audit(
 ) -> None:
     """Attack a run's model: whether it tells which rows it was trained on. It needs the rows; the report then shows it."""
     finished(run_folder)
-    recipe = load_recipe(run_folder / "recipe.toml", overrides or [])
+    recipe = with_threads(load_recipe(run_folder / "recipe.toml", overrides or []))
     console = _console()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("attacking"):
@@ -741,7 +749,7 @@ def deploy_check(
         failed += not finding.ok
         typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name:12}{finding.text}")
     if failed:
-        raise FedKeelError(f"{failed} checks failed")
+        raise FedKeelError(f"{failed} check{'s' * (failed != 1)} failed")
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from fedkeel.model.bases import folder_of
 from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
-from fedkeel.tables import BASELINES, BASES
+from fedkeel.tables import BASELINES, BASES, SOURCES
 
 SITE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 DNS_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
@@ -99,7 +99,12 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
             f"holds its own rows: set it to 'natural'"
         )
     pooling = [name for name in evaluation.baselines if BASELINES[name].pools]
-    notes = (f"evaluation.baselines: {name!r} is left out, as rows never come together in a deployment" for name in pooling)
+    notes = [f"evaluation.baselines: {name!r} is left out, as rows never come together in a deployment" for name in pooling]
+    if SOURCES[recipe.data.source].everywhere:
+        notes.append(
+            f"data.source = {recipe.data.source!r} is found anew at each site; for rows of a site's own write "
+            f"data.source = 'files', and where they are into its site.toml"
+        )
     base = Path(recipe.model.base).expanduser()
     here = base.resolve() if base.is_dir() else None
     if recipe.model.base in BASES:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from fedkeel import tables
 from fedkeel.deploy.manifest import DeployError
 from fedkeel.recipe.schema import Recipe
 
@@ -15,8 +16,15 @@ EXTRA = re.compile(r"""\bextra\s*==\s*["']([^"']+)["']""")
 
 def needed_extras(recipe: Recipe) -> tuple[str, ...]:
     """The extras of fedkeel that a coordinator and a site of this federation need."""
-    hub = ("hub",) if recipe.data.source == "hub" else ()
-    return ("flower", *hub, *(("privacy",) if recipe.privacy.unit != "none" else ()))
+    base = recipe.model.base
+    asked = {
+        "hub": recipe.data.source == "hub",
+        "gguf": base.endswith(".gguf") or (base in tables.BASES and bool(tables.BASES[base].package)),
+        "parquet": any(".parquet" in name for name in recipe.data.files),
+        "privacy": recipe.privacy.unit != "none",
+        **dict.fromkeys(recipe.track, True),
+    }
+    return ("flower", *(extra for extra, wanted in asked.items() if wanted))
 
 
 def pins(extras: Sequence[str]) -> tuple[str, ...]:

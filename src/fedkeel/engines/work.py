@@ -238,6 +238,17 @@ def _told(error: Exception, private: bool) -> str:
     return "its round failed; what went wrong stands in the log of that site, as its rows are private"
 
 
+def _agreed(text: str, site_file: SiteFile) -> str:
+    """The recipe's text. Raises WorkError for one that the site has not agreed to."""
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    if site_file.recipe_sha256 not in ("", seal):
+        raise WorkError(
+            f"site {site_file.name} refuses: it agreed to the recipe with sha256 {site_file.recipe_sha256[:16]}…, and this one "
+            f"has {seal}; to take part in this one, read it and write that number as recipe_sha256 into {site_file.path.name}"
+        )
+    return text
+
+
 def handle(
     header: Mapping[str, Any], payload: bytes, site_file: SiteFile | None = None, partition: int = 0, state: Path | None = None
 ) -> tuple[dict[str, Any], bytes]:
@@ -253,7 +264,7 @@ def handle(
     try:
         text, run, kind = str(header["recipe"]), checked_name(header["run"]), header["kind"]
         if site_file is not None:
-            work = present(localised(text, site_file), site_file.name)
+            work = present(localised(_agreed(text, site_file), site_file), site_file.name)
             site, root = site_file.name, site_file.state
         else:
             work = present(make_recipe(tomllib.loads(text)), "")

@@ -39,6 +39,13 @@ class Made:
     gguf: bool
 
 
+def base_is_away(recipe: Recipe, run: Path) -> bool:
+    """Whether a deployment's run names a base that is a folder at its sites and not here, and no id of a hub."""
+    base, state = recipe.model.base, run / "state.json"
+    away = state.exists() and "reference" in json.loads(state.read_text(encoding="utf-8"))
+    return away and base not in tables.BASES and "/" not in base and not Path(base).exists()
+
+
 def hub_id(base: str) -> str:
     """The hub's id of a recipe's base, as far as that is known; else nothing."""
     if base in tables.BASES:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from fedkeel.data.format import Formatter
-from fedkeel.evidence.card import Made, card, hub_id
+from fedkeel.evidence.card import Made, base_is_away, card, hub_id
 from fedkeel.files import whole_folder, write_atomic
 from fedkeel.model.bases import ModelError
 from fedkeel.model.export import save_merged
@@ -37,6 +37,8 @@ def export(recipe: Recipe, run: Path, target: Path, merged: bool = False, which:
             kind = _kind(partial)
             _name_base(partial, recipe)
             try:
+                if base_is_away(recipe, run):
+                    raise ModelError(f"the base {recipe.model.base!r} is at the sites")
                 load_tokenizer(recipe.model).save_pretrained(partial)
             except ModelError:
                 notes.append(f"the base {recipe.model.base!r} is not on this machine: the adapter is without its tokenizer")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedkeel.engines.coordinate import Terms
 
 LIMIT = 128 * 2**20  # bytes of one payload: Flower's stores hold every message in memory or SQLite, at about 30 MB/s
+AGAIN = 60.0  # seconds after which a node whose greeting failed is asked again
 HELLO = 120.0  # seconds that an answer to hello is waited for, over rounds: a site that comes back may load its base first
 STYPE = "fedkeel"
 KINDS = {"hello": "query", "train": "train", "evaluate": "evaluate", "start": "query", "export": "query"}  # Flower's categories
@@ -170,7 +171,7 @@ class Courier:
         """
         end = time.monotonic() + seconds
         members = self._members()  # a key may have been registered since
-        asked: set[int] = set()  # in this call: one that failed is asked again in the next
+        asked: dict[int, float] = {}  # node -> when, in this call
         self.troubles = []
         while True:
             present, now = set(self._grid.get_node_ids()), time.monotonic()
@@ -182,8 +183,10 @@ class Courier:
                 if node not in present or now >= over:
                     del self._greeted[message]
             known = set(self.nodes.values()) | {node for node, _, _ in self._greeted.values()}
-            for node in sorted(present - asked - known):
-                asked.add(node)
+            # one that failed may have been away without Flower's knowing
+            late = {node for node, at in asked.items() if now < at + AGAIN}
+            for node in sorted(present - late - known):
+                asked[node] = now
                 identity = secrets.token_hex(8)
                 sent = self._send(node, "hello", {"id": identity, "site": ""}, None, HELLO)
                 self._greeted[sent] = node, identity, now + HELLO
@@ -192,12 +195,12 @@ class Courier:
                     header, _ = self._open(reply, identity, "")
                     site, hello = str(header["site"]), dict(header["hello"])
                 except (FlowerError, SiteFailure, KeyError, TypeError, ValueError) as error:
-                    self.troubles.append(f"node {node}: {error}")
+                    self._trouble(f"node {node}: {error}")
                     continue
                 if members is not None and members.get(site) != node:
                     key = f"node {members[site]}" if site in members else "no node"
                     said = f"node {node} says that it is site {site!r}, and is not believed"
-                    self.troubles.append(f"{said}: that name's key was registered as {key}")
+                    self._trouble(f"{said}: that name's key was registered as {key}")
                     continue
                 if site in self.nodes:
                     raise FlowerError(
@@ -207,6 +210,10 @@ class Courier:
                 self.nodes[site], self.hellos[site] = node, hello
             if not self._greeted:
                 time.sleep(max(0.0, min(0.2, end - time.monotonic())))
+
+    def _trouble(self, text: str) -> None:
+        if text not in self.troubles:
+            self.troubles.append(text)
 
     def find(self, names: Sequence[str], seconds: float) -> None:
         """Greet until every one of `names` has a node. Raises FlowerError naming those that have none after `seconds`."""

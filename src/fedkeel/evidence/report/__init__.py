@@ -64,7 +64,7 @@ def write_report(folder: Path) -> Path:
         tables.insert(1, _foldable(sure))
     write_atomic(folder / "table.md", "\n".join(tables))
     page = [f"# {escape(run.name)}: report of a FedKeel run\n"]
-    missing = missing_parts(rows, tomllib.loads(run.recipe))
+    missing = [] if _ended(folder) else missing_parts(rows, tomllib.loads(run.recipe))
     if missing:
         page.append(f"**This run is not finished.** Still missing: {escape('; '.join(missing))}.\n")
     page.append(escape(summary(rows)) + "\n")
@@ -118,6 +118,15 @@ def _answers(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FedKeelError(f"{path} is not what a run keeps: {error!r}") from error
     return {"rows": rows, "said": said}
+
+
+def _ended(folder: Path) -> bool:
+    """Whether the run itself says that it has ended, as one does that could not score everything its recipe names."""
+    path = folder / "state.json"
+    try:
+        return bool(path.exists() and json.loads(_text(path)).get("finished"))
+    except (ValueError, AttributeError) as error:
+        raise FedKeelError(f"{path} is not what a run keeps: {error!r}") from error
 
 
 def missing_parts(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:

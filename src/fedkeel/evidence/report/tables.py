@@ -157,8 +157,9 @@ def task_names(rows: Sequence[Row]) -> list[str]:
 
 
 def rounds_done(rows: Sequence[Row]) -> int:
-    """Rounds that the federation has finished."""
-    return max((r.round for r in rows if r.method == "federated"), default=0)
+    """Rounds that the federation has finished; those that an early end left out are none."""
+    done = {r.round for r in rows if r.method == "federated" and r.name == "seconds" and not r.site}
+    return len(done) or max((r.round for r in rows if r.method == "federated"), default=0)
 
 
 def mean_and_sd(values: Iterable[float]) -> tuple[float, float]:
