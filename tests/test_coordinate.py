@@ -358,7 +358,7 @@ def test_what_needs_no_rows_is_done_where_there_are_none(
     assert "not finished" not in (there.path / "report.md").read_text()
     code, text = told("ask", str(there.path), "the red cat", "--tokens", "2", "--base", str(tiny_base))
     assert code == 0, text
-    code, text = told("evaluate", str(there.path))
+    code, text = told("evaluate", str(there.path), "--base", str(tiny_base))
     assert code
     assert "data.root is not set" in text
 
