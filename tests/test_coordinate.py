@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -25,7 +27,7 @@ from typer.testing import CliRunner
 
 from fedkeel.cli import app as cli
 from fedkeel.engines.coordinate import meanings_of, reference_of
-from fedkeel.engines.flower.apps import client_app, server_app
+from fedkeel.engines.flower.apps import OneSentence, client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
 from fedkeel.engines.work import handle
 from fedkeel.federation.server import FederationError
@@ -398,3 +400,21 @@ def test_a_base_that_is_at_the_sites_is_not_looked_for_elsewhere(
     monkeypatch.chdir(tmp_path)
     refused = CliRunner().invoke(cli, ["ask", str(there.path), "the red cat"])
     assert "'tiny_base' of this run is a folder at its sites: say where it is here with --base PATH" in str(refused.exception)
+
+
+def test_what_stops_a_federation_is_one_sentence_in_flowers_log() -> None:
+    """Its own errors without a traceback; what nobody foresaw keeps it. Flower logs them as here (run_serverapp)."""
+    log, told = logging.getLogger("flwr.quiet"), io.StringIO()
+    handler = logging.StreamHandler(told)
+    log.addHandler(handler)
+    log.propagate = False
+    log.addFilter(OneSentence())
+    for error in (FederationError("2 of 3 sites are fit to train: 100 % more are needed"), OSError("the disk is gone")):
+        try:
+            raise error
+        except Exception as found:
+            log.error("%s raised an exception", "ServerApp", exc_info=found)
+    first, rest = told.getvalue().split("\n", 1)
+    assert first == "fedkeel: 2 of 3 sites are fit to train: 100 % more are needed"
+    assert rest.startswith("ServerApp raised an exception\nTraceback")
+    assert rest.count("Traceback") == 1

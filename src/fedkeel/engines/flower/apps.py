@@ -6,6 +6,7 @@ is heavy is imported where it is needed.
 
 from __future__ import annotations
 
+import logging
 import sys
 import tomllib
 from functools import partial
@@ -76,6 +77,18 @@ def _app_file(name: str) -> Path:
     return found[0]
 
 
+class OneSentence(logging.Filter):
+    """Of what Flower says of an exception, for FedKeel's own its text: it says what is wrong and what would be right, and
+    twenty lines of a traceback around it hide that."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`."""
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else record.exc_info
+        if isinstance(error, FedKeelError):
+            record.msg, record.args, record.exc_info = "fedkeel: %s", (str(error),), None
+        return True
+
+
 def coordinator(grid: Grid, context: Context) -> None:
     """A deployment's coordinator. The app's config holds `sites`, joined by commas, and `wait`, the seconds that it waits for
     them at most before round 1; recipe.toml lies in the app's folder. Which key a site's name belongs to stands in `members`,
@@ -87,6 +100,7 @@ def coordinator(grid: Grid, context: Context) -> None:
     from fedkeel.engines.coordinate import coordinate
     from fedkeel.runs.folder import RunFolder
 
+    logging.getLogger("flwr").addFilter(OneSentence())
     text = _app_file("recipe.toml").read_text(encoding="utf-8")
     recipe = make_recipe(tomllib.loads(text), data=False)
     names = [name for name in str(context.run_config.get("sites", "")).split(",") if name]
