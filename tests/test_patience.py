@@ -37,8 +37,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         rows = real(self, leg, stage, current, split)
         if split != "validation":
             return rows
-        whole = lambda r: r.name == "score" and not r.task and not r.site  # noqa: E731
-        return [replace(r, value=curve[current.round - 1]) if whole(r) else r for r in rows]
+        whole = [r.name == "score" and not r.task and not r.site for r in rows]
+        return [replace(r, value=curve[current.round - 1]) if of_all else r for r, of_all in zip(rows, whole, strict=True)]
 
     monkeypatch.setattr(Here, "score", score)
     return curve

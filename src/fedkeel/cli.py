@@ -684,7 +684,8 @@ def doctor(
             console.print(f"note: the rows were not looked at: {error}", style="yellow")
         found = verdicts.of_run(run, prepared) if run else verdicts.of_recipe(prepared) if prepared else []
     if probe and prepared:
-        found = [*(v for v in found if "codec_up" not in v.told), *_probed(console, prepared, run)]
+        guessed = verdicts.payload(prepared.recipe)  # a probe measures it
+        found = [*(v for v in found if v != guessed), *_probed(console, prepared, run)]
     table = Table(title="Verdicts", title_justify="left", show_lines=True)
     for heading in ("", "what was found", "what to change"):
         table.add_column(heading)

@@ -25,7 +25,7 @@ from rich.text import Text
 from fedkeel.evidence.report import human_bytes
 from fedkeel.evidence.report.tables import plural
 from fedkeel.federation.server import RoundResult
-from fedkeel.runs.watch import Left
+from fedkeel.runs.watch import Left, about
 
 
 class Answers:
@@ -191,7 +191,7 @@ class SuiteDisplay:
         if not self._took or self._done == self._total:
             return ""
         seconds = sum(self._took) / len(self._took) * (self._total - self._done) / self._jobs
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        return about(seconds)
 
     def ended(self, run: str, seconds: float, failure: str) -> None:
         """See `pool.Watch`."""

@@ -110,9 +110,10 @@ def planned(cast: Cast) -> Counter[str]:
 
 def check_budget(cast: Cast) -> str:
     """What the run will come to, in words; empty where it promises nothing. Raises ConfigError over privacy.epsilon."""
-    privacy, asked, spends = cast.recipe.privacy, planned(cast), spending(cast)
+    privacy = cast.recipe.privacy
     if privacy.unit == "none":
         return ""
+    asked, spends = planned(cast), spending(cast)
     comes, rounds = spends.after(asked), max(asked.values(), default=0)
 
     def needs(wished: float) -> float:

@@ -32,6 +32,11 @@ class Watch(Protocol):
         """Something the user should know."""
 
 
+def about(seconds: float) -> str:
+    """`about 12 min left`, or in seconds where they are few."""
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+
 class Left:
     """The time left, at the mean speed since the work began: legs differ in speed, so a short window would mislead."""
 
@@ -66,7 +71,7 @@ class Left:
         if not seconds or seconds < 0.5:
             return ""
         self._told = True
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        return about(seconds)
 
     def first(self) -> str:
         """`told`, if it has not been yet and it is time to."""

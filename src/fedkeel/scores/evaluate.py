@@ -299,15 +299,11 @@ def _free_text(
 @torch.no_grad()
 def row_nats(model: Model, examples: Sequence[Example], size: int) -> torch.Tensor:
     """Nats of each example's own answer, (rows,) float64, summed over its positions. size: rows at once."""
-    found, pad = [torch.zeros(0, dtype=torch.float64)], model.tokenizer.pad_token_id
+    found: list[float] = []
     for start in range(0, len(examples), size):
-        rows = examples[start : start + size]
         with model.autocast():
-            forward = model.forward(collate(rows, model.kind, pad, len(model.classes)))
-        logits = forward.logits.float()
-        each = logits.logsumexp(-1) - logits.gather(1, forward.targets[:, None])[:, 0]
-        found.append(torch.zeros(len(rows), dtype=torch.float64).index_add_(0, forward.rows.cpu(), each.double().cpu()))
-    return torch.cat(found)
+            found += [nats for nats, _ in _foretold(model, examples[start : start + size])]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _foretold(model: Model, examples: Sequence[Example]) -> list[tuple[float, int]]:
