@@ -130,8 +130,8 @@ class Term(Entry):
     then its options have a `weight`. section: where its options are, of a recipe's own sections; empty: `[term.NAME]`. weight:
     (options, moment) -> the weight at a step (`terms.Moment`); empty: the options' `weight`. mode: it is taken in this
     structure.mode only.
-    needs: what of a `Forward` it reads beside logits and targets: `teacher`, `again`, `clean`. once: it reads no position but
-    `types.Parameters`, and is taken once a step, not once a micro-batch. row: the name
+    needs: what of a `Forward` it reads beside logits and targets: `teacher`, `again`, `clean`, `anchor`. once: it reads no
+    position but `types.Parameters`, and is taken once a step, not once a micro-batch. row: the name
     of its mean among a site's numbers. gates: names of the per-position numbers that it returns beside its loss. least: a bound
     below that the law tests hold it to; −inf for none. couples: it couples the positions of a micro-batch.
     """
@@ -194,6 +194,14 @@ TERMS = Table(
             weight=f"{_OBJECTIVE}.distill:guidance_weight",
             row="distill_loss",
             gates=("a", "b", "w_gold", "w_rest"),
+        ),
+        "anchor": Term(
+            f"{_OBJECTIVE}.anchor:to_anchor",
+            key="evidence.anchor",
+            section="evidence",
+            needs=("anchor",),
+            weight=f"{_OBJECTIVE}.anchor:anchor_weight",
+            row="anchor_loss",
         ),
         "proximal": Term(
             f"{_OBJECTIVE}.proximal:to_start",
@@ -280,6 +288,7 @@ MOVES = Table(
         "sam": Move(f"{_OBJECTIVE}.ascent:backward_at_worst", key="train.sam"),
         "average": Move("fedkeel.method.aggregate.common:blend", key="stream.average"),
         "hold": Move(f"{_STRUCTURE}.branch:hold", key="structure.hold"),
+        "serve": Move("fedkeel.model.features:Beside", key="evidence.serve"),
     },
 )
 
@@ -841,6 +850,7 @@ BASELINES = Table(
     "baseline",
     {
         "base": Baseline("fedkeel.runs.legs:base", title="base", before=True),
+        "analytic": Baseline("fedkeel.runs.legs:analytic", title="analytic head", before=True),
         "local": Baseline("fedkeel.runs.legs:local", title="local-only"),
         "centralised": Baseline("fedkeel.runs.legs:centralised", title="centralised", pools=True),
     },

@@ -58,6 +58,40 @@ class Adapter:
         return Adapter(lora, {p: flat[p] for p in self.dense})
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What the rows of one task say through features h of the frozen base, whole numbers (see `method.objective.anchor`).
+
+    gram: Σ h hᵀ over all rows, (d, d) int64. moments: label -> Σ h over its rows, (d,) int64. rows: label -> how many. hits:
+    label -> those that the others, of the same stage and all before, foretell; nats: of their labels so foretold, in total, at
+    each of `anchor.SCALES`; both as they stood when the row came, empty before they are counted. stage: of the stream, from 0,
+    in which rows last came.
+    """
+
+    gram: Tensor
+    moments: Mapping[str, Tensor]
+    rows: Mapping[str, int]
+    hits: Mapping[str, int] = field(default_factory=dict)
+    nats: Sequence[float] = ()
+    stage: int = 0
+
+
+@dataclass(frozen=True)
+class Head:
+    """The analytic classifier of one task: the score of label l on features h is weight[l] · h.
+
+    labels: those that any site has had a row of, sorted. weight: (labels, d) float32. scale: a of softmax(a · scores). trust:
+    (labels,) float32 in [0, 1], the share of a label's rows that the others foretell. stage: of the stream, from 0, in which
+    rows of the task last came.
+    """
+
+    labels: tuple[str, ...]
+    weight: Tensor
+    scale: float
+    trust: Tensor
+    stage: int = 0
+
+
 # What one round adds to frozen maps: module path -> (left (d_out, R), right (R, d_in)); left @ right is added.
 Shift = Mapping[str, "tuple[Tensor, Tensor]"]
 
@@ -87,7 +121,7 @@ class Global:
     positions that each site holds of each task, as the sites last reported them: site -> task -> positions. drift: how far
     the sites disagreed in the last round, by block of the model, see `aggregate.drift`; empty before the first. shifts: the
     log of base shifts, one entry a round under the rules that make them. held: entries of it that each site held when it
-    last answered. optimiser: what the server's optimiser keeps, by name.
+    last answered. optimiser: what the server's optimiser keeps, by name. heads: the analytic classifiers so far, by task.
     """
 
     round: int
@@ -98,6 +132,18 @@ class Global:
     shifts: Sequence[Shift] = ()
     held: Mapping[str, int] = field(default_factory=dict)
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
+    heads: Mapping[str, Head] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Soft:
+    """Distributions over some entries of some positions: entry `token[m]` of position `place[m]` has probability `value[m]`,
+    each (M,), those of a position adding up to 1. weight: (N,) ≥ 0, what each position's counts; 0 where there is none."""
+
+    place: Tensor
+    token: Tensor
+    value: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,7 +179,7 @@ class Forward:
     position belongs to. states: (N, d) hidden states of each tapped layer, from the lowest to the highest; empty where
     nothing is tapped. teacher: None where nothing is distilled. again, clean: (N, V) logits of a second disturbed pass, and of
     an undisturbed one without gradient; None where no term asked for them. offsets: what the site's evidence on labels changes
-    of the task loss; None for nothing.
+    of the task loss; None for nothing. anchor: what the analytic classifier says; None where no term asked, or it says nothing.
     """
 
     logits: Tensor
@@ -144,6 +190,7 @@ class Forward:
     again: Tensor | None = None
     clean: Tensor | None = None
     offsets: Offsets | None = None
+    anchor: Soft | None = None
 
 
 @dataclass(frozen=True)

@@ -731,6 +731,7 @@ def test_header_and_tensors_come_back_bit_for_bit() -> None:
         "bytes": torch.tensor([0, 255, 7], dtype=torch.uint8),
         "small": torch.tensor([[-128, 127]], dtype=torch.int8),
         "places": torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32),
+        "large": torch.tensor([2**63 - 1, -(2**63)], dtype=torch.int64),
         "one": torch.tensor(-0.0),
     }
     assert {t.dtype for t in tensors.values()} == set(DTYPES.values())

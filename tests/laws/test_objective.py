@@ -18,7 +18,7 @@ from fedkeel.method.objective.distill import GOLD, REST, Guidance, distill
 from fedkeel.method.objective.proximal import proximal
 from fedkeel.method.objective.task import task_loss
 from fedkeel.recipe.schema import Recipe
-from fedkeel.types import Forward, Loss, Teacher
+from fedkeel.types import Forward, Loss, Soft, Teacher
 
 Term = Callable[[Forward], Tensor]
 PAIRS = [self_consistency, symmetric_kl]
@@ -36,6 +36,14 @@ def of_entry(name: str) -> Term:
     return term
 
 
+def anchored(forward: Forward) -> Tensor:
+    """The term of the anchor, whose distributions are made of the teacher's logits over the entries that are allowed."""
+    teacher, entry = forward.teacher, tables.TERMS["anchor"]
+    place, token = torch.isfinite(teacher.logits).nonzero(as_tuple=True)
+    soft = Soft(place, token, teacher.logits.detach().float().softmax(-1)[place, token], teacher.gold_trust)
+    return entry.load()(replace(forward, anchor=soft), Recipe().evidence)
+
+
 def of_guidance(guidance: Guidance) -> Term:
     return lambda forward: distill(forward, guidance).loss
 
@@ -45,6 +53,7 @@ def of_guidance(guidance: Guidance) -> Term:
 LAWS: dict[str, Term] = (
     {name: of_entry(name) for name, entry in tables.TERMS.items() if not entry.once and not entry.couples}
     | {f"{a}-{b}": of_guidance(Guidance(2.0, gold=a, rest=b, kappa=0.5, beta=0.7)) for a, b in product(GOLD, REST)}
+    | {"anchor": anchored}
     | {"cosine": of_guidance(Guidance(align="cosine", align_weight=0.5))}
 )
 ALL_TERMS = pytest.mark.parametrize("term", LAWS.values(), ids=LAWS.keys())

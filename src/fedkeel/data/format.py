@@ -73,6 +73,11 @@ class Example:
         return self.decoder or self.ids[len(self.ids) - sum(self.supervised) :]
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before a classification row's answer."""
+        return self.ids[: len(self.ids) - sum(self.supervised)]
+
+    @property
     def positions(self) -> int:
         """How many positions this row supervises; a first token has nothing before it to be predicted from."""
         return sum(self.supervised[1:]) + len(self.decoder) + (self.target >= 0)

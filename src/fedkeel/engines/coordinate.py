@@ -291,7 +291,7 @@ class Away:
             self.watch.note("no scores: they are numbers about private rows, which privacy.unit keeps at the sites")
             return []
         payload = pack_global("checkpoint", current, since=0)  # the whole state, exactly
-        header = {"split": split, "stage": stage}
+        header = {"split": split, "stage": stage, "leg": leg.name}
         asked = {s: ({**header, "kept": self._kept.get(s, "")}, payload) for s in self._scoring(leg)}
         sums = {}
         for site, outcome in self.sites.ask("evaluate", asked, self.recipe.federation.deadline).items():

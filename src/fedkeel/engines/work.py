@@ -50,6 +50,7 @@ from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.here import formatter_of
 from fedkeel.runs.legs import single
 from fedkeel.runs.prepare import prepare
+from fedkeel.runs.served import beside_of
 from fedkeel.scores.evaluate import Scored, choose, score, weight_of
 from fedkeel.types import Adapter, FedKeelError, Global
 
@@ -139,7 +140,7 @@ class Work:
 
     def recipe_of(self, leg: str, steps: int) -> Recipe:
         """What a leg trains by: the recipe, or on its own plain LoRA for so many steps. Raises WorkError for another leg."""
-        if leg == "federated":
+        if leg in ("federated", "analytic"):
             return self.recipe
         if not leg.startswith("local/") or not 1 <= steps <= 2**31:
             raise WorkError(f"leg {leg!r} with {steps} steps: federated, or local/SITE with at least one step, belongs here")
@@ -165,7 +166,7 @@ class Work:
 
     def evaluate(self, site: str, header: Mapping[str, Any], payload: bytes, store: Store) -> tuple[dict[str, Any], bytes]:
         """Sums and counts of the site's held-out rows, by the stage they came in, task and measure, under an adapter; no text
-        leaves the site. header: `split`, `stage` (whose rows), `kept`."""
+        leaves the site. header: `split`, `stage` (whose rows), `kept`, `leg`."""
         if self.recipe.privacy.unit != "none":
             raise WorkError("scores are numbers about private rows, which privacy.unit keeps here")
         split, stage = header.get("split"), int(header.get("stage", 0))
@@ -180,6 +181,7 @@ class Work:
         store.write_shifts(state.shifts, 0)
         self.model.replay(state.shifts, 0)
         self.model.write(kept.adapter(state.adapter))
+        self.model.beside = beside_of(self.recipe, state, alone=header.get("leg") == "analytic")
         evaluation = self.recipe.evaluation
         limit = evaluation.test_rows if split == "test" else evaluation.validation_rows
         chosen = {r.id for r in choose(self.prepared.stages[-1].rows[site][split], split, limit)}

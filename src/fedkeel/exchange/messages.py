@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedkeel.exchange.codecs import Codec, EnvelopeError, Wire, make_codec, open_envelope, seal
+from fedkeel.exchange.heads import heads_packed, heads_unpacked, heads_wire
 from fedkeel.tables import Rule
 from fedkeel.types import Adapter, Global, Shift
 
@@ -119,9 +120,11 @@ def pack_global(kind: str, state: Global, way: Way = Way(), since: int | None = 
         for path, (left, right) in entry.items():
             plain[f"{SHIFT}{number}/{path}.left"], plain[f"{SHIFT}{number}/{path}.right"] = left, right
     log = {"first": first, "ranks": ranks}
+    heads, parts = heads_packed(state.heads)
+    plain |= parts
     remembers = state.memory is not None
     encoded = make_codec(way.codec).encode(tensors, way.key) | plain
-    about = {"drift": dict(state.drift), "memory": remembers, "shifts": log, **more}
+    about = {"drift": dict(state.drift), "memory": remembers, "shifts": log, "heads": heads, **more}
     return pack(kind, state.round, state.adapter, encoded, way.codec, **about)
 
 
@@ -148,7 +151,7 @@ def unpack_global(
             raise EnvelopeError(f"a message with memory = {header.get('memory')!r} where true or false belongs")
         if header["memory"]:
             shapes = shapes | {MEMORY + name: shape for name, shape in whole.items()}
-        plain = _shift_wire(header.get("shifts"), like)
+        plain = _shift_wire(header.get("shifts"), like) | heads_wire(header.get("heads", []))
         return found.wire(shapes) | plain
 
     header, sent = open_envelope(payload, expected=expected)
@@ -167,7 +170,8 @@ def unpack_global(
         {p: (sent[f"{SHIFT}{n}/{p}.left"].clone(), sent[f"{SHIFT}{n}/{p}.right"].clone()) for p in ranks}
         for n, ranks in enumerate(header["shifts"]["ranks"], first)
     ]
-    return header, Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts)
+    heads = heads_unpacked(header.get("heads", []), sent)  # a checkpoint from before there were any names none
+    return header, Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts, heads=heads)
 
 
 def _shift_wire(log: Any, like: Adapter) -> Wire:

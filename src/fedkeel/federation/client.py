@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fedkeel import tables
 from fedkeel.data.format import Example
 from fedkeel.exchange.channel import channel_of
-from fedkeel.exchange.messages import NOTHING_UNSENT, difference, names_of, pack, read_counts, unpack_global, unsent
+from fedkeel.exchange.codecs import header_of
+from fedkeel.exchange.messages import NOTHING_UNSENT, difference, layout, names_of, pack, read_counts, unpack_global, unsent
+from fedkeel.exchange.sums import pack_foretold, pack_sums, read_trial
+from fedkeel.federation.evidence import known_sums, tried
 from fedkeel.federation.kept import Kept, layout_of, modules_left_out
 from fedkeel.federation.teacher import held_positions
 from fedkeel.federation.train import Round, SiteError, train_round, untold
@@ -45,6 +49,9 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     the teacher is weighed by them, and means over positions; never text, never logits. Raises SiteError, and EnvelopeError for
     a message that is not what this site was promised.
     """
+    asked = header_of(payload)
+    if asked.get("kind") in ("gather", "trial"):
+        return _knowing(payload, asked, model, site)
     begin = clock()
     recipe, rule = site.recipe, site.rule
     like, round = _begin(payload, model, site, kept)
@@ -68,6 +75,22 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     if recipe.privacy.unit != "none":  # numbers about private rows are not sent, and time tells of them too
         told |= {"positions": 1, "stats": {}, "seconds": f"{0:012.3f}"}
     return pack("update", round.state.round, like, encoded, recipe.federation.codec_up, **told)
+
+
+def _knowing(payload: bytes, asked: Mapping[str, Any], model: Model, site: Site) -> bytes:
+    """What the rows of a stage say through the frozen base, or how well the classifiers that all sites' rows made foretell
+    them."""
+    assert model.initial is not None
+    round, stage = asked.get("round"), asked.get("stage")
+    if type(round) is not int or type(stage) is not int or not 0 <= stage < len(site.stages):
+        raise SiteError(f"site {site.name}: asked for what its rows of stage {stage!r} say; it has {len(site.stages)} stages")
+    if asked.get("layout") != layout(model.initial) or site.recipe.privacy.unit != "none":
+        raise SiteError(f"site {site.name}: sums of its rows are asked for by another model, or its rows are private")
+    examples = site.stages[stage]
+    if asked["kind"] == "gather":
+        return pack_sums(site.name, round, model.initial, known_sums(model.features, examples, stage))
+    heads, inverses = read_trial(payload)
+    return pack_foretold(site.name, round, model.initial, tried(model.features, examples, heads, inverses))
 
 
 def _begin(payload: bytes, model: Model, site: Site, kept: Kept) -> tuple[Adapter, Round]:

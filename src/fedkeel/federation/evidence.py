@@ -1,18 +1,21 @@
-"""What a site has evidence on, and so what its task loss may ask for: labels that its rows of this stage hold."""
+"""What a site's loss goes by beside its rows' own answers: which labels its rows of this stage hold, and what the analytic
+anchor says of them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from fedkeel import tables
 from fedkeel.data.batches import Batch
 from fedkeel.data.format import Example
+from fedkeel.method.objective import anchor
 from fedkeel.method.objective.calibrate import along
+from fedkeel.model.features import Features
 from fedkeel.recipe.schema import Evidence
-from fedkeel.types import Offsets
+from fedkeel.types import Head, Offsets, Soft, Sums
 
 
 def calibration_of(examples: Sequence[Example], config: Evidence) -> Calibration | None:
@@ -52,3 +55,75 @@ class Calibration:
             counts = [self._counts[example.task, label] for label in example.labels]
             self._known[key] = along(example.answer, example.options, counts, self._offset, self._config)
         return self._known[key]
+
+
+Listed = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], tuple[float, ...]]
+
+
+class Anchor:
+    """The analytic classifiers as a teacher of rows: what they give to each next token on the way of the right answer.
+
+    A position counts what the classifier's trust in the right label is (`evidence.trust`), and, within a label's text, what the
+    classifier gives to the labels that are still possible there.
+    """
+
+    def __init__(self, features: Features, heads: Mapping[str, Head], config: Evidence) -> None:
+        """heads: as they came down, by task."""
+        self._features, self._heads, self._trusts = features, heads, config.trust
+        self._known: dict[str, Listed] = {}  # of a row
+
+    def __call__(self, batch: Batch, examples: Sequence[Example]) -> Soft | None:
+        """Of a batch's positions, in the order of its rows; None where nothing is known of any."""
+        taught = [n for n, e in enumerate(examples) if e.task in self._heads and len(e.options) > 1]
+        self._ask([examples[n] for n in taught if examples[n].record not in self._known])
+        first = torch.searchsorted(batch.rows, torch.arange(len(examples))).tolist()  # positions of a row stand together
+        place: list[int] = []
+        token: list[int] = []
+        value: list[float] = []
+        weight = torch.zeros(len(batch.targets))
+        for row in taught:
+            at, tokens, chances, weights = self._known[examples[row].record]
+            place += [first[row] + p for p in at]
+            token += tokens
+            value += chances
+            weight[[first[row] + p for p in at]] = torch.tensor(weights)
+        return Soft(torch.tensor(place), torch.tensor(token), torch.tensor(value), weight) if place else None
+
+    def _ask(self, examples: Sequence[Example]) -> None:
+        alike: dict[tuple[str, tuple[str, ...]], list[Example]] = defaultdict(list)
+        for example in examples:
+            alike[example.task, example.labels].append(example)
+        for (task, labels), rows in alike.items():
+            head = self._heads[task]
+            chances = anchor.chances(head, self._features([e.prompt for e in rows]), labels).double()
+            trust = dict(zip(head.labels, head.trust.tolist(), strict=True)) if self._trusts else {}
+            for example, chance in zip(rows, chances.tolist(), strict=True):
+                own = trust.get(example.label, 0.0) if self._trusts else 1.0
+                listed = anchor.along(example.answer, example.options, chance)
+                at, tokens, values, masses = zip(*listed, strict=True) if listed else ((), (), (), ())
+                self._known[example.record] = (at, tokens, values, tuple(own * mass for mass in masses))
+
+
+def known_sums(features: Features, examples: Sequence[Example], stage: int) -> dict[str, Sums]:
+    """What a site's rows of a stage say of each task with labels."""
+    return {t: anchor.sums_of(features([e.prompt for e in rows]), [e.label for e in rows], stage) for t, rows in _of(examples)}
+
+
+def tried(
+    features: Features, examples: Sequence[Example], heads: Mapping[str, Head], inverses: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[dict[str, int], list[float]]]:
+    """How well the classifiers foretell a site's rows, each as if it had not been in their sums: `anchor.foretold` by task."""
+    found = {}
+    for task, rows in _of(examples):
+        head, labels = heads[task], [e.label for e in rows]
+        scores = anchor.left_out(features([e.prompt for e in rows]), labels, head.labels, head.weight, inverses[task])
+        found[task] = anchor.foretold(scores, labels, head.labels)
+    return found
+
+
+def _of(examples: Sequence[Example]) -> list[tuple[str, list[Example]]]:
+    tasks: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        if example.label:
+            tasks[example.task].append(example)
+    return sorted(tasks.items())

@@ -24,7 +24,7 @@ from fedkeel.method.aggregate.layouts import truncated
 from fedkeel.method.aggregate.optimise import Rates, step
 from fedkeel.method.aggregate.rule import Aggregator, Options
 from fedkeel.method.aggregate.weighting import weights
-from fedkeel.recipe.schema import Federation, Privacy
+from fedkeel.recipe.schema import Evidence, Federation, Privacy
 from fedkeel.rng import derive, numpy_generator
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Transport, Update
 
@@ -46,6 +46,7 @@ class Roster:
 
     layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the modules
     that the site leaves out of this round. own: the rule's own options. privacy: what is hidden of a site, and who hides it.
+    evidence: what is made of sums of rows.
     """
 
     sites: Sequence[str]
@@ -55,6 +56,7 @@ class Roster:
     hold: Callable[[str, int], frozenset[str]] = nothing_held
     own: Any = None
     privacy: Privacy = field(default_factory=Privacy)
+    evidence: Evidence = field(default_factory=Evidence)
 
     @property
     def rule(self) -> tables.Rule:
@@ -166,6 +168,7 @@ def run_round(
         # a site that failed may have lost its base: it is sent the whole log again, and passes over what it holds
         {**state.held, **dict.fromkeys(answers.failures, 0), **held},
         kept,
+        state.heads,
     )
     down = {site: len(to[site].payload) for site in sampled}
     up = {r.site: len(r.payload) for r in replies}
@@ -206,7 +209,11 @@ def _message(state: Global, roster: Roster, tasks: Mapping[str, int], held: int)
     """The message for sites that hold `held` base shifts."""
     adapter = state.adapter
     way = Way(roster.federation.codec_down, names_of(adapter, roster.rule.down), derive(roster.seed, "down", state.round))
-    payload = pack_global("global", state, way, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule))
+    # a site learns from those alone that rows of its present stage may ask
+    now = max((head.stage for head in state.heads.values()), default=0)
+    heads = {task: head for task, head in state.heads.items() if roster.evidence.anchor and head.stage == now}
+    sent = replace(state, heads=heads)
+    payload = pack_global("global", sent, way, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule))
     # The bytes are read back, not the tensors kept: what a site starts from is what the codec left of the global adapter.
     _, back = unpack_global(payload, "global", adapter, way.names, way.codec)
     return _Sent(payload, back.adapter)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkeel.data.batches import Batch, batch_indices, batches_per_epoch, collate
 from fedkeel.data.format import Example
-from fedkeel.federation.evidence import Calibration, calibration_of
+from fedkeel.federation.evidence import Anchor, Calibration, calibration_of
 from fedkeel.federation.private import drawn, private_gradient
 from fedkeel.federation.teacher import Guide
 from fedkeel.method.objective.ascent import backward_at_worst
@@ -135,6 +135,7 @@ class Lesson:
     draw: Draw
     parameters: Parameters
     calibration: Calibration | None
+    anchor: Anchor | None
 
     def moment(self, step: int) -> Moment:
         """Where `step` of the stage is, with the strength of structures there."""
@@ -195,6 +196,8 @@ class Lesson:
             forward = replace(forward, offsets=self.calibration(batch, examples))
         if teacher is not None:
             forward = replace(forward, teacher=teacher)
+        if "anchor" in needs and self.anchor is not None:
+            forward = replace(forward, anchor=self.anchor(batch, examples))
         if "again" in needs:
             forward = replace(forward, again=self.disturbed(batch, moment.step, 1).logits)
         if "clean" in needs:
@@ -234,7 +237,8 @@ def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterat
             start = [p.detach().clone() for p in now] if remembers else []
             draw = injection.draw if injection is not None else Draw()
             calibration = calibration_of(examples, recipe.evidence)
-            yield Lesson(model, examples, round, terms, guide, injection, draw, Parameters(now, start), calibration)
+            anchor = Anchor(model.features, round.state.heads, recipe.evidence) if recipe.evidence.anchor else None
+            yield Lesson(model, examples, round, terms, guide, injection, draw, Parameters(now, start), calibration, anchor)
     finally:
         for parameter in model.parameters():
             parameter.grad = None

@@ -24,6 +24,7 @@ from fedkeel import tables
 from fedkeel.data.batches import Batch
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
+from fedkeel.model.features import Beside, Features
 from fedkeel.model.half import hold_in_bf16
 from fedkeel.model.load import Base, heads_of, kind_of, load_config, load_tokenizer, uses_bf16
 from fedkeel.model.lower import Lower, States
@@ -174,6 +175,8 @@ class Model:
             self._projection().register_forward_pre_hook(self._gather_positions)
         self._ranks: dict[str, int] = {}  # of what was last written; empty before that, when all room is taken
         self.lower = self._lower_blocks(lora) if weights and self.first else None
+        self.features = Features(self)
+        self.beside = Beside({})  # what scores labels beside the adapter
         self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
         self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
         similar = weights and self.kind == "classifier" and not self.linear_head
@@ -358,6 +361,15 @@ class Model:
             inputs["decoder_input_ids"] = self.shift_right(labels)
         logits, _ = self.logits_at(inputs, rows, columns)
         return Forward(logits, targets, rows)
+
+    def means(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The mean over a row's real tokens of hidden states, (rows, d): of those below the first block that is trained, else
+        of the last ones; of an encoder-decoder, of its encoder's."""
+        if self.lower is not None:
+            return _pool(self.lower.states({"input_ids": ids, "attention_mask": mask}), mask)
+        base = self.net.get_base_model()
+        body = base.get_encoder() if self.kind == "seq2seq" else base.base_model
+        return _pool(body(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
 
     def logits_at(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, Any]:
         """(N, V) logits at the given positions of a language model, and the model's whole output (with its cache)."""

@@ -84,6 +84,19 @@ class Lower:
     def over(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """While it lasts, a pass of the model over `inputs` begins at the boundary, with the states kept of each row.
 
+        inputs: as of `states`.
+        """
+        whole = self.states(inputs)
+        with ExitStack() as undo:
+            for number, block in enumerate(self._below):
+                block.forward = partial(_passed, self._tuples.get(number, 0))
+                undo.callback(block.__dict__.pop, "forward", None)
+            undo.callback(self._boundary.register_forward_pre_hook(partial(_begun, whole)).remove)
+            yield
+
+    def states(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The hidden states at the boundary, (rows, tokens, d), 0 where a row is padded.
+
         inputs: `input_ids` and `attention_mask`, (rows, tokens) and padded on the right, or the mask of trees, (rows, 1,
         tokens, tokens), with `position_ids`.
         """
@@ -93,12 +106,7 @@ class Lower:
         whole = rows[0].new_zeros(len(rows), mask.shape[-1], rows[0].shape[-1], device=mask.device)
         for row, states in enumerate(rows):
             whole[row, : len(states)] = states
-        with ExitStack() as undo:
-            for number, block in enumerate(self._below):
-                block.forward = partial(_passed, self._tuples.get(number, 0))
-                undo.callback(block.__dict__.pop, "forward", None)
-            undo.callback(self._boundary.register_forward_pre_hook(partial(_begun, whole)).remove)
-            yield
+        return whole
 
     @staticmethod
     def _row(inputs: Mapping[str, Any], row: int, length: int) -> dict[str, Tensor]:

@@ -129,6 +129,7 @@ def cross_check(recipe: Recipe) -> None:
     _check_stream(recipe)
     _check_exchange(recipe)
     _check_privacy(recipe)
+    _check_anchor(recipe)
     if recipe.privacy.unit == "row":
         _check_row_privacy(recipe)
     if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
@@ -176,6 +177,24 @@ def _check_privacy(recipe: Recipe) -> None:
         raise ConfigError(
             f"privacy.unit = {privacy.unit!r}: federation.rule = {rule.name!r} keeps a factor at each site, without noise; "
             f"choose another rule"
+        )
+
+
+def _check_anchor(recipe: Recipe) -> None:
+    """The anchor is made of sums over rows, through a base that stays as it is."""
+    evidence, rule = recipe.evidence, tables.RULES[recipe.federation.rule]
+    asked = [f"evidence.{key} = {getattr(evidence, key):g}" for key in ("anchor", "serve") if getattr(evidence, key)]
+    if "analytic" in recipe.evaluation.baselines:
+        asked.append("evaluation.baselines = analytic")
+    if asked and recipe.privacy.unit != "none":
+        raise ConfigError(
+            f"{', '.join(asked)}: sites send sums over their rows, without noise, which privacy.unit = {recipe.privacy.unit!r} "
+            f"keeps at the sites; leave it out"
+        )
+    if (evidence.anchor or evidence.serve) and rule.shifts:
+        raise ConfigError(
+            f"{', '.join(asked)}: the anchor looks through the frozen base, which federation.rule = {rule.name!r} moves; set a "
+            f"rule such as 'mean'"
         )
 
 

@@ -188,6 +188,16 @@ class Evidence:
     )
     kappa: float = number(1.0, 0, about="of `prior`: how far")
     epsilon: float = number(0.1, 0, about="of `prior`: added to each label's count", above=True, unit="rows")
+    anchor: float = number(
+        0.0, 0, about="λ_a, of the KL from the analytic anchor, a ridge classifier of sums over all sites and stages; 0: none"
+    )
+    trust: bool = meant(True, "the anchor counts for a label by the share of its rows that the others foretell")
+    ridge: float = number(
+        0.0, 0, about="λ of the anchor, of the mean diagonal of its Gram matrix; 0: by generalised cross-validation"
+    )
+    serve: float = number(
+        0.0, 0, about="of the anchor's log chances, added to the model's own wherever labels are scored; 0: not served"
+    )
 
 
 @dataclass(frozen=True)

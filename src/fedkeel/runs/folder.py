@@ -22,11 +22,12 @@ from torch import Tensor
 
 from fedkeel.exchange.codecs import open_envelope
 from fedkeel.exchange.messages import pack_global, pack_shift, pack_tensors, read_counts, unpack_global, unpack_shift
+from fedkeel.exchange.sums import pack_known, read_known
 from fedkeel.files import append_lines, write_atomic
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
 from fedkeel.runs.track import Tracks
-from fedkeel.types import Adapter, FedKeelError, Global, Row
+from fedkeel.types import Adapter, FedKeelError, Global, Row, Sums
 
 
 class RunError(FedKeelError):
@@ -314,6 +315,24 @@ class RunFolder:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise RunError(f"checkpoint {path} cannot be used: {error}; start over with --fresh") from error
         return replace(state, counts=counts, shifts=shifts, held=held)
+
+    def _known(self, leg: str, stages: int) -> Path:
+        """What the rows of the first stages said through the base."""
+        return self.checkpoint(leg, 0).with_name(f"known-{stages:04d}.fkl")
+
+    def write_known(self, leg: str, stages: int, known: Mapping[str, Sums]) -> None:
+        """Keep the sums that the analytic anchor of the first `stages` stages is made of."""
+        write_atomic(self._known(leg, stages), pack_known(known))
+
+    def read_known(self, leg: str, stages: int) -> dict[str, Sums]:
+        """What `write_known` kept; empty for no stage. Raises RunError."""
+        path = self._known(leg, stages)
+        if not stages:
+            return {}
+        try:
+            return read_known(path.read_bytes())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} cannot be used: {error}; start over with --fresh") from error
 
     def read_kept(self, leg: str, round: int, like: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """(what sites keep, what the server's optimiser keeps) after `round`, one of the last two that were written; both

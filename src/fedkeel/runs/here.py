@@ -28,6 +28,7 @@ from fedkeel.runs.legs import Leg
 from fedkeel.runs.prepare import Prepared
 from fedkeel.runs.rounds import Carrier, Memory, Progress
 from fedkeel.runs.rows import score_rows, unseen_rows
+from fedkeel.runs.served import beside_of
 from fedkeel.runs.watch import Watch
 from fedkeel.scores.evaluate import Scored, choose, score
 from fedkeel.types import Adapter, Global, Record, Reply, Row
@@ -171,7 +172,10 @@ class Here:
         """Scores of `current`; where factors stay at the sites, of each row by the model of the one of `sites` that holds
         it."""
         self.model.replay(current.shifts, 0)
-        if not leg.rounds:  # nothing is trained: after a later stage only rows, or candidates, that came with it are new
+        self.model.beside = beside_of(leg.stages[stage].recipe, current, alone=leg.method == "analytic")
+        if (
+            not leg.rounds and not leg.gathers
+        ):  # nothing is trained: after a later stage only rows, or candidates, that came with it are new
             fresh = [r for r in records if (r.id, r.labels) not in self._untrained]
             self.watch.skip(len(records) - len(fresh))
             scored = self._by(current.adapter, fresh)

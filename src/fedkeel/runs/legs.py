@@ -41,6 +41,12 @@ class Leg:
         return next(iter(self.stages[0].rows)) if self.method == "local" else ""
 
     @property
+    def gathers(self) -> bool:
+        """Whether the analytic anchor is made, before each stage."""
+        evidence = self.stages[0].recipe.evidence
+        return bool(evidence.anchor or evidence.serve)
+
+    @property
     def seed(self) -> int:
         """Of the recipe."""
         return self.stages[0].recipe.seed
@@ -92,6 +98,13 @@ def federated(cast: Cast) -> Leg:
 def base(cast: Cast) -> list[Leg]:
     """The baseline `base`: the model before any training."""
     return [Leg("base", "base", 0, [Stage(cast.recipe, {}) for _ in cast.rows])]
+
+
+def analytic(cast: Cast) -> list[Leg]:
+    """The baseline `analytic`: the ridge classifiers of all rows so far, and no training; free text is the base's."""
+    off = plain(cast.recipe)
+    recipe = dataclasses.replace(off, evidence=dataclasses.replace(off.evidence, serve=1.0))
+    return [Leg("analytic", "analytic", 0, [Stage(recipe, {n: rows for n, rows in s.items() if rows}) for s in cast.rows])]
 
 
 def local(cast: Cast) -> list[Leg]:

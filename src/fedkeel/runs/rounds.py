@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from fedkeel import tables
+from fedkeel.federation.gather import gather
 from fedkeel.federation.kept import layout_of, modules_left_out
 from fedkeel.federation.server import Roster, run_round
 from fedkeel.federation.train import steps_a_round
@@ -25,7 +27,7 @@ from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Cast, Leg, Stage
 from fedkeel.runs.privacy import spending
-from fedkeel.runs.rows import round_rows
+from fedkeel.runs.rows import gathered_rows, round_rows
 from fedkeel.runs.served import served
 from fedkeel.runs.watch import Watch, tell_failures
 from fedkeel.types import Adapter, Global, Reply, Row, Transport
@@ -95,6 +97,7 @@ class Loop:
     folder: RunFolder
     watch: Watch
     state: dict[str, Any]
+    untold: list[Row] = field(default_factory=list)  # rows that wait for the next state to resume from
 
     def run(self, leg: Leg) -> None:
         """A leg from its last state to its end."""
@@ -138,15 +141,30 @@ class Loop:
             self.watch.skip(self._work(leg, stage)[0] + scored * (round <= self.state["scored"]))
         if current.round > stage * leg.rounds:
             self._curve(leg, stage, current)  # it may have been cut off between a round and its scoring
-        sites = self.parties.present(leg, stage) if leg.rounds else []
+        sites = self.parties.present(leg, stage) if leg.rounds or leg.gathers else []
         if not sites:  # nobody learns in this stage; rounds are counted all the same
             return replace(current, round=end)
-        carrier = self.parties.connect(leg, stage, _Progress(self, leg, stage, len(sites)))
+        progress = _Progress(self, leg, stage, len(sites))
+        carrier = self.parties.connect(leg, stage, progress)
         roster = self._roster(leg, stage, sites)
+        if leg.gathers and current.round == stage * leg.rounds:
+            with progress.silent():
+                current = self._gather(leg, stage, current, carrier, roster)
         while current.round < end and not self._settled(leg, stage):
             current = self._round(leg, stage, current, carrier, roster)
             self._curve(leg, stage, current)
         return self._ended(leg, stage, current)
+
+    def _gather(self, leg: Leg, stage: int, current: Global, carrier: Carrier, roster: Roster) -> Global:
+        """The analytic anchor with the rows of a stage, before its first round. What it is made of is kept with the
+        checkpoints."""
+        self.watch.leg(leg.name, "asking what rows say through the base")
+        found = gather(self.folder.read_known(leg.name, stage), carrier, roster, self.parties.initial, current.round, stage)
+        for site, text in sorted(found.failures.items()):
+            self.watch.note(f"stage {stage + 1}: the anchor is without what site {site} knows: {text.strip()}")
+        self.folder.write_known(leg.name, stage + 1, found.known)
+        self.untold = gathered_rows(leg, stage, current.round, found, self.recipe.name)
+        return replace(current, heads=found.heads)
 
     def _best(self, leg: Leg, stage: int) -> Mapping[str, Any]:
         """The best point of the validation curve of a stage so far, see `RunFolder.state`; empty where there is none."""
@@ -180,7 +198,7 @@ class Loop:
         ranks = recipe.lora.ranks(self._everyone(leg))
         layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in ranks.items()}
         out, own = modules_left_out(recipe, initial.lora), recipe.options("rule", recipe.federation.rule)
-        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own, recipe.privacy)
+        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own, recipe.privacy, recipe.evidence)
 
     @staticmethod
     def _everyone(leg: Leg) -> list[str]:
@@ -228,7 +246,8 @@ class Loop:
         memory = self.parties.memory()
         self.folder.write_checkpoint(leg.name, current, memory.tensors)
         self.state.update(round=current.round, kept=dict(memory.names), **more)
-        self.folder.save(self.state, rows)
+        self.folder.save(self.state, [*self.untold, *rows])
+        self.untold = []
         if self.recipe.keep_checkpoints:
             last = range(current.round - max(2, self.recipe.keep_checkpoints) + 1, current.round + 1)
             ends = range(leg.rounds, current.round + 1, leg.rounds) if leg.rounds else ()
@@ -346,8 +365,18 @@ class _Progress:
     stage: int
     sites: int
     begun: dict[str, float] = field(default_factory=dict)
+    quiet: bool = False
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """While it lasts, answers are not those of a round."""
+        self.quiet = True
+        yield
+        self.quiet = False
 
     def __call__(self, reply: Reply) -> None:
+        if self.quiet:
+            return
         self.step(reply.site, 1 - self.begun.get(reply.site, 0.0))
         del self.begun[reply.site]
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedkeel import tables
+from fedkeel.federation.gather import Gathered
 from fedkeel.federation.server import RoundResult
 from fedkeel.runs.legs import Leg
 from fedkeel.runs.prepare import Prepared
@@ -95,6 +96,23 @@ def round_rows(leg: Leg, stage: int, result: RoundResult, run: str, cpu: float) 
     for name, sizes in (("bytes_down", result.bytes_down), ("bytes_up", result.bytes_up)):
         rows += [row(name, size, "bytes", site) for site, size in sorted(sizes.items())]
     rows += [row("failed", 1, "rounds", site) for site in sorted(result.failures)]
+    return rows
+
+
+def gathered_rows(leg: Leg, stage: int, round: int, found: Gathered, run: str) -> list[Row]:
+    """Rows of the exchange that makes the analytic anchor of a stage, under the number of the stage's first round: its bytes,
+    and the share of all rows so far whose labels the others foretell."""
+
+    def row(name: str, value: float, unit: str, site: str = "", task: str = "") -> Row:
+        return Row(run, leg.method, leg.seed, round + bool(leg.rounds), name, value, unit, site=site, stage=stage, task=task)
+
+    rows = [
+        row(name, size, "bytes", site)
+        for name, by in (("bytes_down", found.bytes_down), ("bytes_up", found.bytes_up))
+        for site, size in sorted(by.items())
+    ]
+    for task, known in sorted(found.known.items()):
+        rows.append(row("foretold", sum(known.hits.values()) / sum(known.rows.values()), "share", task=task))
     return rows
 
 

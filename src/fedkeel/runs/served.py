@@ -10,11 +10,12 @@ from fedkeel import tables
 from fedkeel.method.aggregate.common import blend
 from fedkeel.method.aggregate.layouts import folded
 from fedkeel.model.export import CLASSES
+from fedkeel.model.features import Beside
 from fedkeel.model.lora import Model
 from fedkeel.recipe.checks import check_one_model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.folder import RunError, RunFolder
-from fedkeel.types import Adapter
+from fedkeel.types import Adapter, Global
 
 
 def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, like: Adapter) -> Adapter:
@@ -27,6 +28,12 @@ def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, l
     return reduce(lambda before, end: blend(before, end, share), ends)
 
 
+def beside_of(recipe: Recipe, current: Global, alone: bool = False) -> Beside:
+    """What scores labels beside the adapter, or alone, by `evidence.serve`."""
+    weight = recipe.evidence.serve
+    return Beside(current.heads if weight or alone else {}, weight, alone)
+
+
 def serve(model: Model, folder: RunFolder, recipe: Recipe, which: str = "adapter") -> None:
     """Put into the model what a finished federation serves: its adapter, and the base shifts below it.
 
@@ -37,7 +44,9 @@ def serve(model: Model, folder: RunFolder, recipe: Recipe, which: str = "adapter
     check_one_model(recipe, folder.path / "adapter")
     rounds, last = recipe.federation.rounds, max(1, len(recipe.stream.stages)) - 1
     model.rewind()
-    model.replay(folder.read_checkpoint("federated", rounds * (last + 1), model.initial).shifts, 0)
+    end = folder.read_checkpoint("federated", rounds * (last + 1), model.initial)
+    model.replay(end.shifts, 0)
+    model.beside = beside_of(recipe, end)
     if which == "best":
         model.write(_best(folder, recipe, model.initial))
     else:

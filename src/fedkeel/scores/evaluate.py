@@ -102,13 +102,22 @@ def _classify(
     for start in range(0, len(pairs), config.batch_size):
         chunk = pairs[start : start + config.batch_size]
         batch = collate([e for e, _ in chunk], model.kind, model.tokenizer.pad_token_id, len(model.classes))
-        logits = model.forward(batch).logits
-        chances = logits.float().softmax(-1).tolist()
+        logits = model.forward(batch).logits.float()
+        for row, (example, record) in enumerate(chunk):
+            if record.task in model.beside.heads:
+                at = torch.tensor(example.allowed, device=logits.device)
+                logits[row, at] = _beside(model, record, example.prompt, logits[row, at])
+        chances = logits.softmax(-1).tolist()
         for (example, record), index, row in zip(chunk, logits.argmax(-1).tolist(), chances, strict=True):
             prediction = model.classes[index]
             distribution = tuple(row[label] for label in example.allowed)
             found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)
         advance(len(chunk))
+
+
+def _beside(model: Model, record: Record, prompt: Sequence[int], own: Tensor) -> Tensor:
+    """Scores of a row's labels with what is served beside the adapter."""
+    return model.beside.together(own[None], record.task, record.labels, model.features([prompt]))[0]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -237,7 +246,10 @@ def _by_likelihood(
     for start in range(0, len(encoded), config.batch_size):
         chunk = encoded[start : start + config.batch_size]
         values = label_log_likelihoods(model, [e[0] for e in chunk], [e[1] for e in chunk])
-        for (_, _, record), scores in zip(chunk, values, strict=True):
+        for (prompt, _, record), own in zip(chunk, values, strict=True):
+            scores = own
+            if record.task in model.beside.heads:
+                scores = _beside(model, record, prompt, torch.tensor(own)).tolist()
             prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
             distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
             found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)

@@ -33,6 +33,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "I32": torch.int32,
+    "I64": torch.int64,
     "I8": torch.int8,
     "U8": torch.uint8,
 }
@@ -111,6 +112,13 @@ def open_envelope(
             raise EnvelopeError(f"{name} holds a value that is not finite")
         tensors[name] = tensor
     return header, tensors
+
+
+def header_of(payload: bytes) -> dict[str, Any]:
+    """The header of a message, before anything is promised of it. Raises EnvelopeError on one that is malformed."""
+    if payload[:4] != MAGIC:
+        raise EnvelopeError(f"not a FedKeel message: it begins with {payload[:4]!r} instead of {MAGIC!r}")
+    return _read(memoryview(payload)[36:])[0]
 
 
 def _read(body: memoryview) -> tuple[dict[str, Any], dict[str, _Entry], memoryview]:
