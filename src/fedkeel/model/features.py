@@ -39,8 +39,8 @@ class Beside:
 
 
 class Features:
-    """Of one model's base: the mean over a prompt's tokens of a hidden state (see `Model.means`), as whole numbers, see
-    `anchor.features_of`. Each prompt is worked out once and kept, in two bytes a number.
+    """Of one model's base: what `Model.pooled` makes of a prompt's hidden states, as whole numbers, see `anchor.features_of`.
+    Each prompt is worked out once and kept, in two bytes a number.
 
     Only while no base shift moves the frozen maps.
     """
@@ -50,16 +50,16 @@ class Features:
         self._held: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """(rows, d + 1) int16."""
+        """(rows, d) int16."""
         keys = [tuple(prompt) for prompt in prompts]
         fresh = sorted({key for key in keys if key not in self._held}, key=lambda key: (len(key), key))
         for start in range(0, len(fresh), ROWS):
             chunk = fresh[start : start + ROWS]
-            self._held |= zip(chunk, features_of(self._means(chunk)), strict=True)
+            self._held |= zip(chunk, features_of(self._pooled(chunk)), strict=True)
         return torch.stack([self._held[key] for key in keys])
 
     @torch.no_grad()
-    def _means(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+    def _pooled(self, prompts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         model = self._model
         assert model.initial is not None
         width = max(map(len, prompts))
@@ -70,6 +70,6 @@ class Features:
         model.train(False)
         try:
             with model.swapped(model.park(model.initial)), model.autocast():
-                return model.means(ids, mask).float().cpu()
+                return [part.float().cpu() for part in model.pooled(ids, mask)]
         finally:
             model.train(was)

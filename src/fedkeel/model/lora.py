@@ -362,14 +362,18 @@ class Model:
         logits, _ = self.logits_at(inputs, rows, columns)
         return Forward(logits, targets, rows)
 
-    def means(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The mean over a row's real tokens of hidden states, (rows, d): of those below the first block that is trained, else
-        of the last ones; of an encoder-decoder, of its encoder's."""
+    def pooled(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """Of each row the mean of its tokens' hidden states, (rows, d): of those below the first block that is trained, else of
+        the last ones, of an encoder-decoder of its encoder's. Of a causal model besides that of the last token, which alone has
+        read the whole row."""
         if self.lower is not None:
-            return _pool(self.lower.states({"input_ids": ids, "attention_mask": mask}), mask)
-        base = self.net.get_base_model()
-        body = base.get_encoder() if self.kind == "seq2seq" else base.base_model
-        return _pool(body(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+            hidden = self.lower.states({"input_ids": ids, "attention_mask": mask})
+        else:
+            base = self.net.get_base_model()
+            body = base.get_encoder() if self.kind == "seq2seq" else base.base_model
+            hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state
+        mean = _pool(hidden, mask)
+        return [mean, hidden[torch.arange(len(ids)), mask.sum(1) - 1]] if self.kind == "causal" else [mean]
 
     def logits_at(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, Any]:
         """(N, V) logits at the given positions of a language model, and the model's whole output (with its cache)."""

@@ -88,7 +88,7 @@ class Ask:
             raise FedKeelError("the question is empty")
         with self._speaking(who) as model, model.autocast():
             if model.kind == "classifier":
-                text = self._classes(model, question)
+                text = self._classes(model, question, who)
                 told(text)
                 return text
             heard = Heard(model.tokenizer, told)
@@ -115,10 +115,15 @@ class Ask:
                 answers = self._formatter.label_ids(record)
                 prompt = self._formatter.prompt_ids(record, max(map(len, answers)))
                 (likelihoods,) = label_log_likelihoods(model, [prompt], [answers])
-                said = _likeliest(labels, torch.tensor(likelihoods, dtype=torch.float64).softmax(0))
+                told_by = self._beside(who, task, labels, prompt, torch.tensor(likelihoods, dtype=torch.float64))
+                said = _likeliest(labels, told_by.softmax(0))
                 told(said)
                 return said
-        asked = "\n".join(part for part in (about["instruction"], text) if part) if self.model.kind != "classifier" else text
+            if labels:
+                said = self._classes(model, text, who, task, labels)
+                told(said)
+                return said
+        asked = "\n".join(part for part in (about["instruction"], text) if part)
         return self.answer(who, [("user", asked)], tokens, told=told)
 
     def _prompt(self, turns: Sequence[Turn], room: int) -> tuple[int, ...]:
@@ -132,13 +137,21 @@ class Ask:
             )
         return ids
 
-    def _classes(self, model: Model, question: str) -> str:
-        """The three likeliest classes, with their shares."""
+    def _classes(self, model: Model, question: str, who: str, task: str = "", labels: Sequence[str] = ()) -> str:
+        """The three likeliest classes, of a task's own or of all, with their shares."""
+        names = labels or model.classes
         ids = tuple(model.tokenizer(question, truncation=True, max_length=self._formatter.max_length)["input_ids"])
-        example = Example("asked", "asked", ids, target=0, allowed=tuple(range(len(model.classes))))
+        example = Example("asked", "asked", ids, target=0, allowed=tuple(model.classes.index(name) for name in names))
         logits = model.forward(collate([example], model.kind, model.tokenizer.pad_token_id, len(model.classes))).logits
-        shares = logits.float().softmax(-1)[0]
-        return _likeliest(model.classes, shares)
+        own = logits.float()[0, list(example.allowed)]
+        return _likeliest(names, self._beside(who, task, names, ids, own).softmax(-1))
+
+    def _beside(self, who: str, task: str, labels: Sequence[str], prompt: Sequence[int], own: torch.Tensor) -> torch.Tensor:
+        """Scores of labels, with what is served beside the federated adapter."""
+        beside = self.model.beside
+        if who != "federated" or task not in beside.heads:
+            return own
+        return beside.together(own[None], task, labels, self.model.features([prompt]))[0]
 
 
 def _likeliest(names: Sequence[str], shares: torch.Tensor) -> str:

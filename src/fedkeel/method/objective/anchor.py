@@ -28,12 +28,14 @@ RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)  # of scores in a softmax, of which the likeliest is taken
 
 
-def features_of(hidden: Tensor) -> Tensor:
-    """(rows, d + 1) whole numbers, int16: each row less its mean, over its deviation, in steps of the grid, cut at ± BOUND;
-    then a 1, for the intercept. hidden: (rows, d)."""
-    centred = hidden.double() - hidden.double().mean(1, keepdim=True)
-    scaled = centred / centred.std(1, keepdim=True, correction=0).clamp_min(1e-12)
-    whole = (scaled / STEP).round().clamp(-BOUND, BOUND)
+def features_of(parts: Sequence[Tensor]) -> Tensor:
+    """(rows, d) whole numbers, int16: of each part, (rows, its width), a row less its mean, over its deviation, in steps of
+    the grid, cut at ± BOUND; then a 1, for the intercept."""
+    scaled = []
+    for part in parts:
+        centred = part.double() - part.double().mean(1, keepdim=True)
+        scaled.append(centred / centred.std(1, keepdim=True, correction=0).clamp_min(1e-12))
+    whole = (torch.cat(scaled, 1) / STEP).round().clamp(-BOUND, BOUND)
     return torch.cat([whole, torch.full_like(whole[:, :1], 1 / STEP)], 1).to(torch.int16)
 
 

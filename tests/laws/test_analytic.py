@@ -23,7 +23,7 @@ def rows(seed: int, count: int, width: int = 6) -> tuple[Tensor, list[str]]:
     labels = [LABELS[n % 3] for n in range(count)]
     centres = 2 * torch.randn(3, width, generator=generator)
     hidden = torch.stack([centres[n % 3] for n in range(count)]) + torch.randn(count, width, generator=generator)
-    return anchor.features_of(hidden), labels
+    return anchor.features_of([hidden]), labels
 
 
 def solved(features: Tensor, labels: list[str], strength: float) -> Tensor:
@@ -40,13 +40,16 @@ def strength(sums: Sums, ridge: float) -> float:
 
 
 def test_features_by_hand() -> None:
-    """(1, 3) has mean 2 and deviation 1, so (−1, 1): 64 steps of 1/64 each; the intercept is 1 too; far values are cut at 8."""
-    assert anchor.features_of(torch.tensor([[1.0, 3.0], [5.0, 5.0]])).tolist() == [[-64, 64, 64], [0, 0, 64]]
+    """(1, 3) has mean 2 and deviation 1, so (−1, 1): 64 steps of 1/64 each; the intercept is 1 too; far values are cut at 8.
+    Each part is measured by itself."""
+    first, second = torch.tensor([[1.0, 3.0], [5.0, 5.0]]), torch.tensor([[0.0, 0.0, 3.0, 3.0], [9.0, 7.0, 9.0, 7.0]])
+    assert anchor.features_of([first]).tolist() == [[-64, 64, 64], [0, 0, 64]]
+    assert anchor.features_of([first, second]).tolist() == [[-64, 64, -64, -64, 64, 64, 64], [0, 0, 64, -64, 64, -64, 64]]
     spike = torch.zeros(1, 400)
     spike[0, 0] = 1.0
-    assert anchor.features_of(spike)[0, 0] == 512  # its deviation is 1/20: 20 of them
+    assert anchor.features_of([spike])[0, 0] == 512  # its deviation is 1/20: 20 of them
     scaled = torch.randn(3, 9, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(anchor.features_of(scaled), anchor.features_of(3 * scaled + 2))
+    assert torch.equal(anchor.features_of([scaled]), anchor.features_of([3 * scaled + 2]))
 
 
 def test_sums_of_sites_and_stages_are_those_of_all_rows_in_any_order() -> None:
@@ -175,10 +178,10 @@ def test_the_term_equals_the_slow_loop() -> None:
     forward = Forward(logits, torch.zeros(4, dtype=torch.int64), torch.arange(4), anchor=Soft(place, token, value, weight))
     wanted = 0.0
     for n, of in listed.items():
-        total = sum(math.exp(float(logits[n, t])) for t in of)
-        wanted += float(weight[n]) * sum(p * math.log(p * total / math.exp(float(logits[n, t]))) for t, p in of.items() if p)
+        says = {t: math.exp(float(logits.detach()[n, t])) for t in of}
+        wanted += float(weight[n]) * sum(p * math.log(p * sum(says.values()) / says[t]) for t, p in of.items() if p)
     loss = anchor.to_anchor(forward, None)
-    assert float(loss) == pytest.approx(wanted / 4, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(wanted / 4, rel=1e-5)
     (slope,) = torch.autograd.grad(loss, logits)
     assert (slope[[1, 3]] == 0).all()  # nothing is said there
     assert (slope[0, [0, 2, 3, 5]] == 0).all()  # nor of entries that are not listed
