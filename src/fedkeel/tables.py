@@ -130,8 +130,8 @@ class Term(Entry):
     then its options have a `weight`. section: where its options are, of a recipe's own sections; empty: `[term.NAME]`. weight:
     (options, moment) -> the weight at a step (`terms.Moment`); empty: the options' `weight`. mode: it is taken in this
     structure.mode only.
-    needs: what of a `Forward` it reads beside logits and targets: `teacher`, `again`, `clean`, `anchor`. once: it reads no
-    position but `types.Parameters`, and is taken once a step, not once a micro-batch. row: the name
+    needs: what of a `Forward` it reads beside logits and targets: `teacher`, `again`, `clean`, `anchor`, `exit`. once: it
+    reads no position but `types.Parameters`, and is taken once a step, not once a micro-batch. row: the name
     of its mean among a site's numbers. gates: names of the per-position numbers that it returns beside its loss. least: a bound
     below that the law tests hold it to; −inf for none. couples: it couples the positions of a micro-batch.
     """
@@ -203,6 +203,7 @@ TERMS = Table(
             weight=f"{_OBJECTIVE}.anchor:anchor_weight",
             row="anchor_loss",
         ),
+        "exit": Term(f"{_OBJECTIVE}.exits:early", options=f"{_OBJECTIVE}.exits:Exits", needs=("exit",), row="exit_loss"),
         "proximal": Term(
             f"{_OBJECTIVE}.proximal:to_start",
             key="train.proximal",
@@ -242,12 +243,14 @@ class Structure(Entry):
 
     chance: the amount is a probability, under 1; else it is a finite number ≥ 0. learns: it has parameters of its own that
     ascend: code is a class with `reset`, `attach` and `ascend` (see `structure.adversary`), and no mean is promised.
-    at: the kind of place that it needs (`attention`, `down`, `residual`, `branches`), see `model.places.Places`. about: what
-    its amount is of.
+    unbiased: its place has the undisturbed value in the mean.
+    at: the kind of place that it needs (`attention`, `down`, `residual`, `stack`, `branches`), see `model.places.Places`.
+    about: what its amount is of.
     """
 
     chance: bool = True
     learns: bool = False
+    unbiased: bool = True
     at: str = "branches"
     about: str = ""
 
@@ -260,6 +263,9 @@ STRUCTURES = Table(
         "channels": Structure(f"{_STRUCTURE}.drop:channels", at="down", about="to drop a block of 64 feed-forward channels"),
         "branch": Structure(f"{_STRUCTURE}.branch:branch", about="to drop a whole LoRA branch"),
         "layers": Structure(f"{_STRUCTURE}.layers:layers", at="residual", about="to drop a residual branch of the upper half"),
+        "skip": Structure(
+            f"{_STRUCTURE}.skip:skip", unbiased=False, at="stack", about="to leave out the top block, with less for lower ones"
+        ),
         "rank": Structure(f"{_STRUCTURE}.rank:rank", chance=False, about="σ of noise on the rank directions of LoRA"),
         "weights": Structure(
             f"{_STRUCTURE}.weights:weights", chance=False, about="σ of noise on frozen weights, of a row's norm over √d_in"
@@ -739,7 +745,14 @@ DAMAGES = Table(
         "channels": Damage(
             f"{_DAMAGE}:channels", axis="share of feed-forward channels silenced", strengths=_SHARES, trained_by=("channels",)
         ),
-        "skip": Damage(f"{_DAMAGE}:skip", axis="blocks skipped", strengths=(1.0,), trained_by=("layers",)),
+        "skip": Damage(f"{_DAMAGE}:skip", axis="blocks skipped", strengths=(1.0,), trained_by=("layers", "skip")),
+        "depth": Damage(
+            f"{_DAMAGE}:depth",
+            axis="share of blocks cut off the top",
+            strengths=(0.1, 0.2, 0.3),
+            random=False,
+            trained_by=("layers", "skip"),
+        ),
         "modules": Damage(
             f"{_DAMAGE}:modules",
             axis="share of adapter modules dropped",

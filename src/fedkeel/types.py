@@ -180,6 +180,7 @@ class Forward:
     nothing is tapped. teacher: None where nothing is distilled. again, clean: (N, V) logits of a second disturbed pass, and of
     an undisturbed one without gradient; None where no term asked for them. offsets: what the site's evidence on labels changes
     of the task loss; None for nothing. anchor: what the analytic classifier says; None where no term asked, or it says nothing.
+    exit: (N, V) logits at an earlier block; None where no term asked for them.
     """
 
     logits: Tensor
@@ -191,6 +192,7 @@ class Forward:
     clean: Tensor | None = None
     offsets: Offsets | None = None
     anchor: Soft | None = None
+    exit: Tensor | None = None
 
 
 @dataclass(frozen=True)

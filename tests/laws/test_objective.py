@@ -44,6 +44,12 @@ def anchored(forward: Forward) -> Tensor:
     return entry.load()(replace(forward, anchor=soft), Recipe().evidence)
 
 
+def early(forward: Forward) -> Tensor:
+    """The term of an exit, whose logits are the student's; the full depth is the teacher."""
+    options = tables.TERMS["exit"].settings()(teach="self")
+    return tables.TERMS["exit"].load()(replace(forward, exit=forward.logits, logits=forward.teacher.logits), options)
+
+
 def of_guidance(guidance: Guidance) -> Term:
     return lambda forward: distill(forward, guidance).loss
 
@@ -53,7 +59,7 @@ def of_guidance(guidance: Guidance) -> Term:
 LAWS: dict[str, Term] = (
     {name: of_entry(name) for name, entry in tables.TERMS.items() if not entry.once and not entry.couples}
     | {f"{a}-{b}": of_guidance(Guidance(2.0, gold=a, rest=b, kappa=0.5, beta=0.7)) for a, b in product(GOLD, REST)}
-    | {"anchor": anchored}
+    | {"anchor": anchored, "exit": early}
     | {"cosine": of_guidance(Guidance(align="cosine", align_weight=0.5))}
 )
 ALL_TERMS = pytest.mark.parametrize("term", LAWS.values(), ids=LAWS.keys())
@@ -95,7 +101,9 @@ def at(forward: Forward, index: Tensor | slice) -> Forward:
 
 
 def with_logits(forward: Forward, student: Tensor, teacher: Tensor) -> Forward:
-    return replace(forward, logits=student, teacher=replace(forward.teacher, logits=teacher), again=teacher, clean=teacher)
+    return replace(
+        forward, logits=student, teacher=replace(forward.teacher, logits=teacher), again=teacher, clean=teacher, exit=teacher
+    )
 
 
 def gradient(term: Term, forward: Forward) -> Tensor:

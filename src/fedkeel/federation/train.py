@@ -18,6 +18,7 @@ from fedkeel.federation.evidence import Anchor, Calibration, calibration_of
 from fedkeel.federation.private import drawn, private_gradient
 from fedkeel.federation.teacher import Guide
 from fedkeel.method.objective.ascent import backward_at_worst
+from fedkeel.method.objective.exits import exit_block
 from fedkeel.method.objective.terms import Active, Moment, terms_of
 from fedkeel.method.structure.draw import Draw
 from fedkeel.method.structure.inject import Injection, strength
@@ -191,7 +192,8 @@ class Lesson:
         """What the terms look at: the student's disturbed pass, and what else they need."""
         model, guide = self.model, self.guide
         teacher = guide(batch, examples) if guide is not None and "teacher" in needs else None
-        forward = self.disturbed(batch, moment.step, 0, states=teacher is not None and guide is not None and guide.states)
+        states = teacher is not None and guide is not None and guide.states
+        forward = self.disturbed(batch, moment.step, 0, states, self.exit(moment) if "exit" in needs else -1)
         if self.calibration is not None:
             forward = replace(forward, offsets=self.calibration(batch, examples))
         if teacher is not None:
@@ -207,13 +209,20 @@ class Lesson:
             model.train()
         return forward
 
-    def disturbed(self, batch: Batch, step: int, number: int, states: bool = False) -> Forward:
+    def exit(self, moment: Moment) -> int:
+        """The block at which this step has its early exit."""
+        recipe, round = self.round.recipe, self.round
+        uniform = derive(recipe.seed, "exit", round.site, round.state.round, moment.step) / 2**63
+        blocks = len(self.model.places.stack)
+        return exit_block(recipe.options("term", "exit"), blocks, self.model.first, uniform, moment.progress)
+
+    def disturbed(self, batch: Batch, step: int, number: int, states: bool = False, exit: int = -1) -> Forward:
         """Pass `number` of a step, with structures on; all micro-batches of the step share what they draw."""
         if self.injection is not None:
             self.draw.key = derive(self.round.recipe.seed, "structure", self.round.site, self.round.state.round, step, number)
             self.draw.on = True
         with self.model.autocast():
-            forward = self.model.forward(batch, states)
+            forward = self.model.forward(batch, states, exit)
         self.draw.on = False
         return forward
 

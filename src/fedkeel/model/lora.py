@@ -24,6 +24,7 @@ from fedkeel import tables
 from fedkeel.data.batches import Batch
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
+from fedkeel.model.depth import without
 from fedkeel.model.features import Beside, Features
 from fedkeel.model.half import hold_in_bf16
 from fedkeel.model.load import Base, heads_of, kind_of, load_config, load_tokenizer, uses_bf16
@@ -255,7 +256,29 @@ class Model:
         """Where structures can be injected, and the blocks that hidden states are tapped at."""
         branches = {path: (m, m.get_base_layer(), m.lora_A["default"], m.lora_B["default"]) for path, m in self._lora.items()}
         base = self.net.get_base_model()
-        return find_places(base, base.config, branches)
+        found = find_places(base, base.config, branches)
+        return replace(found, forms=self._forms([block for _, block in found.stack]))
+
+    @torch.no_grad()
+    def _forms(self, blocks: Sequence[nn.Module]) -> tuple[int, ...]:
+        """Of each block, the length of the tuple that it gives; 0: states alone. Empty where a block has no part in a pass."""
+        seen: dict[int, int] = {}
+
+        def note(number: int, module: nn.Module, inputs: Any, output: Any) -> None:
+            seen[number] = len(output) if isinstance(output, tuple) else 0
+
+        ids = torch.tensor([[self.tokenizer.pad_token_id]], device=next(self.net.parameters()).device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        handles = [block.register_forward_hook(partial(note, number)) for number, block in enumerate(blocks)]
+        was = self.net.training
+        self.train(False)
+        try:
+            self.net(**inputs, **({"decoder_input_ids": ids} if self.kind == "seq2seq" else {}))
+        finally:
+            self.train(was)
+            for handle in handles:
+                handle.remove()
+        return tuple(seen[number] for number in range(len(blocks))) if len(seen) == len(blocks) else ()
 
     @cached_property
     def taps(self) -> tuple[str, ...]:
@@ -328,11 +351,14 @@ class Model:
                 rows.append(_pool(hidden, inputs["attention_mask"])[0].float())
         return LabelText(nn.functional.normalize(torch.stack(rows), dim=-1))
 
-    def forward(self, batch: Batch, states: bool = False) -> Forward:
+    def forward(self, batch: Batch, states: bool = False, exit: int = -1) -> Forward:
         """Logits at the supervised positions of `batch`, on this model's device; see `types.Forward`.
 
-        states: also the hidden states there at each of `taps`; of a classifier, their mean over a row's real tokens.
+        states: also the hidden states there at each of `taps`; of a classifier, their mean over a row's real tokens. exit:
+        index of a block of the stack that predicts; with it also the logits of a model that ends there. −1: none.
         """
+        if exit >= 0:
+            return self._with_exit(batch, states, exit)
         if not states:
             return self._forward(batch)
         with self._tapped() as found:
@@ -344,8 +370,34 @@ class Model:
         where = forward.rows, batch.columns.to(self.device)
         return replace(forward, states=[h[where] for h in hidden])
 
-    def _forward(self, batch: Batch) -> Forward:
-        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
+    def _with_exit(self, batch: Batch, states: bool, exit: int) -> Forward:
+        """A pass, and from the block's states a second one through what stands around the blocks alone."""
+        if not self.places.forms:
+            raise ModelError(f"{self.config.base!r}: its blocks are not known, so there is no early exit")
+        blocks = [block for _, block in self.places.stack]
+        kept: dict[str, Any] = {}
+
+        def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            kept[name] = output[0] if name == "states" and isinstance(output, tuple) else output
+
+        handles = [blocks[exit].register_forward_hook(partial(keep, "states"))]
+        if self.kind == "seq2seq":
+            handles.append(self.net.get_encoder().register_forward_hook(partial(keep, "encoder_outputs")))
+        try:
+            forward = self.forward(batch, states)
+        finally:
+            for handle in handles:
+                handle.remove()
+        begin, remembers = kept.pop("states"), self.remembers
+        self.remembers = False
+        try:
+            with without(blocks, self.places.forms, begin):
+                return replace(forward, exit=self._forward(batch, **kept).logits)
+        finally:
+            self.remembers = remembers
+
+    def _forward(self, batch: Batch, **more: Any) -> Forward:
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()} | more
         rows, columns, targets = (t.to(self.device) for t in (batch.rows, batch.columns, batch.targets))
         if self.kind == "classifier":
             out = self._pass(inputs)

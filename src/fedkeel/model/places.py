@@ -65,7 +65,8 @@ class Places:
 
     attention: output projections of self- and cross-attention; their input is the heads side by side. down: down
     projections of feed-forward blocks. residual: modules whose output is what is added to the residual stream. stack:
-    (path, block) of the stack that makes predictions, from the lowest; in an encoder-decoder, the decoder.
+    (path, block) of the stack that makes predictions, from the lowest; in an encoder-decoder, the decoder. forms: of each of
+    its blocks, the length of the tuple that it gives, 0 where it gives states alone; empty before a pass has shown it.
     """
 
     architecture: str
@@ -74,6 +75,7 @@ class Places:
     residual: tuple[Place, ...]
     branches: tuple[Branch, ...]
     stack: tuple[tuple[str, nn.Module], ...]
+    forms: tuple[int, ...] = ()
 
     def above(self, first: int) -> Places:
         """Those of blocks from index `first` on."""
@@ -82,7 +84,8 @@ class Places:
         attention, down, residual = (
             tuple(p for p in found if p.block >= first) for found in (self.attention, self.down, self.residual)
         )
-        return replace(self, attention=attention, down=down, residual=residual, stack=self.stack[first:])
+        stack, forms = self.stack[first:], self.forms[first:]
+        return replace(self, attention=attention, down=down, residual=residual, stack=stack, forms=forms)
 
     def need(self, found: tuple[Any, ...], structure: str) -> None:
         """Raises StructureError, naming the architecture and `structure`, if nothing was `found`."""

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from fedkeel import tables
 from fedkeel.data.format import Formatter
 from fedkeel.method.structure.drop import BLOCK
+from fedkeel.model.depth import without
 from fedkeel.model.lora import Model
 from fedkeel.model.places import Branch, Place, in_width
 from fedkeel.recipe.schema import Evaluation
@@ -112,6 +113,17 @@ def skip(model: Model, count: float, seed: int, undo: ExitStack) -> None:
         raise DamageError(f"this model has {len(blocks)} blocks; the number to skip is one of 0 … {len(blocks)}, not {count}")
     for modules in _drawn(list(blocks.values()), int(count), seed):
         _scale_outputs(modules, 0.0, undo)
+
+
+def depth(model: Model, share: float, seed: int, undo: ExitStack) -> None:
+    """Cut a share of the blocks, rounded, off the top of the stack that predicts; what stands above them stays."""
+    places = model.places
+    stack = _some(model, places.stack if places.forms else (), "stack of blocks")
+    gone = round(share * len(stack))
+    if not 0 <= gone < len(stack):
+        raise DamageError(f"a share of blocks under 1 can be cut off, not {share}")
+    if gone:
+        undo.enter_context(without([block for _, block in stack[-gone:]], places.forms[-gone:]))
 
 
 def _branches(model: Model) -> Sequence[Branch]:

@@ -1,0 +1,53 @@
+"""Blocks of a stack that hand on what they are given: a shorter model within a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def passed(block: nn.Module, length: int, states: Tensor, *others: Any, **named: Any) -> Any:
+    """What `block` gives when it does nothing: the states as they came.
+
+    length: of the tuple that the block gives; 0: it gives the states alone. T5's blocks hand on their relative positions to
+    the next one, so those stand in the tuple as they came too.
+    """
+    if not length:
+        return states
+    given = inspect.signature(type(block).forward).bind_partial(block, states, *others, **named).arguments
+    kept = [value for name, value in given.items() if name.endswith("position_bias")]
+    return (states, *[*kept, *[None] * length][: length - 1])
+
+
+class Patch:
+    """Another forward of a module, until it is removed; those of one module go in the other order than they came."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._module, self._before = module, module.__dict__.get("forward")
+        module.forward = forward
+
+    def remove(self) -> None:
+        """The forward that it had before."""
+        self._module.__dict__.pop("forward", None)
+        if self._before is not None:
+            self._module.forward = self._before
+
+
+@contextmanager
+def without(blocks: Sequence[nn.Module], forms: Sequence[int], begin: Tensor | None = None) -> Iterator[None]:
+    """While it lasts, `blocks` are not run. forms: of each, the length of its tuple, see `passed`. begin: what the first of
+    them hands on instead of what it is given."""
+    with ExitStack() as undo:
+        for number, (block, length) in enumerate(zip(blocks, forms, strict=True)):
+            first = begin if number == 0 else None
+            undo.callback(Patch(block, partial(_handed_on, block, length, first)).remove)
+        yield
+
+
+def _handed_on(block: nn.Module, length: int, begin: Tensor | None, states: Tensor, *others: Any, **named: Any) -> Any:
+    return passed(block, length, states if begin is None else begin, *others, **named)
