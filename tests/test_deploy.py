@@ -7,6 +7,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -28,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from tls import serving
 
 from fedkeel import __version__, cli
-from fedkeel.deploy import parts, requirements
+from fedkeel.deploy import check, parts, requirements
 from fedkeel.deploy.init import app_recipe, check_hosts, check_sites, init
 from fedkeel.deploy.manifest import DeployError, base_hashes
 from fedkeel.deploy.parts import PLACEHOLDER, TEMPLATES, fill
@@ -333,7 +334,7 @@ STARTED = {
 
 @pytest.mark.parametrize("script", STARTED)
 def test_scripts_find_the_virtual_environment(script: str, folder: Path, tmp_path: Path) -> None:
-    """A service's or a shell's PATH need not name it; where the program is on PATH, that one is started."""
+    """A service's or a shell's PATH need not name it, and another installation there does not come before it."""
     program, part = STARTED[script], script.partition("/")[0]
     shutil.copytree(folder / part, tmp_path / part)
 
@@ -342,14 +343,19 @@ def test_scripts_find_the_virtual_environment(script: str, folder: Path, tmp_pat
         (tmp_path / where / program).write_text(f'#!/bin/sh\necho "{where} $PATH"\n')
         (tmp_path / where / program).chmod(0o700)
 
-    def start(path: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([tmp_path / script], capture_output=True, text=True, env={"PATH": path}, cwd="/")
+    def start(**more: str) -> str:
+        path = f"{tmp_path}/elsewhere:/usr/bin:/bin"
+        done = subprocess.run([tmp_path / script], capture_output=True, text=True, env={"PATH": path, **more}, cwd="/")
+        assert done.stderr == ""
+        return done.stdout
 
-    put("venv/bin")
-    done = start("/usr/bin:/bin")
-    assert done.stdout == f"venv/bin {tmp_path}/{part}/../venv/bin:/usr/bin:/bin\n", done.stderr
+    tail = f"{tmp_path}/elsewhere:/usr/bin:/bin:/usr/local/sbin:/usr/sbin\n"
     put("elsewhere")
-    assert start(f"{tmp_path}/elsewhere:/usr/bin:/bin").stdout == f"elsewhere {tmp_path}/elsewhere:/usr/bin:/bin\n"
+    assert start() == f"elsewhere {tail}"
+    put("venv/bin")
+    assert start() == f"venv/bin {tmp_path}/{part}/../venv/bin:{tail}"
+    put("own/bin")
+    assert start(FEDKEEL_VENV=f"{tmp_path}/own") == f"own/bin {tmp_path}/own/bin:{tail}"
 
 
 @pytest.mark.parametrize("script", [name for name, program in STARTED.items() if program != "nginx"])
@@ -359,7 +365,70 @@ def test_a_program_that_is_nowhere_is_named(script: str, folder: Path, tmp_path:
     done = subprocess.run([tmp_path / script], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode == 127
     (told,) = done.stderr.splitlines()
-    assert f"{STARTED[script]} is not on PATH, nor in {tmp_path}/{part}/../venv/bin, /opt/fedkeel/venv/bin" in told
+    assert f"{STARTED[script]} is not in $FEDKEEL_VENV/bin, {tmp_path}/{part}/../venv/bin or /opt/fedkeel/venv/bin" in told
+
+
+@pytest.mark.parametrize("script", [*STARTED, "coordinator/register.sh", "coordinator/run.sh"])
+def test_scripts_are_for_the_owner_of_their_part(script: str, folder: Path, tmp_path: Path) -> None:
+    """As another user, root too, nothing is started and nothing made: the owner could not open it again."""
+    part = script.partition("/")[0]
+    shutil.copytree(folder / part, tmp_path / part)
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {os.geteuid() + 1}\n")
+    (tmp_path / "id").chmod(0o700)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run([tmp_path / script, "a", "b"], capture_output=True, text=True, env=environment)
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"this is {owner}'s: sudo -u {owner} {tmp_path}/{script} a b\n"
+    assert list((tmp_path / part / "state").iterdir()) == []
+
+
+def test_a_user_without_a_home_has_a_cache(folder: Path, tmp_path: Path) -> None:
+    """Below state/, unless there is one at home already, or the environment names one."""
+    shutil.copytree(folder / "coordinator", tmp_path / "coordinator")
+    (tmp_path / "flwr").write_text('#!/bin/sh\necho "${FEDKEEL_CACHE:-none} ${HF_HOME:-none}"\n')
+    (tmp_path / "flwr").chmod(0o700)
+
+    def caches(**more: str) -> list[str]:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **more}
+        done = subprocess.run([tmp_path / "coordinator/flwr.sh"], capture_output=True, text=True, env=environment)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    ours = [f"{tmp_path}/coordinator/state/cache/{name}" for name in ("fedkeel", "huggingface")]
+    assert caches() == caches(HOME="/nonexistent") == ours
+    assert caches(FEDKEEL_CACHE="/a", HF_HOME="/b") == ["/a", "/b"]
+    (tmp_path / "home/.cache/fedkeel").mkdir(parents=True)
+    assert caches(HOME=f"{tmp_path}/home") == ["none", ours[1]]
+    (tmp_path / "home/.cache/huggingface").mkdir()
+    assert caches(XDG_CACHE_HOME=f"{tmp_path}/home/.cache") == ["none", "none"]
+
+
+def test_a_key_of_another_user_is_told_with_its_owner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root reads everything, so what another user sees is played."""
+    path = folder / "site-clinic-a/site.toml"
+
+    def refused(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    def found() -> str:
+        site = check.Site(read_site(path), path.parent, "localhost", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", refused)
+            with pytest.raises(DeployError) as told:
+                check.check_key(site)
+        return str(told.value)
+
+    key, me = path.with_name("node.key"), pwd.getpwuid(os.geteuid()).pw_name
+    assert found() == (
+        f"{key} is {me}'s, and {me} may not read it: run this check as the user who runs start.sh; if that is {me}, run "
+        f"chmod 600 {key}"
+    )
+    monkeypatch.setattr(os, "geteuid", lambda: 4_000_000_000)
+    assert found() == (
+        f"{key} is {me}'s, and 4000000000 may not read it: run this check as the user who runs start.sh; if that is "
+        f"4000000000, run chown -R 4000000000: {key.parent}"
+    )
 
 
 def test_every_part_pins_what_is_installed_here(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import contextlib
 import datetime
 import email.utils
 import hashlib
+import os
+import pwd
 import shutil
 import socket
 import ssl
@@ -200,10 +202,33 @@ def check_clock(site: Site) -> str:
     return told
 
 
+def _user(number: int) -> str:
+    """A user's name, or the number where it has none, as in a container."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def _owner(path: Path) -> str:
+    """Who owns a file, or the innermost folder above it that this user may look into."""
+    for one in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            return _user(one.stat().st_uid)
+    return "another user"
+
+
 def _private(path: Path) -> bytes:
     """The bytes of a file that only its owner may read. Raises DeployError."""
     try:
         content, mode = path.read_bytes(), path.stat().st_mode & 0o777
+    except PermissionError as error:
+        owner, user = _owner(path), _user(os.geteuid())
+        right = f"chmod 600 {path}" if owner == user else f"chown -R {user}: {path.parent}"
+        raise DeployError(
+            f"{path} is {owner}'s, and {user} may not read it: run this check as the user who runs start.sh; if that is "
+            f"{user}, run {right}"
+        ) from error
     except OSError as error:
         raise DeployError(
             f"{path} cannot be read: {error.strerror}; copy it from site-NAME/ of the deployment's folder"
