@@ -10,11 +10,13 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import socket
 import ssl
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -340,8 +342,9 @@ def test_scripts_find_the_virtual_environment(script: str, folder: Path, tmp_pat
 
     def put(where: str) -> None:
         (tmp_path / where).mkdir(parents=True)
-        (tmp_path / where / program).write_text(f'#!/bin/sh\necho "{where} $PATH"\n')
-        (tmp_path / where / program).chmod(0o700)
+        for name, text in ((program, f'echo "{where} $PATH"'), ("python3", ":")):
+            (tmp_path / where / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / where / name).chmod(0o700)
 
     def start(**more: str) -> str:
         path = f"{tmp_path}/elsewhere:/usr/bin:/bin"
@@ -402,6 +405,43 @@ def test_a_user_without_a_home_has_a_cache(folder: Path, tmp_path: Path) -> None
     assert caches(HOME=f"{tmp_path}/home") == ["none", ours[1]]
     (tmp_path / "home/.cache/huggingface").mkdir()
     assert caches(XDG_CACHE_HOME=f"{tmp_path}/home/.cache") == ["none", "none"]
+
+
+# a SuperNode that listens for TERM, as Flower's does, or ends by itself with a status
+NODE = """#!/bin/sh
+trap 'echo "$0 was told" >> "$SAID"; exit 5' TERM
+[ -z "${STATUS:-}" ] || exit "$STATUS"
+echo "$*" > "$SAID"
+while :; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("shell", [name for name in ("sh", "bash", "dash") if shutil.which(name)])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGHUP", "by itself"])
+def test_a_supernode_takes_its_worker_along(how: str, shell: str, folder: Path, tmp_path: Path) -> None:
+    """start.sh ends with the SuperNode's status, and has the worker end after it: it holds the base model."""
+    part, said, bin = tmp_path / "site-clinic-a", tmp_path / "said", tmp_path / "venv/bin"
+    shutil.copytree(folder / "site-clinic-a", part)
+    bin.mkdir(parents=True)
+    (bin / "flower-supernode").write_text(NODE)
+    (bin / "python3").write_text('#!/bin/sh\necho "$*" >> "$SAID"\n')
+    for program in bin.iterdir():
+        program.chmod(0o700)
+    environment = {"PATH": "/usr/bin:/bin", "SAID": str(said), **({"STATUS": "3"} if how == "by itself" else {})}
+    process = subprocess.Popen([shell, part / "start.sh"], env=environment, stderr=subprocess.PIPE, text=True)
+    if how != "by itself":
+        end = time.monotonic() + 60
+        while not said.exists() or not said.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, how))
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == ((3, "") if how == "by itself" else (5, ""))
+    *before, last = said.read_text().splitlines()
+    assert last == f"-m fedkeel.engines.worker {part}/site.toml stop"
+    if how != "by itself":
+        assert before[0].endswith(f'--node-config site-config="{part}/site.toml"')
+        assert before[1:] == [f"{part}/../venv/bin/flower-supernode was told"]
 
 
 def test_a_key_of_another_user_is_told_with_its_owner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
