@@ -407,18 +407,20 @@ def test_a_user_without_a_home_has_a_cache(folder: Path, tmp_path: Path) -> None
     assert caches(XDG_CACHE_HOME=f"{tmp_path}/home/.cache") == ["none", "none"]
 
 
-# a SuperNode that listens for TERM, as Flower's does, or ends by itself with a status
+# a SuperNode that listens for signals as Flower's does, the first time only, or ends by itself
 NODE = """#!/bin/sh
-trap 'echo "$0 was told" >> "$SAID"; exit 5' TERM
-[ -z "${STATUS:-}" ] || exit "$STATUS"
+trap 'trap - INT TERM; sleep 0.5; echo "$0 was told" >> "$SAID"; exit "$STATUS"' INT TERM
+[ "$HOW" != "by itself" ] || exit "$STATUS"
 echo "$*" > "$SAID"
 while :; do sleep 0.1; done
 """
 
 
 @pytest.mark.parametrize("shell", [name for name in ("sh", "bash", "dash") if shutil.which(name)])
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGHUP", "by itself"])
-def test_a_supernode_takes_its_worker_along(how: str, shell: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "status"), [("SIGTERM", 0), ("SIGINT", 5), ("SIGHUP", 0), ("Ctrl-C", 0), ("by itself", 0), ("by itself", 3)]
+)
+def test_a_supernode_takes_its_worker_along(how: str, status: int, shell: str, folder: Path, tmp_path: Path) -> None:
     """start.sh ends with the SuperNode's status, and has the worker end after it: it holds the base model."""
     part, said, bin = tmp_path / "site-clinic-a", tmp_path / "said", tmp_path / "venv/bin"
     shutil.copytree(folder / "site-clinic-a", part)
@@ -427,16 +429,21 @@ def test_a_supernode_takes_its_worker_along(how: str, shell: str, folder: Path, 
     (bin / "python3").write_text('#!/bin/sh\necho "$*" >> "$SAID"\n')
     for program in bin.iterdir():
         program.chmod(0o700)
-    environment = {"PATH": "/usr/bin:/bin", "SAID": str(said), **({"STATUS": "3"} if how == "by itself" else {})}
-    process = subprocess.Popen([shell, part / "start.sh"], env=environment, stderr=subprocess.PIPE, text=True)
+    environment = {"PATH": "/usr/bin:/bin", "SAID": str(said), "HOW": how, "STATUS": str(status)}
+    process = subprocess.Popen(
+        [shell, part / "start.sh"], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     if how != "by itself":
         end = time.monotonic() + 60
         while not said.exists() or not said.read_text():
             assert time.monotonic() < end
             time.sleep(0.05)
-        process.send_signal(getattr(signal, how))
+        if how == "Ctrl-C":  # goes to all that a terminal started
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(getattr(signal, how))
     _, told = process.communicate(timeout=60)
-    assert (process.returncode, told) == ((3, "") if how == "by itself" else (5, ""))
+    assert (process.returncode, told) == (status, "")
     *before, last = said.read_text().splitlines()
     assert last == f"-m fedkeel.engines.worker {part}/site.toml stop"
     if how != "by itself":

@@ -209,8 +209,8 @@ def test_sites_that_die_raise_and_come_back(
         (tmp_path / "hook").mkdir()
         (tmp_path / "hook" / "sitecustomize.py").write_text(RAISES.format(flag=str(flag)))
         script = there.folder / "site-ward-1" / "start.sh"
-        hook = f'export PYTHONPATH="{tmp_path / "hook"}:$PYTHONPATH"\nflower-supernode --'
-        script.write_text(script.read_text().replace("flower-supernode --", hook))
+        hook = f'export PYTHONPATH="{tmp_path / "hook"}:$PYTHONPATH"\nsetsid '
+        script.write_text(script.read_text().replace("setsid ", hook))
         there.up()
         start_sites(there)
         run = there.begin()
