@@ -588,6 +588,64 @@ def test_register_binds_each_name_to_the_node_of_its_key(folder: Path, tmp_path:
     assert len(members.read_text().splitlines()) == 3
 
 
+# plays a line of the file `plays` a call: a status; or what Flower says of a log that breaks off, or where nobody answers
+PLAYED = """#!/bin/sh
+case "$1" in
+  run) echo '{"success": true, "run-id": "77"}'; exit ;;
+  list) [ "$*" = "list --run-id 77 --format json" ] || exit 9 ;;
+  log) [ "$*" = "log 77 here --stream" ] || exit 9 ;;
+esac
+play=$(head -n 1 "$PLAYS")
+sed -i 1d "$PLAYS"
+case "$1 $play" in
+  *" away") echo "The SuperLink is unavailable." >&2; exit 1 ;;
+  list*) printf '{\\n "runs": [{\\n  "run-id": "77",\\n  "status": "%s"\\n }]\\n}\\n' "$play" ;;
+  log*) echo "$play" ;;
+esac
+"""
+GONE, AGAIN = "The SuperLink is unavailable.\n", "SuperLink answers again; the log from its beginning:\n"
+
+
+def missed(count: int) -> str:
+    return f"no answer from SuperLink, {count} in a row; asked again in 5 s\n"
+
+
+@pytest.mark.parametrize(
+    ("plays", "code", "said", "shown"),
+    [
+        (["running", "round 1", "finished:completed"], 0, "", ["round 1"]),
+        (["finished:completed", "round 1", "finished:completed"], 0, "", ["round 1"]),  # its log is shown all the same
+        (["running", "a", "finished:failed"], 1, "the federation did not end: finished:failed\n", ["a"]),
+        (
+            ["away", "away", "away", "running", "a", "away", "finished:completed"],
+            0,
+            GONE + missed(1) + missed(2) + missed(3) + AGAIN + GONE + missed(1),
+            ["a"],
+        ),
+        (
+            ["running", "away", "away", "away", "running", "a", "finished:completed"],
+            0,
+            GONE + missed(2) + missed(3) + AGAIN,
+            ["a"],
+        ),
+    ],
+)
+def test_run_says_flowers_words_once_while_superlink_is_away(
+    plays: list[str], code: int, said: str, shown: list[str], folder: Path, tmp_path: Path
+) -> None:
+    at = tmp_path / "coordinator"
+    shutil.copytree(folder / "coordinator", at)
+    (at / "flwr.sh").write_text(PLAYED)
+    (tmp_path / "plays").write_text("".join(f"{play}\n" for play in plays))
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "sleep").chmod(0o700)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PLAYS": str(tmp_path / "plays")}
+    done = subprocess.run([at / "run.sh"], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert done.stdout.splitlines()[1:] == shown
+    assert (tmp_path / "plays").read_text() == ""
+
+
 def test_hashes_are_of_the_files_that_matter(tiny_base: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
