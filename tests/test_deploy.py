@@ -553,39 +553,59 @@ def test_scripts_are_shell_and_name_the_right_files(folder: Path) -> None:
         assert part in text
 
 
-# answers as `flwr supernode register --format json` does; a key is known after its first registration
+# answers as `flwr supernode register` and `list` do with --format json; a key is known after its first registration for ever,
+# a node is listed until its number stands in the file `revoked`
 FLWR = """#!/bin/sh
+if [ "$*" = "supernode list --format json" ]; then
+  for node in $(seq "$(sort -u "$0.known" | wc -l)"); do
+    grep -qx "$node" "$0.revoked" 2>/dev/null || printf '   "node-id": "1844674407370955%s",\\n' "$node"
+  done
+  exit
+fi
 [ "$1 $2" = "supernode register" ] && [ "$4 $6 $7" = "--name --format json" ] || exit 9
-if grep -qx "$3" "$0.known" 2>/dev/null; then
+key=$(cat "$3")
+if grep -qxF "$key" "$0.known" 2>/dev/null; then
   echo '{"success": false, "error-message": "public key already in use"}'; exit 1
 fi
-echo "$3" >> "$0.known"
+echo "$key" >> "$0.known"
 printf '{\\n  "success": true,\\n  "node-id": "1844674407370955%s"\\n}\\n' "$(wc -l < "$0.known")"
 """
 
 
 def test_register_binds_each_name_to_the_node_of_its_key(folder: Path, tmp_path: Path) -> None:
-    """All at once, one that comes later by its name, and one whose key is there already, which is told and changes nothing."""
+    """All at once, one that comes later by its name, and one again, which changes nothing: of the same key, and of others."""
     at = tmp_path / "coordinator"
     shutil.copytree(folder / "coordinator", at)
     (at / "flwr.sh").write_text(FLWR)
     members = at / "state" / "members"
 
-    def register(*names: str) -> subprocess.CompletedProcess[str]:
+    def register(*names: str) -> tuple[int, str, str]:
         ordered = {**os.environ, "LC_ALL": "C"}
-        return subprocess.run([at / "register.sh", *names], capture_output=True, text=True, env=ordered)
+        done = subprocess.run([at / "register.sh", *names], capture_output=True, text=True, env=ordered)
+        return done.returncode, done.stdout, done.stderr
 
-    (at / "keys" / "clinic-b.pub").rename(tmp_path / "clinic-b.pub")
-    assert register().returncode == 0
+    refused = 'not registered: clinic-a: {"success": false, "error-message": "public key already in use"}\n'
+    ours, other = at / "keys" / "clinic-a.pub", at / "keys" / "clinic-b.pub"
+    other.rename(tmp_path / "clinic-b.pub")
+    assert register()[0] == 0
     assert members.read_text() == "18446744073709551 Ward_3.x\n18446744073709552 clinic-a\n"
-    (tmp_path / "clinic-b.pub").rename(at / "keys" / "clinic-b.pub")
-    assert register("clinic-b").stdout == "clinic-b: registered, node 18446744073709553\n"
-    again = register("clinic-a")
-    assert again.returncode == 1
-    assert again.stderr.startswith("not registered: clinic-a: ")
-    assert "public key already in use" in again.stderr
-    assert members.read_text().endswith("\n18446744073709553 clinic-b\n")
-    assert len(members.read_text().splitlines()) == 3
+    (tmp_path / "clinic-b.pub").rename(other)
+    assert register("clinic-b") == (0, "clinic-b: registered, node 18446744073709553\n", "")
+    stands = "18446744073709551 Ward_3.x\n18446744073709552 clinic-a\n18446744073709553 clinic-b\n"
+    already = [f"{line.split()[1]}: registered already, node {line.split()[0]}\n" for line in stands.splitlines()]
+    assert register() == (0, "".join(already), "")
+    key = ours.read_text()
+    ours.write_text(other.read_text())  # another site's
+    assert register("clinic-a") == (1, "", refused)
+    ours.write_text(key)
+    (at / "flwr.sh.revoked").write_text("2\n")
+    assert register("clinic-a") == (1, "", refused)
+    assert register("clinic-b") == (0, already[2], "")
+    assert members.read_text() == stands
+    ours.write_text("a new key\n")
+    assert register("clinic-a") == (0, "clinic-a: registered, node 18446744073709554\n", "")
+    assert members.read_text() == stands + "18446744073709554 clinic-a\n"
+    assert register("clinic-a") == (0, "clinic-a: registered already, node 18446744073709554\n", "")
 
 
 # plays a line of the file `plays` a call: a status; or what Flower says of a log that breaks off, or where nobody answers
