@@ -306,6 +306,7 @@ def test_compose_files_are_yaml_and_name_the_right_files(sample: Path) -> None:
             (started,) = service.get("command") or service["entrypoint"]
             assert (sample / started.removeprefix("/opt/fedkeel/")).is_file()
             assert service["cap_drop"] == ["ALL"]
+            assert service["user"] == "${FEDKEEL_UID:-1000}:${FEDKEEL_GID:-1000}"  # the part's owner, as .env says
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
