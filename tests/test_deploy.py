@@ -35,9 +35,11 @@ from fedkeel.deploy import check, parts, requirements
 from fedkeel.deploy.init import app_recipe, check_hosts, check_sites, init
 from fedkeel.deploy.manifest import DeployError, base_hashes
 from fedkeel.deploy.parts import PLACEHOLDER, TEMPLATES, fill
+from fedkeel.engines import work
 from fedkeel.engines.sitefile import read_site
 from fedkeel.recipe.load import load_recipe, make_recipe
 from fedkeel.recipe.settings import ConfigError
+from fedkeel.types import FedKeelError
 
 SITES = ("clinic-a", "clinic-b", "Ward_3.x")
 RECIPE = """
@@ -665,6 +667,27 @@ def test_run_says_flowers_words_once_while_superlink_is_away(
     assert (done.returncode, done.stderr) == (code, said)
     assert done.stdout.splitlines()[1:] == shown
     assert (tmp_path / "plays").read_text() == ""
+
+
+def test_an_extra_is_said_to_come_from_the_parts_wheels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedKeel is on no index; at the site, and in what its work tells the coordinator."""
+    wrong = FedKeelError("rows.parquet needs the extra: pip install 'fedkeel[parquet]' (gone)")
+    right = (
+        "rows.parquet needs the extra: pip install --no-index --find-links wheelhouse -r requirements.txt, in the site's part, "
+        "whose line fedkeel[…] names parquet (gone)"
+    )
+
+    def lacking(*given: object) -> str:
+        raise wrong
+
+    monkeypatch.setattr(check, "CHECKS", {"data": lacking})
+    file = folder / "site-clinic-a/site.toml"
+    assert list(check.check(file)) == [check.Finding("data", False, right)]
+    monkeypatch.setattr(work, "localised", lacking)
+    header = {"recipe": (folder / "site-clinic-a/recipe.toml").read_text(), "run": "r", "kind": "hello", "site": ""}
+    assert work.handle(header, b"", read_site(file))[0]["error"] == right
+    monkeypatch.setattr(work, "make_recipe", lacking)
+    assert work.handle(header, b"")[0]["error"] == str(wrong)  # a simulation is of one installation
 
 
 def test_hashes_are_of_the_files_that_matter(tiny_base: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from fedkeel import __version__, tables
 from fedkeel.data.sources import load_records
 from fedkeel.deploy.manifest import DeployError, base_files, files_hash, read_manifest
-from fedkeel.engines.sitefile import SiteFile, read_site
+from fedkeel.engines.sitefile import SiteFile, for_a_part, read_site
 from fedkeel.types import FedKeelError
 
 SECONDS = 10.0  # for a connection, for a handshake, for an answer
@@ -382,6 +382,6 @@ def check(path: Path, coordinator: str = "") -> Iterator[Finding]:
         try:
             yield Finding(name, True, one(site))
         except FedKeelError as error:
-            yield Finding(name, False, str(error))
+            yield Finding(name, False, for_a_part(str(error)))
         except Exception as error:  # whatever else it is, say a library that is not installed, the other checks still run
             yield Finding(name, False, f"{type(error).__name__}: {error}")
