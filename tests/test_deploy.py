@@ -28,6 +28,7 @@ pytest.importorskip("cryptography", reason="the extra fedkeel[deploy] is not ins
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
+from packaging.utils import canonicalize_name
 from tls import serving
 
 from fedkeel import __version__, cli
@@ -485,7 +486,8 @@ def test_every_part_pins_what_is_installed_here(folder: Path, tmp_path: Path) ->
     found = {path.read_text() for path in folder.rglob("requirements.txt")}
     (text,) = found
     assert len(list(folder.rglob("requirements.txt"))) == 2 + len(SITES)  # also for the image
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    options, *lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert options == "-c constraints.txt"
     assert lines[0] == f"fedkeel[flower]=={__version__}"
     ours = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     wanted = [re.split(r"[\[<>=]", one)[0] for one in (*ours["dependencies"], *ours["optional-dependencies"]["flower"])]
@@ -523,6 +525,49 @@ def test_what_is_not_installed_here_has_its_range(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(requirements, "requires", missing)
     with pytest.raises(DeployError, match="fedkeel is not installed here"):
         requirements.pins(["flower"])
+
+
+def test_every_part_holds_what_those_need_in_turn(folder: Path) -> None:
+    """pip, told that nothing is installed and given the metadata of what is, would choose the same."""
+    found = {path.read_text() for path in folder.rglob("constraints.txt")}
+    assert {path.parent for path in folder.rglob("constraints.txt")} == {p.parent for p in folder.rglob("requirements.txt")}
+    (text,) = found
+    held = dict(line.split("==") for line in text.splitlines() if not line.startswith("#"))
+    assert list(held) == sorted(held)
+    for name, release in held.items():
+        assert metadata.version(name).partition("+")[0] == release
+    (wanted,) = {path.read_text() for path in folder.rglob("requirements.txt")}
+    direct = {line.partition("==")[0] for line in wanted.splitlines() if re.match(r"[\w.-]+==", line)}
+    assert {canonicalize_name(name) for name in direct} < set(held)
+    assert {"grpcio", "uvloop", "jinja2", "mpmath"} <= set(held)  # of flwr, of uvicorn[standard], of torch, of its sympy
+    assert not {"fedkeel", "pytest", "ruff"} & set(held)
+    assert "constraints.txt" in (folder / "image/Dockerfile").read_text().splitlines()[3]
+
+
+def test_constraints_follow_extras_and_markers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a circle, an extra of a library's, a marker that does not hold, one that is not installed."""
+    needs = {
+        "fedkeel": [
+            "Some_Lib[fast]>=1",
+            "elsewhere; sys_platform == 'none'",
+            "far>=2; extra == 'flower'",
+            "no; extra == 'hub'",
+        ],
+        "some-lib": ["ring", "quick<3; extra == 'fast'", "slow; extra == 'slow'"],
+        "ring": ["some.lib"],
+        "far": ["missing"],
+        "quick": None,
+    }
+
+    def about(name: str) -> list[str] | None:
+        if name not in needs:
+            raise metadata.PackageNotFoundError(name)
+        return needs[name]
+
+    monkeypatch.setattr(requirements, "requires", about)
+    monkeypatch.setattr(requirements, "version", lambda name: (about(name) and "2.9.1+cpu") or "1.0")
+    assert requirements.constraints(["flower"]) == ("far==2.9.1", "quick==1.0", "ring==2.9.1", "some-lib==2.9.1")
+    assert requirements.constraints([]) == ("quick==1.0", "ring==2.9.1", "some-lib==2.9.1")
 
 
 def test_scripts_are_shell_and_name_the_right_files(folder: Path) -> None:
