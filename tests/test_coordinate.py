@@ -376,9 +376,12 @@ def test_a_report_of_a_federation_that_ended_does_not_miss_what_cannot_be_there(
 
 
 def test_a_recipe_that_a_site_has_not_agreed_to_is_refused(
-    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deployment: tuple[list[str], list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two agree to what is sent, one to another: it trains nothing, and says what it agreed to."""
+    """Two agree to what is sent, one to another: it trains nothing, and says what it agreed to, once and to the coordinator."""
     overrides, files = deployment
     recipe = load_recipe(None, [*overrides, "name=there"])
     text = to_toml(recipe).replace(recipe.model.base, "tiny_base").replace(recipe.data.root, "")
@@ -387,6 +390,10 @@ def test_a_recipe_that_a_site_has_not_agreed_to_is_refused(
         file.write_text(f'recipe_sha256 = "{seal}"\n{file.read_text()}')
     with pytest.raises(FederationError, match=r"2 of 3 sites are fit to train"):
         coordinate(overrides, files, tmp_path, monkeypatch)
+    assert (
+        capsys.readouterr().out.count("note: node 886: site ward-2 refuses: it agreed to the recipe with sha256 0000000000")
+        == 1
+    )
     said, _ = handle({"recipe": text, "run": "r", "kind": "train", "site": ""}, b"", read_site(files[2]))
     assert "it agreed to the recipe with sha256 0000000000000000" in said["error"]
     assert agreed in said["error"]

@@ -7,13 +7,16 @@ import hashlib
 import ipaddress
 import json
 import os
+import pwd
 import re
 import shutil
+import signal
 import socket
 import ssl
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -25,16 +28,19 @@ pytest.importorskip("cryptography", reason="the extra fedkeel[deploy] is not ins
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
+from packaging.utils import canonicalize_name
 from tls import serving
 
 from fedkeel import __version__, cli
-from fedkeel.deploy import parts, requirements
+from fedkeel.deploy import check, parts, requirements
 from fedkeel.deploy.init import app_recipe, check_hosts, check_sites, init
 from fedkeel.deploy.manifest import DeployError, base_hashes
 from fedkeel.deploy.parts import PLACEHOLDER, TEMPLATES, fill
+from fedkeel.engines import work
 from fedkeel.engines.sitefile import read_site
 from fedkeel.recipe.load import load_recipe, make_recipe
 from fedkeel.recipe.settings import ConfigError
+from fedkeel.types import FedKeelError
 
 SITES = ("clinic-a", "clinic-b", "Ward_3.x")
 RECIPE = """
@@ -303,6 +309,7 @@ def test_compose_files_are_yaml_and_name_the_right_files(sample: Path) -> None:
             (started,) = service.get("command") or service["entrypoint"]
             assert (sample / started.removeprefix("/opt/fedkeel/")).is_file()
             assert service["cap_drop"] == ["ALL"]
+            assert service["user"] == "${FEDKEEL_UID:-1000}:${FEDKEEL_GID:-1000}"  # the part's owner, as .env says
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -333,23 +340,29 @@ STARTED = {
 
 @pytest.mark.parametrize("script", STARTED)
 def test_scripts_find_the_virtual_environment(script: str, folder: Path, tmp_path: Path) -> None:
-    """A service's or a shell's PATH need not name it; where the program is on PATH, that one is started."""
+    """A service's or a shell's PATH need not name it, and another installation there does not come before it."""
     program, part = STARTED[script], script.partition("/")[0]
     shutil.copytree(folder / part, tmp_path / part)
 
     def put(where: str) -> None:
         (tmp_path / where).mkdir(parents=True)
-        (tmp_path / where / program).write_text(f'#!/bin/sh\necho "{where} $PATH"\n')
-        (tmp_path / where / program).chmod(0o700)
+        for name, text in ((program, f'echo "{where} $PATH"'), ("python3", ":")):
+            (tmp_path / where / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / where / name).chmod(0o700)
 
-    def start(path: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([tmp_path / script], capture_output=True, text=True, env={"PATH": path}, cwd="/")
+    def start(**more: str) -> str:
+        path = f"{tmp_path}/elsewhere:/usr/bin:/bin"
+        done = subprocess.run([tmp_path / script], capture_output=True, text=True, env={"PATH": path, **more}, cwd="/")
+        assert done.stderr == ""
+        return done.stdout
 
-    put("venv/bin")
-    done = start("/usr/bin:/bin")
-    assert done.stdout == f"venv/bin {tmp_path}/{part}/../venv/bin:/usr/bin:/bin\n", done.stderr
+    tail = f"{tmp_path}/elsewhere:/usr/bin:/bin:/usr/local/sbin:/usr/sbin\n"
     put("elsewhere")
-    assert start(f"{tmp_path}/elsewhere:/usr/bin:/bin").stdout == f"elsewhere {tmp_path}/elsewhere:/usr/bin:/bin\n"
+    assert start() == f"elsewhere {tail}"
+    put("venv/bin")
+    assert start() == f"venv/bin {tmp_path}/{part}/../venv/bin:{tail}"
+    put("own/bin")
+    assert start(FEDKEEL_VENV=f"{tmp_path}/own") == f"own/bin {tmp_path}/own/bin:{tail}"
 
 
 @pytest.mark.parametrize("script", [name for name, program in STARTED.items() if program != "nginx"])
@@ -359,14 +372,122 @@ def test_a_program_that_is_nowhere_is_named(script: str, folder: Path, tmp_path:
     done = subprocess.run([tmp_path / script], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode == 127
     (told,) = done.stderr.splitlines()
-    assert f"{STARTED[script]} is not on PATH, nor in {tmp_path}/{part}/../venv/bin, /opt/fedkeel/venv/bin" in told
+    assert f"{STARTED[script]} is not in $FEDKEEL_VENV/bin, {tmp_path}/{part}/../venv/bin or /opt/fedkeel/venv/bin" in told
+
+
+@pytest.mark.parametrize("script", [*STARTED, "coordinator/register.sh", "coordinator/run.sh"])
+def test_scripts_are_for_the_owner_of_their_part(script: str, folder: Path, tmp_path: Path) -> None:
+    """As another user, root too, nothing is started and nothing made: the owner could not open it again."""
+    part = script.partition("/")[0]
+    shutil.copytree(folder / part, tmp_path / part)
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {os.geteuid() + 1}\n")
+    (tmp_path / "id").chmod(0o700)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run([tmp_path / script, "a", "b"], capture_output=True, text=True, env=environment)
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"this is {owner}'s: sudo -u {owner} {tmp_path}/{script} a b\n"
+    assert list((tmp_path / part / "state").iterdir()) == []
+
+
+def test_a_user_without_a_home_has_a_cache(folder: Path, tmp_path: Path) -> None:
+    """Below state/, unless there is one at home already, or the environment names one."""
+    shutil.copytree(folder / "coordinator", tmp_path / "coordinator")
+    (tmp_path / "flwr").write_text('#!/bin/sh\necho "${FEDKEEL_CACHE:-none} ${HF_HOME:-none}"\n')
+    (tmp_path / "flwr").chmod(0o700)
+
+    def caches(**more: str) -> list[str]:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **more}
+        done = subprocess.run([tmp_path / "coordinator/flwr.sh"], capture_output=True, text=True, env=environment)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    ours = [f"{tmp_path}/coordinator/state/cache/{name}" for name in ("fedkeel", "huggingface")]
+    assert caches() == caches(HOME="/nonexistent") == ours
+    assert caches(FEDKEEL_CACHE="/a", HF_HOME="/b") == ["/a", "/b"]
+    (tmp_path / "home/.cache/fedkeel").mkdir(parents=True)
+    assert caches(HOME=f"{tmp_path}/home") == ["none", ours[1]]
+    (tmp_path / "home/.cache/huggingface").mkdir()
+    assert caches(XDG_CACHE_HOME=f"{tmp_path}/home/.cache") == ["none", "none"]
+
+
+# a SuperNode that listens for signals as Flower's does, the first time only, or ends by itself
+NODE = """#!/bin/sh
+trap 'trap - INT TERM; sleep 0.5; echo "$0 was told" >> "$SAID"; exit "$STATUS"' INT TERM
+[ "$HOW" != "by itself" ] || exit "$STATUS"
+echo "$*" > "$SAID"
+while :; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("shell", [name for name in ("sh", "bash", "dash") if shutil.which(name)])
+@pytest.mark.parametrize(
+    ("how", "status"), [("SIGTERM", 0), ("SIGINT", 5), ("SIGHUP", 0), ("Ctrl-C", 0), ("by itself", 0), ("by itself", 3)]
+)
+def test_a_supernode_takes_its_worker_along(how: str, status: int, shell: str, folder: Path, tmp_path: Path) -> None:
+    """start.sh ends with the SuperNode's status, and has the worker end after it: it holds the base model."""
+    part, said, bin = tmp_path / "site-clinic-a", tmp_path / "said", tmp_path / "venv/bin"
+    shutil.copytree(folder / "site-clinic-a", part)
+    bin.mkdir(parents=True)
+    (bin / "flower-supernode").write_text(NODE)
+    (bin / "python3").write_text('#!/bin/sh\necho "$*" >> "$SAID"\n')
+    for program in bin.iterdir():
+        program.chmod(0o700)
+    environment = {"PATH": "/usr/bin:/bin", "SAID": str(said), "HOW": how, "STATUS": str(status)}
+    process = subprocess.Popen(
+        [shell, part / "start.sh"], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    if how != "by itself":
+        end = time.monotonic() + 60
+        while not said.exists() or not said.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        if how == "Ctrl-C":  # goes to all that a terminal started
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(getattr(signal, how))
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (status, "")
+    *before, last = said.read_text().splitlines()
+    assert last == f"-m fedkeel.engines.worker {part}/site.toml stop"
+    if how != "by itself":
+        assert before[0].endswith(f'--node-config site-config="{part}/site.toml"')
+        assert before[1:] == [f"{part}/../venv/bin/flower-supernode was told"]
+
+
+def test_a_key_of_another_user_is_told_with_its_owner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root reads everything, so what another user sees is played."""
+    path = folder / "site-clinic-a/site.toml"
+
+    def refused(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    def found() -> str:
+        site = check.Site(read_site(path), path.parent, "localhost", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", refused)
+            with pytest.raises(DeployError) as told:
+                check.check_key(site)
+        return str(told.value)
+
+    key, me = path.with_name("node.key"), pwd.getpwuid(os.geteuid()).pw_name
+    assert found() == (
+        f"{key} is {me}'s, and {me} may not read it: run this check as the user who runs start.sh; if that is {me}, run "
+        f"chmod 600 {key}"
+    )
+    monkeypatch.setattr(os, "geteuid", lambda: 4_000_000_000)
+    assert found() == (
+        f"{key} is {me}'s, and 4000000000 may not read it: run this check as the user who runs start.sh; if that is "
+        f"4000000000, run chown -R 4000000000: {key.parent}"
+    )
 
 
 def test_every_part_pins_what_is_installed_here(folder: Path, tmp_path: Path) -> None:
     found = {path.read_text() for path in folder.rglob("requirements.txt")}
     (text,) = found
     assert len(list(folder.rglob("requirements.txt"))) == 2 + len(SITES)  # also for the image
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    options, *lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert options == "-c constraints.txt"
     assert lines[0] == f"fedkeel[flower]=={__version__}"
     ours = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     wanted = [re.split(r"[\[<>=]", one)[0] for one in (*ours["dependencies"], *ours["optional-dependencies"]["flower"])]
@@ -406,6 +527,49 @@ def test_what_is_not_installed_here_has_its_range(monkeypatch: pytest.MonkeyPatc
         requirements.pins(["flower"])
 
 
+def test_every_part_holds_what_those_need_in_turn(folder: Path) -> None:
+    """pip, told that nothing is installed and given the metadata of what is, would choose the same."""
+    found = {path.read_text() for path in folder.rglob("constraints.txt")}
+    assert {path.parent for path in folder.rglob("constraints.txt")} == {p.parent for p in folder.rglob("requirements.txt")}
+    (text,) = found
+    held = dict(line.split("==") for line in text.splitlines() if not line.startswith("#"))
+    assert list(held) == sorted(held)
+    for name, release in held.items():
+        assert metadata.version(name).partition("+")[0] == release
+    (wanted,) = {path.read_text() for path in folder.rglob("requirements.txt")}
+    direct = {line.partition("==")[0] for line in wanted.splitlines() if re.match(r"[\w.-]+==", line)}
+    assert {canonicalize_name(name) for name in direct} < set(held)
+    assert {"grpcio", "uvloop", "jinja2", "mpmath"} <= set(held)  # of flwr, of uvicorn[standard], of torch, of its sympy
+    assert not {"fedkeel", "pytest", "ruff"} & set(held)
+    assert "constraints.txt" in (folder / "image/Dockerfile").read_text().splitlines()[3]
+
+
+def test_constraints_follow_extras_and_markers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a circle, an extra of a library's, a marker that does not hold, one that is not installed."""
+    needs = {
+        "fedkeel": [
+            "Some_Lib[fast]>=1",
+            "elsewhere; sys_platform == 'none'",
+            "far>=2; extra == 'flower'",
+            "no; extra == 'hub'",
+        ],
+        "some-lib": ["ring", "quick<3; extra == 'fast'", "slow; extra == 'slow'"],
+        "ring": ["some.lib"],
+        "far": ["missing"],
+        "quick": None,
+    }
+
+    def about(name: str) -> list[str] | None:
+        if name not in needs:
+            raise metadata.PackageNotFoundError(name)
+        return needs[name]
+
+    monkeypatch.setattr(requirements, "requires", about)
+    monkeypatch.setattr(requirements, "version", lambda name: (about(name) and "2.9.1+cpu") or "1.0")
+    assert requirements.constraints(["flower"]) == ("far==2.9.1", "quick==1.0", "ring==2.9.1", "some-lib==2.9.1")
+    assert requirements.constraints([]) == ("quick==1.0", "ring==2.9.1", "some-lib==2.9.1")
+
+
 def test_scripts_are_shell_and_name_the_right_files(folder: Path) -> None:
     ports = []
     for script in folder.rglob("*.sh"):
@@ -437,39 +601,138 @@ def test_scripts_are_shell_and_name_the_right_files(folder: Path) -> None:
         assert part in text
 
 
-# answers as `flwr supernode register --format json` does; a key is known after its first registration
+# answers as `flwr supernode register` and `list` do with --format json; a key is known after its first registration for ever,
+# a node is listed until its number stands in the file `revoked`
 FLWR = """#!/bin/sh
+if [ "$*" = "supernode list --format json" ]; then
+  for node in $(seq "$(sort -u "$0.known" | wc -l)"); do
+    grep -qx "$node" "$0.revoked" 2>/dev/null || printf '   "node-id": "1844674407370955%s",\\n' "$node"
+  done
+  exit
+fi
 [ "$1 $2" = "supernode register" ] && [ "$4 $6 $7" = "--name --format json" ] || exit 9
-if grep -qx "$3" "$0.known" 2>/dev/null; then
+key=$(cat "$3")
+if grep -qxF "$key" "$0.known" 2>/dev/null; then
   echo '{"success": false, "error-message": "public key already in use"}'; exit 1
 fi
-echo "$3" >> "$0.known"
+echo "$key" >> "$0.known"
 printf '{\\n  "success": true,\\n  "node-id": "1844674407370955%s"\\n}\\n' "$(wc -l < "$0.known")"
 """
 
 
 def test_register_binds_each_name_to_the_node_of_its_key(folder: Path, tmp_path: Path) -> None:
-    """All at once, one that comes later by its name, and one whose key is there already, which is told and changes nothing."""
+    """All at once, one that comes later by its name, and one again, which changes nothing: of the same key, and of others."""
     at = tmp_path / "coordinator"
     shutil.copytree(folder / "coordinator", at)
     (at / "flwr.sh").write_text(FLWR)
     members = at / "state" / "members"
 
-    def register(*names: str) -> subprocess.CompletedProcess[str]:
+    def register(*names: str) -> tuple[int, str, str]:
         ordered = {**os.environ, "LC_ALL": "C"}
-        return subprocess.run([at / "register.sh", *names], capture_output=True, text=True, env=ordered)
+        done = subprocess.run([at / "register.sh", *names], capture_output=True, text=True, env=ordered)
+        return done.returncode, done.stdout, done.stderr
 
-    (at / "keys" / "clinic-b.pub").rename(tmp_path / "clinic-b.pub")
-    assert register().returncode == 0
+    refused = 'not registered: clinic-a: {"success": false, "error-message": "public key already in use"}\n'
+    ours, other = at / "keys" / "clinic-a.pub", at / "keys" / "clinic-b.pub"
+    other.rename(tmp_path / "clinic-b.pub")
+    assert register()[0] == 0
     assert members.read_text() == "18446744073709551 Ward_3.x\n18446744073709552 clinic-a\n"
-    (tmp_path / "clinic-b.pub").rename(at / "keys" / "clinic-b.pub")
-    assert register("clinic-b").stdout == "clinic-b: registered, node 18446744073709553\n"
-    again = register("clinic-a")
-    assert again.returncode == 1
-    assert again.stderr.startswith("not registered: clinic-a: ")
-    assert "public key already in use" in again.stderr
-    assert members.read_text().endswith("\n18446744073709553 clinic-b\n")
-    assert len(members.read_text().splitlines()) == 3
+    (tmp_path / "clinic-b.pub").rename(other)
+    assert register("clinic-b") == (0, "clinic-b: registered, node 18446744073709553\n", "")
+    stands = "18446744073709551 Ward_3.x\n18446744073709552 clinic-a\n18446744073709553 clinic-b\n"
+    already = [f"{line.split()[1]}: registered already, node {line.split()[0]}\n" for line in stands.splitlines()]
+    assert register() == (0, "".join(already), "")
+    key = ours.read_text()
+    ours.write_text(other.read_text())  # another site's
+    assert register("clinic-a") == (1, "", refused)
+    ours.write_text(key)
+    (at / "flwr.sh.revoked").write_text("2\n")
+    assert register("clinic-a") == (1, "", refused)
+    assert register("clinic-b") == (0, already[2], "")
+    assert members.read_text() == stands
+    ours.write_text("a new key\n")
+    assert register("clinic-a") == (0, "clinic-a: registered, node 18446744073709554\n", "")
+    assert members.read_text() == stands + "18446744073709554 clinic-a\n"
+    assert register("clinic-a") == (0, "clinic-a: registered already, node 18446744073709554\n", "")
+
+
+# plays a line of the file `plays` a call: a status; or what Flower says of a log that breaks off, or where nobody answers
+PLAYED = """#!/bin/sh
+case "$1" in
+  run) echo '{"success": true, "run-id": "77"}'; exit ;;
+  list) [ "$*" = "list --run-id 77 --format json" ] || exit 9 ;;
+  log) [ "$*" = "log 77 here --stream" ] || exit 9 ;;
+esac
+play=$(head -n 1 "$PLAYS")
+sed -i 1d "$PLAYS"
+case "$1 $play" in
+  *" away") echo "The SuperLink is unavailable." >&2; exit 1 ;;
+  list*) printf '{\\n "runs": [{\\n  "run-id": "77",\\n  "status": "%s"\\n }]\\n}\\n' "$play" ;;
+  log*) echo "$play" ;;
+esac
+"""
+GONE, AGAIN = "The SuperLink is unavailable.\n", "SuperLink answers again; the log from its beginning:\n"
+
+
+def missed(count: int) -> str:
+    return f"no answer from SuperLink, {count} in a row; asked again in 5 s\n"
+
+
+@pytest.mark.parametrize(
+    ("plays", "code", "said", "shown"),
+    [
+        (["running", "round 1", "finished:completed"], 0, "", ["round 1"]),
+        (["finished:completed", "round 1", "finished:completed"], 0, "", ["round 1"]),  # its log is shown all the same
+        (["running", "a", "finished:failed"], 1, "the federation did not end: finished:failed\n", ["a"]),
+        (
+            ["away", "away", "away", "running", "a", "away", "finished:completed"],
+            0,
+            GONE + missed(1) + missed(2) + missed(3) + AGAIN + GONE + missed(1),
+            ["a"],
+        ),
+        (
+            ["running", "away", "away", "away", "running", "a", "finished:completed"],
+            0,
+            GONE + missed(2) + missed(3) + AGAIN,
+            ["a"],
+        ),
+    ],
+)
+def test_run_says_flowers_words_once_while_superlink_is_away(
+    plays: list[str], code: int, said: str, shown: list[str], folder: Path, tmp_path: Path
+) -> None:
+    at = tmp_path / "coordinator"
+    shutil.copytree(folder / "coordinator", at)
+    (at / "flwr.sh").write_text(PLAYED)
+    (tmp_path / "plays").write_text("".join(f"{play}\n" for play in plays))
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "sleep").chmod(0o700)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PLAYS": str(tmp_path / "plays")}
+    done = subprocess.run([at / "run.sh"], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert done.stdout.splitlines()[1:] == shown
+    assert (tmp_path / "plays").read_text() == ""
+
+
+def test_an_extra_is_said_to_come_from_the_parts_wheels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedKeel is on no index; at the site, and in what its work tells the coordinator."""
+    wrong = FedKeelError("rows.parquet needs the extra: pip install 'fedkeel[parquet]' (gone)")
+    right = (
+        "rows.parquet needs the extra: pip install --no-index --find-links wheelhouse -r requirements.txt, in the site's part, "
+        "whose line fedkeel[…] names parquet (gone)"
+    )
+
+    def lacking(*given: object) -> str:
+        raise wrong
+
+    monkeypatch.setattr(check, "CHECKS", {"data": lacking})
+    file = folder / "site-clinic-a/site.toml"
+    assert list(check.check(file)) == [check.Finding("data", False, right)]
+    monkeypatch.setattr(work, "localised", lacking)
+    header = {"recipe": (folder / "site-clinic-a/recipe.toml").read_text(), "run": "r", "kind": "hello", "site": ""}
+    assert work.handle(header, b"", read_site(file))[0]["error"] == right
+    monkeypatch.setattr(work, "make_recipe", lacking)
+    assert work.handle(header, b"")[0]["error"] == str(wrong)  # a simulation is of one installation
 
 
 def test_hashes_are_of_the_files_that_matter(tiny_base: Path, tmp_path: Path) -> None:

@@ -173,6 +173,12 @@ def test_killed_workers_and_coordinators_change_no_bit(tiny_overrides: list[str]
         done = there.results.state()["round"]
         code, told = there.run()
         assert code == 0, told + there.log()
+        there.processes["ward-1"].send_signal(signal.SIGINT)  # its worker ends with it
+        assert there.processes["ward-1"].wait(SECONDS) == 0
+        end = time.monotonic() + SECONDS
+        while there.site("ward-1").socket.exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
     assert 2 <= done < 5
     assert same(adapter_of(here.path), adapter_of(there.results.path))
     assert losses(there.results)["ward-0"] == [1, 2, 3, 4, 5]
@@ -209,8 +215,8 @@ def test_sites_that_die_raise_and_come_back(
         (tmp_path / "hook").mkdir()
         (tmp_path / "hook" / "sitecustomize.py").write_text(RAISES.format(flag=str(flag)))
         script = there.folder / "site-ward-1" / "start.sh"
-        hook = f'export PYTHONPATH="{tmp_path / "hook"}:$PYTHONPATH"\nexec '
-        script.write_text(script.read_text().replace("exec ", hook))
+        hook = f'export PYTHONPATH="{tmp_path / "hook"}:$PYTHONPATH"\nsetsid '
+        script.write_text(script.read_text().replace("setsid ", hook))
         there.up()
         start_sites(there)
         run = there.begin()

@@ -26,7 +26,7 @@ import fedkeel.federation.client
 import fedkeel.federation.local
 from fedkeel.engines.coordinate import Terms
 from fedkeel.engines.flower.apps import client_app
-from fedkeel.engines.flower.courier import Courier, Errand, FlowerError
+from fedkeel.engines.flower.courier import Courier, Errand, FlowerError, pack
 from fedkeel.engines.flower.simulation import Simulation
 from fedkeel.engines.sitefile import read_members
 from fedkeel.engines.store import Store
@@ -249,6 +249,37 @@ def test_names_are_looked_up(tiny_overrides: list[str], tmp_path: Path) -> None:
     grid.nodes[893] = 0
     with pytest.raises(FlowerError, match="two nodes say that they are site 'ward-0'"):
         Courier(grid, Errand(text, "r2", tmp_path)).find(SITES, 5)
+
+
+def test_what_keeps_a_site_away_is_told_as_it_comes_and_once(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each site and reason once, by the name of its key where that is known, while the others are still waited for."""
+    monkeypatch.setattr(fedkeel.engines.flower.courier, "AGAIN", 0.0)  # a node that failed is asked at each look
+    reasons = {893: ["its disk is full"] * 3 + ["its base is missing"] * 9, 886: ["its disk is full"] * 12}
+
+    def refused(message: Message, reply: Message) -> list[tuple[int, Message]]:
+        node = message.metadata.dst_node_id
+        if node not in reasons:
+            return [(0, reply)]
+        said = {"run": "r9", "id": header(message)["id"], "error": reasons[node].pop(0)}
+        return [(0, Message(pack(said, None), reply_to=message))]
+
+    grid = FakeGrid(client_app, 3, refused)
+    text = to_toml(load_recipe(None, tiny_overrides))
+    courier = Courier(grid, Errand(text, "r9", tmp_path), members=lambda: {"ward-0": 900, "ward-1": 893})
+    told: list[tuple[str, int]] = []  # and how often the site was asked by then
+    courier.tell = lambda trouble: told.append((trouble, 12 - len(reasons[893])))
+    courier.greet(lambda found: len(reasons[893]) == 4, 60)
+    disk, base = (f"site 'ward-1' (node 893): its {why}" for why in ("disk is full", "base is missing"))
+    assert sorted(told) == [("node 886: its disk is full", 1), (base, 4), (disk, 1)]
+    courier.greet(lambda found: len(reasons[893]) == 2, 60)
+    assert len(told) == 3
+    assert sorted(courier.troubles) == ["node 886: its disk is full", base]  # of this greeting, though told before
+    reasons[893] *= 99
+    reasons[886] *= 99
+    answer = courier.ask("start", {"ward-1": ({}, b"")}, 5)["ward-1"]
+    assert str(answer) == f"no node that is this site: its SuperNode is down, or its name is another; {base}"
 
 
 def test_a_name_is_its_keys(tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -56,8 +58,19 @@ def test_a_worker_is_started_once_and_again_when_it_dies(site: SiteFile, tiny_ov
     assert third["worker"] not in (first["worker"], os.getpid())
     assert back == out
     assert "foreign run" in ask(site, request(tiny_overrides, run="other", kind="start"), b"", SECONDS)[0]["error"]
-    assert stop(site)
+
+    def ended() -> tuple[int, str]:
+        """What start.sh runs after its SuperNode."""
+        command = [sys.executable, "-m", "fedkeel.engines.worker", str(site.path), "stop"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    assert ended() == (0, "site ward-0: its worker has ended\n")
+    assert ended() == (0, "")
     assert not stop(site)
+    site.key.chmod(0o644)
+    assert ended() == (1, f"{site.key}: a key of 32 bytes or more belongs there, in a file of mode 0600\n")
+    site.key.chmod(0o600)
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import contextlib
 import datetime
 import email.utils
 import hashlib
+import os
+import pwd
 import shutil
 import socket
 import ssl
@@ -21,7 +23,7 @@ from pathlib import Path
 from fedkeel import __version__, tables
 from fedkeel.data.sources import load_records
 from fedkeel.deploy.manifest import DeployError, base_files, files_hash, read_manifest
-from fedkeel.engines.sitefile import SiteFile, read_site
+from fedkeel.engines.sitefile import SiteFile, for_a_part, read_site
 from fedkeel.types import FedKeelError
 
 SECONDS = 10.0  # for a connection, for a handshake, for an answer
@@ -200,10 +202,33 @@ def check_clock(site: Site) -> str:
     return told
 
 
+def _user(number: int) -> str:
+    """A user's name, or the number where it has none, as in a container."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def _owner(path: Path) -> str:
+    """Who owns a file, or the innermost folder above it that this user may look into."""
+    for one in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            return _user(one.stat().st_uid)
+    return "another user"
+
+
 def _private(path: Path) -> bytes:
     """The bytes of a file that only its owner may read. Raises DeployError."""
     try:
         content, mode = path.read_bytes(), path.stat().st_mode & 0o777
+    except PermissionError as error:
+        owner, user = _owner(path), _user(os.geteuid())
+        right = f"chmod 600 {path}" if owner == user else f"chown -R {user}: {path.parent}"
+        raise DeployError(
+            f"{path} is {owner}'s, and {user} may not read it: run this check as the user who runs start.sh; if that is "
+            f"{user}, run {right}"
+        ) from error
     except OSError as error:
         raise DeployError(
             f"{path} cannot be read: {error.strerror}; copy it from site-NAME/ of the deployment's folder"
@@ -357,6 +382,6 @@ def check(path: Path, coordinator: str = "") -> Iterator[Finding]:
         try:
             yield Finding(name, True, one(site))
         except FedKeelError as error:
-            yield Finding(name, False, str(error))
+            yield Finding(name, False, for_a_part(str(error)))
         except Exception as error:  # whatever else it is, say a library that is not installed, the other checks still run
             yield Finding(name, False, f"{type(error).__name__}: {error}")

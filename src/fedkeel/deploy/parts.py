@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedkeel import __version__, tables
-from fedkeel.deploy.requirements import needed_extras, pins
+from fedkeel.deploy.requirements import constraints, needed_extras, pins
 from fedkeel.engines.sitefile import MEMBERS
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import toml_value
@@ -44,6 +45,16 @@ class Plan:
     def address(self) -> str:
         """What sites dial."""
         return joined(self.hosts[0], self.port)
+
+    @cached_property
+    def installs(self) -> dict[str, str]:
+        """requirements.txt and constraints.txt, the same in every part."""
+        extras = needed_extras(self.recipe)
+        named = {"EXTRAS": ",".join(extras), "VERSION": __version__, "PINS": "\n".join(pins(extras))}
+        return {
+            "requirements.txt": fill("requirements.txt", **named),
+            "constraints.txt": fill("constraints.txt", PINS="\n".join(constraints(extras))),
+        }
 
 
 def joined(host: str, port: int) -> str:
@@ -100,7 +111,7 @@ def coordinator_files(plan: Plan) -> dict[str, str]:
         "compose.yaml": fill("coordinator/compose.yaml", PREFIX=PREFIX, VERSION=__version__, PORT=port),
         "fedkeel-coordinator.service": fill("coordinator/fedkeel-coordinator.service", PREFIX=PREFIX),
         "fedkeel-gate.service": fill("coordinator/fedkeel-gate.service", PREFIX=PREFIX),
-        "requirements.txt": requirements(plan),
+        **plan.installs,
     }
 
 
@@ -119,19 +130,13 @@ def site_files(plan: Plan, site: str) -> dict[str, str]:
         "compose.yaml": fill("site/compose.yaml", PREFIX=PREFIX, VERSION=__version__, SITE=site),
         f"fedkeel-site-{site}.service": fill("site/fedkeel-site.service", PREFIX=PREFIX, SITE=site),
         **told(plan),
-        "requirements.txt": requirements(plan),
+        **plan.installs,
     }
 
 
 def image_files(plan: Plan) -> dict[str, str]:
     """What the image of the Compose files is built from, without FedKeel's wheel."""
-    return {"Dockerfile": fill("image/Dockerfile", VERSION=__version__), "requirements.txt": requirements(plan)}
-
-
-def requirements(plan: Plan) -> str:
-    """requirements.txt, the same in every part."""
-    extras = needed_extras(plan.recipe)
-    return fill("requirements.txt", EXTRAS=",".join(extras), VERSION=__version__, PINS="\n".join(pins(extras)))
+    return {"Dockerfile": fill("image/Dockerfile", VERSION=__version__), **plan.installs}
 
 
 def check_list(plan: Plan, days: int) -> str:

@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from packaging.requirements import Requirement  # of transformers
+from packaging.utils import canonicalize_name
+
 from fedkeel import tables
 from fedkeel.deploy.manifest import DeployError
 from fedkeel.recipe.schema import Recipe
@@ -40,6 +43,29 @@ def pins(extras: Sequence[str]) -> tuple[str, ...]:
             "fedkeel is not installed here, so what the other machines should install is not known: pip install its source"
         ) from error
     return tuple(sorted(_pin(one) for one in wanted if set(EXTRA.findall(one)) <= set(extras)))
+
+
+def constraints(extras: Sequence[str]) -> tuple[str, ...]:
+    """Lines of a constraints file: each library that fedkeel with `extras` needs in the end, at its release on this machine.
+
+    Constraints, as another machine may need fewer: a library of this system or of this build of PyTorch. What is not installed
+    here is not held.
+    """
+    found: dict[str, str] = {}
+    todo = [("fedkeel", extra) for extra in ("", *extras)]
+    seen = set(todo)
+    while todo:
+        name, extra = todo.pop()
+        try:
+            found[name], needs = version(name).partition("+")[0], requires(name) or []
+        except PackageNotFoundError:
+            continue
+        for need in map(Requirement, needs):
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
+                asked = {(canonicalize_name(need.name), one) for one in ("", *need.extras)}
+                todo += asked - seen
+                seen |= asked
+    return tuple(f"{name}=={found[name]}" for name in sorted(found) if name != "fedkeel")
 
 
 def _pin(requirement: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from fedkeel.types import FedKeelError
 
 MEMBERS = "members"  # in the coordinator's state: a line "NODE_ID NAME" for each key that was registered
 LONGEST_SOCKET = 100  # bytes; the system allows 107
+
+
+EXTRA = re.compile(r"pip install 'fedkeel\[([^\]']+)\]'")
 
 
 class SiteFileError(FedKeelError):
@@ -137,3 +141,9 @@ def read_members(path: Path) -> dict[str, int] | None:
             )
         found[name] = int(node)
     return found
+
+
+def for_a_part(text: str) -> str:
+    """What goes wrong, where FedKeel is on no index: an extra comes from the wheels of the deployment's part."""
+    how = "pip install --no-index --find-links wheelhouse -r requirements.txt, in the site's part, whose line fedkeel[…] names"
+    return EXTRA.sub(rf"{how} \1", text)

@@ -29,7 +29,7 @@ import torch
 
 from fedkeel import tables
 from fedkeel.data.format import Example
-from fedkeel.engines.sitefile import SiteFile
+from fedkeel.engines.sitefile import SiteFile, for_a_part
 from fedkeel.engines.store import LostStateError, Store, WorkError, checked_name, write_shared
 from fedkeel.engines.world import cargo_of
 from fedkeel.exchange.messages import (
@@ -231,9 +231,10 @@ def present(recipe: Recipe, alone: str) -> Work:
     return _present[2]
 
 
-def _told(error: Exception, private: bool) -> str:
+def _told(error: Exception, private: bool, site_file: SiteFile | None) -> str:
     """What a coordinator hears of a failure. private: losses and tracebacks tell of rows, and stay in the site's log."""
     text = str(error) if isinstance(error, FedKeelError) else traceback.format_exc()
+    text = text if site_file is None else for_a_part(text)
     if not private:
         return text
     print(f"{time.strftime('%F %T')} a round failed: {text}", file=sys.stderr, flush=True)
@@ -309,5 +310,5 @@ def handle(
     except LostStateError as error:
         return {**told, "error": str(error), "lost": True}, b""
     except Exception as error:  # whatever it is, it is this site's failure, and the coordinator repeats the text
-        return {**told, "error": _told(error, private)}, b""
+        return {**told, "error": _told(error, private, site_file)}, b""
     return {**told, **more, "cpu": time.process_time() - begin}, out

@@ -14,7 +14,8 @@ worker that dies in the middle of a request is started again once and asked agai
 that it starts from (see `work`). A worker that does not answer in time is ended, as it would stand in the way of the next
 round. A worker that nobody asks for `idle` seconds ends by itself.
 
-Run by hand: `python -m fedkeel.engines.worker site.toml` serves, `python -m fedkeel.engines.worker site.toml stop` ends it.
+Run by hand: `python -m fedkeel.engines.worker site.toml` serves, `python -m fedkeel.engines.worker site.toml stop` ends it, as
+the site's start.sh does once its SuperNode has ended.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
@@ -257,9 +258,19 @@ def stop(site: SiteFile, seconds: float = 10.0) -> bool:
     return True
 
 
+def main(arguments: Sequence[str]) -> int:
+    """The command line, see above; the exit status."""
+    try:
+        site = read_site(Path(arguments[0]))
+        if arguments[1:] != ["stop"]:
+            serve(site)
+        elif stop(site):
+            print(f"site {site.name}: its worker has ended", flush=True)
+    except FedKeelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    given = read_site(Path(sys.argv[1]))
-    if sys.argv[2:] == ["stop"]:
-        stop(given)
-    else:
-        serve(given)
+    sys.exit(main(sys.argv[1:]))

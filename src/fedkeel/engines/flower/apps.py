@@ -116,10 +116,9 @@ def coordinator(grid: Grid, context: Context) -> None:
 
     def meet(run: str) -> Courier:
         courier = Courier(grid, Errand(text, run), members=lambda: read_members(Path(MEMBERS)))
+        courier.tell = watch.note  # at once: who is missing can be looked after while the others are waited for
         watch.leg("federated", f"waiting for {len(names)} sites, at most {seconds:.0f} s")
         courier.greet(lambda found: set(names) <= set(found), seconds)
-        for trouble in courier.troubles:
-            watch.note(trouble)
         return courier
 
     coordinate(recipe, names, RunFolder(Path(recipe.out) / recipe.name), watch, meet)

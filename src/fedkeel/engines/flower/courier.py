@@ -111,7 +111,9 @@ class Courier:
         self.nodes: dict[str, int] = {}
         self.hellos: dict[str, dict[str, Any]] = {}
         self.vet: Callable[[str, Mapping[str, Any]], str] = lambda site, hello: ""
-        self.troubles: list[str] = []  # what nodes said that could not say hello
+        self.troubles: list[str] = []  # of the present greeting: what nodes said that could not say hello
+        self.tell: Callable[[str], None] = lambda trouble: None  # called with each of them as it comes, once in a run
+        self._told: set[str] = set()
         self._greeted: dict[str, tuple[int, str, float]] = {}  # message -> node, request, when it is given up
         self.cpu = 0.0
 
@@ -195,7 +197,8 @@ class Courier:
                     header, _ = self._open(reply, identity, "")
                     site, hello = str(header["site"]), dict(header["hello"])
                 except (FlowerError, SiteFailure, KeyError, TypeError, ValueError) as error:
-                    self._trouble(f"node {node}: {error}")
+                    named = [f"site {name!r} (node {node})" for name, key in (members or {}).items() if key == node]
+                    self._trouble(f"{named[0] if named else f'node {node}'}: {error}")
                     continue
                 if members is not None and members.get(site) != node:
                     key = f"node {members[site]}" if site in members else "no node"
@@ -214,6 +217,9 @@ class Courier:
     def _trouble(self, text: str) -> None:
         if text not in self.troubles:
             self.troubles.append(text)
+        if text not in self._told:
+            self._told.add(text)
+            self.tell(text)
 
     def find(self, names: Sequence[str], seconds: float) -> None:
         """Greet until every one of `names` has a node. Raises FlowerError naming those that have none after `seconds`."""
