@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,7 @@ def read_csv(path: Path) -> Placed:
             reader = csv.reader(lines, strict=True)
         try:
             names = next(reader, [])
-            twice = sorted({name for name in names if names.count(name) > 1})
+            twice = sorted(name for name, count in Counter(names).items() if count > 1)
             if twice or not any(names):
                 told = f", and {twice[0]!r} stands there twice" if twice else ""
                 raise DataError(f"{path}:1: the first line names the columns{told}")

@@ -67,7 +67,9 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
         site = site_of(row[config.site_column], f"{place}: column {config.site_column!r}")
     content = json.dumps([task, parts.instruction, parts.input, parts.output, parts.messages, named or None, site])
     given = row.get("id")
-    identity = hashlib.sha256(content.encode()).hexdigest()[:16] if given in (None, "") else str(given)
+    identity = (
+        hashlib.sha256(content.encode()).hexdigest()[:16] if given in (None, "") else text_of({"id": str(given)}, "id", place)
+    )
     references = tuple(meta.get("references", {}).get(identity, ())) or (parts.output,)
     return Record(
         identity,
@@ -111,7 +113,8 @@ def metadata(config: Data) -> Mapping[str, Any]:
     path = Path(config.root) / config.tasks_file
     try:
         meta = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        json.dumps(meta, ensure_ascii=False).encode()  # half a character is no text that could be written
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} (data.tasks_file) cannot be read: {error}") from error
     if isinstance(meta, dict) and not {"tasks", "references"} & set(meta):
         meta = {"tasks": meta}
@@ -120,7 +123,14 @@ def metadata(config: Data) -> Mapping[str, Any]:
         if not isinstance(values, dict) or not all(isinstance(v, belongs) for v in values.values()):
             what = "task, an object with instruction and labels" if key == "tasks" else "row id, a list of accepted answers"
             raise DataError(f"{path} (data.tasks_file): under {key!r} belongs an object that holds, by {what}")
+    for row, answers in meta.get("references", {}).items():
+        if not all(isinstance(answer, str) for answer in answers):
+            raise DataError(f"{path} (data.tasks_file): of row {row!r}, each accepted answer under 'references' is a text")
     for task, about in meta.get("tasks", {}).items():
+        if not isinstance(about.get("instruction", ""), str) or not isinstance(about.get("labels") or [], list):
+            raise DataError(
+                f"{path} (data.tasks_file): of task {task!r}, text belongs under instruction and a list under labels"
+            )
         labels = tuple(map(str, about.get("labels") or ()))
         twice = [label for label, count in Counter(spoken(labels)).items() if count > 1]
         if twice:

@@ -91,7 +91,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest that `init` wrote. Raises DeployError naming the file and key."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DeployError(f"{path} cannot be read: {error}; copy it from app/ of the deployment's folder") from error
     keys = ("fedkeel", "coordinator", "recipe", "base", "base_sha256", "tokenizer_sha256")
     for key in keys:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
@@ -48,6 +49,8 @@ ONE = {
     "layout": "adapter layout",
     "initial": "initial adapter",
 }
+# the files of a PEFT folder as `model.export.save_adapter` writes it
+EXPORTED = {"adapter_config.json", "adapter_model.safetensors", "fedkeel_classes.json", "label_embeddings.safetensors"}
 Answers = Mapping[str, "tuple[dict[str, Any], bytes] | FedKeelError"]
 
 
@@ -325,11 +328,11 @@ class Away:
                     raise outcome
                 files = {name: t.numpy().tobytes() for name, t in open_envelope(outcome[1])[1].items()}
                 _check_export(files, current)
-            except (FedKeelError, ValueError, KeyError) as error:
+                config = json.loads(files["adapter_config.json"])
+                config["base_model_name_or_path"] = self.recipe.model.base  # where it lies at a site is that site's business
+            except (FedKeelError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
                 told.append(f"\n--- {site}: {error}")
                 continue
-            config = json.loads(files["adapter_config.json"])
-            config["base_model_name_or_path"] = self.recipe.model.base  # where it lies at a site is that site's business
             files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
             _write_folder(self.folder.path / name, files)
             return
@@ -349,6 +352,8 @@ def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
 def _check_export(files: Mapping[str, bytes], current: Global) -> None:
     """Raise EnvelopeError unless the files hold the adapter that was asked for; where its rank changes on the way (base
     shifts), unless they hold its maps."""
+    if odd := sorted(files.keys() - EXPORTED):  # what stands in this folder is passed on: no pickle, no program
+        raise EnvelopeError(f"{odd[0]!r} is no file of a PEFT folder; {', '.join(sorted(EXPORTED))} are")
     given = load_tensors(files["adapter_model.safetensors"])
     expected: dict[str, Tensor] = {}
     for path, factors in current.adapter.lora.items():

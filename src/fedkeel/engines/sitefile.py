@@ -93,14 +93,17 @@ def read_site(path: Path) -> SiteFile:
     except ConfigError as error:
         raise SiteFileError(str(error)) from None
 
-    def absolute(value: str | Path) -> Path:
-        return (path.absolute().parent / Path(value).expanduser()).resolve()
+    def absolute(key: str, value: str | Path) -> Path:
+        try:
+            return (path.absolute().parent / Path(value).expanduser()).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
+            raise SiteFileError(f"{path}: {key} = {str(value)!r} is no path: {error}") from error
 
-    state, base, worker = absolute(told.state), told.model.base, told.worker
+    state, base, worker = absolute("state", told.state), told.model.base, told.worker
     data = {key: getattr(told.data, key) for key in tree.get("data", {})}  # a key that is not given is the recipe's
     if "root" in data:
-        data["root"] = str(absolute(data["root"]))
-    socket = absolute(worker.socket or state / "worker.sock")
+        data["root"] = str(absolute("data.root", data["root"]))
+    socket = absolute("worker.socket", worker.socket or state / "worker.sock")
     if len(os.fsencode(socket)) > LONGEST_SOCKET:
         raise SiteFileError(
             f"{path}: worker.socket = {socket}: at most {LONGEST_SOCKET} bytes are possible; choose a shorter path"
@@ -111,11 +114,11 @@ def read_site(path: Path) -> SiteFile:
         state=state,
         device=told.device,
         threads=told.threads,
-        base=str(absolute(base)) if base.startswith((".", "~", "/")) else base,
+        base=str(absolute("model.base", base)) if base.startswith((".", "~", "/")) else base,
         data=data,
         warm=worker.warm,
         socket=socket,
-        key=absolute(worker.key or state / "worker.key"),
+        key=absolute("worker.key", worker.key or state / "worker.key"),
         idle=worker.idle,
         recipe_sha256=told.recipe_sha256,
     )
@@ -135,7 +138,7 @@ def read_members(path: Path) -> dict[str, int] | None:
     found = {}
     for count, line in enumerate(lines, 1):
         node, _, name = line.partition(" ")
-        if not (node.isascii() and node.isdigit() and name):
+        if not (node.isascii() and node.isdigit() and len(node) <= 20 and name):
             raise SiteFileError(
                 f"{path.absolute()}, line {count}: a node's number and a site's name belong there, not {line!r}"
             )

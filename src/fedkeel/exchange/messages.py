@@ -204,12 +204,26 @@ def pack_shift(entry: Shift) -> bytes:
     return pack_tensors(pairs, kind="shift", paths=sorted(entry))
 
 
-def unpack_shift(payload: bytes) -> Shift:
-    """What `pack_shift` packed. Raises EnvelopeError."""
+def unpack_shift(payload: bytes, like: Adapter | None = None) -> Shift:
+    """What `pack_shift` packed. like: an adapter whose maps it must fit. Raises EnvelopeError."""
     header, sent = open_envelope(payload)
-    if header.get("kind") != "shift" or not isinstance(header.get("paths"), list):
+    paths = header.get("paths")
+    if header.get("kind") != "shift" or not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise EnvelopeError("this is no entry of a log of base shifts")
-    return {path: (sent[f"{path}.left"].clone(), sent[f"{path}.right"].clone()) for path in header["paths"]}
+    if sent.keys() != {f"{path}.{side}" for path in paths for side in ("left", "right")}:
+        raise EnvelopeError("an entry of a log of base shifts whose tensors are not two for each path that it names")
+    # copies, for the reason that `Cast.decode` gives
+    entry = {path: (sent[f"{path}.left"].clone(), sent[f"{path}.right"].clone()) for path in paths}
+    for path, (left, right) in entry.items():
+        if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
+            raise EnvelopeError(f"a base shift of {path} of shapes {tuple(left.shape)} and {tuple(right.shape)}")
+        if like is not None and (
+            path not in like.lora or (left.shape[0], right.shape[1]) != (like.lora[path].b.shape[0], like.lora[path].a.shape[1])
+        ):
+            raise EnvelopeError(
+                f"a base shift of {path!r}, {left.shape[0]} by {right.shape[1]}, which fits no map of the adapter"
+            )
+    return entry
 
 
 def unsent(adapter: Adapter, rule: Rule) -> str:

@@ -49,6 +49,13 @@ def _loading(base: str) -> Iterator[None]:
             f"model.base = {base!r} cannot be loaded: {reason}. Name {', '.join(tables.BASES)}, a local folder in "
             f"Hugging Face layout, a GGUF file, or a hub id that this machine can reach or has in its cache"
         ) from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":  # by its name, as nothing here imports pickle
+            raise
+        raise ModelError(
+            f"model.base = {base!r} cannot be loaded: its pickled weights (pytorch_model*.bin) are torn, or ask for more than "
+            f"tensors; nothing of them was run. Weights in safetensors belong there"
+        ) from error
 
 
 def _load(call: Any, base: str, where: str, **options: Any) -> Any:

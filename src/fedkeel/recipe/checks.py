@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def _orders(path: Path) -> dict[str, list[str]]:
     """The orders of tasks that `path` names. Raises ConfigError naming the file, and the order where one is malformed."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} (data.tasks_file, for stream.order) cannot be read: {error}; set data.root to the folder that holds it, "
             f"or write stream.stages out"
@@ -92,7 +93,7 @@ def check_data(recipe: Recipe) -> None:
             raise ConfigError(_LACKS.get(key, f"data.{key} is not set, and data.source = {data.source!r} needs it"))
     for name in (*data.files, *([data.tasks_file] if data.tasks_file else [])) if source.files else ():
         pattern = any(c in name for c in "*?[")  # whether a file fits is seen when the rows are read
-        if not pattern and not (Path(data.root) / name).is_file():
+        if not pattern and not os.path.isfile(Path(data.root) / name):  # Path.is_file raises for a name that is too long
             raise ConfigError(f"data file not found: {Path(data.root) / name} (data.root = {data.root!r})")
 
 

@@ -54,10 +54,11 @@ def make_recipe(tree: Mapping[str, Any], data: bool = True, order: bool = False)
 def _template_text(asked: str) -> str:
     """The chat template that a recipe names: of a file its text, so that what is edited later changes no run; else what it says
     as it stands."""
-    if "{" in asked or not asked or not Path(asked).expanduser().is_file():
+    path = os.path.expanduser(asked)  # as isfile, without an error for a user or a path that cannot be
+    if "{" in asked or not asked or not os.path.isfile(path):
         return asked
     try:
-        return Path(asked).expanduser().read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"model.chat_template = {asked!r} cannot be read: {error}") from error
 
@@ -73,7 +74,7 @@ def _parse_value(text: str) -> Any:
     """A TOML value, or the text itself where it is not one (a bare word, a path)."""
     try:
         parsed = tomllib.loads(f"v = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, a number of too many digits, nested too deep
         return text
     return parsed["v"] if len(parsed) == 1 else text
 

@@ -307,7 +307,8 @@ def read_toml(path: Path, what: str = "file") -> dict[str, Any]:
         run = path / "recipe.toml"
         hint = f"; to go on with a run:  fedkeel run {run} --resume" if run.is_file() else ""
         raise ConfigError(f"{path} is a folder, and a {what} belongs here{hint}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    # ValueError: no UTF-8, no TOML, or a number of too many digits; RecursionError: nested too deep
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 

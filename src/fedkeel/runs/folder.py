@@ -25,7 +25,7 @@ from fedkeel.exchange.messages import pack_global, pack_shift, pack_tensors, rea
 from fedkeel.exchange.sums import pack_known, read_known
 from fedkeel.files import append_lines, write_atomic
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import to_toml
+from fedkeel.recipe.settings import read_toml, to_toml
 from fedkeel.runs.track import Tracks
 from fedkeel.types import Adapter, FedKeelError, Global, Row, Sums
 
@@ -76,6 +76,39 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str
     return ""
 
 
+_STATE = {"done": list, "leg": str, "round": int, "tested": int, "rows_bytes": int, "finished": bool}
+_PERHAPS = {"scored": int, "last": int, "best": dict, "asked": dict, "prints": dict, "before": dict}
+_BEST = {"stage": int, "round": int, "score": float, "waited": int}
+
+
+def _unlike_a_state(state: Any) -> str:
+    """What a state of a run, or the one before, has where another kind of value belongs; nothing where it has none."""
+    if not isinstance(state, dict):
+        return "no JSON object"
+    perhaps = {key: kind for key, kind in _PERHAPS.items() if key in state}
+    best = _BEST if state.get("best") else {}
+    for holds, kinds in ((state, _STATE | perhaps), (state.get("best", {}), best)):
+        for key, kind in kinds.items():
+            value = holds.get(key) if isinstance(holds, dict) else None
+            if type(value) is not kind and not (kind is float and value in (0, 1)):
+                return f"{key} is {value!r:.60}"
+            if isinstance(value, int) and not 0 <= value < 2**53:
+                return f"{key} is {value!r:.60}"
+    for key, kind in (("asked", int), ("prints", str)):
+        if not all(type(value) is kind for value in state.get(key, {}).values()):
+            return f"{key} is {state[key]!r:.60}"
+    if not all(isinstance(name, str) for name in state["done"]):
+        return f"done is {state['done']!r:.60}"
+    return _unlike_a_state(state["before"]) if "before" in state else ""
+
+
+def _count(header: Mapping[str, Any], key: str) -> int:
+    """How many files a header speaks of. Raises ValueError; they are opened one by one, so that a lie ends at the first."""
+    if type(header.get(key)) is not int or header[key] < 0:
+        raise ValueError(f"{key} = {header.get(key)!r} where a count of files belongs")
+    return int(header[key])
+
+
 class RunFolder:
     """`runs/<name>`: the resolved recipe, rows, checkpoints and the state to resume from."""
 
@@ -97,7 +130,13 @@ class RunFolder:
         before: the state as the round before left it, rows_bytes, finished}."""
         if not self._state_file.exists():
             return {"done": [], "leg": "", "round": 0, "tested": 0, "scored": 0, "rows_bytes": 0, "finished": False}
-        state: dict[str, Any] = json.loads(self._state_file.read_text())
+        try:
+            state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
+            wrong = _unlike_a_state(state)
+        except (OSError, ValueError, RecursionError) as error:
+            wrong = str(error)
+        if wrong:
+            raise RunError(f"{self._state_file} is not as it was written ({wrong}); start over with --fresh")
         return state
 
     @contextmanager
@@ -128,7 +167,7 @@ class RunFolder:
                 raise RunError(
                     f"{self.path} holds a run already; continue it with --resume, replace it with --fresh, or set name=OTHER"
                 )
-            before = tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+            before = read_toml(self.path / "recipe.toml", "the run's recipe")
             if changed := _difference(before, tomllib.loads(to_toml(recipe))):
                 raise RunError(
                     f"{self.path} cannot be resumed with another recipe: {changed}; only {', '.join(FREE)} may be changed"
@@ -148,8 +187,7 @@ class RunFolder:
             state = self._whole(self.state())
             self._check_prints(state.get("prints"), prints or {})
             write_atomic(self.path / "recipe.toml", to_toml(recipe))
-            if self.rows_file.exists():  # rows written after the last checkpoint belong to work that is done again
-                os.truncate(self.rows_file, state["rows_bytes"])
+            self._cut_rows(state["rows_bytes"])
             return state
         if self.path.exists():
             shutil.rmtree(self.path)
@@ -159,6 +197,19 @@ class RunFolder:
         write_atomic(self._state_file, json.dumps(state))
         self._saved = dict(state)
         return state
+
+    def _cut_rows(self, size: int) -> None:
+        """Rows written after the last checkpoint belong to work that is done again. Raises RunError where some are missing."""
+        if not self.rows_file.exists():
+            return
+        with self.rows_file.open("rb+") as rows:
+            there = rows.seek(0, os.SEEK_END)
+            rows.seek(max(0, min(size, there) - 1))
+            if size > there or (size and rows.read(1) != b"\n"):
+                raise RunError(
+                    f"{self.rows_file} is not as it was written: no row ends at byte {size}; start over with --fresh"
+                )
+            rows.truncate(size)
 
     def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state, or that of the round before where what it points to is torn or altered. Raises RunError where both are."""
@@ -183,13 +234,16 @@ class RunFolder:
         path = self.checkpoint(leg, round)
         try:
             header, _ = open_envelope(path.read_bytes())
-            files = [self._shift(leg, n + 1) for n in range(int(header["log"]))]
-            files += [self._kept(leg, round) / "optimiser.fkl"] if header.get("kept") else []
-            for path in files:
+            for n in range(_count(header, "log")):
+                path = self._shift(leg, n + 1)
+                unpack_shift(path.read_bytes())
+            if header.get("kept"):
+                path = self._kept(leg, round) / "optimiser.fkl"
                 told, _ = open_envelope(path.read_bytes())
-                if path.name == "optimiser.fkl":
-                    files += [path.with_name(f"{n}.fkl") for n in range(int(told["sites"]))]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                for n in range(_count(told, "sites")):
+                    path = path.with_name(f"{n}.fkl")
+                    open_envelope(path.read_bytes())
+        except (OSError, ValueError) as error:
             return f"checkpoint {path} is not as it was written ({error})"
         return ""
 
@@ -310,7 +364,7 @@ class RunFolder:
         try:
             header, state = unpack_global(path.read_bytes(), "checkpoint", like)
             counts = {site: read_counts(held) for site, held in header["counts"].items()}
-            shifts = [unpack_shift(self._shift(leg, n + 1).read_bytes()) for n in range(int(header["log"]))]
+            shifts = [unpack_shift(self._shift(leg, n + 1).read_bytes(), like) for n in range(_count(header, "log"))]
             held = read_counts(header["held"])
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise RunError(f"checkpoint {path} cannot be used: {error}; start over with --fresh") from error
@@ -338,12 +392,12 @@ class RunFolder:
         """(what sites keep, what the server's optimiser keeps) after `round`, one of the last two that were written; both
         empty where nobody keeps anything. Raises RunError."""
         target = self._kept(leg, round)
-        if not unpack_global(self.checkpoint(leg, round).read_bytes(), "checkpoint", like)[0].get("kept"):
-            return {}, {}
         kept = {}
         try:
+            if not unpack_global(self.checkpoint(leg, round).read_bytes(), "checkpoint", like)[0].get("kept"):
+                return {}, {}
             header, optimiser = open_envelope((target / "optimiser.fkl").read_bytes())
-            for n in range(int(header["sites"])):
+            for n in range(_count(header, "sites")):
                 told, tensors = open_envelope((target / f"{n}.fkl").read_bytes())
                 kept[str(told["site"])] = tensors
         except (OSError, ValueError, KeyError, TypeError) as error:

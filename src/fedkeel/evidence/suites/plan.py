@@ -148,7 +148,7 @@ class Planned:
 
 def _as_text(value: Any) -> str:
     """A value of a plan as an override writes it."""
-    return json.dumps(value) if isinstance(value, bool | list) else str(value)
+    return json.dumps(value, default=str) if isinstance(value, bool | list) else str(value)
 
 
 def _value_of(key: str, overrides: Sequence[str]) -> str:
