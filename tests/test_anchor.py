@@ -23,7 +23,7 @@ from fedkeel.exchange.sums import pack_foretold, pack_sums, pack_trial, read_for
 from fedkeel.federation.evidence import Anchor, known_sums, tried
 from fedkeel.federation.server import FederationError
 from fedkeel.method.objective import anchor
-from fedkeel.model.features import Beside
+from fedkeel.model.features import Beside, chances
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe, plain
 from fedkeel.recipe.schema import Evidence
@@ -166,7 +166,7 @@ def test_what_is_served_adds_the_log_chances_of_both(anchored: tuple[list[str], 
     alone = score(model, formatter, tests, recipe.evaluation)
     for row, with_head, without in zip(tests, both, alone, strict=True):
         prompt = formatter.encode(row).prompt
-        told = anchor.chances(head, model.features([prompt]), row.labels)[0].tolist()
+        told = chances(head, model.features([prompt]), row.labels)[0].tolist()
         wanted = [p * t**0.5 for p, t in zip(without.distribution, told, strict=True)]
         assert with_head.distribution == pytest.approx([w / sum(wanted) for w in wanted], rel=1e-4)
     assert any(a.distribution != b.distribution for a, b in zip(both, alone, strict=True))
@@ -240,9 +240,9 @@ def test_a_position_is_told_the_classifiers_chances_and_counts_its_trust() -> No
                 assert soft.weight[n] == 0
                 continue
             head = heads["topic"]
-            chances = anchor.chances(head, model.features([example.prompt]), example.labels)[0]
+            likely = chances(head, model.features([example.prompt]), example.labels)[0]
             assert dict(zip(soft.token[at].tolist(), soft.value[at].tolist(), strict=True)) == pytest.approx(
-                dict(zip((CLASSES.index(label) for label in example.labels), chances.tolist(), strict=True)), rel=1e-5
+                dict(zip((CLASSES.index(label) for label in example.labels), likely.tolist(), strict=True)), rel=1e-5
             )
             assert float(soft.weight[n]) == pytest.approx(float(head.trust[head.labels.index(example.label)]) if trust else 1.0)
     assert Anchor(model.features, {}, Evidence())(batch, examples) is None

@@ -15,11 +15,12 @@ from test_places import injected, run
 from torch import Tensor, nn
 from training import recipe_of, same_bits, setting, train, whole_batch
 
-from fedkeel.method.objective.exits import Exits, early, exit_block
+from fedkeel.method.objective.exits import early, exit_block
 from fedkeel.method.objective.task import task_loss
 from fedkeel.model.depth import Patch, without
 from fedkeel.model.lora import Model
 from fedkeel.model.places import StructureError
+from fedkeel.recipe.schema import Exit
 from fedkeel.scores.damage import damaged
 from fedkeel.types import Forward, Global
 
@@ -139,7 +140,7 @@ def test_exits_above_kept_states_are_the_same() -> None:
 def test_exit_blocks_by_hand(
     options: dict[str, Any], blocks: int, first: int, uniform: float, progress: float, want: int
 ) -> None:
-    assert exit_block(Exits(**options), blocks, first, uniform, progress) == want
+    assert exit_block(Exit(**options), blocks, first, uniform, progress) == want
 
 
 def test_the_term_by_hand() -> None:
@@ -148,11 +149,11 @@ def test_the_term_by_hand() -> None:
     forward = Forward(full, torch.tensor([0]), torch.tensor([0]), exit=exit)
     labels, self_ = math.log(2), 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     for teach, want in (("labels", labels), ("self", self_), ("both", (labels + self_) / 2)):
-        assert float(early(forward, Exits(teach=teach)).detach()) == pytest.approx(want, abs=1e-6)
-    early(forward, Exits(teach="self")).backward()
+        assert float(early(forward, Exit(teach=teach)).detach()) == pytest.approx(want, abs=1e-6)
+    early(forward, Exit(teach="self")).backward()
     assert full.grad is None  # the full depth teaches and does not learn
     assert exit.grad.tolist() == [[pytest.approx(-0.25), pytest.approx(0.25)]]
-    assert float(early(Forward(full, forward.targets, forward.rows), Exits())) == 0.0
+    assert float(early(Forward(full, forward.targets, forward.rows), Exit())) == 0.0
 
 
 def test_a_round_with_exits_is_its_own_and_one_of_weight_0_plain() -> None:
@@ -162,11 +163,11 @@ def test_a_round_with_exits_is_its_own_and_one_of_weight_0_plain() -> None:
     def trained(*keys: str) -> dict[str, Tensor]:
         return train(model, examples, recipe_of(*keys), Global(0, start))[0]
 
-    plain, exits = trained(), trained("term.exit.weight=0.3", "term.exit.least=0")
-    assert same_bits(trained("term.exit.weight=0"), plain)
+    plain, exits = trained(), trained("exit.weight=0.3", "exit.least=0")
+    assert same_bits(trained("exit.weight=0"), plain)
     assert not same_bits(exits, plain)
-    assert same_bits(trained("term.exit.weight=0.3", "term.exit.least=0"), exits)
-    micro = trained("term.exit.weight=0.3", "term.exit.least=0", "train.micro_batch_size=1")  # one exit a step, for all
+    assert same_bits(trained("exit.weight=0.3", "exit.least=0"), exits)
+    micro = trained("exit.weight=0.3", "exit.least=0", "train.micro_batch_size=1")  # one exit a step, for all
     assert max(float((micro[n] - exits[n]).abs().max()) for n in exits) < 1e-3
 
 
@@ -174,7 +175,7 @@ def test_a_round_with_skipped_blocks_beside_an_exit() -> None:
     """Both put another forward in place of a block's; what is left behind is neither."""
     model, examples = setting("llama")
     start = model.read()
-    recipe = recipe_of("structure.skip=0.8", "term.exit.weight=0.3", "term.exit.least=0", "train.local_steps=6")
+    recipe = recipe_of("structure.skip=0.8", "exit.weight=0.3", "exit.least=0", "train.local_steps=6")
     first, stats = train(model, examples, recipe, Global(0, start))
     assert 0 < stats["dropped"] < 1
     assert same_bits(train(model, examples, recipe, Global(0, start))[0], first)

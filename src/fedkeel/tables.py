@@ -203,7 +203,14 @@ TERMS = Table(
             weight=f"{_OBJECTIVE}.anchor:anchor_weight",
             row="anchor_loss",
         ),
-        "exit": Term(f"{_OBJECTIVE}.exits:early", options=f"{_OBJECTIVE}.exits:Exits", needs=("exit",), row="exit_loss"),
+        "exit": Term(
+            f"{_OBJECTIVE}.exits:early",
+            key="exit.weight",
+            section="exit",
+            needs=("exit",),
+            weight=f"{_OBJECTIVE}.exits:exit_weight",
+            row="exit_loss",
+        ),
         "proximal": Term(
             f"{_OBJECTIVE}.proximal:to_start",
             key="train.proximal",

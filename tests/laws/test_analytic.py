@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedkeel.method.objective import anchor
+from fedkeel.model.features import chances, features_of, scores_of
 from fedkeel.types import Forward, Head, Soft, Sums
 
 LABELS = ["ham", "egg", "tea"]
@@ -23,7 +24,7 @@ def rows(seed: int, count: int, width: int = 6) -> tuple[Tensor, list[str]]:
     labels = [LABELS[n % 3] for n in range(count)]
     centres = 2 * torch.randn(3, width, generator=generator)
     hidden = torch.stack([centres[n % 3] for n in range(count)]) + torch.randn(count, width, generator=generator)
-    return anchor.features_of([hidden]), labels
+    return features_of([hidden]), labels
 
 
 def solved(features: Tensor, labels: list[str], strength: float) -> Tensor:
@@ -43,13 +44,13 @@ def test_features_by_hand() -> None:
     """(1, 3) has mean 2 and deviation 1, so (−1, 1): 64 steps of 1/64 each; the intercept is 1 too; far values are cut at 8.
     Each part is measured by itself."""
     first, second = torch.tensor([[1.0, 3.0], [5.0, 5.0]]), torch.tensor([[0.0, 0.0, 3.0, 3.0], [9.0, 7.0, 9.0, 7.0]])
-    assert anchor.features_of([first]).tolist() == [[-64, 64, 64], [0, 0, 64]]
-    assert anchor.features_of([first, second]).tolist() == [[-64, 64, -64, -64, 64, 64, 64], [0, 0, 64, -64, 64, -64, 64]]
+    assert features_of([first]).tolist() == [[-64, 64, 64], [0, 0, 64]]
+    assert features_of([first, second]).tolist() == [[-64, 64, -64, -64, 64, 64, 64], [0, 0, 64, -64, 64, -64, 64]]
     spike = torch.zeros(1, 400)
     spike[0, 0] = 1.0
-    assert anchor.features_of([spike])[0, 0] == 512  # its deviation is 1/20: 20 of them
+    assert features_of([spike])[0, 0] == 512  # its deviation is 1/20: 20 of them
     scaled = torch.randn(3, 9, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(anchor.features_of([scaled]), anchor.features_of([3 * scaled + 2]))
+    assert torch.equal(features_of([scaled]), features_of([3 * scaled + 2]))
 
 
 def test_sums_of_sites_and_stages_are_those_of_all_rows_in_any_order() -> None:
@@ -125,9 +126,9 @@ def test_scale_and_trust_come_from_what_was_foretold() -> None:
 def test_a_label_without_evidence_scores_nothing() -> None:
     head = Head(("a", "b"), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), 2.0, torch.ones(2))
     features = torch.tensor([[3, 1]], dtype=torch.int16)
-    assert anchor.scores_of(head, features, ("b", "z", "a")).tolist() == [[2.0, 0.0, 3.0]]
+    assert scores_of(head, features, ("b", "z", "a")).tolist() == [[2.0, 0.0, 3.0]]
     wanted = [math.exp(v) / (math.exp(4) + 1 + math.exp(6)) for v in (4, 0, 6)]
-    assert anchor.chances(head, features, ("b", "z", "a"))[0].tolist() == pytest.approx(wanted, rel=1e-6)
+    assert chances(head, features, ("b", "z", "a"))[0].tolist() == pytest.approx(wanted, rel=1e-6)
 
 
 @st.composite

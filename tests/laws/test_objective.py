@@ -17,7 +17,7 @@ from fedkeel.method.objective.consistency import self_consistency, symmetric_kl
 from fedkeel.method.objective.distill import GOLD, REST, Guidance, distill
 from fedkeel.method.objective.proximal import proximal
 from fedkeel.method.objective.task import task_loss
-from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.schema import Exit, Recipe
 from fedkeel.types import Forward, Loss, Soft, Teacher
 
 Term = Callable[[Forward], Tensor]
@@ -46,8 +46,8 @@ def anchored(forward: Forward) -> Tensor:
 
 def early(forward: Forward) -> Tensor:
     """The term of an exit, whose logits are the student's; the full depth is the teacher."""
-    options = tables.TERMS["exit"].settings()(teach="self")
-    return tables.TERMS["exit"].load()(replace(forward, exit=forward.logits, logits=forward.teacher.logits), options)
+    seen = replace(forward, exit=forward.logits, logits=forward.teacher.logits)
+    return tables.TERMS["exit"].load()(seen, Exit(teach="self"))
 
 
 def of_guidance(guidance: Guidance) -> Term:

@@ -18,7 +18,8 @@ from torch import Tensor
 from fedkeel.exchange.codecs import EnvelopeError, Wire, open_envelope, seal
 from fedkeel.exchange.heads import WIDEST, heads_packed, heads_unpacked, heads_wire
 from fedkeel.exchange.messages import SCHEMA, layout, read_counts
-from fedkeel.method.objective.anchor import BOUND, SCALES
+from fedkeel.method.objective.anchor import SCALES
+from fedkeel.model.features import BOUND
 from fedkeel.types import Adapter, Head, Reply, Sums
 
 

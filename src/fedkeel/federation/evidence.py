@@ -13,7 +13,7 @@ from fedkeel.data.batches import Batch
 from fedkeel.data.format import Example
 from fedkeel.method.objective import anchor
 from fedkeel.method.objective.calibrate import along
-from fedkeel.model.features import Features
+from fedkeel.model.features import Features, chances
 from fedkeel.recipe.schema import Evidence
 from fedkeel.types import Head, Offsets, Soft, Sums
 
@@ -95,9 +95,9 @@ class Anchor:
             alike[example.task, example.labels].append(example)
         for (task, labels), rows in alike.items():
             head = self._heads[task]
-            chances = anchor.chances(head, self._features([e.prompt for e in rows]), labels).double()
+            told = chances(head, self._features([e.prompt for e in rows]), labels).double()
             trust = dict(zip(head.labels, head.trust.tolist(), strict=True)) if self._trusts else {}
-            for example, chance in zip(rows, chances.tolist(), strict=True):
+            for example, chance in zip(rows, told.tolist(), strict=True):
                 own = trust.get(example.label, 0.0) if self._trusts else 1.0
                 listed = anchor.along(example.answer, example.options, chance)
                 at, tokens, values, masses = zip(*listed, strict=True) if listed else ((), (), (), ())

@@ -214,7 +214,7 @@ class Lesson:
         recipe, round = self.round.recipe, self.round
         uniform = derive(recipe.seed, "exit", round.site, round.state.round, moment.step) / 2**63
         blocks = len(self.model.places.stack)
-        return exit_block(recipe.options("term", "exit"), blocks, self.model.first, uniform, moment.progress)
+        return exit_block(recipe.exit, blocks, self.model.first, uniform, moment.progress)
 
     def disturbed(self, batch: Batch, step: int, number: int, states: bool = False, exit: int = -1) -> Forward:
         """Pass `number` of a step, with structures on; all micro-batches of the step share what they draw."""

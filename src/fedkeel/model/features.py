@@ -1,27 +1,47 @@
-"""What the frozen base says of a prompt, whatever the adapter: the features of the analytic anchor."""
+"""What the frozen base says of a prompt, whatever the adapter: the features of the analytic anchor, and its classifiers on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fedkeel.method.objective.anchor import chances, features_of
 from fedkeel.types import Head
 
-if TYPE_CHECKING:
-    from fedkeel.model.lora import Model
-
+STEP = 2.0**-6  # of the grid, where a feature's deviation is 1
+BOUND = 512  # most of a feature, in steps
 ROWS = 32  # prompts at once
+
+
+def features_of(parts: Sequence[Tensor]) -> Tensor:
+    """(rows, d) whole numbers, int16: of each part, (rows, its width), a row less its mean, over its deviation, in steps of
+    the grid, cut at ± BOUND; then a 1, for the intercept."""
+    scaled = []
+    for part in parts:
+        centred = part.double() - part.double().mean(1, keepdim=True)
+        scaled.append(centred / centred.std(1, keepdim=True, correction=0).clamp_min(1e-12))
+    whole = (torch.cat(scaled, 1) / STEP).round().clamp(-BOUND, BOUND)
+    return torch.cat([whole, torch.full_like(whole[:, :1], 1 / STEP)], 1).to(torch.int16)
+
+
+def chances(head: Head, features: Tensor, labels: Sequence[str]) -> Tensor:
+    """softmax(a · scores) over `labels`, (rows, labels) float32; a label without evidence has score 0. features: (rows, d)."""
+    return (head.scale * scores_of(head, features, labels)).softmax(-1)
+
+
+def scores_of(head: Head, features: Tensor, labels: Sequence[str]) -> Tensor:
+    """weight[l] · h of each of `labels`, (rows, labels) float32; 0 of a label without evidence."""
+    whole = features.float() @ head.weight.T
+    place = {label: column for column, label in enumerate(head.labels)}
+    columns = torch.tensor([place.get(label, -1) for label in labels])
+    return whole[:, columns.clamp_min(0)] * (columns >= 0)
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Analytic classifiers that are served beside an adapter. weight: of their log chances. alone: in place of the
-    adapter's."""
+    """Analytic classifiers that are served beside an adapter. weight: of their log chances. alone: in place of the adapter's."""
 
     heads: Mapping[str, Head]
     weight: float = 1.0
@@ -39,14 +59,15 @@ class Beside:
 
 
 class Features:
-    """Of one model's base: what `Model.pooled` makes of a prompt's hidden states, as whole numbers, see `anchor.features_of`.
-    Each prompt is worked out once and kept, in two bytes a number.
+    """Of one base: what is pooled of a prompt's hidden states, as whole numbers, see `features_of`. Each prompt is worked out
+    once and kept, in two bytes a number.
 
     Only while no base shift moves the frozen maps.
     """
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, pooled: Callable[[Tensor, Tensor], Sequence[Tensor]], pad: int) -> None:
+        """pooled: (ids, mask), each (rows, tokens) and padded with `pad` on the right -> parts, (rows, width) each."""
+        self._pooled, self._pad = pooled, pad
         self._held: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -55,21 +76,8 @@ class Features:
         fresh = sorted({key for key in keys if key not in self._held}, key=lambda key: (len(key), key))
         for start in range(0, len(fresh), ROWS):
             chunk = fresh[start : start + ROWS]
-            self._held |= zip(chunk, features_of(self._pooled(chunk)), strict=True)
+            width = max(map(len, chunk))
+            ids = torch.tensor([[*prompt, *[self._pad] * (width - len(prompt))] for prompt in chunk])
+            mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in chunk])
+            self._held |= zip(chunk, features_of(self._pooled(ids, mask)), strict=True)
         return torch.stack([self._held[key] for key in keys])
-
-    @torch.no_grad()
-    def _pooled(self, prompts: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        model = self._model
-        assert model.initial is not None
-        width = max(map(len, prompts))
-        pad = model.tokenizer.pad_token_id
-        ids = torch.tensor([[*prompt, *[pad] * (width - len(prompt))] for prompt in prompts], device=model.device)
-        mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts], device=model.device)
-        was = model.net.training
-        model.train(False)
-        try:
-            with model.swapped(model.park(model.initial)), model.autocast():
-                return [part.float().cpu() for part in model.pooled(ids, mask)]
-        finally:
-            model.train(was)

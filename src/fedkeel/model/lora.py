@@ -176,7 +176,7 @@ class Model:
             self._projection().register_forward_pre_hook(self._gather_positions)
         self._ranks: dict[str, int] = {}  # of what was last written; empty before that, when all room is taken
         self.lower = self._lower_blocks(lora) if weights and self.first else None
-        self.features = Features(self)
+        self.features = Features(self._pooled, self.tokenizer.pad_token_id)
         self.beside = Beside({})  # what scores labels beside the adapter
         self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
         self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
@@ -414,18 +414,29 @@ class Model:
         logits, _ = self.logits_at(inputs, rows, columns)
         return Forward(logits, targets, rows)
 
-    def pooled(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """Of each row the mean of its tokens' hidden states, (rows, d): of those below the first block that is trained, else of
-        the last ones, of an encoder-decoder of its encoder's. Of a causal model besides that of the last token, which alone has
-        read the whole row."""
-        if self.lower is not None:
-            hidden = self.lower.states({"input_ids": ids, "attention_mask": mask})
-        else:
-            base = self.net.get_base_model()
-            body = base.get_encoder() if self.kind == "seq2seq" else base.base_model
-            hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state
-        mean = _pool(hidden, mask)
-        return [mean, hidden[torch.arange(len(ids)), mask.sum(1) - 1]] if self.kind == "causal" else [mean]
+    @torch.no_grad()
+    def _pooled(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """What the base without adapter makes of whole rows, (rows, d) each, float32 on the CPU: the mean of a row's hidden
+        states below the first block that is trained, else of the last ones, of an encoder-decoder of its encoder's. Of a
+        causal model besides that of the last token, which alone has read the whole row."""
+        assert self.initial is not None
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        was = self.net.training
+        self.train(False)
+        try:
+            with self.swapped(self.park(self.initial)), self.autocast():
+                if self.lower is not None:
+                    hidden = self.lower.states({"input_ids": ids, "attention_mask": mask})
+                else:
+                    base = self.net.get_base_model()
+                    body = base.get_encoder() if self.kind == "seq2seq" else base.base_model
+                    hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state
+        finally:
+            self.train(was)
+        parts = [_pool(hidden, mask)]
+        if self.kind == "causal":
+            parts.append(hidden[torch.arange(len(ids)), mask.sum(1) - 1])
+        return [part.float().cpu() for part in parts]
 
     def logits_at(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, Any]:
         """(N, V) logits at the given positions of a language model, and the model's whole output (with its cache)."""

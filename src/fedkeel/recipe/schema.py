@@ -262,6 +262,20 @@ class Structure:
         return self.amounts.get(name, 0.0)
 
 
+@dataclass(frozen=True)
+class Exit:
+    """An early exit in the loss: what the model would say if it ended at a block drawn for each step (docs/method.md)."""
+
+    weight: float = number(0.0, 0, about="λ_e, of the loss at that block; 0: no exit")
+    least: float = number(0.5, 0, 1, "of the depth, from which blocks are drawn", unit="share")
+    teach: str = one_of(
+        "labels",
+        ("labels", "self", "both"),
+        "what an exit learns from: answers, the full depth of the same pass, or half of each",
+    )
+    deepen: float = number(0.0, 0, 1, "of the run, over which exits spread from the top down to `least`", unit="share")
+
+
 def _codec(spec: str) -> str:
     try:
         tables.codec_parts(spec)
@@ -376,6 +390,7 @@ class Recipe:
     evidence: Evidence = field(default_factory=Evidence)
     distill: Distill = field(default_factory=Distill)
     structure: Structure = field(default_factory=Structure)
+    exit: Exit = field(default_factory=Exit)
     federation: Federation = field(default_factory=Federation)
     privacy: Privacy = field(default_factory=Privacy)
     audit: Audit = field(default_factory=Audit)

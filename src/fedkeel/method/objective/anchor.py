@@ -22,21 +22,8 @@ from fedkeel.method.objective.logits import wide
 from fedkeel.method.objective.terms import Moment
 from fedkeel.types import Forward, Head, Soft, Sums
 
-STEP = 2.0**-6  # of the grid, where a feature's deviation is 1
-BOUND = 512  # most of a feature, in steps
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)  # of scores in a softmax, of which the likeliest is taken
-
-
-def features_of(parts: Sequence[Tensor]) -> Tensor:
-    """(rows, d) whole numbers, int16: of each part, (rows, its width), a row less its mean, over its deviation, in steps of
-    the grid, cut at ± BOUND; then a 1, for the intercept."""
-    scaled = []
-    for part in parts:
-        centred = part.double() - part.double().mean(1, keepdim=True)
-        scaled.append(centred / centred.std(1, keepdim=True, correction=0).clamp_min(1e-12))
-    whole = (torch.cat(scaled, 1) / STEP).round().clamp(-BOUND, BOUND)
-    return torch.cat([whole, torch.full_like(whole[:, :1], 1 / STEP)], 1).to(torch.int16)
 
 
 def sums_of(features: Tensor, labels: Sequence[str], stage: int = 0) -> Sums:
@@ -134,19 +121,6 @@ def foretold(scores: Tensor, labels: Sequence[str], known: Sequence[str]) -> tup
     hits = Counter(label for label, hit in zip(labels, right, strict=True) if hit)
     nats = [float(-(a * scores).log_softmax(1).gather(1, wanted[:, None]).sum()) for a in SCALES]
     return dict(sorted(hits.items())), nats
-
-
-def chances(head: Head, features: Tensor, labels: Sequence[str]) -> Tensor:
-    """softmax(a · scores) over `labels`, (rows, labels) float32; a label without evidence has score 0. features: (rows, d)."""
-    return (head.scale * scores_of(head, features, labels)).softmax(-1)
-
-
-def scores_of(head: Head, features: Tensor, labels: Sequence[str]) -> Tensor:
-    """weight[l] · h of each of `labels`, (rows, labels) float32; 0 of a label without evidence."""
-    whole = features.float() @ head.weight.T
-    place = {label: column for column, label in enumerate(head.labels)}
-    columns = torch.tensor([place.get(label, -1) for label in labels])
-    return whole[:, columns.clamp_min(0)] * (columns >= 0)
 
 
 def along(

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from fedkeel.method.objective.consistency import self_consistency
 from fedkeel.method.objective.task import task_loss
-from fedkeel.recipe.settings import number, one_of
+from fedkeel.method.objective.terms import Moment
+from fedkeel.recipe.schema import Exit
 from fedkeel.types import Forward
 
-TEACH = ("labels", "self", "both")
 
-
-@dataclass(frozen=True)
-class Exits:
-    """Options of the term `exit`. weight: λ_e. least: of the depth, from which exits may be drawn. teach: what an exit learns
-    from: the rows' answers, what the full depth of the same pass says, or half of each. deepen: of the run, over which exits
-    spread from the top down to `least`; 0: all from the beginning."""
-
-    weight: float = number(0.0, 0, about="λ_e, of the loss at a block drawn for each step; 0: no exit")
-    least: float = number(0.5, 0, 1, "of the depth, from which exits are drawn", unit="share")
-    teach: str = one_of("labels", TEACH, "what an exit learns from: answers, the full depth of the same pass, or half of each")
-    deepen: float = number(0.0, 0, 1, "of the run, over which exits spread from the top down to `least`", unit="share")
-
-
-def exit_block(options: Exits, blocks: int, first: int, uniform: float, progress: float) -> int:
+def exit_block(options: Exit, blocks: int, first: int, uniform: float, progress: float) -> int:
     """Index of the block behind which a step's exit is, from 0; −1 where there is none to choose.
 
     blocks: of the stack. first: index of the lowest that is trained. uniform: in [0, 1). progress: of the run, in [0, 1).
@@ -41,7 +28,7 @@ def exit_block(options: Exits, blocks: int, first: int, uniform: float, progress
     return blocks - 2 - int(uniform * open_)
 
 
-def early(forward: Forward, options: Exits | Any) -> Tensor:
+def early(forward: Forward, options: Any) -> Tensor:
     """The term, in nats a position: cross-entropy of the exit's logits, or their divergence from those of the full depth,
     without gradient there. 0 where there is no exit. Raises ValueError if there is no position.
 
@@ -55,3 +42,8 @@ def early(forward: Forward, options: Exits | Any) -> Tensor:
     labels = task_loss(replace(forward, logits=forward.exit)) if options.teach != "self" else 0.0
     self_ = self_consistency(forward.logits, forward.exit) if options.teach != "labels" else 0.0
     return (labels + self_) / 2 if options.teach == "both" else labels + self_  # type: ignore[return-value]
+
+
+def exit_weight(options: Exit, moment: Moment) -> float:
+    """λ_e."""
+    return options.weight
