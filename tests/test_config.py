@@ -74,7 +74,7 @@ def read(recipe: Recipe, key: str) -> Any:
         ("model.kind=casual", "did you mean 'causal'?"),
         (
             "evaluation.baselines=base,centralized",
-            "evaluation.baselines = 'centralized': one of base, analytic, local, centralised belongs here; did you mean 'centralised'?",
+            "evaluation.baselines = 'centralized': one of base, analytic, local, centralised belongs here; did you mean 'cen",
         ),
         # what only fits together
         ("train.local_epochs=1", "train.local_steps = 10 and train.local_epochs = 1: set exactly one above 0"),

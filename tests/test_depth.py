@@ -194,6 +194,14 @@ def test_depth_damage_cuts_the_top(name: str) -> None:
         assert torch.equal(run(model), clean)
 
 
+def test_the_forms_of_blocks_are_found_where_weights_are_held_in_bf16() -> None:
+    model = make("llama", precision="bf16", layers=(f"1-{LAYERS - 1}",))
+    half = [m for m in model.net.modules() if type(m) is nn.Linear and not m.weight.requires_grad]
+    for module in half:  # as those of a real base are
+        module.weight.data = module.weight.data.bfloat16()
+    assert model.places.forms == (0,) * LAYERS
+
+
 def test_patches_of_one_module_come_off_in_turn() -> None:
     module = nn.Identity()
     first = Patch(module, lambda x: x + 1)

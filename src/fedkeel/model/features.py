@@ -1,4 +1,4 @@
-"""What the frozen base says of a prompt, whatever the adapter: the features of the analytic anchor, and its classifiers on them."""
+"""What the frozen base says of a prompt, whatever the adapter: the features of the analytic anchor, and its classifiers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def scores_of(head: Head, features: Tensor, labels: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Beside:
-    """Analytic classifiers that are served beside an adapter. weight: of their log chances. alone: in place of the adapter's."""
+    """Analytic classifiers, served beside an adapter. weight: of their log chances. alone: in place of the adapter's model."""
 
     heads: Mapping[str, Head]
     weight: float = 1.0

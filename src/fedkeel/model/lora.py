@@ -273,7 +273,8 @@ class Model:
         was = self.net.training
         self.train(False)
         try:
-            self.net(**inputs, **({"decoder_input_ids": ids} if self.kind == "seq2seq" else {}))
+            with self.autocast():
+                self.net(**inputs, **({"decoder_input_ids": ids} if self.kind == "seq2seq" else {}))
         finally:
             self.train(was)
             for handle in handles:
