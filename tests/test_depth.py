@@ -6,18 +6,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from shapes import ARCHITECTURES, LAYERS, chosen, make, randomise
-from test_places import injected, run
+from test_places import injected, inputs_of, run
 from torch import Tensor, nn
 from training import recipe_of, same_bits, setting, train, whole_batch
 
 from fedkeel.method.objective.exits import early, exit_block
 from fedkeel.method.objective.task import task_loss
+from fedkeel.model.bases import ModelError
 from fedkeel.model.depth import Patch, without
+from fedkeel.model.export import cut, save_merged
 from fedkeel.model.lora import Model
 from fedkeel.model.places import StructureError
 from fedkeel.recipe.schema import Exit
@@ -192,6 +196,30 @@ def test_depth_damage_cuts_the_top(name: str) -> None:
     assert torch.equal(run(model), clean)
     with damaged(model, "depth", 0.01, 1):  # rounds to no block
         assert torch.equal(run(model), clean)
+
+
+@every
+def test_a_cut_model_is_saved_as_one_of_fewer_blocks(name: str, tmp_path: Path) -> None:
+    """Read back by transformers alone, it says what the model written out says, its adapter folded in."""
+    model = make(name)  # of its own, as it is of no further use
+    randomise(model)
+    want = written_out(model, range(LAYERS - 1))
+    assert cut(model, 1 - 1 / LAYERS) == LAYERS - 1
+    kind, inputs = model.kind, inputs_of(model)
+    save_merged(model, tmp_path)
+    classes = {"causal": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
+    net = classes.get(kind, transformers.AutoModel).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = net(**inputs)
+    torch.testing.assert_close(out.last_hidden_state if kind == "classifier" else out.logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_at_least_one_block_stays_and_unknown_blocks_are_told() -> None:
+    assert cut(make("gpt2"), 0.05) == 1
+    model = make("llama")
+    model.__dict__["places"] = replace(model.places, forms=())
+    with pytest.raises(ModelError, match="its blocks are not known, so none can be cut off"):
+        cut(model, 0.5)
 
 
 def test_the_forms_of_blocks_are_found_where_weights_are_held_in_bf16() -> None:

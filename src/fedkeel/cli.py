@@ -431,6 +431,7 @@ def export(
     kind: Annotated[
         str, typer.Option("--type", help="Of the matrices of --merged --gguf: f16, bf16 or f32.", show_default="f16")
     ] = "",
+    depth: Annotated[float, typer.Option("--depth", min=0.05, max=1, help="Of --merged: the share of blocks to keep.")] = 1.0,
     best: BestOption = False,
     base: BaseOption = "",
 ) -> None:
@@ -438,6 +439,8 @@ def export(
     card that says how to load it."""
     if kind and not (merged and gguf):
         raise FedKeelError("--type is of the matrices of --merged --gguf; leave it out, or add both")
+    if depth < 1 and (gguf or not merged):
+        raise FedKeelError("--depth cuts blocks off a whole model: add --merged, and leave --gguf out")
     if kind:
         from fedkeel.model.gguf_write import TYPES
 
@@ -456,7 +459,7 @@ def export(
         if gguf:
             files.export_gguf(recipe, run_folder, target, merged, which, kind or "f16")
         else:
-            notes = files.export(recipe, run_folder, target, merged, which)
+            notes = files.export(recipe, run_folder, target, merged, which, depth)
     what = f"{'merged model' if merged else 'adapter'}{' as GGUF' if gguf else ''}"
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False)

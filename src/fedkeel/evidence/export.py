@@ -10,7 +10,7 @@ from fedkeel.data.format import Formatter
 from fedkeel.evidence.card import Made, base_is_away, card, hub_id
 from fedkeel.files import whole_folder, write_atomic
 from fedkeel.model.bases import ModelError
-from fedkeel.model.export import save_merged
+from fedkeel.model.export import cut, save_merged
 from fedkeel.model.gguf_write import save_adapter_gguf, save_merged_gguf
 from fedkeel.model.load import load_tokenizer
 from fedkeel.model.lora import Model
@@ -19,10 +19,13 @@ from fedkeel.runs.served import served_adapter, trained_model
 from fedkeel.types import Record
 
 
-def export(recipe: Recipe, run: Path, target: Path, merged: bool = False, which: str = "adapter") -> list[str]:
+def export(
+    recipe: Recipe, run: Path, target: Path, merged: bool = False, which: str = "adapter", depth: float = 1.0
+) -> list[str]:
     """Write the new folder `target`: the run's adapter in PEFT's format, or if `merged` the whole model in Hugging Face layout.
 
-    recipe, run: of a run that has ended in one adapter. which: `adapter` or `best`, see `served.serve`.
+    recipe, run: of a run that has ended in one adapter. which: `adapter` or `best`, see `served.serve`. depth: of a whole
+    model, the share of its blocks that it keeps, from the lowest.
     An adapter has the tokenizer beside it, and names its base by its id on the hub where it has one. Returns notes on what
     could not be added. Raises DiskError, ModelError.
     """
@@ -31,6 +34,9 @@ def export(recipe: Recipe, run: Path, target: Path, merged: bool = False, which:
         if merged:
             model = trained_model(recipe, run, which)
             kind = model.kind
+            if depth < 1:
+                blocks = len(model.places.stack)
+                notes.append(f"{cut(model, depth)} of {blocks} blocks are kept; `fedkeel measure` tells what that costs")
             save_merged(model, partial, _ends(model))
         else:
             shutil.copytree(run / which, partial, dirs_exist_ok=True)

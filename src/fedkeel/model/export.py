@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from fedkeel.files import as_others
+from fedkeel.model.bases import ModelError
 from fedkeel.model.lora import PREFIX, Model
 from fedkeel.types import Adapter
 
@@ -77,6 +78,30 @@ def _save_classes(model: Model, folder: Path) -> None:
     (folder / CLASSES).write_text(text + "\n")
     if model.label_text is not None:
         save_file({"embeddings": model.label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")
+
+
+def cut(model: Model, depth: float) -> int:
+    """Take the top blocks off the stack that predicts, until a share `depth` of them is left, rounded and at least one; its
+    config says so. Returns how many are left. What stands above the blocks stays: what is left is the model of `damage` family
+    `depth`.
+
+    Raises ModelError where the blocks of the architecture are not known.
+    """
+    stack = model.places.stack
+    if not model.places.forms:
+        raise ModelError(f"{model.config.base!r}: its blocks are not known, so none can be cut off")
+    kept = max(1, round(depth * len(stack)))
+    base = model.net.get_base_model()
+    holder, _, name = stack[0][0].rpartition(".")[0].rpartition(".")
+    setattr(base.get_submodule(holder), name, nn.ModuleList(block for _, block in stack[:kept]))
+    for config in {id(c): c for c in (base.config, base.config.get_text_config(decoder=True))}.values():
+        sizes = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ("num_hidden_layers",)
+        for size in sizes:
+            if hasattr(config, size):
+                setattr(config, size, kept)
+        if isinstance(getattr(config, "layer_types", None), list):
+            config.layer_types = config.layer_types[:kept]
+    return kept
 
 
 def save_merged(model: Model, folder: Path, ends: Sequence[int] = ()) -> None:
