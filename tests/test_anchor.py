@@ -143,6 +143,13 @@ def test_a_run_goes_on_in_the_same_bits(anchored: tuple[list[str], RunFolder], t
         assert without_time(rows_of(resumed)) == without_time(rows_of(whole))
 
 
+def test_progress_ends_where_it_said(anchored: tuple[list[str], RunFolder], tmp_path: Path) -> None:
+    overrides, _ = anchored
+    watch = Silent()
+    go([*overrides, f"out={tmp_path}"], watch)
+    assert watch.work == pytest.approx(watch.total)
+
+
 def test_over_a_grid_as_in_this_process(anchored: tuple[list[str], RunFolder], tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
     from test_engines_agree import over_grid

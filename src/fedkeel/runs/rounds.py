@@ -140,6 +140,7 @@ class Loop:
             scored = self.parties.size(leg, stage, "validation") if self._curve_point(leg, round) else 0
             self.watch.skip(self._work(leg, stage)[0] + scored * (round <= self.state["scored"]))
         if current.round > stage * leg.rounds:
+            self.watch.skip(gather_work(leg, stage))
             self._curve(leg, stage, current)  # it may have been cut off between a round and its scoring
         sites = self.parties.present(leg, stage) if leg.rounds or leg.gathers else []
         if not sites:  # nobody learns in this stage; rounds are counted all the same
@@ -163,6 +164,7 @@ class Loop:
         for site, text in sorted(found.failures.items()):
             self.watch.note(f"stage {stage + 1}: the anchor is without what site {site} knows: {text.strip()}")
         self.folder.write_known(leg.name, stage + 1, found.known)
+        self.watch.advance(gather_work(leg, stage))
         self.untold = gathered_rows(leg, stage, current.round, found, self.recipe.name)
         return replace(current, heads=found.heads)
 
@@ -318,13 +320,14 @@ class Loop:
         self._save(leg, current, rows, tested=stage + 1)  # also of a stage in which nobody learnt
 
     def _work(self, leg: Leg, stage: int) -> tuple[float, float, float]:
-        """(work of one round without its scoring, of all rounds of a stage with theirs, of scoring its test rows)."""
+        """(work of one round without its scoring, of all rounds of a stage with theirs and the anchor's making, of scoring its
+        test rows)."""
         one, size = round_work(leg.stages[stage]), self.parties.size
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
         curve = points * size(leg, stage, "validation") if points else 0
         judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
         tested = size(leg, stage, "test") + size(leg, stage, "unseen-sites") + judged * size(leg, stage, "validation")
-        return one, leg.rounds * one + curve, tested
+        return one, leg.rounds * one + curve + gather_work(leg, stage), tested
 
     def work(self, legs: Sequence[Leg]) -> float:
         """What legs take, in row-equivalents."""
@@ -348,6 +351,11 @@ def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:
                 f"with evaluation.every = {every} are {points} points of the curve, too few to go by; score more often, or "
                 f"set more federation.rounds"
             )
+
+
+def gather_work(leg: Leg, stage: int) -> float:
+    """What the analytic anchor of a stage takes, in row-equivalents: the base once over each row."""
+    return float(sum(leg.stages[stage].rows.values())) if leg.gathers else 0.0
 
 
 def round_work(stage: Stage) -> float:
