@@ -68,16 +68,41 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
         f"## How it was made\n\n{_settings(recipe, rows, environment)}",
         method_table(rows).markdown(),
         sure.markdown() if sure.lines else "",
-        f"## Privacy\n\n{_PRIVACY}\n",
+        f"## Privacy\n\n{_privacy(recipe, rows)}\n",
         f"## Limits\n\n{_LIMITS}\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
-_PRIVACY = """\
+_NOT_PRIVATE = """\
 The sites' rows did not leave them: the coordinator received updates of the adapter and statistics of training. **No
 differential privacy and no secure aggregation** were used, so there is no bound on what this model tells of a single row or
 site, and it may repeat rare texts of its training rows. Look at what it says before you give it to others."""
+_PRIVATE = """\
+The sites' rows did not leave them: the coordinator received updates of the adapter. {promise}
+
+The promise is for one such unit at a time, and of this model's training alone, not of scores that somebody measured beside it.
+A large ε promises little: look at what the model says before you give it to others."""
+
+
+def _privacy(recipe: Recipe, rows: Sequence[Row]) -> str:
+    """What a run promises of whose presence its model hides, in one line, with the ε that it really spent."""
+    privacy = recipe.privacy
+    if privacy.unit == "none":
+        return _NOT_PRIVATE
+    spent = [r.value for r in rows if r.name == "epsilon" and r.method == "federated"]
+    unit = {"site": "each site's whole contribution", "row": "each training row"}[privacy.unit]
+    where = "at each site, in every step" if privacy.unit == "row" else f"by the {privacy.noise_at}"
+    if privacy.noise_at == "coordinator":
+        where = "by the coordinator"
+    elif privacy.unit == "site" and privacy.together > 1:
+        where += f", of {privacy.together} of them together"
+    told = f"ε = {max(spent):.3g}" if spent else "ε unknown, as no round tells it,"
+    return _PRIVATE.format(
+        promise=f"**Differential privacy** of {unit}: {told} at δ = {privacy.delta:g}, by clipping to C = {privacy.clip:g} and "
+        f"Gaussian noise of z = {privacy.noise:g} times C, added {where}."
+    )
+
 
 _LIMITS = """\
 The scores are of this run's test rows, which come from the sites that trained; nothing is said of other tasks, languages or

@@ -1,0 +1,66 @@
+"""What a model card says of a private run: unit, ε, δ, clip and noise in one line, the numbers of the run itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedkeel.evidence.card import Made, card
+from fedkeel.recipe.load import load_recipe
+from fedkeel.runs.privacy import epsilon
+from fedkeel.types import Row
+
+SITE = ["privacy.unit=site", "privacy.clip=0.05", "privacy.noise=2", "federation.weighting=uniform"]
+ROWS = ["privacy.unit=row", "privacy.clip=0.5", "privacy.noise=1.1", "privacy.delta=1e-6", "federation.weighting=uniform"]
+SAID = {
+    "site": (
+        SITE,
+        "**Differential privacy** of each site's whole contribution: ε = 4.1 at δ = 1e-05, by clipping to C = 0.05 and "
+        "Gaussian noise of z = 2 times C, added by the sites.",
+    ),
+    "together": ([*SITE, "privacy.together=3"], "times C, added by the sites, of 3 of them together."),
+    "coordinator": ([*SITE, "privacy.noise_at=coordinator"], "times C, added by the coordinator."),
+    "row": (
+        ROWS,
+        "**Differential privacy** of each training row: ε = 4.1 at δ = 1e-06, by clipping to C = 0.5 and Gaussian noise of "
+        "z = 1.1 times C, added at each site, in every step.",
+    ),
+}
+
+
+def card_of(given: list[str], spent: list[float], folder: Path) -> str:
+    """The card of a run that told ε after each of its rounds, and of another leg whose number is none of it."""
+    rows = [Row("r", "federated", 0, n, "epsilon", value, "epsilon") for n, value in enumerate(spent, 1)]
+    rows.append(Row("r", "federated", 0, 3, "score", 0.5, "share", split="test"))
+    rows.append(Row("r", "local", 0, 3, "epsilon", 99.0, "epsilon"))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row.as_json()) + "\n" for row in rows))
+    (folder / "env.json").write_text(json.dumps({"versions": {"fedkeel": "0"}, "commit": ""}))
+    return card(load_recipe(None, given), folder, Made("causal", 8, merged=False, gguf=False))
+
+
+@pytest.mark.parametrize(("given", "said"), SAID.values(), ids=SAID.keys())
+def test_a_private_runs_card_says_its_promise_in_one_line(given: list[str], said: str, tmp_path: Path) -> None:
+    text = card_of(given, [1.5, 2.5, 4.0999], tmp_path)
+    (line,) = [line for line in text.splitlines() if "Differential privacy" in line]
+    assert said in line
+    assert "No\ndifferential privacy" not in text
+    assert "statistics of training" not in text  # they do not travel from a private site
+
+
+def test_a_run_that_is_not_private_says_so(tmp_path: Path) -> None:
+    text = card_of([], [], tmp_path)
+    assert "**No\ndifferential privacy and no secure aggregation** were used" in text
+    assert "ε" not in text
+
+
+def test_a_private_run_that_told_no_epsilon_does_not_make_one_up(tmp_path: Path) -> None:
+    assert "ε unknown, as no round tells it, at δ = 1e-05" in card_of(SITE, [], tmp_path)
+
+
+def test_the_number_is_the_accountants(tmp_path: Path) -> None:
+    """After three rounds, by the function that the report's rows come from."""
+    pytest.importorskip("dp_accounting")
+    spent = epsilon(load_recipe(None, SITE).privacy, 3)
+    assert f"ε = {spent:.3g} at δ = 1e-05" in card_of(SITE, [spent / 2, spent], tmp_path)
