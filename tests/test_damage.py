@@ -30,7 +30,7 @@ from fedkeel.types import Record
 
 SEED = 5
 LABELS = ("sport", "business news", "science")
-STRONG = {"heads": 0.4, "channels": 0.5, "skip": 1, "modules": 0.5, "scale": 0.5, "noise": 0.3, "bits": 4}
+STRONG = {"heads": 0.4, "channels": 0.5, "skip": 1, "depth": 0.5, "modules": 0.5, "scale": 0.5, "noise": 0.3, "bits": 4}
 every = pytest.mark.parametrize("name", chosen(ARCHITECTURES))
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -83,7 +83,7 @@ def by_hand(name: str) -> Iterator[Model]:
 def state(model: Model) -> list[Any]:
     """All that damage could change: each tensor's bits and memory, and hooks."""
     tensors = [(k, t.numpy().tobytes(), t.data_ptr()) for k, t in model.net.state_dict().items()]
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.net.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__) for m in model.net.modules()]
     return [tensors, hooks, model.read().lora.keys(), {m.scale for m in model.read().lora.values()}]
 
 
@@ -313,7 +313,9 @@ def test_an_unknown_family_and_an_architecture_without_a_place_are_told(monkeypa
     model = prepared("llama")[0]
     with pytest.raises(DamageError, match="'thunder'; there are heads, channels"), damaged(model, "thunder", 0.1, 1):
         pass
-    bare = dataclasses.replace(model.places, architecture="zamba", attention=(), down=(), residual=(), branches=())
+    bare = dataclasses.replace(
+        model.places, architecture="zamba", attention=(), down=(), residual=(), branches=(), stack=(), forms=()
+    )
     monkeypatch.setitem(model.__dict__, "places", bare)
     for family in FAMILIES:
         with pytest.raises(DamageError, match="'zamba'"), damaged(model, family, STRONG[family], 1):

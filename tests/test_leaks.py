@@ -36,7 +36,7 @@ WINDOW = 6  # tokens in a row that are one text's
 UP = {  # all that a site says beside the change of its adapter
     "schema", "kind", "round", "codec", "layout", "site", "positions", "stats", "seconds", "held", "tasks",
 }  # fmt: skip
-DOWN = {"schema", "kind", "round", "codec", "layout", "drift", "memory", "shifts", "tasks", "unsent"}
+DOWN = {"schema", "kind", "round", "codec", "layout", "drift", "memory", "shifts", "tasks", "unsent", "heads"}
 GATES = ("a", "b", "w_gold", "w_rest")
 STATS = {"loss", "distill_loss", *(f"gate_{gate}_{what}" for gate in GATES for what in ("mean", "q1", "q2", "q3"))}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,7 @@ def places_of(model: Model) -> Places:
     branches = {
         path: (layer, layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]) for path, layer in model._lora.items()
     }
-    return find_places(base, base.config, branches)
+    return replace(find_places(base, base.config, branches), forms=model.places.forms)
 
 
 def inputs_of(model: Model, rows: int = 4) -> dict[str, Tensor]:
@@ -202,7 +203,7 @@ def test_the_decoder_may_have_other_heads_than_the_encoder() -> None:
 def test_a_structure_changes_what_the_model_says_and_is_gone_after_it(name: str, structure: str) -> None:
     model = model_of(name)
     clean = run(model)
-    with injected(places_of(model), {structure: 0.5}) as injection:
+    with injected(places_of(model), {structure: 0.9999 if structure == "skip" else 0.5}) as injection:
         assert (run(model) - clean).abs().max() > 1e-3
         injection.draw.on = False
         assert torch.equal(run(model), clean)
@@ -326,7 +327,7 @@ def test_row_norms_are_those_of_the_base_weight(name: str) -> None:
 def test_gradients_reach_every_adapter_through_all_structures(name: str) -> None:
     model = make(name)
     randomise(model)
-    amounts = dict.fromkeys(STRUCTURES, 0.2) | {"branch": 0.0, "adversary": 0.5}
+    amounts = dict.fromkeys(STRUCTURES, 0.2) | {"branch": 0.0, "skip": 0.0, "adversary": 0.5}
     with injected(places_of(model), amounts) as injection:
         output = model.net(**inputs_of(model))
         (output.last_hidden_state if model.kind == "classifier" else output.logits).square().mean().backward()
@@ -337,7 +338,7 @@ def test_gradients_reach_every_adapter_through_all_structures(name: str) -> None
     assert {id(p) for pair in adversary.pairs for p in pair} & {id(p) for p in model.net.parameters()} == set()
 
 
-@pytest.mark.parametrize("structure", ["heads", "channels", "layers"])
+@pytest.mark.parametrize("structure", ["heads", "channels", "layers", "skip"])
 def test_an_unknown_architecture_is_an_error_only_where_a_structure_needs_it(structure: str) -> None:
     model = model_of("llama")
     branches = {p: (m, m.base_layer, m.lora_A["default"], m.lora_B["default"]) for p, m in model._lora.items()}

@@ -119,9 +119,9 @@ def depth(model: Model, share: float, seed: int, undo: ExitStack) -> None:
     """Cut a share of the blocks, rounded, off the top of the stack that predicts; what stands above them stays."""
     places = model.places
     stack = _some(model, places.stack if places.forms else (), "stack of blocks")
-    gone = round(share * len(stack))
-    if not 0 <= gone < len(stack):
-        raise DamageError(f"a share of blocks under 1 can be cut off, not {share}")
+    if not 0.0 <= share < 1.0:
+        raise DamageError(f"a share of the blocks from 0 to under 1 can be cut off, not {share}")
+    gone = min(round(share * len(stack)), len(stack) - 1)
     if gone:
         undo.enter_context(without([block for _, block in stack[-gone:]], places.forms[-gone:]))
 
