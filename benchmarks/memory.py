@@ -5,7 +5,7 @@
 A whole run in one process of the tests' tiny model: sampling, messages both ways with error feedback, aggregation, checkpoint,
 rows on disk. The slope is by least squares over the rounds after the burn-in, each behind a garbage collection, with its
 standard error; t is their ratio. What is resident moves in steps of an allocator and stays after a peak, so rounds are not
-independent, and a t of 3 or 4 may be noise: the last column is the slope of the second half alone, which a leak keeps, and the
+independent and t overstates: the last column is the slope of the second half alone, which a leak keeps, and the
 line of Python objects has no noise. Last line: JSON.
 """
 
