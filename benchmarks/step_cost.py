@@ -1,11 +1,13 @@
-"""What a training step costs: plain LoRA, + distillation, + structure, joint (anchored), R-Drop; in one run, as ratios.
+"""What a training step costs: plain LoRA, + distillation, + structure, joint (anchored), R-Drop, the method by evidence; in one
+run, as ratios.
 
-    python benchmarks/step_cost.py [--repeats 5] [--shapes keel-nano llama-20m] [--device cpu]
+    python benchmarks/step_cost.py [--repeats 5] [--shapes keel-nano llama-20m] [--variants NAME …] [--device cpu]
 
 Each variant is `train.train_round` itself, on the same rows with the same batches; variants take turns, so that a machine
 whose speed drifts does not favour one. Ratios are medians over the repeats of (variant / plain of the same repeat). Peak
 memory is measured in a process of its own for each variant: the most resident memory, or on CUDA the most allocated.
-"joint, cached" makes three local epochs; its plain is plain with three local epochs.
+"joint, cached" makes three local epochs; its plain is plain with three local epochs. Rows are classified, by one of eight
+labels; the anchor's features are worked out beforehand, as they are once in a federation and not once a round.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ import torch
 from machine import resident
 
 from fedkeel.data.format import Example
+from fedkeel.federation.evidence import known_sums
 from fedkeel.federation.train import Round, train_round
+from fedkeel.method.objective.anchor import head_of
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
@@ -33,6 +37,8 @@ from fedkeel.types import Adapter, Global, Lora
 STRUCTURES = ["structure.heads=0.03", "structure.channels=0.03", "structure.rank=0.1", "structure.ramp=0.0"]
 DISTILL = ["distill.weight=1.0", "distill.ramp=0.0"]
 STEPS = "train.local_steps=4"
+EVIDENCE = ["evidence.task=restricted", "evidence.anchor=1.0"]
+SKIP = ["structure.skip=0.5", "structure.ramp=0.0"]
 EPOCHS = ["train.local_steps=0", "train.local_epochs=3"]
 JOINT = [STEPS, *DISTILL, *STRUCTURES, "structure.mode=anchored"]
 VARIANTS = {
@@ -43,6 +49,10 @@ VARIANTS = {
     "joint, every 2nd": [*JOINT, "distill.every=2"],
     "joint, CKA": [*JOINT, "distill.align=cka"],
     "R-Drop": [STEPS, *STRUCTURES, "structure.mode=rdrop"],
+    "by evidence": [STEPS, *EVIDENCE],
+    "skip": [STEPS, *SKIP],
+    "exit": [STEPS, "exit.weight=0.3"],
+    "by evidence, skip, exit": [STEPS, *EVIDENCE, *SKIP, "exit.weight=0.3"],
     "plain, 3 epochs": EPOCHS,
     "joint, cached": [*EPOCHS, *DISTILL, *STRUCTURES, "structure.mode=anchored"],
 }
@@ -85,14 +95,20 @@ def base_of(shape: str, folder: Path) -> str:
 
 
 def rows_of(recipe: Recipe, count: int, length: int, answer: int) -> list[Example]:
-    """Random tokens: `count` rows of `length` tokens, of which the last `answer` are supervised."""
+    """Random tokens: `count` rows of `length` tokens, of which the last `answer`, supervised, are one of eight labels. Of those
+    the rows hold six."""
     rng = numpy_generator(recipe.seed, "bench rows")
+    options = tuple(tuple(rng.integers(8, 1000, answer).tolist()) for _ in range(8))
+    labels = tuple(f"label {n}" for n in range(8))
     return [
         Example(
             f"row-{n}",
             "task",
-            tuple(rng.integers(8, 1000, length).tolist()),
+            (*rng.integers(8, 1000, length - answer).tolist(), *options[n % 6]),
             (False,) * (length - answer) + (True,) * answer,
+            label=labels[n % 6],
+            labels=labels,
+            options=options,
         )
         for n in range(count)
     ]
@@ -114,13 +130,15 @@ class Bench:
         self.model = Model(recipe.model, recipe.lora, 1)
         self.adapter = noisy(self.model.read())
         self.rows = rows_of(recipe, rows, length, answer)
+        self.heads = {task: head_of(sums, 0.1) for task, sums in known_sums(self.model.features, self.rows, 0).items()}
 
     def seconds(self, variant: str) -> float:
         recipe = load_recipe(None, [*self._given, *VARIANTS[variant]])
         self.model.write(self.adapter)
         begin = time.perf_counter()
         # the second of four rounds: ramps are over, nothing is annealed yet
-        train_round(self.model, self.rows, Round("site", 4, recipe, Global(1, self.adapter), {"task": 10**6}))
+        state = Global(1, self.adapter, heads=self.heads)
+        train_round(self.model, self.rows, Round("site", 4, recipe, state, {"task": 10**6}))
         if recipe.model.device.startswith("cuda"):
             torch.cuda.synchronize()
         return time.perf_counter() - begin
@@ -150,6 +168,7 @@ def peak(base: str, device: str, variant: str, sizes: list[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["keel-nano", "llama-20m"], choices=["keel-nano", *SHAPES])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="plain is always one")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=64)
@@ -165,19 +184,20 @@ def main() -> None:
         print(torch.cuda.max_memory_allocated() / 1e6 if args.device.startswith("cuda") else resident())
         return
     results = []
-    print(f"{'base':<12}{'variant':<17}{'s / round':>10}{'ratio':>7}{'peak MB':>9}{'ratio':>7}")
+    variants = [name for name in VARIANTS if name in {"plain", *args.variants, *map(AGAINST.get, args.variants)}]
+    print(f"{'base':<12}{'variant':<25}{'s / round':>10}{'ratio':>7}{'peak MB':>9}{'ratio':>7}")
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
             base = base_of(shape, Path(folder))
             bench = Bench(base, args.device, *sizes)
-            taken: dict[str, list[float]] = {name: [] for name in VARIANTS}
+            taken: dict[str, list[float]] = {name: [] for name in variants}
             for repeat in range(args.repeats + 1):
-                for name in VARIANTS:
+                for name in variants:
                     seconds = bench.seconds(name)
                     if repeat:  # the first repeat warms caches and allocator
                         taken[name].append(seconds)
             del bench
-            memory = {name: peak(base, args.device, name, sizes) for name in VARIANTS}
+            memory = {name: peak(base, args.device, name, sizes) for name in variants}
         for name, seconds in taken.items():
             plain = AGAINST.get(name, "plain")
             row = {
@@ -189,7 +209,7 @@ def main() -> None:
                 "peak_ratio": round(memory[name] / memory[plain], 3),
             }
             results.append(row)
-            print(f"{shape:<12}{name:<17}{row['seconds']:>10}{row['ratio']:>7}{row['peak_mb']:>9}{row['peak_ratio']:>7}")
+            print(f"{shape:<12}{name:<25}{row['seconds']:>10}{row['ratio']:>7}{row['peak_mb']:>9}{row['peak_ratio']:>7}")
     print(
         json.dumps(
             {
