@@ -62,18 +62,23 @@ def counter_normal(key: int, counters: Tensor) -> Tensor:
     return radius * (2.0 * math.pi * counter_uniform(key, 2 * counters + 1)).cos()
 
 
+def secret_bytes(count: int) -> bytes:
+    """Bytes of the operating system's entropy: keys, which no seed decides."""
+    import secrets
+
+    return secrets.token_bytes(count)
+
+
 def _secret_uniform(count: int) -> np.ndarray:
     """Numbers in (0, 1), float64, from a ChaCha20 stream under a key of 256 bits of the operating system, which is forgotten.
     Raises FedKeelError where `cryptography` is not installed."""
-    import secrets
-
     import numpy as np
 
     try:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
     except ImportError as error:
         raise FedKeelError("noise for privacy is drawn through `cryptography`: pip install 'fedkeel[privacy]'") from error
-    stream = Cipher(algorithms.ChaCha20(secrets.token_bytes(32), bytes(16)), mode=None).encryptor().update(bytes(8 * count))
+    stream = Cipher(algorithms.ChaCha20(secret_bytes(32), bytes(16)), mode=None).encryptor().update(bytes(8 * count))
     whole = np.frombuffer(stream, dtype=np.uint64) >> np.uint64(11)
     return (whole.astype(np.float64) + 0.5) / 2.0**53
 

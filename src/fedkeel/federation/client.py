@@ -11,11 +11,22 @@ from typing import Any
 from fedkeel import tables
 from fedkeel.data.format import Example
 from fedkeel.exchange.channel import channel_of
-from fedkeel.exchange.codecs import header_of
-from fedkeel.exchange.messages import NOTHING_UNSENT, difference, layout, names_of, pack, read_counts, unpack_global, unsent
+from fedkeel.exchange.codecs import header_of, seal
+from fedkeel.exchange.messages import (
+    NOTHING_UNSENT,
+    SCHEMA,
+    difference,
+    layout,
+    names_of,
+    pack,
+    read_counts,
+    unpack_global,
+    unsent,
+)
 from fedkeel.exchange.sums import pack_foretold, pack_sums, read_trial
 from fedkeel.federation.evidence import known_sums, tried
 from fedkeel.federation.kept import Kept, layout_of, modules_left_out
+from fedkeel.federation.masking import KINDS, masked, prepare
 from fedkeel.federation.teacher import held_positions
 from fedkeel.federation.train import Round, SiteError, train_round, untold
 from fedkeel.method.structure.branch import hold
@@ -52,6 +63,10 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     asked = header_of(payload)
     if asked.get("kind") in ("gather", "trial"):
         return _knowing(payload, asked, model, site)
+    assert model.initial is not None
+    if asked.get("kind") in KINDS:
+        _check_masks(site)
+        return prepare(asked, model.initial, site.name, kept)
     begin = clock()
     recipe, rule = site.recipe, site.rule
     like, round = _begin(payload, model, site, kept)
@@ -70,11 +85,20 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     seconds = f"{clock() - begin:012.3f}"
     key = derive(recipe.seed, "up", site.name, round.state.round)
     encoded, kept.memory = channel_of(recipe).send({name: change[name] for name in sorted(sent)}, kept.memory, key)
+    if recipe.privacy.masks:
+        numbers = masked(encoded, asked.get("masked", {}), round.state.round, site.name, kept)
+        header = {"schema": SCHEMA, "kind": "masked", "round": round.state.round, "layout": layout(like), "site": site.name}
+        return seal(header, {"sum": numbers})
     told = {"site": site.name, "positions": positions, "stats": stats, "seconds": seconds, "held": model.shifts}
     told["tasks"] = held_positions(examples, recipe.distill.trust_by) if _counts_travel(recipe) else {}
     if recipe.privacy.unit != "none":  # numbers about private rows are not sent, and time tells of them too
         told |= {"positions": 1, "stats": {}, "seconds": f"{0:012.3f}"}
     return pack("update", round.state.round, like, encoded, recipe.federation.codec_up, **told)
+
+
+def _check_masks(site: Site) -> None:
+    if not site.recipe.privacy.masks:
+        raise SiteError(f"site {site.name}: keys for masks are asked for, and this leg has privacy.masks = false")
 
 
 def _knowing(payload: bytes, asked: Mapping[str, Any], model: Model, site: Site) -> bytes:
@@ -84,7 +108,8 @@ def _knowing(payload: bytes, asked: Mapping[str, Any], model: Model, site: Site)
     round, stage = asked.get("round"), asked.get("stage")
     if type(round) is not int or type(stage) is not int or not 0 <= stage < len(site.stages):
         raise SiteError(f"site {site.name}: asked for what its rows of stage {stage!r} say; it has {len(site.stages)} stages")
-    if asked.get("layout") != layout(model.initial) or site.recipe.privacy.unit != "none":
+    private = site.recipe.privacy.unit != "none" or site.recipe.privacy.masks
+    if asked.get("layout") != layout(model.initial) or private:
         raise SiteError(f"site {site.name}: sums of its rows are asked for by another model, or its rows are private")
     examples = site.stages[stage]
     if asked["kind"] == "gather":

@@ -113,7 +113,7 @@ class _Anew:
 
 
 @dataclass(frozen=True)
-class _Sent:
+class Sent:
     """What went down to some sites. payload: as sent. reference: what they then start from, after the codec."""
 
     payload: bytes
@@ -121,7 +121,7 @@ class _Sent:
 
 
 @dataclass(frozen=True)
-class _Answers:
+class Answers:
     """Replies that were used. heads: their updates without adapters, by ascending site. updates: with them, re-iterable."""
 
     heads: Sequence[Update]
@@ -151,7 +151,7 @@ def run_round(
     aggregation = clock()
     # Sites may start from other truncations of the global adapter; rules that allow it look at what came back alone.
     reference = state.adapter if roster.layouts else to[answers.heads[0].site].reference
-    result, kept = _aggregated(state, roster, answers, reference, left_out)
+    result, kept = aggregated(state, roster, answers, reference, left_out)
     # factors can be compared where all sites have them, of one rank
     comparable = not roster.layouts and not any(left_out.values()) and not roster.hides
     shares = weights(answers.heads, federation.weighting)
@@ -177,20 +177,20 @@ def run_round(
     return RoundResult(after, error, heads, down, up, end - begin, end - aggregation, answers.failures)
 
 
-def _messages(state: Global, roster: Roster, sampled: Sequence[str]) -> dict[str, _Sent]:
+def _messages(state: Global, roster: Roster, sampled: Sequence[str]) -> dict[str, Sent]:
     """What goes to each site; sites of one layout that hold the same base shifts are sent the same."""
     total: Counter[str] = Counter()
     for counted in state.counts.values():
         total.update(counted)
     tasks = dict(sorted(total.items()))
-    sent: dict[tuple[str, int], _Sent] = {}
-    to: dict[str, _Sent] = {}
+    sent: dict[tuple[str, int], Sent] = {}
+    to: dict[str, Sent] = {}
     for site in sampled:
         like, held = roster.layouts.get(site), state.held.get(site, 0)
         which = (layout(like) if like else "", held)
         try:
             if which not in sent:
-                sent[which] = _message(_laid_out(state, like), roster, tasks, held)
+                sent[which] = message(_laid_out(state, like), roster, tasks, held)
         except ValueError as error:  # a value over the range of the type that it should travel as
             raise FederationError(f"round {state.round + 1}: the global adapter cannot be sent: {error}") from error
         to[site] = sent[which]
@@ -205,22 +205,22 @@ def _laid_out(state: Global, like: Adapter | None) -> Global:
     return replace(state, adapter=truncated(state.adapter, like), memory=memory)
 
 
-def _message(state: Global, roster: Roster, tasks: Mapping[str, int], held: int) -> _Sent:
-    """The message for sites that hold `held` base shifts."""
+def message(state: Global, roster: Roster, tasks: Mapping[str, int], held: int, **more: Any) -> Sent:
+    """The message for sites that hold `held` base shifts. more: of its header."""
     adapter = state.adapter
     way = Way(roster.federation.codec_down, names_of(adapter, roster.rule.down), derive(roster.seed, "down", state.round))
     # a site learns from those alone that rows of its present stage may ask
     now = max((head.stage for head in state.heads.values()), default=0)
     heads = {task: head for task, head in state.heads.items() if roster.evidence.anchor and head.stage == now}
     sent = replace(state, heads=heads)
-    payload = pack_global("global", sent, way, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule))
+    payload = pack_global("global", sent, way, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule), **more)
     # The bytes are read back, not the tensors kept: what a site starts from is what the codec left of the global adapter.
     _, back = unpack_global(payload, "global", adapter, way.names, way.codec)
-    return _Sent(payload, back.adapter)
+    return Sent(payload, back.adapter)
 
 
 def _decoded(
-    state: Global, roster: Roster, to: Mapping[str, _Sent], left_out: Mapping[str, frozenset[str]], reply: Reply
+    state: Global, roster: Roster, to: Mapping[str, Sent], left_out: Mapping[str, frozenset[str]], reply: Reply
 ) -> Update:
     reference, federation = to[reply.site].reference, roster.federation
     shared = roster.rule.trained(state.round) & roster.rule.shared
@@ -230,7 +230,7 @@ def _decoded(
     return screen(reply, Expected(state.round, reference, names, *held, roster.privacy.unit != "none"))
 
 
-def _sifted(replies: Sequence[Reply], sampled: Sequence[str], decode: Callable[[Reply], Update], round: int) -> _Answers:
+def _sifted(replies: Sequence[Reply], sampled: Sequence[str], decode: Callable[[Reply], Update], round: int) -> Answers:
     """Good replies and bad ones. Small ones are decoded once and held; of large ones only the numbers, so that memory does not
     grow with the sites. Raises FederationError where replies are not those of the sites that were asked."""
     answered = [r.site for r in replies]
@@ -251,7 +251,7 @@ def _sifted(replies: Sequence[Reply], sampled: Sequence[str], decode: Callable[[
             whole.append(update)
     for site in set(sampled) - set(answered):
         failures[site] = "no reply"
-    return _Answers(heads, whole if small else _Anew(good, decode), failures)
+    return Answers(heads, whole if small else _Anew(good, decode), failures)
 
 
 def _check_together(roster: Roster, sampled: Sequence[str]) -> None:
@@ -263,7 +263,7 @@ def _check_together(roster: Roster, sampled: Sequence[str]) -> None:
         )
 
 
-def _check_quorum(answers: _Answers, sampled: Sequence[str], roster: Roster, round: int) -> None:
+def _check_quorum(answers: Answers, sampled: Sequence[str], roster: Roster, round: int) -> None:
     heads, quorum = answers.heads, roster.federation.quorum
     # a share, not a product: 0.55 · 20 is 11.000000000000002, and 11 of 20 are enough
     if not heads or len(heads) / len(sampled) < quorum:
@@ -277,8 +277,8 @@ def _check_quorum(answers: _Answers, sampled: Sequence[str], roster: Roster, rou
         raise FederationError(f"round {round + 1} changed nothing: every site sent back the adapter that it was given")
 
 
-def _aggregated(
-    state: Global, roster: Roster, answers: _Answers, reference: Adapter, left_out: Mapping[str, frozenset[str]]
+def aggregated(
+    state: Global, roster: Roster, answers: Answers, reference: Adapter, left_out: Mapping[str, frozenset[str]]
 ) -> tuple[Aggregate, dict[str, torch.Tensor]]:
     """What the rule and the server's optimiser make of the updates, and what the optimiser keeps. Raises FederationError."""
     federation, round = roster.federation, state.round

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,7 @@ def cross_check(recipe: Recipe) -> None:
     _check_stream(recipe)
     _check_exchange(recipe)
     _check_privacy(recipe)
+    _check_masks(recipe)
     _check_anchor(recipe)
     if recipe.privacy.unit == "row":
         _check_row_privacy(recipe)
@@ -178,6 +180,33 @@ def _check_privacy(recipe: Recipe) -> None:
         raise ConfigError(
             f"privacy.unit = {privacy.unit!r}: federation.rule = {rule.name!r} keeps a factor at each site, without noise; "
             f"choose another rule"
+        )
+
+
+def _check_masks(recipe: Recipe) -> None:
+    """Under masks the coordinator has the sum of the changes, in whole numbers, and nothing of one site."""
+    federation, distill, privacy = recipe.federation, recipe.distill, recipe.privacy
+    if not privacy.masks:
+        return
+    rule = tables.RULES[federation.rule]
+    wrong = {
+        f"federation.rule = {rule.name!r}": not rule.sums or len(rule.trains) > 1,
+        f"federation.weighting = {federation.weighting!r}": federation.weighting != "uniform",
+        f"federation.codec_up = {federation.codec_up!r}": federation.codec_up != "fp32",
+        f"federation.max_update_norm = {federation.max_update_norm:g}": math.isfinite(federation.max_update_norm),
+        "lora.site_ranks": not recipe.lora.one_rank,
+        "structure.hold": recipe.structure.hold,
+        "privacy.noise_at = 'coordinator'": privacy.noise_at == "coordinator",
+        "distill.task_trust, site_trust": distill.weight and (distill.task_trust or distill.site_trust),
+        "distill.align with layer_trust": distill.weight and distill.align != "off" and distill.layer_trust,
+        "evidence.anchor, serve": recipe.evidence.anchor or recipe.evidence.serve,
+        "evaluation.baselines = analytic": "analytic" in recipe.evaluation.baselines,
+    }
+    found = [key for key, set_ in wrong.items() if set_]
+    if found:
+        raise ConfigError(
+            f"privacy.masks shows the coordinator the sum of the sites' changes alone, and {', '.join(found)} would need more: "
+            f"federation.rule = 'mean' or 'freeze_a', weighting = 'uniform' and codec_up = 'fp32' go with it"
         )
 
 

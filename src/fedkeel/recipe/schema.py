@@ -335,6 +335,10 @@ class Privacy:
     together: int = number(
         1, 1, about="whose noise adds up to the whole; 1: each site's update is private by itself", unit="sites"
     )
+    masks: bool = meant(False, "secure aggregation: the coordinator sees the sum of the sites' changes, and none alone")
+    threshold: float = number(
+        0.66, 0.5, 1, "of the asked sites that must stay to the end of a round under `masks`; more than half", unit="share"
+    )
     delta: float = number(1e-5, 0, 0.5, "δ, at which ε is stated", above=True, unit="probability")
     epsilon: float = number(0.0, 0, about="most that the run may come to: one that would is refused; 0: any")
 

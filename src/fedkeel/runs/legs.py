@@ -83,7 +83,7 @@ def single(recipe: Recipe, steps: int) -> Recipe:
     return dataclasses.replace(
         plain(recipe),
         federation=Federation(rounds=1, deadline=math.inf),
-        privacy=Privacy(),  # of a site by itself nothing is sent
+        privacy=Privacy(),  # of a site by itself nothing is sent, and there is no sum to hide in
         lora=dataclasses.replace(recipe.lora, site_ranks=()),
         train=dataclasses.replace(plain(recipe).train, local_steps=max(1, steps), local_epochs=0),
     )

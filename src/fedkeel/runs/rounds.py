@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from fedkeel import tables
+from fedkeel.exchange.codecs import header_of
 from fedkeel.federation.gather import gather
 from fedkeel.federation.kept import layout_of, modules_left_out
+from fedkeel.federation.masked import run_masked_round
 from fedkeel.federation.server import Roster, run_round
 from fedkeel.federation.train import steps_a_round
 from fedkeel.method.aggregate.common import blend
@@ -145,12 +146,10 @@ class Loop:
         sites = self.parties.present(leg, stage) if leg.rounds or leg.gathers else []
         if not sites:  # nobody learns in this stage; rounds are counted all the same
             return replace(current, round=end)
-        progress = _Progress(self, leg, stage, len(sites))
-        carrier = self.parties.connect(leg, stage, progress)
+        carrier = self.parties.connect(leg, stage, _Progress(self, leg, stage, len(sites)))
         roster = self._roster(leg, stage, sites)
         if leg.gathers and current.round == stage * leg.rounds:
-            with progress.silent():
-                current = self._gather(leg, stage, current, carrier, roster)
+            current = self._gather(leg, stage, current, carrier, roster)
         while current.round < end and not self._settled(leg, stage):
             current = self._round(leg, stage, current, carrier, roster)
             self._curve(leg, stage, current)
@@ -219,7 +218,7 @@ class Loop:
             current = replace(current, counts={}, memory=self._served(leg, stage - 1) if apart else None)
         self._release(roster, current.round)
         begin, elsewhere = time.process_time(), carrier.cpu
-        result = run_round(current, carrier, roster)
+        result = (run_masked_round if roster.privacy.masks else run_round)(current, carrier, roster)
         cpu = time.process_time() - begin + carrier.cpu - elsewhere
         current = result.state
         if remembers and not done:
@@ -373,18 +372,10 @@ class _Progress:
     stage: int
     sites: int
     begun: dict[str, float] = field(default_factory=dict)
-    quiet: bool = False
-
-    @contextmanager
-    def silent(self) -> Iterator[None]:
-        """While it lasts, answers are not those of a round."""
-        self.quiet = True
-        yield
-        self.quiet = False
 
     def __call__(self, reply: Reply) -> None:
-        if self.quiet:
-            return
+        if reply.payload and header_of(reply.payload).get("kind") not in ("update", "masked"):
+            return  # to a question beside the training
         self.step(reply.site, 1 - self.begun.get(reply.site, 0.0))
         del self.begun[reply.site]
 

@@ -1,0 +1,153 @@
+"""Secure aggregation: masks that cancel in a sum of whole numbers, and shares by which those of missing sites are taken out.
+
+Bonawitz et al. 2017 (CCS, doi:10.1145/3133956.3133982), protocol 4 against a coordinator that is curious and follows it: of n
+sites, site i sends
+
+    yᵢ = xᵢ + PRG(bᵢ) + Σ_{j > i} PRG(sᵢⱼ) − Σ_{j < i} PRG(sᵢⱼ)   mod 2³²
+
+with sᵢⱼ agreed by X25519 and HKDF between i and j. Each site shares bᵢ and its key of the sᵢⱼ among all by Shamir, any t of
+which give them back: bᵢ of those that answered, the key of those that did not, and never both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkeel.rng import secret_bytes
+from fedkeel.types import FedKeelError
+
+STEP = 2.0**-22  # of the numbers that are added up
+PRIME = 2**521 - 1  # of the field of shares
+SECRET, SHARE, NONCE = 32, 66, 12  # bytes
+
+
+class MaskError(FedKeelError):
+    """Masks that cannot be made or taken off; the text says whose."""
+
+
+def _primitives() -> tuple[type, type, type, type, type]:
+    try:
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+        from cryptography.hazmat.primitives.ciphers import algorithms
+        from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+    except ImportError as error:
+        raise MaskError("secure aggregation goes through `cryptography`: pip install 'fedkeel[privacy]'") from error
+    return X25519PrivateKey, X25519PublicKey, algorithms.ChaCha20, ChaCha20Poly1305, HKDF
+
+
+def new_key() -> tuple[bytes, bytes]:
+    """(private, public) of X25519, 32 bytes each."""
+    private = _primitives()[0].generate()  # type: ignore[attr-defined]
+    return private.private_bytes_raw(), private.public_key().public_bytes_raw()
+
+
+def public_of(private: bytes) -> bytes:
+    """The public half of a private key."""
+    found: bytes = _primitives()[0].from_private_bytes(private).public_key().public_bytes_raw()  # type: ignore[attr-defined]
+    return found
+
+
+def agreed(private: bytes, public: bytes, purpose: str) -> bytes:
+    """32 bytes that both ends of two keys come to, other ones for each purpose. Raises MaskError for a key that is none."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    own, other, _, _, hkdf = _primitives()
+    try:
+        shared = own.from_private_bytes(private).exchange(other.from_public_bytes(public))  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise MaskError(f"a key that is none of X25519: {error}") from error
+    found: bytes = hkdf(algorithm=SHA256(), length=SECRET, salt=None, info=purpose.encode()).derive(shared)
+    return found
+
+
+def stream(seed: bytes, count: int) -> np.ndarray:
+    """`count` whole numbers of 32 bits, uint32, that look like chance to whoever has not the seed of 32 bytes: ChaCha20."""
+    from cryptography.hazmat.primitives.ciphers import Cipher
+
+    cipher = Cipher(_primitives()[2](seed, bytes(16)), mode=None)
+    return np.frombuffer(cipher.encryptor().update(bytes(4 * count)), dtype="<u4").astype(np.uint32)
+
+
+def hidden(key: bytes, text: bytes, about: str) -> bytes:
+    """`text` for whoever has the key, bound to `about`: a nonce, then ChaCha20-Poly1305."""
+    nonce = secret_bytes(NONCE)
+    sealed: bytes = _primitives()[3](key).encrypt(nonce, text, about.encode())
+    return nonce + sealed
+
+
+def opened(key: bytes, sealed: bytes, about: str) -> bytes:
+    """What `hidden` hid. Raises MaskError where it was altered, or is for somebody else."""
+    from cryptography.exceptions import InvalidTag
+
+    try:
+        found: bytes = _primitives()[3](key).decrypt(sealed[:NONCE], sealed[NONCE:], about.encode())
+    except (InvalidTag, ValueError) as error:
+        raise MaskError(f"shares that were altered on their way, or are not for this site ({about})") from error
+    return found
+
+
+def split(secret: bytes, threshold: int, count: int) -> list[bytes]:
+    """`count` shares of a secret of 32 bytes, any `threshold` of which give it back and fewer say nothing (Shamir 1979).
+
+    Share k, from 1, is the value at k of a polynomial of degree threshold − 1 over the integers mod 2⁵²¹ − 1."""
+    if len(secret) != SECRET or not 1 <= threshold <= count:
+        raise MaskError(f"{len(secret)} bytes cannot be shared among {count} so that {threshold} give them back")
+    more = [int.from_bytes(secret_bytes(SHARE), "big") % PRIME for _ in range(threshold - 1)]
+    coefficients = [int.from_bytes(secret, "big"), *more]
+    shares = []
+    for at in range(1, count + 1):
+        value = 0
+        for coefficient in reversed(coefficients):
+            value = (value * at + coefficient) % PRIME
+        shares.append(value.to_bytes(SHARE, "big"))
+    return shares
+
+
+def join(shares: Mapping[int, bytes]) -> bytes:
+    """The secret of shares by their number, from 1: the polynomial at 0. Raises MaskError where they are not of one secret."""
+    secret = 0
+    for at, share in shares.items():
+        top = bottom = 1
+        for other in shares:
+            if other != at:
+                top, bottom = top * other % PRIME, bottom * (other - at) % PRIME
+        secret = (secret + int.from_bytes(share, "big") * top * pow(bottom, -1, PRIME)) % PRIME
+    if secret >= 2 ** (8 * SECRET):
+        raise MaskError("shares that are not of one secret: some site sent others than it was given")
+    return secret.to_bytes(SECRET, "big")
+
+
+def pair_masks(private: bytes, keys: Mapping[str, bytes], site: str, purpose: str, count: int) -> np.ndarray:
+    """Σ_{j > i} PRG(sᵢⱼ) − Σ_{j < i} PRG(sᵢⱼ), uint32, of site i. keys: of all sites, public; names order them."""
+    total = np.zeros(count, np.uint32)
+    for other, public in keys.items():
+        if other != site:
+            numbers = stream(agreed(private, public, purpose), count)
+            total = total + numbers if other > site else total - numbers
+    return total
+
+
+def whole_numbers(tensors: Mapping[str, Tensor], sites: int) -> np.ndarray:
+    """All numbers by sorted name in steps of STEP, uint32 mod 2³². Raises MaskError where so many sites' could run over."""
+    flat = torch.cat([tensors[name].detach().double().flatten().cpu() for name in sorted(tensors)])
+    steps = (flat / STEP).round()
+    most = float(steps.abs().max())
+    if not most * sites < 2**31:
+        raise MaskError(
+            f"a change of {most * STEP:.3g} in one number: {sites} of such run over what is added up (at most "
+            f"{2**31 * STEP / sites:.3g}); a lower train.lr, or privacy.unit = 'site' with a clip, keeps it small"
+        )
+    return steps.to(torch.int64).numpy().astype(np.uint32)
+
+
+def mean_of(total: np.ndarray, sites: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The mean change that a sum of `sites` stands for, float32 by name. total: uint32."""
+    numbers = torch.from_numpy(total.view(np.int32).astype(np.float64)) * (STEP / sites)
+    sizes = [int(np.prod(shapes[name], dtype=np.int64)) for name in sorted(shapes)]
+    parts: Sequence[Tensor] = numbers.split(sizes)
+    return {name: part.reshape(shapes[name]).float() for name, part in zip(sorted(shapes), parts, strict=True)}

@@ -1,0 +1,162 @@
+"""A site's part in secure aggregation: keys, shares, the masked update, and the shares that take masks off again.
+
+Of each round a site has secrets of its own, which it keeps from message to message and forgets once it has told its shares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkeel.exchange.codecs import EnvelopeError, seal
+from fedkeel.exchange.masks import (
+    MaskError,
+    agreed,
+    hidden,
+    new_key,
+    opened,
+    pair_masks,
+    split,
+    stream,
+    whole_numbers,
+)
+from fedkeel.exchange.messages import SCHEMA, layout
+from fedkeel.federation.kept import Kept
+from fedkeel.rng import secret_bytes
+from fedkeel.types import Adapter
+
+STEP = "masks"  # of what a site keeps
+KINDS = ("keys", "shares", "unmask")
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """Of one site and round, in hexadecimal. channel, mask: private keys. seed: of its own mask. keys: site -> its two public
+    keys. threshold: shares that give a secret back. came: sealed shares of the others, by site."""
+
+    round: int
+    channel: str
+    mask: str
+    seed: str
+    keys: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    threshold: int = 0
+    came: Mapping[str, str] = field(default_factory=dict)
+
+
+def _kept(kept: Kept, round: int, site: str) -> Secrets:
+    held = kept.memory.get(STEP, {}).get("secrets")
+    found = None if held is None else Secrets(**json.loads(bytes(held.to(torch.uint8).tolist())))
+    if found is None or found.round != round:
+        raise MaskError(f"site {site}: it has no keys of round {round + 1}, which is begun anew by asking for them")
+    return found
+
+
+def _keep(kept: Kept, secrets: Secrets | None) -> None:
+    memory = {name: held for name, held in kept.memory.items() if name != STEP}
+    if secrets is not None:  # as float32, in which whatever a site keeps is written
+        memory[STEP] = {"secrets": torch.tensor(list(json.dumps(asdict(secrets)).encode()), dtype=torch.float32)}
+    kept.memory = memory
+
+
+def prepare(header: Mapping[str, Any], like: Adapter, site: str, kept: Kept) -> bytes:
+    """The answer to a message of KINDS. Raises MaskError, naming the site, for one that does not fit the round so far."""
+    round = header.get("round")
+    if type(round) is not int or header.get("layout") != layout(like):
+        raise MaskError(f"site {site}: keys are asked for by another model, or of round {round!r}")
+    about: dict[str, Any] = {"schema": SCHEMA, "kind": header["kind"], "round": round, "layout": layout(like), "site": site}
+    if header["kind"] == "keys":
+        (channel, public), (mask, mask_public) = new_key(), new_key()
+        _keep(kept, Secrets(round, channel.hex(), mask.hex(), secret_bytes(32).hex()))
+        return seal({**about, "keys": [public.hex(), mask_public.hex()]}, {})
+    secrets = _kept(kept, round, site)
+    if header["kind"] == "shares":
+        return seal({**about, "shares": _shared(header, secrets, site, kept)}, {})
+    told = _unmasking(header, secrets, site)
+    _keep(kept, None)  # once
+    return seal({**about, **told}, {})
+
+
+def _shared(header: Mapping[str, Any], secrets: Secrets, site: str, kept: Kept) -> dict[str, str]:
+    """other site -> its shares of this one's two secrets, sealed for it."""
+    keys: Any = header.get("keys")
+    threshold = header.get("threshold")
+    known = isinstance(keys, dict) and site in keys
+    if not known or type(threshold) is not int or not len(keys) / 2 < threshold <= len(keys):
+        raise MaskError(
+            f"site {site}: shares are asked for so that {threshold!r} of {len(keys or {})} sites could open them; more than "
+            f"half must be needed"
+        )
+    order = sorted(keys)
+    parts = zip(
+        order,
+        split(bytes.fromhex(secrets.seed), threshold, len(order)),
+        split(bytes.fromhex(secrets.mask), threshold, len(order)),
+        strict=True,
+    )
+    _keep(kept, replace(secrets, keys=keys, threshold=threshold))
+    found = {}
+    for other, seed, mask in parts:
+        key = agreed(bytes.fromhex(secrets.channel), bytes.fromhex(keys[other][0]), f"shares {secrets.round}")
+        found[other] = hidden(key, seed + mask, f"{site} to {other} in {secrets.round}").hex()
+    return found
+
+
+def masked(tensors: Mapping[str, Tensor], told: Mapping[str, Any], round: int, site: str, kept: Kept) -> Tensor:
+    """A change as it is sent, int32: behind this site's own mask and those that it shares with each other of `told["among"]`.
+
+    told: of the message down: `among`, those who gave shares, and `shares`, theirs for this site."""
+    secrets, among, came = _kept(kept, round, site), told.get("among"), told.get("shares")
+    if (
+        not isinstance(among, list)
+        or not set(among) <= set(secrets.keys)
+        or site not in among
+        or len(among) < secrets.threshold
+    ):
+        raise MaskError(f"site {site}: masks among {among!r} are asked for, of {sorted(secrets.keys)} that gave keys")
+    if not isinstance(came, dict) or set(came) != set(among):
+        raise MaskError(f"site {site}: shares of {sorted(came or [])} came, and masks are among {among}")
+    if secrets.came and dict(secrets.came) != came:
+        raise MaskError(f"site {site}: it was asked for this round's change before, behind other masks; two sums would tell it")
+    _keep(kept, replace(secrets, came=came))
+    numbers = whole_numbers(tensors, len(among))
+    keys = {other: bytes.fromhex(secrets.keys[other][1]) for other in among}
+    numbers = numbers + pair_masks(bytes.fromhex(secrets.mask), keys, site, f"mask {round}", len(numbers))
+    numbers = numbers + stream(bytes.fromhex(secrets.seed), len(numbers))
+    return torch.from_numpy(numbers.view("int32"))
+
+
+def _unmasking(header: Mapping[str, Any], secrets: Secrets, site: str) -> dict[str, dict[str, str]]:
+    """Shares of the seeds of those that answered, and of the keys of those that did not: never both of one site."""
+    answered: Any = header.get("answered")
+    among = set(secrets.came)
+    enough = isinstance(answered, list) and set(answered) <= among and len(set(answered)) >= max(1, secrets.threshold)
+    if not enough:
+        raise MaskError(
+            f"site {site}: masks are to be taken off {answered!r}, of {sorted(among)}; {secrets.threshold} or more of these "
+            f"must have answered"
+        )
+    seeds, keys = {}, {}
+    for other in sorted(among):
+        key = agreed(bytes.fromhex(secrets.channel), bytes.fromhex(secrets.keys[other][0]), f"shares {secrets.round}")
+        both = opened(key, bytes.fromhex(secrets.came[other]), f"{other} to {site} in {secrets.round}")
+        if other in answered:
+            seeds[other] = both[: len(both) // 2].hex()
+        else:
+            keys[other] = both[len(both) // 2 :].hex()
+    return {"seeds": seeds, "keys": keys}
+
+
+def check_hex(value: Any, size: int, what: str) -> bytes:
+    """Bytes of a header's text. Raises EnvelopeError."""
+    try:
+        found = bytes.fromhex(value) if isinstance(value, str) else b""
+    except ValueError:
+        found = b""
+    if len(found) != size:
+        raise EnvelopeError(f"{what}: not {size} bytes in hexadecimal")
+    return found
