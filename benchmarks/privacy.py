@@ -1,9 +1,12 @@
-"""What privacy costs: a DP-SGD step against a plain one, and clipping and noise of an update, as ratios in one run.
+"""What privacy costs: a DP-SGD step against a plain one, clipping and noise of an update, and secure aggregation of a round, as
+ratios in one run.
 
     python benchmarks/privacy.py [--repeats 5] [--shapes keel-nano llama-20m]
 
 Both kinds of step are `train.train_round` on the same rows, in turns; the drawn rows of a private step are fixed to a batch, as
-a draw is of a batch on average. Ratios are medians over the repeats.
+a draw is of a batch on average. Ratios are medians over the repeats. Secure aggregation: a round of 16 sites and a million
+numbers, its keys, shares, masks and their removal, against the same round's messages and aggregation without, and against the
+round with the training of ten plain steps a site (of the last shape).
 """
 
 from __future__ import annotations
@@ -13,17 +16,26 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from step_cost import base_of, noisy, rows_of
 
 import fedkeel.federation.train
 from fedkeel.exchange.channel import channel_of
+from fedkeel.exchange.codecs import header_of, seal
+from fedkeel.exchange.messages import SCHEMA, layout, pack
+from fedkeel.federation.kept import Kept
+from fedkeel.federation.masked import run_masked_round
+from fedkeel.federation.masking import KINDS, masked, prepare
+from fedkeel.federation.server import Roster, run_round
 from fedkeel.federation.train import Round, train_round
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
-from fedkeel.types import Global
+from fedkeel.recipe.schema import Federation, Privacy
+from fedkeel.types import Adapter, Global, Reply, Request
 
 ROW = ["privacy.unit=row", "privacy.clip=0.1", "privacy.noise=1.0", "federation.weighting=uniform"]
 SITE = ["privacy.unit=site", "privacy.clip=0.1", "privacy.noise=1.0", "federation.weighting=uniform"]
@@ -56,6 +68,35 @@ def channel(numbers: int) -> float:
     return time.perf_counter() - begin
 
 
+class Sites:
+    """Sites that train nothing: each gives the same change, masked or not."""
+
+    def __init__(self, names: list[str], like: Adapter) -> None:
+        self.like, self.change = like, {"w": torch.full_like(like.dense["w"], 1e-3)}
+        self.kept = {name: Kept() for name in names}
+
+    def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
+        return [Reply(r.site, self._answer(header_of(r.payload), r.site)) for r in requests]
+
+    def _answer(self, header: dict[str, Any], site: str) -> bytes:
+        about = {"schema": SCHEMA, "round": 0, "layout": layout(self.like), "site": site}
+        if header["kind"] in KINDS:
+            return prepare(header, self.like, site, self.kept[site])
+        if "masked" in header:
+            return seal({**about, "kind": "masked"}, {"sum": masked(self.change, header["masked"], 0, site, self.kept[site])})
+        told = {"site": site, "positions": 1, "stats": {"loss": 1.0}, "seconds": "0", "held": 0, "tasks": {}}
+        return pack("update", 0, self.like, self.change, "fp32", **told)
+
+
+def aggregation(masks: bool, sites: int, numbers: int) -> float:
+    """Seconds of a round without its training."""
+    names, like = [f"site-{n:02}" for n in range(sites)], Adapter({}, {"w": torch.zeros(numbers)})
+    roster = Roster(names, Federation(weighting="uniform"), 1, privacy=Privacy(masks=masks))
+    begin = time.perf_counter()
+    (run_masked_round if masks else run_round)(Global(0, like), Sites(names, like), roster)
+    return time.perf_counter() - begin
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["keel-nano", "llama-20m"])
@@ -72,7 +113,13 @@ def main() -> None:
         results.append({"base": shape, **found})
     seconds = min(channel(10**6) for _ in range(args.repeats))
     print(f"clipping and noise of a million numbers: {seconds:.3f} s")
-    print(json.dumps({"results": results, "batch": BATCH, "repeats": args.repeats, "channel_s_a_million": seconds}))
+    plain, behind = (min(aggregation(masks, 16, 10**6) for _ in range(args.repeats)) for masks in (False, True))
+    share = (behind - plain) / (plain + 16 * 10 * results[-1]["plain"])
+    print(f"a round of 16 sites and a million numbers without its training: {plain:.2f} s, behind masks {behind:.2f} s")
+    print(f"masks add {100 * share:.1f} % to that round with ten steps a site of {args.shapes[-1]}")
+    told = {"plain_s": plain, "masked_s": behind, "share_of_a_round": share}
+    more = {"batch": BATCH, "repeats": args.repeats, "channel_s_a_million": seconds, "masks": told}
+    print(json.dumps({"results": results, **more}))
 
 
 if __name__ == "__main__":

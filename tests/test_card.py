@@ -55,6 +55,23 @@ def test_a_run_that_is_not_private_says_so(tmp_path: Path) -> None:
     assert "ε" not in text
 
 
+def test_a_head_that_was_served_beside_the_adapter_is_told(tmp_path: Path) -> None:
+    text = card_of(["evidence.serve=0.5"], [], tmp_path)
+    assert "with an analytic head served beside it** (`evidence.serve = 0.5`)" in text
+    assert "analytic head served" not in card_of(["evidence.anchor=1"], [], tmp_path)
+
+
+def test_a_masked_run_says_that_sums_alone_were_seen(tmp_path: Path) -> None:
+    masks = ["privacy.masks=true", "federation.weighting=uniform"]
+    text = card_of(masks, [], tmp_path)
+    assert "the coordinator received sums of the sites' updates of the adapter, by secure aggregation. **No\n" in text
+    assert "**No\ndifferential privacy** was used" in text
+    private = card_of([*SITE, "privacy.masks=true"], [2.0], tmp_path)
+    assert (
+        "received sums of the sites' updates of the adapter, by secure aggregation. **Differential privacy** of each" in private
+    )
+
+
 def test_a_private_run_that_told_no_epsilon_does_not_make_one_up(tmp_path: Path) -> None:
     assert "ε unknown, as no round tells it, at δ = 1e-05" in card_of(SITE, [], tmp_path)
 

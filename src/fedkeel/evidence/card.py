@@ -67,6 +67,7 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
         f"## To use it\n\n{_use(recipe, made)}",
         f"## How it was made\n\n{_settings(recipe, rows, environment)}",
         method_table(rows).markdown(),
+        _BESIDE.format(serve=recipe.evidence.serve) if recipe.evidence.serve else "",
         sure.markdown() if sure.lines else "",
         f"## Privacy\n\n{_privacy(recipe, rows)}\n",
         f"## Limits\n\n{_LIMITS}\n",
@@ -74,12 +75,17 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
     return "\n".join(part for part in parts if part)
 
 
+_BESIDE = """\
+**The scores of the federated model are those of its adapter with an analytic head served beside it** (`evidence.serve = {serve:g}`): a
+ridge classifier on features of the frozen base, which lies in the run and not in this folder. `fedkeel ask` and `fedkeel evaluate` on the
+run use it; PEFT, transformers, vLLM and llama.cpp serve the adapter alone, whose scores are others.
+"""
 _NOT_PRIVATE = """\
-The sites' rows did not leave them: the coordinator received updates of the adapter and statistics of training. **No
-differential privacy and no secure aggregation** were used, so there is no bound on what this model tells of a single row or
+The sites' rows did not leave them: the coordinator received {received}. **No
+differential privacy{masks}** {used} used, so there is no bound on what this model tells of a single row or
 site, and it may repeat rare texts of its training rows. Look at what it says before you give it to others."""
 _PRIVATE = """\
-The sites' rows did not leave them: the coordinator received updates of the adapter. {promise}
+The sites' rows did not leave them: the coordinator received {received}. {promise}
 
 The promise is for one such unit at a time, and of this model's training alone, not of scores that somebody measured beside it.
 A large ε promises little: look at what the model says before you give it to others."""
@@ -88,8 +94,12 @@ A large ε promises little: look at what the model says before you give it to ot
 def _privacy(recipe: Recipe, rows: Sequence[Row]) -> str:
     """What a run promises of whose presence its model hides, in one line, with the ε that it really spent."""
     privacy = recipe.privacy
+    received = "sums of the sites' updates of the adapter, by secure aggregation" if privacy.masks else "updates of the adapter"
     if privacy.unit == "none":
-        return _NOT_PRIVATE
+        if privacy.masks:
+            return _NOT_PRIVATE.format(received=received, masks="", used="was")
+        more = f"{received} and statistics of training"
+        return _NOT_PRIVATE.format(received=more, masks=" and no secure aggregation", used="were")
     spent = [r.value for r in rows if r.name == "epsilon" and r.method == "federated"]
     unit = {"site": "each site's whole contribution", "row": "each training row"}[privacy.unit]
     where = "at each site, in every step" if privacy.unit == "row" else f"by the {privacy.noise_at}"
@@ -99,8 +109,9 @@ def _privacy(recipe: Recipe, rows: Sequence[Row]) -> str:
         where += f", of {privacy.together} of them together"
     told = f"ε = {max(spent):.3g}" if spent else "ε unknown, as no round tells it,"
     return _PRIVATE.format(
+        received=received,
         promise=f"**Differential privacy** of {unit}: {told} at δ = {privacy.delta:g}, by clipping to C = {privacy.clip:g} and "
-        f"Gaussian noise of z = {privacy.noise:g} times C, added {where}."
+        f"Gaussian noise of z = {privacy.noise:g} times C, added {where}.",
     )
 
 
