@@ -57,7 +57,7 @@ def test_a_run_that_is_not_private_says_so(tmp_path: Path) -> None:
 
 def test_a_head_that_was_served_beside_the_adapter_is_told(tmp_path: Path) -> None:
     text = card_of(["evidence.serve=0.5"], [], tmp_path)
-    assert "with an analytic head served beside it** (`evidence.serve = 0.5`)" in text
+    assert "with an analytic head served beside it** (`evidence.serve =\n0.5`)" in text
     assert "analytic head served" not in card_of(["evidence.anchor=1"], [], tmp_path)
 
 

@@ -76,9 +76,9 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
 
 
 _BESIDE = """\
-**The scores of the federated model are those of its adapter with an analytic head served beside it** (`evidence.serve = {serve:g}`): a
-ridge classifier on features of the frozen base, which lies in the run and not in this folder. `fedkeel ask` and `fedkeel evaluate` on the
-run use it; PEFT, transformers, vLLM and llama.cpp serve the adapter alone, whose scores are others.
+**The scores of the federated model are those of its adapter with an analytic head served beside it** (`evidence.serve =
+{serve:g}`): a ridge classifier on features of the frozen base, which lies in the run and not in this folder. `fedkeel ask` and
+`fedkeel evaluate` on the run use it; PEFT, transformers, vLLM and llama.cpp serve the adapter alone, whose scores are others.
 """
 _NOT_PRIVATE = """\
 The sites' rows did not leave them: the coordinator received {received}. **No
