@@ -117,6 +117,7 @@ def test_too_few_rows_are_refused(tiny_overrides: list[str]) -> None:
         audit(prepare(load_recipe(None, tiny_overrides)), folder.path)
 
 
+@pytest.mark.slow
 def test_secrets_that_were_learnt_are_exposed(tiny_overrides: list[str], tmp_path: Path) -> None:
     """Three at one site, twelve of each among its rows, against the same run that trains on next to nothing."""
     alone = ["partition.scheme=iid", "partition.sites=1", "federation.rounds=1", "train.local_steps=300", "train.batch_size=8"]

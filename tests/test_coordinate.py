@@ -59,9 +59,16 @@ def deployment(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> tu
 
 
 def coordinate(
-    overrides: list[str], files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twist: Twist | None = None
+    overrides: list[str],
+    files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    twist: Twist | None = None,
+    wait: float = 60.0,
 ) -> RunFolder:
-    """The ServerApp as Flower runs it: in a folder that holds the app, its path among those of imports."""
+    """The ServerApp as Flower runs it: in a folder that holds the app, its path among those of imports.
+
+    wait: seconds, at most, for sites that have not said hello."""
     recipe = load_recipe(None, [*overrides, "name=there"])
     app = tmp_path / "app"
     app.mkdir(exist_ok=True)
@@ -69,7 +76,7 @@ def coordinate(
     (app / "recipe.toml").write_text(text)
     monkeypatch.syspath_prepend(str(app))
     grid = FakeGrid(client_app, len(files), twist, files)
-    server_app(grid, Context(77, 1, {}, RecordDict(), {"sites": ",".join(SITES), "wait": 60.0}))
+    server_app(grid, Context(77, 1, {}, RecordDict(), {"sites": ",".join(SITES), "wait": wait}))
     return RunFolder(Path(recipe.out) / "there")
 
 
@@ -389,7 +396,7 @@ def test_a_recipe_that_a_site_has_not_agreed_to_is_refused(
     for file, seal in zip(files, (agreed, agreed, "0" * 64), strict=True):
         file.write_text(f'recipe_sha256 = "{seal}"\n{file.read_text()}')
     with pytest.raises(FederationError, match=r"2 of 3 sites are fit to train"):
-        coordinate(overrides, files, tmp_path, monkeypatch)
+        coordinate(overrides, files, tmp_path, monkeypatch, wait=10.0)
     assert (
         capsys.readouterr().out.count("note: node 886: site ward-2 refuses: it agreed to the recipe with sha256 0000000000")
         == 1

@@ -82,6 +82,7 @@ def blocks(page: str, language: str) -> list[str]:
     return [text for named, text in zip(parts[1::4], parts[2::4], strict=True) if named == language]
 
 
+@pytest.mark.slow
 def test_your_data_in_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's own data, recipe, commands and snippets, its rounds cut to two."""
     monkeypatch.chdir(tmp_path)

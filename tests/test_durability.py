@@ -58,7 +58,7 @@ def dies(overrides: list[str], write: int, where: str) -> bool:
     return found.returncode == -9
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_write_it_ends_in_the_same_bits(
     kills: int, tiny_overrides: list[str], whole: RunFolder, tmp_path: Path
 ) -> None:

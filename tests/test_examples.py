@@ -65,6 +65,7 @@ def test_own_rule(short: bool, kept: list[fedkeel.Result]) -> None:
     assert norms[0] != norms[1]
 
 
+@pytest.mark.slow
 @LENGTHS
 def test_the_notebook(short: bool, kept: list[fedkeel.Result]) -> None:
     """Its cells in turn, as a kernel runs them; what it shows, it has been asked for."""

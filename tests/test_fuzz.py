@@ -39,7 +39,7 @@ from fedkeel.types import FedKeelError, Global, Reply
 
 ROOT = Path(__file__).parents[1]
 SECONDS, MEMORY = 5.0, 2**28  # of one case; of all cases of a parser together, in bytes
-FEW, MANY = 300, 9000  # cases of a parser; of some a part
+FEW, MANY = 120, 9000  # cases of a parser; of some a part
 
 # What parsers have stumbled over: deep nesting, numbers of too many digits, names no system has, dates, half characters.
 DEEP = 3000

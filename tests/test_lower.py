@@ -166,6 +166,7 @@ def test_the_first_block_alone_is_below_nothing() -> None:
     assert all(".0." in path for path in model.read().lora)
 
 
+@pytest.mark.slow
 def test_a_federation_ends_in_the_same_bits_whatever_is_kept(tiny_overrides: list[str]) -> None:
     ends = []
     method = ["distill.weight=0.5", "distill.align=cka", "structure.heads=0.2", "federation.rounds=2", "model.precision=bf16"]

@@ -229,6 +229,7 @@ def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pydocs, "docstrings", docstrings)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("parsed_once")
 def test_own_standard_library() -> None:
     rows = pydocs.records()

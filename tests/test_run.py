@@ -254,6 +254,7 @@ def killed_while_saving(overrides: list[str]) -> None:
     assert killed.returncode == -9, killed.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], uncut: RunFolder, tmp_path: Path) -> None:
     """kill -9 while rows of an unfinished unit are already in the file: they are cut off again."""
     killed_while_saving(tiny_overrides)

@@ -190,6 +190,7 @@ def test_a_base_that_changes_in_a_run_is_refused(
     assert told["error"] == "site ward-0: its base or tokenizer is another than when it said hello; put it back"
 
 
+@pytest.mark.slow
 def test_a_worker_of_another_environment_is_not_asked_for_ever(
     site: SiteFile, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
