@@ -127,6 +127,10 @@ def test_the_order_of_base_local_federated_and_centralised() -> None:
         "federated 50.0 points, and surely more than none of 2 local": LOOK,
         "federated 50.0 points, surely more than centralised": LOOK,
     }
+    assert levels(federated=150, analytic=180) == {
+        "federated 75.0 points, surely less than the analytic head, which nobody trained": LOOK,
+    }
+    assert levels(federated=150, analytic=120) == {}
     assert levels(base=3) == {}
 
 

@@ -164,6 +164,7 @@ def summary(rows: Sequence[Row]) -> str:
     ]
     against = {
         "base": "the base model",
+        "analytic": "the analytic head alone",
         "local": "the mean of the sites' local-only models",
         "centralised": "the centralised model, which pools all rows",
     }

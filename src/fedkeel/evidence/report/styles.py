@@ -44,7 +44,12 @@ DASHES: dict[str, tuple[float, ...]] = {  # lengths of ink and gap, pixels
     "dashdot": (6, 2.5, 1.5, 2.5),
     "longdash": (9, 3),
 }
-BASELINE = ("base", "local-only", "centralised")
+BASELINE = {  # dash and mark of each
+    "base": ("dot", "x"),
+    "analytic head": ("dashdot", "star"),
+    "local-only": ("dash", "triangle-down"),
+    "centralised": ("longdash", "square"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,7 @@ def styles_of(names: Sequence[str], reference: str = "") -> dict[str, Style]:
         if name == reference:
             found[name] = Style(INK, "solid", "circle", 2.6)
         elif name in BASELINE:
-            k = BASELINE.index(name)
-            found[name] = Style(MUTED, ("dot", "dash", "longdash")[k], ("x", "triangle-down", "square")[k])
+            found[name] = Style(MUTED, *BASELINE[name])
         else:
             hue = HUES[n % len(HUES)]
             found[name] = Style(hue, dashes[n // len(HUES) % len(dashes)], shapes[(n + 1) % len(shapes)])
@@ -83,6 +87,7 @@ def run_styles() -> dict[str, Style]:
     """A run's legs."""
     return {
         "base": Style(MUTED, "dot", "x"),
+        "analytic head": Style(HUES[1], "dashdot", "star"),
         "local-only": Style(HUES[4], "dash", "diamond"),
         "federated": Style(HUES[0], "solid", "circle"),
         "centralised": Style(HUES[2], "longdash", "square"),

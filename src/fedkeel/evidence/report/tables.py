@@ -360,6 +360,10 @@ def _notes(rows: Sequence[Row], present: Sequence[str]) -> tuple[str, ...]:
             f"local-only: one model a site ({len(locals_)} of {plural(len(sites), 'site')} scored), each scored on all test "
             "rows; mean ± standard deviation (n − 1) over them. Its own-rows columns take each model on its own site's rows."
         )
+    if "analytic" in present:
+        notes.append(
+            "analytic head: a ridge classifier of sums over all sites' rows, without training; free text is the base's."
+        )
     if "centralised" in present:
         notes.append("centralised pools all rows: what federation avoids; an upper reference.")
     up, down = (total(rows, "federated", name) for name in ("bytes_up", "bytes_down"))

@@ -83,7 +83,7 @@ def falling(rows: Sequence[Row]) -> Iterator[Verdict]:
 
 
 def order(scores: Models) -> Iterator[Verdict]:
-    """Base, local, federated and centralised, as far as test rows tell them apart."""
+    """Base, analytic head, local, federated and centralised, as far as test rows tell them apart."""
     mine = next((of for (leg, _), of in scores.items() if leg == "federated"), None)
     if mine is None:
         return
@@ -103,6 +103,10 @@ def order(scores: Models) -> Iterator[Verdict]:
         elif of_leg:
             ahead = sum(found.low > 0 for found in of_leg)
             yield Verdict(GOOD, f"{told}, surely more than {ahead} of {len(of_leg)} {leg}")
+    head = known.get(("analytic", ""))
+    if head is not None and head.high < 0:
+        change = "serve it: evidence.serve = 1 or more, by validation rows; or more rounds and local steps"
+        yield Verdict(LOOK, f"{told}, surely less than the analytic head, which nobody trained", change)
     pooled = known.get(("centralised", ""))
     if pooled is not None and pooled.low > 0:
         change = "a lower or higher train.lr for all: training on pooled rows should not be behind"
