@@ -41,7 +41,8 @@ def scores_of(head: Head, features: Tensor, labels: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Beside:
-    """Analytic classifiers, served beside an adapter. weight: of their log chances. alone: in place of the adapter's model."""
+    """Analytic classifiers, served beside an adapter. weight: of their log chances. alone: labels are scored by them, without a
+    pass of the adapter's model."""
 
     heads: Mapping[str, Head]
     weight: float = 1.0
@@ -54,8 +55,7 @@ class Beside:
         """
         if task not in self.heads:
             return own
-        told = chances(self.heads[task], features, labels).log().to(own)
-        return told if self.alone else own + self.weight * told
+        return own + self.weight * chances(self.heads[task], features, labels).log().to(own)
 
 
 class Features:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedkeel import tables
 from fedkeel.data.batches import collate
 from fedkeel.data.format import Example, Formatter
+from fedkeel.model.features import chances
 from fedkeel.model.generate import generate
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Evaluation
@@ -79,6 +80,9 @@ def score(
     labelled = [r for r in records if r.labels]
     free = [r for r in records if not r.labels]
     found: dict[str, Scored] = {}
+    if model.beside.alone:
+        _by_head(model, formatter, [r for r in labelled if r.task in model.beside.heads], found, advance)
+        labelled = [r for r in labelled if r.task not in model.beside.heads]
     with model.autocast():
         if model.kind == "classifier":
             _classify(model, formatter, labelled, config, found, advance)
@@ -113,6 +117,29 @@ def _classify(
             distribution = tuple(row[label] for label in example.allowed)
             found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)
         advance(len(chunk))
+
+
+def _by_head(
+    model: Model,
+    formatter: Formatter,
+    records: Sequence[Record],
+    found: dict[str, Scored],
+    advance: Callable[[int], None],
+) -> None:
+    """By the analytic classifiers alone, without a pass of the whole model."""
+    prompts = [_prompt(model, formatter, record) for record in records]
+    for record, features in zip(records, model.features(prompts) if prompts else (), strict=True):
+        (shares,) = chances(model.beside.heads[record.task], features[None], record.labels).tolist()
+        prediction = record.labels[max(range(len(shares)), key=shares.__getitem__)]
+        found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), tuple(shares))
+        advance(1)
+
+
+def _prompt(model: Model, formatter: Formatter, record: Record) -> Sequence[int]:
+    """What the model reads of a row with labels before its answer."""
+    if model.kind == "classifier":
+        return formatter.encode(record).prompt
+    return formatter.prompt_ids(record, max(map(len, formatter.label_ids(record))))
 
 
 def _beside(model: Model, record: Record, prompt: Sequence[int], own: Tensor) -> Tensor:
