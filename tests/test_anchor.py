@@ -28,7 +28,7 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe, plain
 from fedkeel.recipe.schema import Evidence
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.served import trained_model
 from fedkeel.scores.evaluate import score
@@ -177,6 +177,17 @@ def test_what_is_served_adds_the_log_chances_of_both(anchored: tuple[list[str], 
         wanted = [p * t**0.5 for p, t in zip(without.distribution, told, strict=True)]
         assert with_head.distribution == pytest.approx([w / sum(wanted) for w in wanted], rel=1e-4)
     assert any(a.distribution != b.distribution for a, b in zip(both, alone, strict=True))
+
+
+def test_another_weight_is_tried_without_training_anew(anchored: tuple[list[str], RunFolder], tmp_path: Path) -> None:
+    """`fedkeel evaluate RUN evidence.serve=…`; of a run that made no anchor it is refused."""
+    overrides, folder = anchored
+    for weight in (0.0, 4.0):
+        recipe = load_recipe(None, [*overrides, f"evidence.serve={weight}"])
+        assert trained_model(recipe, folder.path).beside.weight == weight
+    _, none, _ = go([*overrides, f"out={tmp_path}", "evidence.anchor=0", "evidence.serve=0", "evaluation.baselines=[]"])
+    with pytest.raises(RunError, match=r"evidence\.serve = 2: .*tiny made no analytic anchor"):
+        trained_model(load_recipe(None, [*overrides, "evidence.serve=2"]), none.path)
 
 
 def test_the_anchor_teaches_and_its_weight_zero_does_not(anchored: tuple[list[str], RunFolder], tmp_path: Path) -> None:

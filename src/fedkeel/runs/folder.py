@@ -374,6 +374,10 @@ class RunFolder:
         """What the rows of the first stages said through the base."""
         return self.checkpoint(leg, 0).with_name(f"known-{stages:04d}.fkl")
 
+    def knows(self, leg: str) -> bool:
+        """Whether a leg made an analytic anchor."""
+        return self._known(leg, 1).exists()
+
     def write_known(self, leg: str, stages: int, known: Mapping[str, Sums]) -> None:
         """Keep the sums that the analytic anchor of the first `stages` stages is made of."""
         write_atomic(self._known(leg, stages), pack_known(known))

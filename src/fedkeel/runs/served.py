@@ -44,6 +44,11 @@ def serve(model: Model, folder: RunFolder, recipe: Recipe, which: str = "adapter
     check_one_model(recipe, folder.path / "adapter")
     rounds, last = recipe.federation.rounds, max(1, len(recipe.stream.stages)) - 1
     model.rewind()
+    if recipe.evidence.serve and not folder.knows("federated"):
+        raise RunError(
+            f"evidence.serve = {recipe.evidence.serve:g}: {folder.path} made no analytic anchor, as its recipe had "
+            f"evidence.anchor and evidence.serve at 0"
+        )
     end = folder.read_checkpoint("federated", rounds * (last + 1), model.initial)
     model.replay(end.shifts, 0)
     model.beside = beside_of(recipe, end)
