@@ -129,7 +129,8 @@ def stage_grid(name: str, matrix: Matrix) -> Grid:
 
 
 def stages(rows: Sequence[Row]) -> Heat | None:
-    found = {METHODS[m]: matrix for m in ("federated", "local", "centralised", "analytic", "base") if (matrix := stage_matrix(rows, m))}
+    order = ("federated", "local", "centralised", "analytic", "base")
+    found = {METHODS[m]: matrix for m in order if (matrix := stage_matrix(rows, m))}
     return stage_heat(found)
 
 
