@@ -447,6 +447,14 @@ def test_a_list_of_texts_is_what_a_turn_says(tmp_path: Path) -> None:
     assert chat_of(tmp_path, {"messages": [{"role": "user", "content": parts}, TURNS[1]]}).messages[0] == ("user", "one two")
 
 
+def test_keys_of_a_chat_that_nothing_is_made_of_are_named(tmp_path: Path) -> None:
+    thought = {"role": "assistant", "content": "!", "reasoning_content": "Hm.", "weight": 1, "tool_calls": None}
+    asks = {"role": "user", "content": "?", "name": "Bo", "images": []}
+    found = chat_of(tmp_path, {"messages": [asks, thought], "instruction": "In German.", "system": "Be kind."})
+    assert found.ignored == ("instruction", "name of a turn", "reasoning_content of a turn")
+    assert chat_of(tmp_path, {"system": "Be kind.", "instruction": "?", "output": "!"}).ignored == ()
+
+
 ODD_ROWS: dict[str, tuple[str, str]] = {
     "NaN": ('{"instruction": "Add.", "output": NaN}', "NaN is no number of JSON"),
     "infinity": ('{"instruction": -Infinity, "output": "x"}', "-Infinity is no number of JSON"),
@@ -468,6 +476,18 @@ ODD_ROWS: dict[str, tuple[str, str]] = {
     "an empty answer in between": (
         json.dumps({"messages": [TURNS[0], {"role": "assistant", "content": " "}, *AGAIN]}),
         'turn 2 is an assistant\'s and says nothing; mark it with "weight": 0',
+    ),
+    "a question without content": (
+        '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "x"}]}',
+        "turn 1 is a user's and says nothing, under content or value",
+    ),
+    "a misspelt content": (
+        json.dumps({"messages": [*TURNS, {"role": "user", "text": "?"}, AGAIN[1]]}),
+        "turn 3 is a user's and says nothing, under content or value",
+    ),
+    "a history of nulls": (
+        '{"instruction": "x", "output": "y", "history": [["?", null]]}',
+        "in 'history' somebody says nothing; a pair is [asked, said]",
     ),
     "nobody asks": ('{"messages": [{"role": "assistant", "content": "x"}]}', "nobody asks"),
     "a picture": (

@@ -22,7 +22,7 @@ from fedkeel.data.splits import NAMES, split_of, with_splits
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
 
-COMMON = ("id", "instruction", "split", "task")  # keys that a row of any form may have
+COMMON = ("id", "split", "task")  # keys that a row of any form may have
 
 
 def _present(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
         parts.messages,
         _group(row, task, parts.output, about, config),
         parts.unlearnt,
-        _ignored(tuple(row), (*COMMON, config.site_column, *parts.used)),
+        (*_ignored(tuple(row), (*COMMON, config.site_column, *parts.used)), *parts.unused),
     )
 
 
