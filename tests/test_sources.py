@@ -212,8 +212,12 @@ def test_tasks_keeps_only_these(tmp_path: Path) -> None:
 
 def test_drop_labels_leaves_out_rows_and_candidates(tmp_path: Path) -> None:
     labelled = [{"text": f"t{i}", "label": label, "split": "train"} for i, label in enumerate(["a_b", "c", "d", "a_b"])]
-    found = load(tmp_path, labelled, drop_labels=("a_b",))
-    assert {(r.output, r.labels) for r in found} == {("c", ("c", "d")), ("d", ("c", "d"))}
+    for dropped in ("a_b", "a b"):  # by its words, as it is scored
+        found = load(tmp_path, labelled, drop_labels=(dropped,))
+        assert {(r.output, r.labels) for r in found} == {("c", ("c", "d")), ("d", ("c", "d"))}
+    assert [
+        r.output for r in load(tmp_path, [{**r, "label": f" {r['label']} "} for r in labelled[:2]], drop_labels=("a_b",))
+    ] == ["c"]
     asked = [dict(ANSWERED, task="t", input=f"t{i}", output=label) for i, label in enumerate(["a_b", "c", "d", "a_b"])]
     found = load(tmp_path, asked, {"t": {"labels": ["d", "c", "a_b"]}}, drop_labels=("a_b",))
     assert {(r.output, r.labels) for r in found} == {("c", ("d", "c")), ("d", ("d", "c"))}

@@ -189,13 +189,13 @@ def read_rows(
     A task whose rows are all `text, label` without a list of labels gets the labels of its own rows, sorted.
     Raises DataError on a row without an answer.
     """
-    read, classified = [], set()
+    read, classified, dropped = [], set(), spoken(config.drop_labels)
     written: dict[tuple[str, str], str] = {}  # task and label as words -> as a row writes it
     for place, row in rows:
         if config.tasks and (name_of(row, "task", place) or "default") not in config.tasks:
             continue
         answer = row["label"] if row.get("label") is not None else row.get("output")
-        if str(answer) in config.drop_labels:
+        if spoken((str(answer).strip(),))[0] in dropped:
             continue
         record = to_record(row, place, meta, config, site)
         form = form_of(_present(row))
@@ -215,10 +215,10 @@ def _with_own_labels(read: Sequence[Record], tasks: Collection[str]) -> list[Rec
 
 
 def _without_dropped(read: list[Record], config: Data) -> list[Record]:
-    dropped = {*config.drop_labels, *spoken(config.drop_labels)}
+    dropped = spoken(config.drop_labels)
     if not dropped:
         return read
-    left = {labels: tuple(v for v in labels if v not in dropped) for labels in {r.labels for r in read}}
+    left = {labels: tuple(v for v in labels if spoken((v,))[0] not in dropped) for labels in {r.labels for r in read}}
     return [replace(r, labels=left[r.labels]) for r in read]
 
 
