@@ -465,6 +465,14 @@ ODD_ROWS: dict[str, tuple[str, str]] = {
     "a large number": ('{"instruction": "x", "output": ' + "9" * 5000 + "}", "cannot be read as JSON"),
     "a number beyond floats": ('{"instruction": "x", "output": 1e999}', "'output' holds inf, which is no number"),
     "deep nesting": ('{"output": ' + "[" * 100000 + "}", "cannot be read as JSON"),
+    "a key that stands twice": (
+        '{"instruction": "x", "output": "one", "output": "two"}',
+        "cannot be read as JSON: key 'output' stands twice in one object",
+    ),
+    "a key of a turn that stands twice": (
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "x"}]}',
+        "key 'content' stands twice",
+    ),
     "half a character": (
         '{"instruction": "x", "output": "\\ud83d"}',
         "holds half of a character (a lone surrogate) at position 0",
