@@ -185,7 +185,11 @@ class Formatter:
         ends = set(self.ends(record))
         kept = list(takewhile(lambda token: token not in ends, tokens))
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
-        tail = self._around(record).tail.strip()
+        tail = self._around(record).tail
+        mark = self._template.mark_of(tail)
+        if mark is not None:  # it ended the answer, and is not in the text
+            tail = tail.removesuffix(str(self.tokenizer.convert_ids_to_tokens(mark)))
+        tail = tail.strip()
         return text.removesuffix(tail).rstrip() if tail else text
 
     def _encode_answer(self, frame: Frame, answer: str) -> list[int]:
