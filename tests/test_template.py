@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -205,6 +207,21 @@ def test_an_earlier_answer_that_is_written_otherwise_is_not_learnt() -> None:
     assert parts(made, example) == [TURNS[0] + "One.<|im_end|>\n" + TURNS[1], "<think>2</think> Two.<|im_end|>"]
     assert made.counts["last only"] == 1
     assert made.prompt_ids(talk, 9) + made.answer_ids(talk, talk.output) == example.ids
+
+
+def test_an_answer_that_holds_what_ends_one_is_refused() -> None:
+    made = formatter(TWO_ENDS, eos_token="<|endoftext|>")
+    for mark in ("<|im_end|>", "<|endoftext|>"):
+        told = rf"row . \(task t\): its answer holds {re.escape(repr(mark))}, the token that ends an answer"
+        with pytest.raises(DataError, match=told):
+            made.encode(replace(ROW, output=f"Paris{mark}"))
+        with pytest.raises(DataError, match=told):
+            made.encode(replace(ROW, labels=("Paris", f"in {mark} part")))
+        turns = (*TALK.messages[:1], ("assistant", f"One.{mark}"), *TALK.messages[2:])
+        with pytest.raises(DataError, match=told.replace("row .", "row talk")):
+            made.encode(replace(TALK, messages=turns))
+        assert made.encode(replace(TALK, messages=turns, unlearnt=(1,))).positions
+    assert made.encode(replace(ROW, input="<|im_end|>", output="<|im_start|>")).positions
 
 
 @pytest.mark.parametrize("form", ["{{ strftime_now('%d %b %Y') }}", "{% set f = '%d %b %Y' %}{{ strftime_now(f) }}"])
