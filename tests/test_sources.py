@@ -543,6 +543,24 @@ def test_labels_that_are_the_same_words_are_refused(tmp_path: Path) -> None:
         load(tmp_path, rows[:1], tasks_file="tasks.json")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [(1, 1.0), ("-2", "-2.0"), ("caf\u00e9", "cafe\u0301"), ("new york", "new  york"), ("a b", "a\u00a0b")]
+)
+def test_labels_that_nobody_could_tell_apart_are_refused(tmp_path: Path, one: Any, other: Any) -> None:
+    rows = [{"text": "a", "label": one}, {"text": "b", "label": other}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: labels .* of task 'default' are the same words"):
+        load(tmp_path, rows)
+    (tmp_path / "tasks.json").write_text(json.dumps({"default": {"labels": [one, "x", other]}}))
+    with pytest.raises(DataError, match=r"tasks\.json.*labels \[.*\] of task 'default' are the same words"):
+        load(tmp_path, rows[:1], tasks_file="tasks.json")
+
+
+def test_labels_that_can_be_told_apart_stay(tmp_path: Path) -> None:
+    labels = ["1", "1.5", "10", "-1", "v1.0", "v1", "Yes", "yes", "0", "cafe"]
+    rows = [{"text": f"t{n}", "label": label, "split": "train"} for n, label in enumerate(labels)]
+    assert {r.labels for r in load(tmp_path, rows)} == {tuple(sorted(labels))}
+
+
 def test_keys_that_nothing_is_made_of_are_named(tmp_path: Path) -> None:
     rows = [
         {"text": "a", "label": "x", "ward": "n", "source": "web", "split": "train"},

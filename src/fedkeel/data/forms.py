@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -158,6 +159,13 @@ def _with_system(row: Mapping[str, Any], turns: list[tuple[str, str]], place: st
 def spoken(labels: tuple[str, ...]) -> tuple[str, ...]:
     """Labels as words. Remembered: a task's labels are the same in each of its rows, and there may be hundreds."""
     return tuple(label.replace("_", " ") for label in labels)
+
+
+def alike(label: str) -> str:
+    """What labels that nobody could tell apart have in common: words, white space and composition of letters aside, and 1 is
+    1.0, as a table writes whole numbers once one of its cells is empty."""
+    words = " ".join(unicodedata.normalize("NFC", spoken((label,))[0]).split())
+    return words.removesuffix(".0") if words.removesuffix(".0").lstrip("+-").isdigit() else words
 
 
 def chat(row: Mapping[str, Any], about: About) -> Parts:

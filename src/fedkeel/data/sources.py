@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel import tables
-from fedkeel.data.forms import About, DataError, Parts, name_of, site_of, spoken, text_of
+from fedkeel.data.forms import About, DataError, Parts, alike, name_of, site_of, spoken, text_of
 from fedkeel.data.readers import FILE_SITE, file_rows
 from fedkeel.data.splits import NAMES, split_of, with_splits
 from fedkeel.recipe.schema import Data
@@ -132,9 +132,9 @@ def metadata(config: Data) -> Mapping[str, Any]:
                 f"{path} (data.tasks_file): of task {task!r}, text belongs under instruction and a list under labels"
             )
         labels = tuple(map(str, about.get("labels") or ()))
-        twice = [label for label, count in Counter(spoken(labels)).items() if count > 1]
+        twice = [label for label, count in Counter(map(alike, labels)).items() if count > 1]
         if twice:
-            same = [label for label in labels if spoken((label,)) == (twice[0],)]
+            same = [label for label in labels if alike(label) == twice[0]]
             raise DataError(f"{path} (data.tasks_file): labels {same} of task {task!r} are the same words")
     return meta
 
@@ -181,16 +181,24 @@ def unique_ids(records: list[Record]) -> list[Record]:
     return unique
 
 
+Written = dict[tuple[str, str], str]  # task and label, see `forms.alike` -> as a row writes it
+
+
 def read_rows(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], config: Data, meta: Mapping[str, Any], site: str = ""
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    config: Data,
+    meta: Mapping[str, Any],
+    site: str = "",
+    written: Written | None = None,
 ) -> list[Record]:
     """Rows, each with its place, as Records, as they stand there: without a split where they have none. site: see `to_record`.
+    written: the labels of rows that were read before these, and then of these too.
 
     A task whose rows are all `text, label` without a list of labels gets the labels of its own rows, sorted.
     Raises DataError on a row without an answer.
     """
     read, classified, dropped = [], set(), spoken(config.drop_labels)
-    written: dict[tuple[str, str], str] = {}  # task and label as words -> as a row writes it
+    written = {} if written is None else written
     for place, row in rows:
         if config.tasks and (name_of(row, "task", place) or "default") not in config.tasks:
             continue
@@ -202,7 +210,7 @@ def read_rows(
         if form is not None and form.labelled and not record.labels:
             classified.add(record.task)
             label = name_of(row, "label", place)
-            first = written.setdefault((record.task, record.output), label)
+            first = written.setdefault((record.task, alike(record.output)), label)
             if first != label:
                 raise DataError(f"{place}: labels {first!r} and {label!r} of task {record.task!r} are the same words")
         read.append(record)
