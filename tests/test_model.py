@@ -413,6 +413,13 @@ def test_a_model_without_weights_has_the_same_shapes_and_counts(name: str) -> No
         assert {p.device.type for p in meta.net.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "cuda:97", "meta", ""])
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_device_that_is_not_there_is_refused(device: str, weights: bool) -> None:
+    with pytest.raises(ModelError, match=rf"model\.device = '{device}' cannot be used on this machine: .+; 'cpu' can"):
+        make("llama", device=device, weights=weights)
+
+
 def test_an_architecture_that_the_table_lacks_gets_every_linear_map_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     known = set(make("llama").read().lora)
     monkeypatch.delitem(tables.ARCHITECTURES, "llama")

@@ -184,6 +184,17 @@ def heads_of(net: Any) -> list[str]:
     ]
 
 
+def device_of(config: ModelConfig) -> torch.device:
+    """The device of this machine that a recipe names. Raises ModelError where there is none of that name."""
+    try:
+        device = torch.device(config.device)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ValueError, ImportError, NotImplementedError) as error:
+        told = str(error).strip().partition("\n")[0]
+        raise ModelError(f"model.device = {config.device!r} cannot be used on this machine: {told}; 'cpu' can") from error
+    return device
+
+
 def uses_bf16(precision: str, device: str) -> bool:
     """Whether training runs under bf16 autocast: asked for, or `auto` and the machine computes in it natively."""
     if precision != "auto":
