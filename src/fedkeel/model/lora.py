@@ -17,7 +17,7 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedkeel import tables
@@ -527,7 +527,8 @@ class Model:
         taken from; a recurrent or hybrid model keeps a state."""
         with self.autocast():
             out = self.net(input_ids=torch.tensor([[self.tokenizer.pad_token_id]], device=self.device), use_cache=True)
-        layers = getattr(getattr(out, "past_key_values", None), "layers", [])
+        kept = getattr(out, "past_key_values", None)
+        layers = getattr(kept, "layers", []) if type(kept) is DynamicCache else []  # a subclass may hold more than its layers
         return bool(layers) and all(isinstance(layer, DynamicLayer) for layer in layers)
 
     @property
