@@ -98,6 +98,24 @@ def test_private_files_end_in_the_bits_of_one_process(
     assert stated(there) == pytest.approx(stated(here))
 
 
+def test_the_doctor_says_where_the_rows_of_a_coordinators_run_are(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of such a run it judges what needs no row: the loss, how far test rows can tell, the codec."""
+    overrides, files = deployment
+    there = coordinate([*overrides, "federation.rounds=4"], files, tmp_path, monkeypatch)
+    told = CliRunner().invoke(cli, ["doctor", str(there.path)])
+    assert told.exit_code == 0, told.output
+    said = " ".join(told.output.replace("│", " ").split())
+    assert "is a coordinator's run, and its rows are at its sites; `fedkeel doctor` on the recipe, at a site" in said
+    for words in ("training loss", "12 test rows of 2 tasks: a score is known to ± 28.3", "federation.codec_up = 'fp32'"):
+        assert words in said
+    # whoever has the rows may name them
+    told = CliRunner().invoke(cli, ["doctor", str(there.path), f"data.root={tmp_path / 'gone'}"])
+    assert "the rows were not looked at: " in told.output
+    assert "coordinator's run" not in told.output
+
+
 STREAM = ["stream.stages=colour,echo", "evaluation.baselines=base,local"]
 METHOD = ["distill.weight=1", "distill.memory=0.4", "structure.heads=0.2", "structure.rank=0.1", "train.proximal=0.1"]
 
