@@ -525,6 +525,17 @@ def test_an_encoder_that_lacks_a_layer_is_refused_and_one_that_lacks_its_head_is
         make(name, base=str(folder), head=head, classes=CLASSES)
 
 
+@pytest.mark.parametrize(("name", "key"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("bert", "num_hidden_layers")])
+def test_blocks_that_the_config_does_not_count_are_refused(name: str, key: str, tmp_path: Path) -> None:
+    """With its top block left out the base is another model, and would train and score without a word."""
+    folder = Path(shutil.copytree(base(name), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps({**config, key: config[key] - 1}))
+    with pytest.raises(ModelError, match=r"holds \d+ tensors of blocks that its config\.json does not count \(.*\.1\."):
+        Model(ModelConfig(base=str(folder)), LoraConfig(), 1, ("a", "b"))
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_a_language_model_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
     """transformers would fill it with random numbers and only warn."""

@@ -157,6 +157,11 @@ class Base:
             raise ModelError(
                 f"model.base = {self.config.base!r} lacks {len(missing)} tensors of {what} ({', '.join(missing[:3])})"
             )
+        if extra := sorted(name for name in info["unexpected_keys"] if _behind_the_last(net, name)):
+            raise ModelError(
+                f"model.base = {self.config.base!r} holds {len(extra)} tensors of blocks that its config.json does not count "
+                f"({', '.join(extra[:3])}); without them it is another model: set its number of layers to what is there"
+            )
         return net
 
     def _may_be_fresh(self, net: Any, name: str) -> bool:
@@ -173,6 +178,22 @@ class Base:
             about.num_labels = self.head
         with torch.device("meta"), _loading(self.config.base):
             return self._auto.from_config(about, trust_remote_code=False)
+
+
+def _behind_the_last(net: Any, name: str) -> bool:
+    """Whether a tensor of a checkpoint is of a block whose number is above those of its stack in `net`."""
+    parts = name.split(".")
+    at = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return False
+    stack = ".".join(parts[:at])
+    for path in (stack, stack.removeprefix(f"{net.base_model_prefix}."), f"{net.base_model_prefix}.{stack}"):
+        try:
+            blocks = net.get_submodule(path)
+        except AttributeError:
+            continue
+        return isinstance(blocks, torch.nn.ModuleList) and int(parts[at]) >= len(blocks)
+    return False
 
 
 def heads_of(net: Any) -> list[str]:
