@@ -268,6 +268,23 @@ def test_sites_that_mean_different_things_by_a_task_are_refused(
         coordinate(overrides, files, tmp_path, monkeypatch)
 
 
+def test_sites_that_ask_a_free_task_otherwise_are_refused(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The instruction of a task without labels, which its tasks file gives, is what sites mean by it too."""
+    overrides, files = deployment
+    for file, asks in zip(files, ("Repeat the verb.", "Say the verb.", "Repeat the verb."), strict=True):
+        rows = [json.loads(line) for line in (file.parent / "rows.jsonl").read_text().splitlines()]
+        for row in rows:
+            if row["task"] == "echo":
+                del row["instruction"]
+        (file.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tasks = {"colour": {"labels": ["red", "green", "blue"]}, "echo": {"instruction": asks}}
+        (file.parent / "tasks.json").write_text(json.dumps(tasks))
+    with pytest.raises(FederationError, match=r"2 of 3 sites are fit to train[\s\S]*ward-1.*task 'echo'"):
+        coordinate(overrides, files, tmp_path, monkeypatch)
+
+
 def test_what_most_sites_mean_by_a_task() -> None:
     hellos = {"x": {"tasks": {"t": "1", "u": "5"}}, "y": {"tasks": {"t": "2"}}, "z": {"tasks": {"t": "1"}}, "old": {}}
     assert meanings_of(hellos) == {"t": "1", "u": "5"}
