@@ -536,6 +536,17 @@ def test_blocks_that_the_config_does_not_count_are_refused(name: str, key: str, 
         Model(ModelConfig(base=str(folder)), LoraConfig(), 1, ("a", "b"))
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_encoder_is_no_language_model_unless_it_is_a_decoder(name: str, tmp_path: Path) -> None:
+    """Trained on the next token it would copy it from its own input, and score and generate nonsense without a word."""
+    folder = Path(shutil.copytree(base(name), tmp_path / "base"))
+    with pytest.raises(ModelError, match=rf"\({name}\) reads what comes after a token too"):
+        Model(ModelConfig(base=str(folder), kind="causal"), LoraConfig(), 1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
+    assert Model(ModelConfig(base=str(folder), kind="causal"), LoraConfig(), 1).kind == "causal"
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_a_language_model_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
     """transformers would fill it with random numbers and only warn."""

@@ -162,6 +162,11 @@ class Base:
                 f"model.base = {self.config.base!r} holds {len(extra)} tensors of blocks that its config.json does not count "
                 f"({', '.join(extra[:3])}); without them it is another model: set its number of layers to what is there"
             )
+        if self.kind == "causal" and _looks_ahead(net, self.about):
+            raise ModelError(
+                f"model.base = {self.config.base!r} ({self.about.model_type}) reads what comes after a token too, and so "
+                f"learns no language: set model.kind = 'classifier', or is_decoder in its config.json if it was trained as one"
+            )
         return net
 
     def _may_be_fresh(self, net: Any, name: str) -> bool:
@@ -178,6 +183,16 @@ class Base:
             about.num_labels = self.head
         with torch.device("meta"), _loading(self.config.base):
             return self._auto.from_config(about, trust_remote_code=False)
+
+
+@torch.no_grad()
+def _looks_ahead(net: Any, about: Any) -> bool:
+    """Whether a token's logits change with a later token, in a base of a family that may: of encoders, and XLNet."""
+    if type(about) not in transformers.MODEL_FOR_MASKED_LM_MAPPING and about.model_type != "xlnet":
+        return False
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
+    one, other = net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
+    return bool((one - other).abs().max() > 0.01 * one.abs().max())
 
 
 def _behind_the_last(net: Any, name: str) -> bool:
