@@ -148,6 +148,9 @@ def paths_of(config: Data) -> list[Path]:
     for path in found:
         if _kind(path) not in READERS:
             raise DataError(f"{path}: a file of rows ends in one of {', '.join(READERS)}, the text ones also in .gz")
+    twice = next((path for path in found if path.with_name(f"{path.name}.gz") in found), None)
+    if twice is not None:
+        raise DataError(f"data.files: {twice} and {twice.name}.gz would be read both, and its rows twice; name one of them")
     return list(dict.fromkeys(found))
 
 
