@@ -19,6 +19,7 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": (
         "Qwen2MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
@@ -68,6 +69,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_mamba_kernels": False,
         },
     ),
+    "minimax": ("MiniMaxConfig", {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"]}),
     "recurrent_gemma": (
         "RecurrentGemmaConfig",
         {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 64},

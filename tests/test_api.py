@@ -117,6 +117,10 @@ def test_rows_without_labels_share_those_of_all_sites(keys: dict[str, Any]) -> N
     found = records_of(sites, load_recipe(None, ["data.source=rows"]).data)
     assert {r.labels for r in found} == {("blue", "red")}
     assert [r.site for r in found] == ["a"] * 3 + ["b"] * 2
+    # a frame with an empty cell writes whole numbers as 1.0
+    numbered = {"a": [{"text": "warm", "label": 1}], "b": [{"text": "cold", "label": 1.0}]}
+    with pytest.raises(FedKeelError, match=r"site b, row 1: labels '1' and '1\.0' of task 'default' are the same words"):
+        records_of(numbered, load_recipe(None, ["data.source=rows"]).data)
 
 
 def test_a_data_set_that_numbers_its_labels_gives_their_names() -> None:

@@ -175,7 +175,13 @@ def test_run_evaluate_export(fedkeel: Command, tiny_overrides: list[str], tiny_b
     correct = [p["accuracy"] for p in predicted if p["task"] == "colour"]
     assert sum(correct) / len(correct) == pytest.approx(stored["colour"])
 
-    assert fedkeel("export", str(folder), str(tmp_path / "adapter")).returncode == 0
+    for planted in ("pytorch_model.bin", "evil.py"):
+        (folder / "adapter" / planted).write_text("import os")
+    exported = fedkeel("export", str(folder), str(tmp_path / "adapter"))
+    assert exported.returncode == 0
+    assert "did not write, and it is left out: evil.py, pytorch_model.bin" in " ".join(exported.stdout.split())
+    assert {"adapter_config.json", "adapter_model.safetensors"} < {p.name for p in (tmp_path / "adapter").iterdir()}
+    assert not list((tmp_path / "adapter").glob("*.py")) + list((tmp_path / "adapter").glob("*.bin"))
     assert fedkeel("export", str(folder), str(tmp_path / "merged"), "--merged").returncode == 0
     import peft
 

@@ -105,6 +105,24 @@ def test_private_files_end_in_the_bits_of_one_process(
     assert stated(there) == pytest.approx(stated(here))
 
 
+def test_the_doctor_says_where_the_rows_of_a_coordinators_run_are(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of such a run it judges what needs no row: the loss, how far test rows can tell, the codec."""
+    overrides, files = deployment
+    there = coordinate([*overrides, "federation.rounds=4"], files, tmp_path, monkeypatch)
+    told = CliRunner().invoke(cli, ["doctor", str(there.path)])
+    assert told.exit_code == 0, told.output
+    said = " ".join(told.output.replace("│", " ").split())
+    assert "is a coordinator's run, and its rows are at its sites; `fedkeel doctor` on the recipe, at a site" in said
+    for words in ("training loss", "12 test rows of 2 tasks: a score is known to ± 28.3", "federation.codec_up = 'fp32'"):
+        assert words in said
+    # whoever has the rows may name them
+    told = CliRunner().invoke(cli, ["doctor", str(there.path), f"data.root={tmp_path / 'gone'}"])
+    assert "the rows were not looked at: " in told.output
+    assert "coordinator's run" not in told.output
+
+
 STREAM = ["stream.stages=colour,echo", "evaluation.baselines=base,local"]
 METHOD = ["distill.weight=1", "distill.memory=0.4", "structure.heads=0.2", "structure.rank=0.1", "train.proximal=0.1"]
 
@@ -254,6 +272,23 @@ def test_sites_that_mean_different_things_by_a_task_are_refused(
     rows = files[2].with_name("rows.jsonl")
     rows.write_text(rows.read_text().replace("Which colour?", "What colour is it?"))
     with pytest.raises(FederationError, match="--- ward-2: refused before training: the labels or the instruction"):
+        coordinate(overrides, files, tmp_path, monkeypatch)
+
+
+def test_sites_that_ask_a_free_task_otherwise_are_refused(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The instruction of a task without labels, which its tasks file gives, is what sites mean by it too."""
+    overrides, files = deployment
+    for file, asks in zip(files, ("Repeat the verb.", "Say the verb.", "Repeat the verb."), strict=True):
+        rows = [json.loads(line) for line in (file.parent / "rows.jsonl").read_text().splitlines()]
+        for row in rows:
+            if row["task"] == "echo":
+                del row["instruction"]
+        (file.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tasks = {"colour": {"labels": ["red", "green", "blue"]}, "echo": {"instruction": asks}}
+        (file.parent / "tasks.json").write_text(json.dumps(tasks))
+    with pytest.raises(FederationError, match=r"2 of 3 sites are fit to train[\s\S]*ward-1.*task 'echo'"):
         coordinate(overrides, files, tmp_path, monkeypatch)
 
 

@@ -76,6 +76,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return where
 
 
+@pytest.mark.parametrize("port", [0, 80, 443, 1023, 65535, -1])
+def test_a_port_that_the_gate_may_not_open_is_refused(port: int, recipe_file: Path, tmp_path: Path) -> None:
+    recipe, base, _ = app_recipe(recipe_file)
+    with pytest.raises(DeployError, match=rf"--port {port}: 1024 to 65534 belongs here; the gate runs as a plain user"):
+        init(tmp_path / "new", recipe, SITES, ["localhost"], port, base)
+    assert not (tmp_path / "new").exists()
+
+
 def handshake(port: int, ca: Path, name: str = "localhost") -> dict[str, object]:
     """A TLS handshake as strict as OpenSSL can be; the server's certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

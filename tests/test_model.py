@@ -413,6 +413,13 @@ def test_a_model_without_weights_has_the_same_shapes_and_counts(name: str) -> No
         assert {p.device.type for p in meta.net.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "cuda:97", "meta", ""])
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_device_that_is_not_there_is_refused(device: str, weights: bool) -> None:
+    with pytest.raises(ModelError, match=rf"model\.device = '{device}' cannot be used on this machine: .+; 'cpu' can"):
+        make("llama", device=device, weights=weights)
+
+
 def test_an_architecture_that_the_table_lacks_gets_every_linear_map_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     known = set(make("llama").read().lora)
     monkeypatch.delitem(tables.ARCHITECTURES, "llama")
@@ -516,6 +523,28 @@ def test_an_encoder_that_lacks_a_layer_is_refused_and_one_that_lacks_its_head_is
     save_file({n: t for n, t in held.items() if n != last}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 1 tensors of a whole encoder \(.*" + last.split(".")[-2]):
         make(name, base=str(folder), head=head, classes=CLASSES)
+
+
+@pytest.mark.parametrize(("name", "key"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("bert", "num_hidden_layers")])
+def test_blocks_that_the_config_does_not_count_are_refused(name: str, key: str, tmp_path: Path) -> None:
+    """With its top block left out the base is another model, and would train and score without a word."""
+    folder = Path(shutil.copytree(base(name), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps({**config, key: config[key] - 1}))
+    with pytest.raises(ModelError, match=r"holds \d+ tensors of blocks that its config\.json does not count \(.*\.1\."):
+        Model(ModelConfig(base=str(folder)), LoraConfig(), 1, ("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_encoder_is_no_language_model_unless_it_is_a_decoder(name: str, tmp_path: Path) -> None:
+    """Trained on the next token it would copy it from its own input, and score and generate nonsense without a word."""
+    folder = Path(shutil.copytree(base(name), tmp_path / "base"))
+    with pytest.raises(ModelError, match=rf"\({name}\) reads what comes after a token too"):
+        Model(ModelConfig(base=str(folder), kind="causal"), LoraConfig(), 1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
+    assert Model(ModelConfig(base=str(folder), kind="causal"), LoraConfig(), 1).kind == "causal"
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -113,6 +113,16 @@ def test_a_bad_csv_file_is_named_with_its_line(name: str, tmp_path: Path) -> Non
         load(tmp_path, "r.csv")
 
 
+def test_a_file_and_its_compressed_self_are_not_read_both(tmp_path: Path) -> None:
+    text = "text,label\na,x\nb,y\n"
+    (tmp_path / "north.csv").write_text(text)
+    (tmp_path / "north.csv.gz").write_bytes(gzip.compress(text.encode()))
+    config = Data(source="files", root=str(tmp_path), files=("north*",))
+    with pytest.raises(DataError, match=r"north\.csv and north\.csv\.gz would be read both, and its rows twice"):
+        load_records(config, 1)
+    assert len(load_records(replace(config, files=("north.csv.gz",), test_share=0.0, validation_share=0.0), 1)) == 2
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "r.xlsx").write_bytes(b"PK")
     (tmp_path / "r.parquet").write_bytes(b"PAR1 no")

@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import pytest
+import shapes
 import tiny
 import torch
 import transformers
@@ -617,6 +618,16 @@ def test_rows_longer_than_the_base_reads_are_refused_before_any_work(tiny_overri
     for call in (lambda: describe_model(prepared), lambda: go(long)):
         with pytest.raises(
             ConfigError, match=r"data\.max_length = 257, and .* was made for 256 tokens: set data\.max_length = 256"
+        ):
+            call()
+
+
+def test_answers_longer_than_an_encoder_decoder_writes_are_refused_before_any_work(tiny_overrides: list[str]) -> None:
+    long = [*tiny_overrides, f"model.base={shapes.base('bart')}", "evaluation.max_new_tokens=257"]
+    prepared = prepare(load_recipe(None, long))
+    for call in (lambda: describe_model(prepared), lambda: go(long)):
+        with pytest.raises(
+            ConfigError, match=r"evaluation\.max_new_tokens = 257, and .* was made for 256 tokens: set it to 256 or less"
         ):
             call()
 

@@ -212,8 +212,12 @@ def test_tasks_keeps_only_these(tmp_path: Path) -> None:
 
 def test_drop_labels_leaves_out_rows_and_candidates(tmp_path: Path) -> None:
     labelled = [{"text": f"t{i}", "label": label, "split": "train"} for i, label in enumerate(["a_b", "c", "d", "a_b"])]
-    found = load(tmp_path, labelled, drop_labels=("a_b",))
-    assert {(r.output, r.labels) for r in found} == {("c", ("c", "d")), ("d", ("c", "d"))}
+    for dropped in ("a_b", "a b"):  # by its words, as it is scored
+        found = load(tmp_path, labelled, drop_labels=(dropped,))
+        assert {(r.output, r.labels) for r in found} == {("c", ("c", "d")), ("d", ("c", "d"))}
+    assert [
+        r.output for r in load(tmp_path, [{**r, "label": f" {r['label']} "} for r in labelled[:2]], drop_labels=("a_b",))
+    ] == ["c"]
     asked = [dict(ANSWERED, task="t", input=f"t{i}", output=label) for i, label in enumerate(["a_b", "c", "d", "a_b"])]
     found = load(tmp_path, asked, {"t": {"labels": ["d", "c", "a_b"]}}, drop_labels=("a_b",))
     assert {(r.output, r.labels) for r in found} == {("c", ("d", "c")), ("d", ("d", "c"))}
@@ -447,12 +451,28 @@ def test_a_list_of_texts_is_what_a_turn_says(tmp_path: Path) -> None:
     assert chat_of(tmp_path, {"messages": [{"role": "user", "content": parts}, TURNS[1]]}).messages[0] == ("user", "one two")
 
 
+def test_keys_of_a_chat_that_nothing_is_made_of_are_named(tmp_path: Path) -> None:
+    thought = {"role": "assistant", "content": "!", "reasoning_content": "Hm.", "weight": 1, "tool_calls": None}
+    asks = {"role": "user", "content": "?", "name": "Bo", "images": []}
+    found = chat_of(tmp_path, {"messages": [asks, thought], "instruction": "In German.", "system": "Be kind."})
+    assert found.ignored == ("instruction", "name of a turn", "reasoning_content of a turn")
+    assert chat_of(tmp_path, {"system": "Be kind.", "instruction": "?", "output": "!"}).ignored == ()
+
+
 ODD_ROWS: dict[str, tuple[str, str]] = {
     "NaN": ('{"instruction": "Add.", "output": NaN}', "NaN is no number of JSON"),
     "infinity": ('{"instruction": -Infinity, "output": "x"}', "-Infinity is no number of JSON"),
     "a large number": ('{"instruction": "x", "output": ' + "9" * 5000 + "}", "cannot be read as JSON"),
     "a number beyond floats": ('{"instruction": "x", "output": 1e999}', "'output' holds inf, which is no number"),
     "deep nesting": ('{"output": ' + "[" * 100000 + "}", "cannot be read as JSON"),
+    "a key that stands twice": (
+        '{"instruction": "x", "output": "one", "output": "two"}',
+        "cannot be read as JSON: key 'output' stands twice in one object",
+    ),
+    "a key of a turn that stands twice": (
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "x"}]}',
+        "key 'content' stands twice",
+    ),
     "half a character": (
         '{"instruction": "x", "output": "\\ud83d"}',
         "holds half of a character (a lone surrogate) at position 0",
@@ -468,6 +488,18 @@ ODD_ROWS: dict[str, tuple[str, str]] = {
     "an empty answer in between": (
         json.dumps({"messages": [TURNS[0], {"role": "assistant", "content": " "}, *AGAIN]}),
         'turn 2 is an assistant\'s and says nothing; mark it with "weight": 0',
+    ),
+    "a question without content": (
+        '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "x"}]}',
+        "turn 1 is a user's and says nothing, under content or value",
+    ),
+    "a misspelt content": (
+        json.dumps({"messages": [*TURNS, {"role": "user", "text": "?"}, AGAIN[1]]}),
+        "turn 3 is a user's and says nothing, under content or value",
+    ),
+    "a history of nulls": (
+        '{"instruction": "x", "output": "y", "history": [["?", null]]}',
+        "in 'history' somebody says nothing; a pair is [asked, said]",
     ),
     "nobody asks": ('{"messages": [{"role": "assistant", "content": "x"}]}', "nobody asks"),
     "a picture": (
@@ -509,6 +541,24 @@ def test_labels_that_are_the_same_words_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tasks.json").write_text(json.dumps({"default": {"labels": ["new_york", "boston", "new york"]}}))
     with pytest.raises(DataError, match=r"tasks\.json.*labels \['new_york', 'new york'\] of task 'default' are the same words"):
         load(tmp_path, rows[:1], tasks_file="tasks.json")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(1, 1.0), ("-2", "-2.0"), ("caf\u00e9", "cafe\u0301"), ("new york", "new  york"), ("a b", "a\u00a0b")]
+)
+def test_labels_that_nobody_could_tell_apart_are_refused(tmp_path: Path, one: Any, other: Any) -> None:
+    rows = [{"text": "a", "label": one}, {"text": "b", "label": other}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: labels .* of task 'default' are the same words"):
+        load(tmp_path, rows)
+    (tmp_path / "tasks.json").write_text(json.dumps({"default": {"labels": [one, "x", other]}}))
+    with pytest.raises(DataError, match=r"tasks\.json.*labels \[.*\] of task 'default' are the same words"):
+        load(tmp_path, rows[:1], tasks_file="tasks.json")
+
+
+def test_labels_that_can_be_told_apart_stay(tmp_path: Path) -> None:
+    labels = ["1", "1.5", "10", "-1", "v1.0", "v1", "Yes", "yes", "0", "cafe"]
+    rows = [{"text": f"t{n}", "label": label, "split": "train"} for n, label in enumerate(labels)]
+    assert {r.labels for r in load(tmp_path, rows)} == {tuple(sorted(labels))}
 
 
 def test_keys_that_nothing_is_made_of_are_named(tmp_path: Path) -> None:

@@ -37,7 +37,12 @@ def row(text: str, site: str = "", split: str = "train", **more: Any) -> Record:
 
 
 def test_what_a_row_asks() -> None:
-    same = [row("The  Boat"), row("the boat\n", "b", output="no"), row("the boat", split="test", labels=("a",))]
+    same = [
+        row("The  Boat"),
+        row("the boat\n", "b", output="no"),
+        row("the\u200b bo\u00adat"),
+        row("the boat", split="test", labels=("a",)),
+    ]
     assert len({asked(r) for r in same}) == 1
     other = [
         row("the boats"),
@@ -68,6 +73,29 @@ def test_rows_that_ask_what_a_held_out_row_asks_are_left_out_and_counted() -> No
         "2 train rows left out: a test row, of whatever site, asks the same",
         "1 train row left out: a validation row, of whatever site, asks the same",
         "1 validation row left out: a test row, of whatever site, asks the same",
+    ]
+
+
+def talk(*said: str, split: str = "train", unlearnt: tuple[int, ...] = ()) -> Record:
+    turns = tuple((("user", "assistant")[n % 2], text) for n, text in enumerate(said))
+    return Record("-".join(said), "t", split, said[-1], messages=turns, unlearnt=unlearnt)
+
+
+def test_a_talk_whose_earlier_answer_is_a_held_out_row_is_left_out() -> None:
+    rows = [
+        talk("one?", "1", split="test"),
+        talk("two?", "2", "more?", "3", split="validation"),
+        talk("One?", "1", "then?", "2"),
+        talk("one?", "1", "then?", "2", unlearnt=(1,)),  # read, and not taught
+        talk("one?", "another", "then?", "2"),
+        talk("two?", "2"),  # is the beginning of a held-out talk, whose last answer alone is scored
+        talk("two?", "2", "more?", "3", "still?", "4"),
+    ]
+    kept, notes = held_apart(rows)
+    assert kept == [*rows[:2], *rows[3:6]]
+    assert notes == [
+        "1 train row left out: a test row, of whatever site, asks the same",
+        "1 train row left out: a validation row, of whatever site, asks the same",
     ]
 
 

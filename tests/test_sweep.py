@@ -80,7 +80,9 @@ def test_train_score_aggregate_export_reload_merge(name: str, rule: str, tmp_pat
         assert any("experts" in note for note in watch.notes)
 
 
-@pytest.mark.parametrize("name", [n if n in ("lfm2", "rwkv") else pytest.param(n, marks=pytest.mark.slow) for n in HYBRIDS])
+@pytest.mark.parametrize(
+    "name", [n if n in ("lfm2", "minimax", "rwkv") else pytest.param(n, marks=pytest.mark.slow) for n in HYBRIDS]
+)
 def test_a_model_with_a_state_is_scored_as_one_row_after_another(name: str, tmp_path: Path) -> None:
     """Labels against a plain forward of each pair, generation against batches of one."""
     model = Model(ModelConfig(base=str(further(name, tmp_path / name)), precision="fp32"), LoraConfig(rank=2), 1)

@@ -23,7 +23,7 @@ from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.types import Record
 
 some = pytest.mark.parametrize(
-    "name", [n if n in ("qwen3_moe", "ernie4_5_moe") else pytest.param(n, marks=pytest.mark.slow) for n in EXPERTS]
+    "name", [n if n in ("qwen3_moe", "phimoe") else pytest.param(n, marks=pytest.mark.slow) for n in EXPERTS]
 )
 
 

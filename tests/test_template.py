@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -38,6 +41,12 @@ TWO_ENDS = (
 NO_PROMPT = TURN + "{{ m['content'] }}<|im_end|>\n{% endfor %}"
 LEADING_WORDS = (
     TURN + "{% if m['role'] == 'assistant' %}Final answer: {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}" + ASK
+)
+# words of the template stand before the token that ends a turn
+QUOTED = (
+    TURN
+    + "{% if m['role'] == 'assistant' %}\"{{ m['content'] }}\"{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    + ASK
 )
 
 ROW = Record("r", "t", "train", "Paris", "Answer.", "the capital of France?")
@@ -78,6 +87,7 @@ CASES = {
     ),
     "two ends": (TWO_ENDS, [Q, "Paris<|im_end|>"]),
     "no prompt": (NO_PROMPT, [Q, "Paris<|im_end|>"]),
+    "quoted": (QUOTED, [Q + '"', 'Paris"<|im_end|>']),
     "leading words": (LEADING_WORDS, [Q + "Final answer:", " Paris<|im_end|>"]),
 }
 
@@ -199,8 +209,31 @@ def test_an_earlier_answer_that_is_written_otherwise_is_not_learnt() -> None:
     assert made.prompt_ids(talk, 9) + made.answer_ids(talk, talk.output) == example.ids
 
 
-def test_a_template_that_writes_the_date_writes_one_date() -> None:
-    dated = "{{ strftime_now('%d %b %Y') }}|" + NO_PROMPT + ASK
+def test_an_answer_that_holds_what_ends_one_is_refused() -> None:
+    made = formatter(TWO_ENDS, eos_token="<|endoftext|>")
+    for mark in ("<|im_end|>", "<|endoftext|>"):
+        told = rf"row . \(task t\): its answer holds {re.escape(repr(mark))}, the token that ends an answer"
+        with pytest.raises(DataError, match=told):
+            made.encode(replace(ROW, output=f"Paris{mark}"))
+        with pytest.raises(DataError, match=told):
+            made.encode(replace(ROW, labels=("Paris", f"in {mark} part")))
+        turns = (*TALK.messages[:1], ("assistant", f"One.{mark}"), *TALK.messages[2:])
+        with pytest.raises(DataError, match=told.replace("row .", "row talk")):
+            made.encode(replace(TALK, messages=turns))
+        assert made.encode(replace(TALK, messages=turns, unlearnt=(1,))).positions
+    assert made.encode(replace(ROW, input="<|im_end|>", output="<|im_start|>")).positions
+
+
+@pytest.mark.parametrize("form", ["{{ strftime_now('%d %b %Y') }}", "{% set f = '%d %b %Y' %}{{ strftime_now(f) }}"])
+def test_a_template_that_writes_the_date_writes_one_date(form: str) -> None:
+    dated = form + "|" + NO_PROMPT + ASK
     made = formatter(dated)
     assert made.tokenizer.decode(made.prompt_ids(ROW, 4)).startswith("26 Jul 2024|")
     assert made.encode(ROW).answer == formatter(NO_PROMPT + ASK).encode(ROW).answer
+
+
+@pytest.mark.parametrize("written", ["%Y-%m-%d %H:%M", "%-d/%-m/%y (%A)", "no code"])
+def test_the_date_is_written_as_strftime_does(written: str) -> None:
+    made = formatter("{% set when = strftime_now('" + written + "') %}\n{{ when }}|" + NO_PROMPT + ASK)
+    text = made.tokenizer.decode(made.prompt_ids(ROW, 4))
+    assert text.startswith(datetime(2024, 7, 26).strftime(written) + "|")

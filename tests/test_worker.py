@@ -22,8 +22,8 @@ from tiny import tiny_rows
 
 from fedkeel.engines.sitefile import SiteFile, read_site
 from fedkeel.engines.worker import WorkerError, ask, stop
-from fedkeel.engines.world import world_of
-from fedkeel.recipe.load import load_recipe
+from fedkeel.engines.world import cargo_of, world_of
+from fedkeel.recipe.load import load_recipe, make_recipe, read_tree
 from fedkeel.recipe.settings import to_toml
 
 SECONDS = 300.0  # a slow machine starts an interpreter with torch in a minute
@@ -211,3 +211,25 @@ def test_a_new_version_is_another_world(site: SiteFile, tmp_path: Path) -> None:
     seen.append(world_of(replace(site, threads=7), package.parent))
     assert len(set(seen)) == 4
     assert world_of(replace(site, threads=7), package.parent) == seen[-1]
+
+
+def test_a_snapshot_of_the_hub_that_changes_is_another_cargo(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base and rows named by hub ids are what the cache holds under the revision; nothing asks a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub = ["model.base=org/base", "model.revision=v1", "data.source=hub", "data.dataset=org/rows", "data.files=[]"]
+    recipe = make_recipe(read_tree(None, [*tiny_overrides, *hub]), data=False)
+
+    def put(folder: str, ref: str, commit: str, text: str) -> str:
+        for path, content in ((f"snapshots/{commit}/a.bin", text), (f"refs/{ref}", commit)):
+            target = tmp_path / folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(content)
+        return cargo_of(recipe)
+
+    seen = [cargo_of(recipe), put("models--org--base", "v1", "c1", "one"), put("models--org--base", "v1", "c1", "two")]
+    seen += [put("models--org--base", "v1", "c2", "two"), put("datasets--org--rows", "main", "d1", "x")]
+    seen.append(put("datasets--org--rows", "main", "d2", "x"))
+    assert len(set(seen)) == 6
+    assert put("models--org--base", "main", "c3", "another revision") == cargo_of(recipe) == seen[-1]

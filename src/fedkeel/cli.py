@@ -679,13 +679,22 @@ def doctor(
         from fedkeel.runs.prepare import prepare
 
         prepared = None
+        away = run is not None and not given[1:] and verdicts.rows_are_away(run)
         try:
+            if away:
+                raise FedKeelError(
+                    f"{run} is a coordinator's run, and its rows are at its sites; `fedkeel doctor` on the recipe, at a site "
+                    f"and with its data.root, tells of them"
+                )
             prepared = prepare(_recipe([str(run / "recipe.toml"), *given[1:]] if run else given))
         except FedKeelError as error:
             if run is None or probe:
                 raise
             console.print(f"note: the rows were not looked at: {error}", style="yellow")
-        found = verdicts.of_run(run, prepared) if run else verdicts.of_recipe(prepared) if prepared else []
+        if run and away:
+            found = verdicts.of_coordinator(run)
+        else:
+            found = verdicts.of_run(run, prepared) if run else verdicts.of_recipe(prepared) if prepared else []
     if probe and prepared:
         guessed = verdicts.payload(prepared.recipe)  # a probe measures it
         found = [*(v for v in found if v != guessed), *_probed(console, prepared, run)]

@@ -171,6 +171,7 @@ class Formatter:
     def _behind_frame(self, frame: Frame, record: Record, answer: str) -> tuple[int, ...]:
         key = (frame.anchor, frame.before, frame.tail, answer)
         if key not in self._answers:
+            self._check_ends(record, answer)
             with _naming(record):
                 self._answers[key] = tuple(self._encode_answer(frame, answer))
         return self._answers[key]
@@ -185,8 +186,21 @@ class Formatter:
         ends = set(self.ends(record))
         kept = list(takewhile(lambda token: token not in ends, tokens))
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
-        tail = self._around(record).tail.strip()
+        tail = self._around(record).tail
+        mark = self._template.mark_of(tail)
+        if mark is not None:  # it ended the answer, and is not in the text
+            tail = tail.removesuffix(str(self.tokenizer.convert_ids_to_tokens(mark)))
+        tail = tail.strip()
         return text.removesuffix(tail).rstrip() if tail else text
+
+    def _check_ends(self, record: Record, answer: str) -> None:
+        """Raise DataError for an answer that holds what ends one: nothing behind it would ever be said."""
+        mark = next((m for m in self.tokenizer.convert_ids_to_tokens(self.ends(record)) if m in answer), None)
+        if mark is not None:
+            raise DataError(
+                f"{_named(record)}: its answer holds {mark!r}, the token that ends an answer with this base; leave it out, as "
+                f"FedKeel adds it behind every answer"
+            )
 
     def _encode_answer(self, frame: Frame, answer: str) -> list[int]:
         if self.kind == "seq2seq":
@@ -297,6 +311,8 @@ class Formatter:
         done = ""
         self.counts["last only"] += len(pieces) < sum(role == "assistant" for role, _ in record.messages)
         for turn, read, answer, tail in pieces:
+            if turn not in record.unlearnt:
+                self._check_ends(record, answer)
             # behind all that went before, so that the pieces are the tokens of the whole chat
             before, after = self._behind(done, read), self._behind(done + read, answer + tail)
             if turn == pieces[-1][0]:

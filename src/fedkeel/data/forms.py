@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,8 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
+TURN_KEYS = ("role", "from", "content", "value", "weight", "train", "tool_calls", "function_call")
+_WHOSE = {"user": "a user's", "assistant": "an assistant's"}
 SITE_BYTES = 120  # of a site's name
 
 
@@ -34,7 +37,8 @@ class About:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a form makes of a row, see `types.Record`. used: the keys that it looked at."""
+    """What a form makes of a row, see `types.Record`. used: the keys that it looked at. unused: what lies within these and was
+    not, in words."""
 
     output: str
     input: str = ""
@@ -43,6 +47,7 @@ class Parts:
     messages: tuple[tuple[str, str], ...] = ()
     unlearnt: tuple[int, ...] = ()
     used: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def text_of(row: Mapping[str, Any], key: str, place: str) -> str:
@@ -133,6 +138,12 @@ def _turns(row: Mapping[str, Any], place: str) -> tuple[list[tuple[str, str]], l
     return read, learnt
 
 
+def _unused(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of a chat's turns that nothing is made of."""
+    turns = row.get("messages", row.get("conversations")) or ()
+    return tuple(sorted({f"{key} of a turn" for turn in turns for key, held in turn.items() if held and key not in TURN_KEYS}))
+
+
 def _with_system(row: Mapping[str, Any], turns: list[tuple[str, str]], place: str) -> list[tuple[str, str]]:
     """A row's own `system` as the first turn. Raises DataError where a turn says another."""
     system = text_of(row, "system", place)
@@ -150,16 +161,25 @@ def spoken(labels: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(label.replace("_", " ") for label in labels)
 
 
+def alike(label: str) -> str:
+    """What labels that nobody could tell apart have in common: words, white space and composition of letters aside, and 1 is
+    1.0, as a table writes whole numbers once one of its cells is empty."""
+    words = " ".join(unicodedata.normalize("NFC", spoken((label,))[0]).split())
+    return words.removesuffix(".0") if words.removesuffix(".0").lstrip("+-").isdigit() else words
+
+
 def chat(row: Mapping[str, Any], about: About) -> Parts:
     """`messages` (role, content) or ShareGPT's `conversations` (from, value), and perhaps `system`: the last answer that is
     learnt is the row's; what follows it goes."""
     turns, learnt = _turns(row, about.place)
     if not learnt or not turns[learnt[-1]][1].strip():
         raise DataError(f"{about.place}: a conversation without an assistant's answer has nothing to train on")
-    empty = [n for n in learnt if not turns[n][1].strip()]
-    if empty:
-        raise DataError(f'{about.place}: turn {empty[0] + 1} is an assistant\'s and says nothing; mark it with "weight": 0')
-    messages = _with_system(row, turns[: learnt[-1] + 1], about.place)
+    turns = turns[: learnt[-1] + 1]
+    for at, (role, said) in enumerate(turns):
+        if not said.strip() and (role == "user" or at in learnt):
+            hint = '; mark it with "weight": 0' if at in learnt else ", under content or value"
+            raise DataError(f"{about.place}: turn {at + 1} is {_WHOSE[role]} and says nothing{hint}")
+    messages = _with_system(row, turns, about.place)
     if all(role != "user" for role, _ in messages):
         raise DataError(f"{about.place}: a conversation in which nobody asks has no prompt")
     more = len(messages) - learnt[-1] - 1
@@ -170,6 +190,7 @@ def chat(row: Mapping[str, Any], about: About) -> Parts:
         messages=tuple(messages),
         unlearnt=tuple(sorted(answers - {n + more for n in learnt})),
         used=("messages", "conversations", "system"),
+        unused=_unused(row),
     )
 
 
@@ -177,7 +198,9 @@ def classification(row: Mapping[str, Any], about: About) -> Parts:
     """`text`, `label`. Underscores of a label become spaces: a label is scored by its words."""
     (label,) = spoken((name_of(row, "label", about.place),))
     text = text_of(row, "text", about.place)
-    return Parts(label, text, about.instruction or "Classify the text.", spoken(about.labels), used=("text", "label"))
+    return Parts(
+        label, text, about.instruction or "Classify the text.", spoken(about.labels), used=("text", "label", "instruction")
+    )
 
 
 def instruction(row: Mapping[str, Any], about: About) -> Parts:
@@ -192,9 +215,12 @@ def instruction(row: Mapping[str, Any], about: About) -> Parts:
     if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
         raise DataError(f"{place}: 'history' is no list of pairs [asked, said]")
     for asked, said in history:
-        before += [("user", _text(asked, place, "history")), ("assistant", _text(said, place, "history"))]
+        pair = _text(asked, place, "history"), _text(said, place, "history")
+        if not all(text.strip() for text in pair):
+            raise DataError(f"{place}: in 'history' somebody says nothing; a pair is [asked, said]")
+        before += zip(("user", "assistant"), pair, strict=True)
     before = _with_system(row, before, place)
-    used = ("input", "output", "system", "history")
+    used = ("instruction", "input", "output", "system", "history")
     if not before:
         return Parts(output, text, about.instruction, about.labels, used=used)
     if about.labels:

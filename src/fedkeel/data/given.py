@@ -8,7 +8,7 @@ from typing import Any
 
 from fedkeel.data.forms import DataError, site_of
 from fedkeel.data.readers import is_null
-from fedkeel.data.sources import metadata, read_rows, with_label_names
+from fedkeel.data.sources import Written, metadata, read_rows, with_label_names
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
 
@@ -56,10 +56,11 @@ def records_of(sites: Mapping[str, Rows], config: Data) -> list[Record]:
     """
     meta = metadata(config)
     found: list[Record] = []
+    written: Written = {}
     for site, rows in sites.items():
         site_of(site, "sites")
         placed = ((f"site {site}, row {number}", row) for number, row in enumerate(dicts_of(rows, site), 1))
-        found += read_rows(placed, config, meta, site)
+        found += read_rows(placed, config, meta, site, written)
     seen: dict[str, set[str]] = {}
     for record in found:
         seen.setdefault(record.task, set()).update(record.labels)

@@ -45,6 +45,15 @@ def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number of JSON; leave the key out where nothing is known")
 
 
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key that stands twice in it: which of the two counts nobody knows."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return found
+
+
 def read_json_lines(path: Path) -> Placed:
     """Every line of a file of JSON Lines."""
     with _opened(path) as lines:
@@ -53,7 +62,7 @@ def read_json_lines(path: Path) -> Placed:
                 continue
             place = f"{path}:{number}"
             try:
-                value = json.loads(line, parse_constant=_no_number)
+                value = json.loads(line, parse_constant=_no_number, object_pairs_hook=_keys_once)
             except json.JSONDecodeError as error:
                 raise DataError(f"{place}: not JSON ({error.msg}); one JSON object a line belongs here") from error
             except (ValueError, RecursionError) as error:
@@ -139,6 +148,9 @@ def paths_of(config: Data) -> list[Path]:
     for path in found:
         if _kind(path) not in READERS:
             raise DataError(f"{path}: a file of rows ends in one of {', '.join(READERS)}, the text ones also in .gz")
+    twice = next((path for path in found if path.with_name(f"{path.name}.gz") in found), None)
+    if twice is not None:
+        raise DataError(f"data.files: {twice} and {twice.name}.gz would be read both, and its rows twice; name one of them")
     return list(dict.fromkeys(found))
 
 

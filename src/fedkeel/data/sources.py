@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel import tables
-from fedkeel.data.forms import About, DataError, Parts, name_of, site_of, spoken, text_of
+from fedkeel.data.forms import About, DataError, Parts, alike, name_of, site_of, spoken, text_of
 from fedkeel.data.readers import FILE_SITE, file_rows
 from fedkeel.data.splits import NAMES, split_of, with_splits
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
 
-COMMON = ("id", "instruction", "split", "task")  # keys that a row of any form may have
+COMMON = ("id", "split", "task")  # keys that a row of any form may have
 
 
 def _present(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
         parts.messages,
         _group(row, task, parts.output, about, config),
         parts.unlearnt,
-        _ignored(tuple(row), (*COMMON, config.site_column, *parts.used)),
+        (*_ignored(tuple(row), (*COMMON, config.site_column, *parts.used)), *parts.unused),
     )
 
 
@@ -132,9 +132,9 @@ def metadata(config: Data) -> Mapping[str, Any]:
                 f"{path} (data.tasks_file): of task {task!r}, text belongs under instruction and a list under labels"
             )
         labels = tuple(map(str, about.get("labels") or ()))
-        twice = [label for label, count in Counter(spoken(labels)).items() if count > 1]
+        twice = [label for label, count in Counter(map(alike, labels)).items() if count > 1]
         if twice:
-            same = [label for label in labels if spoken((label,)) == (twice[0],)]
+            same = [label for label in labels if alike(label) == twice[0]]
             raise DataError(f"{path} (data.tasks_file): labels {same} of task {task!r} are the same words")
     return meta
 
@@ -181,28 +181,36 @@ def unique_ids(records: list[Record]) -> list[Record]:
     return unique
 
 
+Written = dict[tuple[str, str], str]  # task and label, see `forms.alike` -> as a row writes it
+
+
 def read_rows(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], config: Data, meta: Mapping[str, Any], site: str = ""
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    config: Data,
+    meta: Mapping[str, Any],
+    site: str = "",
+    written: Written | None = None,
 ) -> list[Record]:
     """Rows, each with its place, as Records, as they stand there: without a split where they have none. site: see `to_record`.
+    written: the labels of rows that were read before these, and then of these too.
 
     A task whose rows are all `text, label` without a list of labels gets the labels of its own rows, sorted.
     Raises DataError on a row without an answer.
     """
-    read, classified = [], set()
-    written: dict[tuple[str, str], str] = {}  # task and label as words -> as a row writes it
+    read, classified, dropped = [], set(), spoken(config.drop_labels)
+    written = {} if written is None else written
     for place, row in rows:
         if config.tasks and (name_of(row, "task", place) or "default") not in config.tasks:
             continue
         answer = row["label"] if row.get("label") is not None else row.get("output")
-        if str(answer) in config.drop_labels:
+        if spoken((str(answer).strip(),))[0] in dropped:
             continue
         record = to_record(row, place, meta, config, site)
         form = form_of(_present(row))
         if form is not None and form.labelled and not record.labels:
             classified.add(record.task)
             label = name_of(row, "label", place)
-            first = written.setdefault((record.task, record.output), label)
+            first = written.setdefault((record.task, alike(record.output)), label)
             if first != label:
                 raise DataError(f"{place}: labels {first!r} and {label!r} of task {record.task!r} are the same words")
         read.append(record)
@@ -215,10 +223,10 @@ def _with_own_labels(read: Sequence[Record], tasks: Collection[str]) -> list[Rec
 
 
 def _without_dropped(read: list[Record], config: Data) -> list[Record]:
-    dropped = {*config.drop_labels, *spoken(config.drop_labels)}
+    dropped = spoken(config.drop_labels)
     if not dropped:
         return read
-    left = {labels: tuple(v for v in labels if v not in dropped) for labels in {r.labels for r in read}}
+    left = {labels: tuple(v for v in labels if spoken((v,))[0] not in dropped) for labels in {r.labels for r in read}}
     return [replace(r, labels=left[r.labels]) for r in read]
 
 

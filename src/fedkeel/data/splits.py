@@ -18,6 +18,7 @@ NAMES = {
     "test": ("test", "testing", "tst", "heldout"),
 }
 _SPLIT_OF = {name: split for split, names in NAMES.items() for name in names}
+_UNSEEN = dict.fromkeys((0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF))  # characters that a reader does not see
 HELD_OUT = ("test", "validation")  # where a row is in several, it is in the first of these
 
 
@@ -36,7 +37,18 @@ def asked(record: Record) -> str:
     """
     turns = [f"{role}: {text}" for role, text in record.messages[:-1]]
     parts = [record.task, record.instruction, record.input, *turns] + ([] if record.input else [record.output])
-    return "\n".join(" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in parts)
+    folded = (unicodedata.normalize("NFKC", part.translate(_UNSEEN)).casefold() for part in parts)
+    return "\n".join(" ".join(part.split()) for part in folded)
+
+
+def _learnt(record: Record) -> list[str]:
+    """What each answer asks that a training row teaches: a talk's earlier ones may be a row of their own elsewhere."""
+    earlier = [
+        replace(record, messages=record.messages[: n + 1], output=said)
+        for n, (role, said) in enumerate(record.messages[:-1])
+        if role == "assistant" and n not in record.unlearnt
+    ]
+    return [asked(row) for row in (record, *earlier)]
 
 
 def with_splits(records: Iterable[Record], config: Data, seed: int) -> Iterator[Record]:
@@ -55,14 +67,16 @@ def with_splits(records: Iterable[Record], config: Data, seed: int) -> Iterator[
 
 
 def held_apart(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """Without the rows that ask what a held-out row asks, at whatever site, and notes that count them."""
+    """Without the rows that ask what a held-out row asks, at whatever site, and notes that count them. Of a training row every
+    answer that it teaches counts."""
     found: dict[str, set[str]] = {}
     for record in records:
         if record.split in HELD_OUT:
             found.setdefault(asked(record), set()).add(record.split)
     kept, left_out = [], Counter[tuple[str, str]]()
     for record in records:
-        held = found.get(asked(record), set())
+        asks = _learnt(record) if record.split == "train" else [asked(record)]
+        held = {split for one in asks for split in found.get(one, ())}
         first = next((split for split in HELD_OUT if split in held), record.split)
         if first == record.split:
             kept.append(record)

@@ -6,7 +6,6 @@ training and in scoring alike; what ends it is supervised with it, and where not
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,7 +36,11 @@ class Frame:
 # What a template that writes today's date is told: a row has one prompt, at every site and on every day. It is the day that
 # templates of Llama 3 write where nobody tells them one.
 TODAY = datetime(2024, 7, 26)
-_DATED = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_DAYS = {code: TODAY.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSTuUVwWxXyYZ"}
+_DAYS |= {f"-{code}": _DAYS[code].lstrip("0") or "0" for code in "dHIjmMSy"}
+_CODES = "".join(f"|replace('%{code}', '{told}')" for code, told in _DAYS.items())
+# in place of the function of that name, whatever a template gives it; the last braces keep a newline that follows
+_DATED = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CODES} }}}}{{%- endmacro %}}{{{{ '' }}}}"
 
 
 class FrameError(FedKeelError):
@@ -90,8 +93,7 @@ class Template:
     def _dated(self) -> str:
         """The template with one day in place of today; empty where it writes no date."""
         text = str(self._tokenizer.chat_template)
-        found = _DATED.sub(lambda call: f"{call[1]}{TODAY.strftime(call[2])}{call[1]}", text)
-        return "" if found == text else found
+        return f"{_DATED}{text}" if "strftime_now" in text else ""
 
     def _render(self, turns: Turns, ask: bool) -> str:
         from jinja2 import TemplateError

@@ -138,9 +138,10 @@ def init(
     written.
     """
     sites, hosts = check_sites(sites), check_hosts(hosts)
-    if not 1 <= port <= 65534:
+    if not 1024 <= port <= 65534:
         raise DeployError(
-            f"--port {port}: 1 to 65534 belongs here; the number after it is SuperLink's, on the loopback address"
+            f"--port {port}: 1024 to 65534 belongs here; the gate runs as a plain user, who may not open one below, and the "
+            f"number after it is SuperLink's, on the loopback address"
         )
     if os.path.lexists(folder):
         raise DeployError(f"{folder} exists; name a folder that does not, as its keys may be in use")

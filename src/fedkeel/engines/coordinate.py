@@ -28,6 +28,7 @@ from fedkeel.exchange.codecs import EnvelopeError, open_envelope
 from fedkeel.exchange.messages import MEMORY, pack_global
 from fedkeel.federation.server import FederationError
 from fedkeel.files import write_atomic
+from fedkeel.model.bases import ADAPTER_FILES
 from fedkeel.model.digest import digest_of
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
@@ -49,8 +50,6 @@ ONE = {
     "layout": "adapter layout",
     "initial": "initial adapter",
 }
-# the files of a PEFT folder as `model.export.save_adapter` writes it
-EXPORTED = {"adapter_config.json", "adapter_model.safetensors", "fedkeel_classes.json", "label_embeddings.safetensors"}
 Answers = Mapping[str, "tuple[dict[str, Any], bytes] | FedKeelError"]
 
 
@@ -352,8 +351,8 @@ def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
 def _check_export(files: Mapping[str, bytes], current: Global) -> None:
     """Raise EnvelopeError unless the files hold the adapter that was asked for; where its rank changes on the way (base
     shifts), unless they hold its maps."""
-    if odd := sorted(files.keys() - EXPORTED):  # what stands in this folder is passed on: no pickle, no program
-        raise EnvelopeError(f"{odd[0]!r} is no file of a PEFT folder; {', '.join(sorted(EXPORTED))} are")
+    if odd := sorted(files.keys() - set(ADAPTER_FILES)):
+        raise EnvelopeError(f"{odd[0]!r} is no file of a PEFT folder; {', '.join(sorted(ADAPTER_FILES))} are")
     given = load_tensors(files["adapter_model.safetensors"])
     expected: dict[str, Tensor] = {}
     for path, factors in current.adapter.lora.items():

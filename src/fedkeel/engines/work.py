@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from fedkeel import tables
+from fedkeel.data import sources
 from fedkeel.data.format import Example
 from fedkeel.engines.sitefile import SiteFile, for_a_part
 from fedkeel.engines.store import LostStateError, Store, WorkError, checked_name, write_shared
@@ -125,18 +126,23 @@ class Work:
         }
 
     def _meanings(self) -> dict[str, str]:
-        """task -> a hash of the labels that its rows choose from and of the instruction that they share. Where rows differ in
-        either, or have no labels, there is nothing that sites could differ in."""
-        asked: dict[str, list[tuple[tuple[str, ...], str]]] = {}
-        for stage in self.prepared.stages:
-            for record in (r for held in stage.rows.values() for rows in held.values() for r in rows if r.labels):
-                asked.setdefault(record.task, []).append((record.labels, record.instruction))
-        told = {task: set(all_of) for task, all_of in asked.items()}
-        return {
-            task: hashlib.sha256(json.dumps(next(iter(same))).encode()).hexdigest()[:16]
-            for task, same in sorted(told.items())
-            if len(same) == 1
-        }
+        """task -> a hash of the labels that its rows choose from, the instruction that they share and, in a stream, the group
+        of each label. Where rows differ in these, or ask by themselves, there is nothing that sites could differ in."""
+        listed = sources.metadata(self.recipe.data).get("tasks", {})
+        streams = bool(self.recipe.stream.stages)
+        asked: dict[str, set[tuple[tuple[str, ...], str]]] = {}
+        for record in (
+            r for stage in self.prepared.stages for held in stage.rows.values() for rows in held.values() for r in rows
+        ):
+            if record.labels or listed.get(record.task, {}).get("instruction") == record.instruction:
+                asked.setdefault(record.task, set()).add((record.labels, record.instruction))
+        found = {}
+        for task, all_of in sorted(asked.items()):
+            if len(all_of) == 1:
+                groups = listed.get(task, {}).get("label_domain") if streams else None
+                told = [*next(iter(all_of)), *([groups] if groups else [])]
+                found[task] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        return found
 
     def recipe_of(self, leg: str, steps: int) -> Recipe:
         """What a leg trains by: the recipe, or on its own plain LoRA for so many steps. Raises WorkError for another leg."""

@@ -38,13 +38,29 @@ def world_of(site: SiteFile, package: Path = PACKAGE) -> str:
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
+def _cached(name: str, kind: str, revision: str = "main") -> list[Path]:
+    """Where the hub's cache on this machine says which commit of `name` is meant, and that commit's files; asks no network."""
+    from huggingface_hub import constants  # heavy
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
+    ref = folder / "refs" / revision
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    return [ref, *_within(folder / "snapshots" / commit)]
+
+
+def _within(folder: Path) -> list[Path]:
+    """Every file of a folder; os.walk passes over what vanishes meanwhile."""
+    return sorted(Path(at) / name for at, _, names in os.walk(folder) for name in names)
+
+
 def cargo_of(recipe: Recipe) -> str:
     """A fingerprint of the files of rows and of the base that a recipe names, as they lie there now."""
-    base = Path(recipe.model.base).expanduser()
-    base = folder_of(recipe.model.base) if recipe.model.base in BASES else base
-    tasks = recipe.data.tasks_file
-    rows = [*paths_of(recipe.data), *([Path(recipe.data.root) / tasks] if tasks else [])]
-    folders = [base, *([Path(recipe.data.dataset)] if recipe.data.dataset else [])]
-    # os.walk passes over what vanishes meanwhile
-    within = [Path(at) / name for folder in folders for at, _, names in os.walk(folder) for name in names]
-    return _seen([*rows, *([base] if base.is_file() else []), *sorted(within)])
+    model, data = recipe.model, recipe.data
+    base = folder_of(model.base) if model.base in BASES else Path(model.base).expanduser()
+    files = [*paths_of(data), *([Path(data.root) / data.tasks_file] if data.tasks_file else [])]
+    files += [base] if base.is_file() else _within(base) if base.exists() else _cached(model.base, "model", model.revision)
+    if data.dataset:
+        rows = Path(data.dataset)
+        files += _within(rows) if rows.exists() else _cached(data.dataset, "dataset")
+    return _seen(files)

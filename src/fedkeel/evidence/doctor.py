@@ -13,7 +13,9 @@ from fedkeel.evidence.report.sure import Models, mean_score, read_scores
 from fedkeel.evidence.report.tables import plural, read_rows
 from fedkeel.evidence.report.verdicts import BAD, GOOD, LOOK, Verdict, measured, read_verdicts, write_verdicts
 from fedkeel.model.load import load_tokenizer
+from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
+from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.prepare import Prepared
 from fedkeel.types import Record
 
@@ -96,9 +98,13 @@ def resolution(prepared: Prepared) -> Verdict:
     """How far the choice of test rows alone moves a score that is a share of right answers, at worst."""
     limit = prepared.recipe.evaluation.test_rows
     counts = Counter(r.task for stage in prepared.stages for r in stage.all("test"))
-    kept = [min(count, limit) if limit else count for count in counts.values()]
+    return _known_to([min(count, limit) if limit else count for count in counts.values()])
+
+
+def _known_to(kept: Sequence[float]) -> Verdict:
+    """See `resolution`. kept: test rows of each task."""
     half = 196 * math.sqrt(sum(1 / (4 * count) for count in kept)) / len(kept)
-    counted = f"{plural(sum(kept), 'test row')} of {plural(len(kept), 'task')}"
+    counted = f"{plural(round(sum(kept)), 'test row')} of {plural(len(kept), 'task')}"
     told = f"{counted}: a score is known to ± {half:.1f} points (95 %, at worst)"
     if half > 3:
         change = "more test rows (evaluation.test_rows, data.test_share) before differences of a few points are believed"
@@ -122,6 +128,24 @@ def of_run(folder: Path, prepared: Prepared | None = None) -> list[Verdict]:
     scores = read_scores(folder)
     about_rows = read_verdicts(folder) if prepared is None else [*of_recipe(prepared), *at_chance(prepared, scores)]
     return [*measured(read_rows(folder / "rows.jsonl"), scores), *about_rows]
+
+
+def rows_are_away(folder: Path) -> bool:
+    """Whether a run is a coordinator's: its rows are at its sites."""
+    return "reference" in RunFolder(folder).state()
+
+
+def of_coordinator(folder: Path) -> list[Verdict]:
+    """Verdicts on a coordinator's run: those that need neither rows nor the scores of single rows.
+
+    Raises FedKeelError for files that cannot be read.
+    """
+    rows = read_rows(folder / "rows.jsonl")
+    tested = [r for r in rows if (r.method, r.name, r.split) == ("federated", "rows", "test") and r.task]
+    last = max(((r.stage, r.round) for r in tested), default=None)
+    kept = [r.value for r in tested if (r.stage, r.round) == last and not r.site]
+    recipe = make_recipe(read_tree(folder / "recipe.toml"), data=False)
+    return [*measured(rows, {}), *([_known_to(kept)] if kept else []), payload(recipe)]
 
 
 def keep(prepared: Prepared, folder: Path, found: Sequence[Verdict]) -> None:

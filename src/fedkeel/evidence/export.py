@@ -9,7 +9,7 @@ from pathlib import Path
 from fedkeel.data.format import Formatter
 from fedkeel.evidence.card import Made, base_is_away, card, hub_id
 from fedkeel.files import whole_folder, write_atomic
-from fedkeel.model.bases import ModelError
+from fedkeel.model.bases import ADAPTER_FILES, ModelError
 from fedkeel.model.export import cut, save_merged
 from fedkeel.model.gguf_write import save_adapter_gguf, save_merged_gguf
 from fedkeel.model.load import load_tokenizer
@@ -39,7 +39,7 @@ def export(
                 notes.append(f"{cut(model, depth)} of {blocks} blocks are kept; `fedkeel measure` tells what that costs")
             save_merged(model, partial, _ends(model))
         else:
-            shutil.copytree(run / which, partial, dirs_exist_ok=True)
+            notes += _copy_adapter(run / which, partial)
             kind = _kind(partial)
             _name_base(partial, recipe)
             try:
@@ -50,6 +50,15 @@ def export(
                 notes.append(f"the base {recipe.model.base!r} is not on this machine: the adapter is without its tokenizer")
         _write_card(recipe, run, partial, Made(kind, _rank(run), merged, gguf=False))
     return notes
+
+
+def _copy_adapter(folder: Path, target: Path) -> list[str]:
+    """The files that FedKeel wrote, and no other; a note names what else was found beside them."""
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ADAPTER_FILES)
+    return [f"{folder} holds what FedKeel did not write, and it is left out: {', '.join(others)}"] if others else []
 
 
 def export_gguf(

@@ -157,6 +157,16 @@ class Base:
             raise ModelError(
                 f"model.base = {self.config.base!r} lacks {len(missing)} tensors of {what} ({', '.join(missing[:3])})"
             )
+        if extra := sorted(name for name in info["unexpected_keys"] if _behind_the_last(net, name)):
+            raise ModelError(
+                f"model.base = {self.config.base!r} holds {len(extra)} tensors of blocks that its config.json does not count "
+                f"({', '.join(extra[:3])}); without them it is another model: set its number of layers to what is there"
+            )
+        if self.kind == "causal" and _looks_ahead(net, self.about):
+            raise ModelError(
+                f"model.base = {self.config.base!r} ({self.about.model_type}) reads what comes after a token too, and so "
+                f"learns no language: set model.kind = 'classifier', or is_decoder in its config.json if it was trained as one"
+            )
         return net
 
     def _may_be_fresh(self, net: Any, name: str) -> bool:
@@ -175,6 +185,32 @@ class Base:
             return self._auto.from_config(about, trust_remote_code=False)
 
 
+@torch.no_grad()
+def _looks_ahead(net: Any, about: Any) -> bool:
+    """Whether a token's logits change with a later token, in a base of a family that may: of encoders, and XLNet."""
+    if type(about) not in transformers.MODEL_FOR_MASKED_LM_MAPPING and about.model_type != "xlnet":
+        return False
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
+    one, other = net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
+    return bool((one - other).abs().max() > 0.01 * one.abs().max())
+
+
+def _behind_the_last(net: Any, name: str) -> bool:
+    """Whether a tensor of a checkpoint is of a block whose number is above those of its stack in `net`."""
+    parts = name.split(".")
+    at = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return False
+    stack = ".".join(parts[:at])
+    for path in (stack, stack.removeprefix(f"{net.base_model_prefix}."), f"{net.base_model_prefix}.{stack}"):
+        try:
+            blocks = net.get_submodule(path)
+        except AttributeError:
+            continue
+        return isinstance(blocks, torch.nn.ModuleList) and int(parts[at]) >= len(blocks)
+    return False
+
+
 def heads_of(net: Any) -> list[str]:
     """The modules of a classifier that lie outside of its encoder, by name."""
     return [
@@ -182,6 +218,17 @@ def heads_of(net: Any) -> list[str]:
         for name, module in net.named_children()
         if name != net.base_model_prefix and next(module.parameters(), None) is not None
     ]
+
+
+def device_of(config: ModelConfig) -> torch.device:
+    """The device of this machine that a recipe names. Raises ModelError where there is none of that name."""
+    try:
+        device = torch.device(config.device)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ValueError, ImportError, NotImplementedError) as error:
+        told = str(error).strip().partition("\n")[0]
+        raise ModelError(f"model.device = {config.device!r} cannot be used on this machine: {told}; 'cpu' can") from error
+    return device
 
 
 def uses_bf16(precision: str, device: str) -> bool:

@@ -17,7 +17,7 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedkeel import tables
@@ -27,7 +27,7 @@ from fedkeel.model.bases import ModelError
 from fedkeel.model.depth import without
 from fedkeel.model.features import Beside, Features
 from fedkeel.model.half import hold_in_bf16
-from fedkeel.model.load import Base, heads_of, kind_of, load_config, load_tokenizer, uses_bf16
+from fedkeel.model.load import Base, device_of, heads_of, kind_of, load_config, load_tokenizer, uses_bf16
 from fedkeel.model.lower import Lower, States
 from fedkeel.model.places import Places, find_places
 from fedkeel.model.quiet import quiet
@@ -134,7 +134,7 @@ class Model:
         self.kind = kind_of(config, about)
         self.tokenizer = load_tokenizer(config)
         self.classes = tuple(classes)
-        self.device = torch.device(config.device)
+        self.device = device_of(config)
         self.bf16 = uses_bf16(config.precision, config.device)
         if self.kind == "classifier" and not self.classes:
             raise ModelError("a classifier needs classification rows: no row of this data has labels")
@@ -527,7 +527,8 @@ class Model:
         taken from; a recurrent or hybrid model keeps a state."""
         with self.autocast():
             out = self.net(input_ids=torch.tensor([[self.tokenizer.pad_token_id]], device=self.device), use_cache=True)
-        layers = getattr(getattr(out, "past_key_values", None), "layers", [])
+        kept = getattr(out, "past_key_values", None)
+        layers = getattr(kept, "layers", []) if type(kept) is DynamicCache else []  # a subclass may hold more than its layers
         return bool(layers) and all(isinstance(layer, DynamicLayer) for layer in layers)
 
     @property

@@ -23,9 +23,11 @@ def _block(path: str) -> int:
 
 
 def _linear(net: Any) -> list[str]:
-    """Paths of the linear maps, but for the output projection, whose weights may be the input embedding's too."""
+    """Paths of the linear maps, but for the output projection, whose weights may be the input embedding's too, and for routers
+    of experts that are maps by their class alone: what they give is no tensor that a change could be added to."""
     head = net.get_output_embeddings()
-    return [path for path, m in net.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    maps = ((path, m) for path, m in net.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
+    return [path for path, m in maps if "Router" not in type(m).__name__]
 
 
 def _is(path: str, name: str) -> bool:
@@ -60,7 +62,8 @@ def targets_in(net: Any, base: Base, lora: LoraConfig) -> tuple[list[str] | str,
     layers = lora.blocks(base.about.num_hidden_layers) if lora.layers else None
     # PEFT turns names of maps that a base keeps fused into their tensors; it finds a block's number behind the name of what it
     # lies in, and an encoder's stack may be the outermost. Whole paths leave it no choice.
-    if _fused(net) or (layers is not None and base.kind == "classifier" and names):
+    routed = any("Router" in type(m).__name__ for m in net.modules())
+    if _fused(net) or routed or (layers is not None and base.kind == "classifier" and names):
         within = [path for path in linear if _block(path) >= 0 and (layers is None or _block(path) in layers)]
         chosen = [path for path in within if not names or any(_is(path, name) for name in names)]
         return (_not_fused(net, chosen) if _fused(net) else chosen), None

@@ -46,6 +46,6 @@ def describe_model(prepared: Prepared) -> tuple[int, int, dict[str, tuple[int, .
     """(frozen parameters, trainable parameters, adapter shapes) of the recipe's base, without reading its weights."""
     recipe = prepared.recipe
     model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes, weights=False)
-    check_length(model, recipe.data.max_length)
+    check_length(model, recipe.data.max_length, recipe.evaluation.max_new_tokens)
     shapes = model.read_shapes()
     return model.base_parameters(), sum(p.numel() for p in model.parameters()), shapes

@@ -231,19 +231,24 @@ class Here:
         partial.rename(target)
 
 
-def check_length(model: Model, tokens: int) -> None:
-    """Raise ConfigError for rows longer than the base can read."""
+def check_length(model: Model, tokens: int, answers: int = 0) -> None:
+    """Raise ConfigError for rows longer than the base can read, or answers, of tokens of their own, than it can write."""
     if 0 < model.positions < tokens:
         raise ConfigError(
             f"data.max_length = {tokens}, and {model.config.base!r} was made for {model.positions} tokens: set "
             f"data.max_length = {model.positions} or less"
+        )
+    if model.kind == "seq2seq" and 0 < model.positions < answers:
+        raise ConfigError(
+            f"evaluation.max_new_tokens = {answers}, and {model.config.base!r} was made for {model.positions} tokens: set it "
+            f"to {model.positions} or less"
         )
 
 
 def formatter_of(model: Model, prepared: Prepared) -> Formatter:
     """What makes examples of the run's rows for this model."""
     data = prepared.recipe.data
-    check_length(model, data.max_length)
+    check_length(model, data.max_length, prepared.recipe.evaluation.max_new_tokens)
     return Formatter(model.tokenizer, model.kind, data.max_length, data.list_labels, classes=model.classes)
 
 
