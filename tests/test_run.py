@@ -622,6 +622,15 @@ def test_rows_longer_than_the_base_reads_are_refused_before_any_work(tiny_overri
             call()
 
 
+def test_answers_that_leave_a_prompt_no_room_are_refused_before_any_work(tiny_overrides: list[str]) -> None:
+    watch = Silent()
+    with pytest.raises(
+        FedKeelError, match=r"task echo\): its answer and the prompt's frame .*lower evaluation\.max_new_tokens = 128"
+    ):
+        go([*tiny_overrides, "evaluation.max_new_tokens=128", "evaluation.baselines=[]"], watch)
+    assert watch.work == 0
+
+
 def test_answers_longer_than_an_encoder_decoder_writes_are_refused_before_any_work(tiny_overrides: list[str]) -> None:
     long = [*tiny_overrides, f"model.base={shapes.base('bart')}", "evaluation.max_new_tokens=257"]
     prepared = prepare(load_recipe(None, long))

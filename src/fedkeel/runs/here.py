@@ -11,6 +11,7 @@ from typing import Protocol
 
 from fedkeel import tables
 from fedkeel.data.format import Example, Formatter
+from fedkeel.data.forms import DataError
 from fedkeel.data.sites import Sites
 from fedkeel.data.template import TODAY
 from fedkeel.federation.client import Site
@@ -67,6 +68,18 @@ class Here:
         self._untrained: dict[tuple[str, tuple[str, ...]], Scored] = {}  # of the base before any training
         if not all(self.held_out["test"]):
             raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Raise DataError now for a held-out row whose prompt would have no room before its answer when it is scored."""
+        evaluation, trial = self.prepared.recipe.evaluation, formatter_of(self.model, self.prepared)
+        if self.model.kind != "causal" or not evaluation.generate:
+            return
+        for record in (r for held in self.held_out.values() for rows in held[-1:] for r in rows if not r.labels):
+            try:
+                trial.prompt_ids(record, evaluation.max_new_tokens)
+            except DataError as error:
+                raise DataError(f"{error}, or lower evaluation.max_new_tokens = {evaluation.max_new_tokens}") from error
 
     def prints(self) -> dict[str, str]:
         """Fingerprints of what decides this run beside its recipe: the base, and the rows of each site."""
