@@ -58,6 +58,15 @@ def dies(overrides: list[str], write: int, where: str) -> bool:
     return found.returncode == -9
 
 
+def test_a_run_that_died_at_its_first_file_is_begun_again(tiny_overrides: list[str]) -> None:
+    overrides = [*tiny_overrides, *SHORT]
+    assert dies(overrides, 1, "before")
+    folder = Path(next(o for o in overrides if o.startswith("out="))[4:]) / "tiny"
+    assert [path.name for path in folder.iterdir()] == ["recipe.toml.partial"]
+    assert (go(overrides)[1].path / "adapter").exists()
+    assert not (folder / "recipe.toml.partial").exists()
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_write_it_ends_in_the_same_bits(
     kills: int, tiny_overrides: list[str], whole: RunFolder, tmp_path: Path

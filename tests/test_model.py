@@ -413,11 +413,17 @@ def test_a_model_without_weights_has_the_same_shapes_and_counts(name: str) -> No
         assert {p.device.type for p in meta.net.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("device", ["banana", "cuda:x", "cuda:97", "meta", ""])
-@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize(
+    ("device", "weights"),
+    [*((d, True) for d in ("banana", "cuda:x", "cuda:97", "meta", "")), *((d, False) for d in ("banana", "cuda:x", ""))],
+)
 def test_a_device_that_is_not_there_is_refused(device: str, weights: bool) -> None:
     with pytest.raises(ModelError, match=rf"model\.device = '{device}' cannot be used on this machine: .+; 'cpu' can"):
         make("llama", device=device, weights=weights)
+
+
+def test_what_another_machine_will_do_is_planned_without_its_device() -> None:
+    assert make("llama", device="cuda:97", weights=False).read_shapes() == make("llama").read_shapes()
 
 
 def test_an_architecture_that_the_table_lacks_gets_every_linear_map_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,11 +220,12 @@ def heads_of(net: Any) -> list[str]:
     ]
 
 
-def device_of(config: ModelConfig) -> torch.device:
-    """The device of this machine that a recipe names. Raises ModelError where there is none of that name."""
+def device_of(config: ModelConfig, here: bool = True) -> torch.device:
+    """The device that a recipe names. Raises ModelError where there is none of that name, or with `here` none on this machine."""
     try:
         device = torch.device(config.device)
-        torch.empty(1, device=device).cpu()
+        if here:
+            torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, ValueError, ImportError, NotImplementedError) as error:
         told = str(error).strip().partition("\n")[0]
         raise ModelError(f"model.device = {config.device!r} cannot be used on this machine: {told}; 'cpu' can") from error

@@ -134,7 +134,7 @@ class Model:
         self.kind = kind_of(config, about)
         self.tokenizer = load_tokenizer(config)
         self.classes = tuple(classes)
-        self.device = device_of(config)
+        self.device = device_of(config, here=weights)  # what another machine will do is planned on any
         self.bf16 = uses_bf16(config.precision, config.device)
         if self.kind == "classifier" and not self.classes:
             raise ModelError("a classifier needs classification rows: no row of this data has labels")

@@ -175,7 +175,7 @@ class RunFolder:
         elif resume:
             raise RunError(f"{self.path} holds no run to resume")
         elif self.path.exists():
-            found = {p.name for p in self.path.iterdir()}
+            found = {p.name.removesuffix(".partial") for p in self.path.iterdir()}  # of one that was killed at its first file
             if found and not found & {"recipe.toml", "state.json"}:
                 raise RunError(f"{self.path} exists and is not a run of FedKeel; set out= or name= to another folder")
 
