@@ -221,7 +221,7 @@ def heads_of(net: Any) -> list[str]:
 
 
 def device_of(config: ModelConfig, here: bool = True) -> torch.device:
-    """The device that a recipe names. Raises ModelError where there is none of that name, or with `here` none on this machine."""
+    """The device that a recipe names. Raises ModelError where none has that name, or with `here` none on this machine."""
     try:
         device = torch.device(config.device)
         if here:
