@@ -214,6 +214,22 @@ def test_a_term_by_its_function_alone(keys: dict[str, Any], whole: Any) -> None:
     assert "entropy" not in tables.TERMS
 
 
+def test_a_run_goes_on_with_the_functions_that_it_began_with(keys: dict[str, Any]) -> None:
+    def stops(line: str) -> None:
+        if "federated round 1" in line:
+            raise KeyboardInterrupt
+
+    def entropy_again(forward: Forward) -> Tensor:
+        return 2 * entropy(forward)
+
+    entropy_again.__name__ = "entropy"
+    with pytest.raises(KeyboardInterrupt):
+        fedkeel.run(keys, terms=[entropy], watch=stops)
+    with pytest.raises(FedKeelError, match=r"cannot be resumed: not as they were when it began: the term entropy\."):
+        fedkeel.run(keys, terms=[entropy_again], existing="resume")
+    assert fedkeel.run(keys, terms=[entropy], existing="resume").scores
+
+
 def test_a_term_adds_its_weight_times_its_value(keys: dict[str, Any], whole: Any) -> None:
     """The task's loss once more at 3, and the gradient cut to one norm either way: the same adapter."""
     tight = {**keys, "train": {**keys["train"], "clip_norm": 1e-3}}

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,7 +222,7 @@ def _taking(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     try:
         inspect.signature(function).bind(*range(count))
     except TypeError:
-        return lambda *arguments: function(*arguments[: count - 1])
+        return wraps(function)(lambda *arguments: function(*arguments[: count - 1]))
     except ValueError:  # of C, without a signature
         pass
     return function

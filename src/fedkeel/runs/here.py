@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -88,7 +89,8 @@ class Here:
             for site, by_split in stage.rows.items():
                 held[site] += [repr(record) for rows in by_split.values() for record in rows]
         rows = {f"the rows of {site}": hashlib.sha256("\n".join(told).encode()).hexdigest() for site, told in held.items()}
-        return {"the base": self._base, "the tokenizer or its chat template": tokenizer_digest(self.model.tokenizer), **rows}
+        words = tokenizer_digest(self.model.tokenizer)
+        return {"the base": self._base, "the tokenizer or its chat template": words, **rows, **own_code()}
 
     def _encoded(self, stage: Sites, number: int) -> dict[str, list[Example]]:
         """Training examples by site; rows that do not fit are counted."""
@@ -242,6 +244,21 @@ class Here:
             save_adapter(self.model, partial, folded(self.model.read(), current.shifts) if current.shifts else None)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
+
+
+def own_code() -> dict[str, str]:
+    """Fingerprints of functions that were given from Python as terms and rules, which no version of a package stands for."""
+    given = [(f"the {table.kind} {name}", e.code) for table in (tables.TERMS, tables.RULES) for name, e in table.items()]
+    return {what: hashlib.sha256(_source(code).encode()).hexdigest() for what, code in given if not isinstance(code, str)}
+
+
+def _source(code: Callable[..., object]) -> str:
+    """Of a function; of one that was typed at a prompt, what it was compiled to."""
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        compiled = getattr(code, "__code__", None)
+        return repr(code) if compiled is None else repr((compiled.co_code, compiled.co_consts, compiled.co_names))
 
 
 def check_length(model: Model, tokens: int, answers: int = 0) -> None:
