@@ -343,6 +343,14 @@ def test_what_masks_cannot_go_with_is_refused(key: str) -> None:
         load_recipe(None, ["privacy.masks=true", "federation.weighting=uniform", "structure.branch=0.1", key])
 
 
+def test_a_missing_library_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedkeel.recipe.checks as checks
+
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"privacy\.masks goes through `cryptography`: pip install 'fedkeel\[privacy\]'"):
+        load_recipe(None, ["privacy.masks=true", "federation.weighting=uniform"])
+
+
 def test_secrets_are_kept_for_a_round_and_written_as_numbers() -> None:
     kept, told = begun(["a", "b"])
     again = Kept().restored(json.loads(json.dumps({})) or kept["a"].tensors())

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from fedkeel import tables
@@ -202,6 +203,8 @@ def _check_masks(recipe: Recipe) -> None:
         "evidence.anchor, serve": recipe.evidence.anchor or recipe.evidence.serve,
         "evaluation.baselines = analytic": "analytic" in recipe.evaluation.baselines,
     }
+    if find_spec("cryptography") is None:
+        raise ConfigError("privacy.masks goes through `cryptography`: pip install 'fedkeel[privacy]'")
     found = [key for key, set_ in wrong.items() if set_]
     if found:
         raise ConfigError(
