@@ -27,8 +27,8 @@ SUITES = ROOT / "results" / "suites"
 HISTORY = ROOT / "results" / "history"
 COMPARED = tuple(name for name in results_page.SUITES if (SUITES / name / "chance.json").exists())
 SMALL = ("bytes",)  # the tables of other suites take seconds each to make; numbers of all are worked out by hand below
-# run on a lent machine before the suite's plan and tests/test_cuda.py, which alone differed, were committed; a run of streams while
-# docs/results-all.md was edited
+# run on a lent machine before the suite's plan and tests/test_cuda.py, which alone differed, were committed; a run of streams
+# while docs/results-all.md was edited
 AHEAD = {"smollm2": "91c2d4486768-dirty", "streams": "250ebce177c0-dirty"}
 RUNS = ("quickstart", "clinc150-minilm")  # of the main job, as the README shows them
 
