@@ -69,16 +69,22 @@ def secret_bytes(count: int) -> bytes:
     return secrets.token_bytes(count)
 
 
+def keystream(key: bytes, size: int) -> bytes:
+    """`size` bytes of ChaCha20 under a key of 32 bytes, from its beginning. Needs `cryptography`."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+    return Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(size))
+
+
 def _secret_uniform(count: int) -> np.ndarray:
     """Numbers in (0, 1), float64, from a ChaCha20 stream under a key of 256 bits of the operating system, which is forgotten.
     Raises FedKeelError where `cryptography` is not installed."""
     import numpy as np
 
     try:
-        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+        stream = keystream(secret_bytes(32), 8 * count)
     except ImportError as error:
         raise FedKeelError("noise for privacy is drawn through `cryptography`: pip install 'fedkeel[privacy]'") from error
-    stream = Cipher(algorithms.ChaCha20(secret_bytes(32), bytes(16)), mode=None).encryptor().update(bytes(8 * count))
     whole = np.frombuffer(stream, dtype=np.uint64) >> np.uint64(11)
     return (whole.astype(np.float64) + 0.5) / 2.0**53
 

@@ -6,7 +6,8 @@ sites, site i sends
     yᵢ = xᵢ + PRG(bᵢ) + Σ_{j > i} PRG(sᵢⱼ) − Σ_{j < i} PRG(sᵢⱼ)   mod 2³²
 
 with sᵢⱼ agreed by X25519 and HKDF between i and j. Each site shares bᵢ and its key of the sᵢⱼ among all by Shamir, any t of
-which give them back: bᵢ of those that answered, the key of those that did not, and never both.
+which give them back: bᵢ of those that answered, the key of those that did not, and never both. `cryptography` is imported where
+it is used, as a federation without masks does without; a recipe that asks for them is refused where it is missing.
 """
 
 from __future__ import annotations
@@ -17,78 +18,68 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkeel.rng import secret_bytes
+from fedkeel.rng import keystream, secret_bytes
 from fedkeel.types import FedKeelError
 
 STEP = 2.0**-22  # of the numbers that are added up
 PRIME = 2**521 - 1  # of the field of shares
-SECRET, SHARE, NONCE = 32, 66, 12  # bytes
+SECRET, SHARE, NONCE, TAG = 32, 66, 12, 16  # bytes
 
 
 class MaskError(FedKeelError):
     """Masks that cannot be made or taken off; the text says whose."""
 
 
-def _primitives() -> tuple[type, type, type, type, type]:
-    try:
-        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-        from cryptography.hazmat.primitives.ciphers import algorithms
-        from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-    except ImportError as error:
-        raise MaskError("secure aggregation goes through `cryptography`: pip install 'fedkeel[privacy]'") from error
-    return X25519PrivateKey, X25519PublicKey, algorithms.ChaCha20, ChaCha20Poly1305, HKDF
-
-
 def new_key() -> tuple[bytes, bytes]:
     """(private, public) of X25519, 32 bytes each."""
-    private = _primitives()[0].generate()  # type: ignore[attr-defined]
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    private = X25519PrivateKey.generate()
     return private.private_bytes_raw(), private.public_key().public_bytes_raw()
 
 
 def public_of(private: bytes) -> bytes:
     """The public half of a private key."""
-    found: bytes = _primitives()[0].from_private_bytes(private).public_key().public_bytes_raw()  # type: ignore[attr-defined]
-    return found
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
 def agreed(private: bytes, public: bytes, purpose: str) -> bytes:
     """32 bytes that both ends of two keys come to, other ones for each purpose. Raises MaskError for a key that is none."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
     from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-    own, other, _, _, hkdf = _primitives()
     try:
-        shared = own.from_private_bytes(private).exchange(other.from_public_bytes(public))  # type: ignore[attr-defined]
+        shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise MaskError(f"a key that is none of X25519: {error}") from error
-    found: bytes = hkdf(algorithm=SHA256(), length=SECRET, salt=None, info=purpose.encode()).derive(shared)
-    return found
+    return HKDF(algorithm=SHA256(), length=SECRET, salt=None, info=purpose.encode()).derive(shared)
 
 
 def stream(seed: bytes, count: int) -> np.ndarray:
-    """`count` whole numbers of 32 bits, uint32, that look like chance to whoever has not the seed of 32 bytes: ChaCha20."""
-    from cryptography.hazmat.primitives.ciphers import Cipher
-
-    cipher = Cipher(_primitives()[2](seed, bytes(16)), mode=None)
-    return np.frombuffer(cipher.encryptor().update(bytes(4 * count)), dtype="<u4").astype(np.uint32)
+    """`count` whole numbers of 32 bits, uint32, that look like chance to whoever has not the seed of 32 bytes."""
+    return np.frombuffer(keystream(seed, 4 * count), dtype="<u4").astype(np.uint32)
 
 
 def hidden(key: bytes, text: bytes, about: str) -> bytes:
     """`text` for whoever has the key, bound to `about`: a nonce, then ChaCha20-Poly1305."""
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
     nonce = secret_bytes(NONCE)
-    sealed: bytes = _primitives()[3](key).encrypt(nonce, text, about.encode())
-    return nonce + sealed
+    return nonce + ChaCha20Poly1305(key).encrypt(nonce, text, about.encode())
 
 
 def opened(key: bytes, sealed: bytes, about: str) -> bytes:
     """What `hidden` hid. Raises MaskError where it was altered, or is for somebody else."""
     from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
     try:
-        found: bytes = _primitives()[3](key).decrypt(sealed[:NONCE], sealed[NONCE:], about.encode())
+        return ChaCha20Poly1305(key).decrypt(sealed[:NONCE], sealed[NONCE:], about.encode())
     except (InvalidTag, ValueError) as error:
         raise MaskError(f"shares that were altered on their way, or are not for this site ({about})") from error
-    return found
 
 
 def split(secret: bytes, threshold: int, count: int) -> list[bytes]:

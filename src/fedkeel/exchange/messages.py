@@ -45,9 +45,21 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in tensors.items()}
 
 
+def about(kind: str, round: int, adapter: Adapter, **more: Any) -> dict[str, Any]:
+    """The header of a message of `kind` about `adapter`'s layout, in round `round`."""
+    return {"schema": SCHEMA, "kind": kind, "round": round, "layout": layout(adapter), **more}
+
+
+def check_promised(header: Mapping[str, Any], promised: Mapping[str, Any]) -> None:
+    """Raise EnvelopeError where a header says anything else than was promised."""
+    for key, value in promised.items():
+        if header.get(key) != value or isinstance(header.get(key), bool):
+            raise EnvelopeError(f"a message with {key} = {header.get(key)!r} where {value!r} belongs")
+
+
 def pack(kind: str, round: int, adapter: Adapter, encoded: Mapping[str, Tensor], codec: str, **more: Any) -> bytes:
     """A message of `kind` (`global` or `update`) about `adapter`'s layout, carrying what `codec` made of its tensors."""
-    return seal({"schema": SCHEMA, "kind": kind, "round": round, "codec": codec, "layout": layout(adapter), **more}, encoded)
+    return seal(about(kind, round, adapter, codec=codec, **more), encoded)
 
 
 def unpack(
@@ -76,9 +88,7 @@ def _codec(header: Mapping[str, Any], kind: str, round: int | None, like: Adapte
     """The codec that a header names, once it has promised all else that it must."""
     promised = {"schema": SCHEMA, "kind": kind, "layout": layout(like)}
     promised |= ({} if round is None else {"round": round}) | ({"codec": codec} if codec else {})
-    for key, value in promised.items():
-        if header.get(key) != value or isinstance(header.get(key), bool):
-            raise EnvelopeError(f"a message with {key} = {header.get(key)!r} where {value!r} belongs")
+    check_promised(header, promised)
     found = header.get("codec")
     return make_codec(found if isinstance(found, str) else repr(found))
 
@@ -124,8 +134,8 @@ def pack_global(kind: str, state: Global, way: Way = Way(), since: int | None = 
     plain |= parts
     remembers = state.memory is not None
     encoded = make_codec(way.codec).encode(tensors, way.key) | plain
-    about = {"drift": dict(state.drift), "memory": remembers, "shifts": log, "heads": heads, **more}
-    return pack(kind, state.round, state.adapter, encoded, way.codec, **about)
+    told = {"drift": dict(state.drift), "memory": remembers, "shifts": log, "heads": heads, **more}
+    return pack(kind, state.round, state.adapter, encoded, way.codec, **told)
 
 
 def unpack_global(

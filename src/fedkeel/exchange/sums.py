@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedkeel.exchange.codecs import EnvelopeError, Wire, open_envelope, seal
 from fedkeel.exchange.heads import WIDEST, heads_packed, heads_unpacked, heads_wire
-from fedkeel.exchange.messages import SCHEMA, layout, read_counts
+from fedkeel.exchange.messages import SCHEMA, about, check_promised, read_counts
 from fedkeel.method.objective.anchor import SCALES
 from fedkeel.model.features import BOUND
 from fedkeel.types import Adapter, Head, Reply, Sums
@@ -25,7 +25,7 @@ from fedkeel.types import Adapter, Head, Reply, Sums
 
 def pack_gather(round: int, stage: int, like: Adapter) -> bytes:
     """The question for sums of the rows of `stage`."""
-    return seal({"schema": SCHEMA, "kind": "gather", "round": round, "layout": layout(like), "stage": stage}, {})
+    return seal(about("gather", round, like, stage=stage), {})
 
 
 def triangle(square: Tensor) -> Tensor:
@@ -42,16 +42,22 @@ def squared(packed: Tensor, width: int) -> Tensor:
     return square
 
 
-def pack_sums(site: str, round: int, like: Adapter, known: Mapping[str, Sums]) -> bytes:
-    """What a site answers to `pack_gather`: by task, in whole numbers of four bytes where they fit, else of eight."""
-    header: dict[str, Any] = {"schema": SCHEMA, "kind": "sums", "round": round, "layout": layout(like), "site": site}
+def _tensors(known: Mapping[str, Sums]) -> dict[str, Tensor]:
+    """Whole numbers of eight bytes: of each task by its number, G as its `triangle` and M by sorted labels."""
     tensors = {}
     for number, (_, sums) in enumerate(sorted(known.items())):
         tensors[f"gram/{number}"] = triangle(sums.gram)
         tensors[f"moments/{number}"] = torch.stack([sums.moments[label] for label in sorted(sums.moments)])
+    return tensors
+
+
+def pack_sums(site: str, round: int, like: Adapter, known: Mapping[str, Sums]) -> bytes:
+    """What a site answers to `pack_gather`: by task, in whole numbers of four bytes where they fit, else of eight."""
+    tensors = _tensors(known)
     wide = any(int(t.abs().max()) >= 2**31 for t in tensors.values())
-    header |= {"wide": wide, "width": next((len(s.gram) for s in known.values()), 0)}
-    header["tasks"] = {task: dict(sums.rows) for task, sums in sorted(known.items())}
+    width = next((len(s.gram) for s in known.values()), 0)
+    tasks = {task: dict(sums.rows) for task, sums in sorted(known.items())}
+    header = about("sums", round, like, site=site, wide=wide, width=width, tasks=tasks)
     return seal(header, {name: t.to(torch.int64 if wide else torch.int32) for name, t in tensors.items()})
 
 
@@ -60,7 +66,7 @@ def read_sums(reply: Reply, round: int, stage: int, like: Adapter) -> dict[str, 
     have."""
 
     def expected(header: dict[str, Any]) -> Wire:
-        _promised(header, {"kind": "sums", "round": round, "layout": layout(like), "site": reply.site})
+        check_promised(header, about("sums", round, like, site=reply.site))
         tasks, width = _tasks(header), header.get("width")
         if type(width) is not int or not 0 <= width <= WIDEST or type(header.get("wide")) is not bool:
             raise EnvelopeError(f"the message reports sums of {width!r} features")
@@ -71,7 +77,7 @@ def read_sums(reply: Reply, round: int, stage: int, like: Adapter) -> dict[str, 
             wire[f"moments/{number}"] = (kind, (len(rows), width))
         return wire
 
-    header, sent = _opened(reply, expected)
+    header, sent = open_envelope(reply.payload, expected=expected)
     found = {}
     for number, (task, rows) in enumerate(_tasks(header).items()):
         gram = squared(sent[f"gram/{number}"].to(torch.int64), header["width"])
@@ -86,13 +92,11 @@ def read_sums(reply: Reply, round: int, stage: int, like: Adapter) -> dict[str, 
 
 def pack_known(known: Mapping[str, Sums]) -> bytes:
     """Sums of all rows so far, for a file of the run's own."""
-    told, tensors = [], {}
-    for number, (task, sums) in enumerate(sorted(known.items())):
-        about = {"task": task, "rows": dict(sums.rows), "hits": dict(sums.hits), "nats": list(sums.nats), "stage": sums.stage}
-        told.append(about)
-        tensors[f"gram/{number}"] = triangle(sums.gram)
-        tensors[f"moments/{number}"] = torch.stack([sums.moments[label] for label in sorted(sums.moments)])
-    return seal({"schema": SCHEMA, "kind": "known", "tasks": told}, tensors)
+    told = [
+        {"task": task, "rows": dict(sums.rows), "hits": dict(sums.hits), "nats": list(sums.nats), "stage": sums.stage}
+        for task, sums in sorted(known.items())
+    ]
+    return seal({"schema": SCHEMA, "kind": "known", "tasks": told}, _tensors(known))
 
 
 def read_known(payload: bytes) -> dict[str, Sums]:
@@ -114,8 +118,7 @@ def pack_trial(round: int, stage: int, like: Adapter, heads: Mapping[str, Head],
     told, tensors = heads_packed(heads)
     for number, task in enumerate(sorted(heads)):
         tensors[f"inverse/{number}"] = triangle(inverses[task]).float()
-    header = {"schema": SCHEMA, "kind": "trial", "round": round, "layout": layout(like), "stage": stage, "heads": told}
-    return seal(header, tensors)
+    return seal(about("trial", round, like, stage=stage, heads=told), tensors)
 
 
 def read_trial(payload: bytes) -> tuple[dict[str, Head], dict[str, Tensor]]:
@@ -137,13 +140,17 @@ def pack_foretold(
 ) -> bytes:
     """What a site answers to `pack_trial`: task -> (label -> hits, nats at each scale)."""
     told = {task: {"hits": dict(hits), "nats": list(nats)} for task, (hits, nats) in sorted(outcome.items())}
-    about = {"schema": SCHEMA, "kind": "foretold", "round": round, "layout": layout(like), "site": site}
-    return seal({**about, "tasks": told}, {})
+    return seal(about("foretold", round, like, site=site, tasks=told), {})
 
 
 def read_foretold(reply: Reply, round: int, like: Adapter, given: Mapping[str, Sums]) -> dict[str, Sums]:
     """The site's own sums with the outcome of the trial. given: what it answered before. Raises EnvelopeError."""
-    header, _ = _opened(reply, lambda told: _nothing(told, {"kind": "foretold", "round": round, "layout": layout(like)}, reply))
+
+    def expected(header: dict[str, Any]) -> Wire:
+        check_promised(header, about("foretold", round, like, site=reply.site))
+        return {}
+
+    header, _ = open_envelope(reply.payload, expected=expected)
     tasks = header.get("tasks")
     if not isinstance(tasks, dict) or tasks.keys() != given.keys():
         raise EnvelopeError("the outcome of the trial is not that of the tasks whose sums were sent")
@@ -162,17 +169,6 @@ def read_foretold(reply: Reply, round: int, like: Adapter, given: Mapping[str, S
     return found
 
 
-def _promised(header: Mapping[str, Any], promised: Mapping[str, Any]) -> None:
-    for key, value in {"schema": SCHEMA, **promised}.items():
-        if header.get(key) != value or isinstance(header.get(key), bool):
-            raise EnvelopeError(f"a message with {key} = {header.get(key)!r} where {value!r} belongs")
-
-
-def _nothing(header: Mapping[str, Any], promised: Mapping[str, Any], reply: Reply) -> Wire:
-    _promised(header, {**promised, "site": reply.site})
-    return {}
-
-
 def _tasks(header: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     tasks = header.get("tasks")
     if not isinstance(tasks, dict):
@@ -181,9 +177,3 @@ def _tasks(header: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     if any(not rows or not all(rows.values()) for rows in found.values()):
         raise EnvelopeError("the message reports a task without rows, or a label without any")
     return found
-
-
-def _opened(reply: Reply, expected: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if reply.error:
-        raise EnvelopeError(reply.error)
-    return open_envelope(reply.payload, expected=expected)

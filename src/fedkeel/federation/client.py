@@ -14,7 +14,7 @@ from fedkeel.exchange.channel import channel_of
 from fedkeel.exchange.codecs import header_of, seal
 from fedkeel.exchange.messages import (
     NOTHING_UNSENT,
-    SCHEMA,
+    about,
     difference,
     layout,
     names_of,
@@ -87,8 +87,7 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     encoded, kept.memory = channel_of(recipe).send({name: change[name] for name in sorted(sent)}, kept.memory, key)
     if recipe.privacy.masks:
         numbers = masked(encoded, asked.get("masked", {}), round.state.round, site.name, kept)
-        header = {"schema": SCHEMA, "kind": "masked", "round": round.state.round, "layout": layout(like), "site": site.name}
-        return seal(header, {"sum": numbers})
+        return seal(about("masked", round.state.round, like, site=site.name), {"sum": numbers})
     told = {"site": site.name, "positions": positions, "stats": stats, "seconds": seconds, "held": model.shifts}
     told["tasks"] = held_positions(examples, recipe.distill.trust_by) if _counts_travel(recipe) else {}
     if recipe.privacy.unit != "none":  # numbers about private rows are not sent, and time tells of them too

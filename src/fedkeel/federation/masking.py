@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkeel.exchange.codecs import EnvelopeError, seal
+from fedkeel.exchange.codecs import seal
 from fedkeel.exchange.masks import (
     MaskError,
     agreed,
@@ -25,7 +26,7 @@ from fedkeel.exchange.masks import (
     stream,
     whole_numbers,
 )
-from fedkeel.exchange.messages import SCHEMA, layout
+from fedkeel.exchange.messages import about, layout
 from fedkeel.federation.kept import Kept
 from fedkeel.rng import secret_bytes
 from fedkeel.types import Adapter
@@ -68,17 +69,17 @@ def prepare(header: Mapping[str, Any], like: Adapter, site: str, kept: Kept) -> 
     round = header.get("round")
     if type(round) is not int or header.get("layout") != layout(like):
         raise MaskError(f"site {site}: keys are asked for by another model, or of round {round!r}")
-    about: dict[str, Any] = {"schema": SCHEMA, "kind": header["kind"], "round": round, "layout": layout(like), "site": site}
+    answer = partial(about, header["kind"], round, like, site=site)
     if header["kind"] == "keys":
         (channel, public), (mask, mask_public) = new_key(), new_key()
         _keep(kept, Secrets(round, channel.hex(), mask.hex(), secret_bytes(32).hex()))
-        return seal({**about, "keys": [public.hex(), mask_public.hex()]}, {})
+        return seal(answer(keys=[public.hex(), mask_public.hex()]), {})
     secrets = _kept(kept, round, site)
     if header["kind"] == "shares":
-        return seal({**about, "shares": _shared(header, secrets, site, kept)}, {})
+        return seal(answer(shares=_shared(header, secrets, site, kept)), {})
     told = _unmasking(header, secrets, site)
     _keep(kept, None)  # once
-    return seal({**about, **told}, {})
+    return seal(answer(**told), {})
 
 
 def _shared(header: Mapping[str, Any], secrets: Secrets, site: str, kept: Kept) -> dict[str, str]:
@@ -149,14 +150,3 @@ def _unmasking(header: Mapping[str, Any], secrets: Secrets, site: str) -> dict[s
         else:
             keys[other] = both[len(both) // 2 :].hex()
     return {"seeds": seeds, "keys": keys}
-
-
-def check_hex(value: Any, size: int, what: str) -> bytes:
-    """Bytes of a header's text. Raises EnvelopeError."""
-    try:
-        found = bytes.fromhex(value) if isinstance(value, str) else b""
-    except ValueError:
-        found = b""
-    if len(found) != size:
-        raise EnvelopeError(f"{what}: not {size} bytes in hexadecimal")
-    return found

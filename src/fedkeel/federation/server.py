@@ -16,6 +16,7 @@ from fedkeel import tables
 from fedkeel.exchange.codecs import EnvelopeError
 from fedkeel.exchange.messages import Way, layout, names_of, pack_global, unpack_global, unsent
 from fedkeel.exchange.noise import deviation, noised
+from fedkeel.federation.asking import told
 from fedkeel.federation.screen import Expected, screen
 from fedkeel.method.aggregate.common import Aggregate, exact_factors, product_norm
 from fedkeel.method.aggregate.drift import drift
@@ -267,10 +268,9 @@ def _check_quorum(answers: Answers, sampled: Sequence[str], roster: Roster, roun
     heads, quorum = answers.heads, roster.federation.quorum
     # a share, not a product: 0.55 · 20 is 11.000000000000002, and 11 of 20 are enough
     if not heads or len(heads) / len(sampled) < quorum:
-        told = "\n".join(f"--- {site}: {text.strip()}" for site, text in sorted(answers.failures.items()))
         raise FederationError(
             f"round {round + 1} stopped: {len(heads)} of {len(sampled)} sites answered well, and federation.quorum = "
-            f"{quorum:g} asks for at least {quorum * len(sampled):g}. What failed:\n{told}"
+            f"{quorum:g} asks for at least {quorum * len(sampled):g}. What failed:\n{told(answers.failures)}"
         )
     # where factors stay at the sites, all that changed may be there: A has no gradient while B is 0
     if not roster.rule.personal and not any(u.stats["update_norm"] for u in heads):
