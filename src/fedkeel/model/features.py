@@ -49,13 +49,11 @@ class Beside:
     alone: bool = False
 
     def together(self, own: Tensor, task: str, labels: Sequence[str], features: Tensor) -> Tensor:
-        """What labels of rows of one task score, (rows, labels): own + weight · the head's log chances.
+        """What the labels of a row of a task that has a head score, (labels,): own + weight · the head's log chances.
 
-        own: log chances of the adapter's model, or logits. features: (rows, d) of the rows' prompts.
+        own: log chances of the adapter's model, or logits. features: (d,) of the row's prompt.
         """
-        if task not in self.heads:
-            return own
-        return own + self.weight * chances(self.heads[task], features, labels).log().to(own)
+        return own + self.weight * chances(self.heads[task], features[None], labels)[0].log().to(own)
 
 
 class Features:

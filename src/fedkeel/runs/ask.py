@@ -151,7 +151,7 @@ class Ask:
         beside = self.model.beside
         if who != "federated" or task not in beside.heads:
             return own
-        return beside.together(own[None], task, labels, self.model.features([prompt]))[0]
+        return beside.together(own, task, labels, self.model.features([prompt])[0])
 
 
 def _likeliest(names: Sequence[str], shares: torch.Tensor) -> str:

@@ -107,10 +107,10 @@ def _classify(
         chunk = pairs[start : start + config.batch_size]
         batch = collate([e for e, _ in chunk], model.kind, model.tokenizer.pad_token_id, len(model.classes))
         logits = model.forward(batch).logits.float()
-        for row, (example, record) in enumerate(chunk):
-            if record.task in model.beside.heads:
-                at = torch.tensor(example.allowed, device=logits.device)
-                logits[row, at] = _beside(model, record, example.prompt, logits[row, at])
+        for row, features in _beside(model, [(e.prompt, r) for e, r in chunk]):
+            example, record = chunk[row]
+            at = torch.tensor(example.allowed, device=logits.device)
+            logits[row, at] = model.beside.together(logits[row, at], record.task, record.labels, features)
         chances = logits.softmax(-1).tolist()
         for (example, record), index, row in zip(chunk, logits.argmax(-1).tolist(), chances, strict=True):
             prediction = model.classes[index]
@@ -142,9 +142,10 @@ def _prompt(model: Model, formatter: Formatter, record: Record) -> Sequence[int]
     return formatter.prompt_ids(record, max(map(len, formatter.label_ids(record))))
 
 
-def _beside(model: Model, record: Record, prompt: Sequence[int], own: Tensor) -> Tensor:
-    """Scores of a row's labels with what is served beside the adapter."""
-    return model.beside.together(own[None], record.task, record.labels, model.features([prompt]))[0]
+def _beside(model: Model, rows: Sequence[tuple[Sequence[int], Record]]) -> list[tuple[int, Tensor]]:
+    """(index, features of its prompt) of the rows whose task has a head that is served beside the adapter."""
+    headed = [n for n, (_, record) in enumerate(rows) if record.task in model.beside.heads]
+    return list(zip(headed, model.features([rows[n][0] for n in headed]), strict=True)) if headed else []
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -273,10 +274,10 @@ def _by_likelihood(
     for start in range(0, len(encoded), config.batch_size):
         chunk = encoded[start : start + config.batch_size]
         values = label_log_likelihoods(model, [e[0] for e in chunk], [e[1] for e in chunk])
-        for (prompt, _, record), own in zip(chunk, values, strict=True):
-            scores = own
-            if record.task in model.beside.heads:
-                scores = _beside(model, record, prompt, torch.tensor(own)).tolist()
+        for row, features in _beside(model, [(prompt, record) for prompt, _, record in chunk]):
+            record = chunk[row][2]
+            values[row] = model.beside.together(torch.tensor(values[row]), record.task, record.labels, features).tolist()
+        for (_, _, record), scores in zip(chunk, values, strict=True):
             prediction = record.labels[max(range(len(scores)), key=scores.__getitem__)]
             distribution = tuple(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist())
             found[record.id] = Scored(record, prediction, judged("labels", prediction, (record.output,)), distribution)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkeel.method.objective.calibrate import nodes
 from fedkeel.method.objective.logits import wide
 from fedkeel.method.objective.terms import Moment
 from fedkeel.types import Forward, Head, Soft, Sums
@@ -98,6 +99,12 @@ def head_of(sums: Sums, ridge: float) -> Head:
     return Head(labels, weight, scale, trust, sums.stage)
 
 
+def _columns(labels: Sequence[str], known: Sequence[str]) -> Tensor:
+    """Where each of `labels` stands among the known ones, (rows,) int64."""
+    place = {label: column for column, label in enumerate(known)}
+    return torch.tensor([place[label] for label in labels])
+
+
 def left_out(features: Tensor, labels: Sequence[str], known: tuple[str, ...], weight: Tensor, inv: Tensor) -> Tensor:
     """Scores of each row as if the classifier had been made without it, (rows, labels) float64, by the closed form
 
@@ -106,17 +113,14 @@ def left_out(features: Tensor, labels: Sequence[str], known: tuple[str, ...], we
     (λ held). features: rows that are in the sums. known: the classifier's labels. inv: (G + λ I)⁻¹."""
     x = features.double()
     leverage = ((x @ inv.double()) * x).sum(1, keepdim=True)
-    place = {label: column for column, label in enumerate(known)}
-    wanted = torch.zeros(len(x), len(known), dtype=torch.float64)
-    wanted[torch.arange(len(x)), torch.tensor([place[label] for label in labels])] = 1.0
+    wanted = torch.nn.functional.one_hot(_columns(labels, known), len(known)).double()
     return (x @ weight.double().T - leverage * wanted) / (1 - leverage).clamp_min(1e-6)
 
 
 def foretold(scores: Tensor, labels: Sequence[str], known: Sequence[str]) -> tuple[dict[str, int], list[float]]:
     """(label -> rows whose label has the highest score, nats of the labels in total at each of SCALES). scores: (rows,
     labels)."""
-    place = {label: column for column, label in enumerate(known)}
-    wanted = torch.tensor([place[label] for label in labels])
+    wanted = _columns(labels, known)
     right = (scores.argmax(1) == wanted).tolist()
     hits = Counter(label for label, hit in zip(labels, right, strict=True) if hit)
     nats = [float(-(a * scores).log_softmax(1).gather(1, wanted[:, None]).sum()) for a in SCALES]
@@ -132,16 +136,11 @@ def along(
     there, a node weighing what the first distribution gives to the labels below it; these are the terms of the nodes on the
     answer's way. answer: its tokens. labels: those of every label. chance: of each, adding up to 1.
     """
-    found, possible = [], list(range(len(labels)))
-    for place, taken in enumerate(answer):
-        below: dict[int, list[int]] = defaultdict(list)
-        for label in possible:
-            if place < len(labels[label]):
-                below[labels[label][place]].append(label)
+    found = []
+    for place, _, below in nodes(answer, labels):
         mass = math.fsum(chance[label] for leads in below.values() for label in leads)
         if len(below) > 1 and mass > 0:
             found += [(place, token, math.fsum(chance[i] for i in leads) / mass, mass) for token, leads in below.items()]
-        possible = below[taken]
     return found
 
 

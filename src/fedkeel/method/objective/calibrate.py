@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Offset = Callable[[Sequence[int], Sequence[int], Any], float]
@@ -30,6 +30,19 @@ def prior(below: Sequence[int], here: Sequence[int], options: Any) -> float:
     return float(options.kappa * (counted - math.log(len(below) / len(here))))
 
 
+def nodes(answer: Sequence[int], labels: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int], dict[int, list[int]]]]:
+    """Of each node of the labels' trie on the answer's way: (place, the labels still possible before it, next token -> those of
+    them below it). answer, labels: tokens; labels are told by their index."""
+    possible = list(range(len(labels)))
+    for place, taken in enumerate(answer):
+        below: dict[int, list[int]] = defaultdict(list)
+        for label in possible:
+            if place < len(labels[label]):
+                below[labels[label][place]].append(label)
+        yield place, possible, below
+        possible = below[taken]
+
+
 def along(
     answer: Sequence[int], labels: Sequence[Sequence[int]], counts: Sequence[int], offset: Offset, options: Any
 ) -> list[tuple[int, int, float]]:
@@ -37,16 +50,11 @@ def along(
 
     answer: its tokens. labels: those of every label of the task, `answer` among them. counts: rows of each at the site.
     """
-    found, possible = [], list(range(len(labels)))
-    for place, taken in enumerate(answer):
-        below: dict[int, list[int]] = defaultdict(list)
-        for label in possible:
-            if place < len(labels[label]):
-                below[labels[label][place]].append(label)
+    found = []
+    for place, possible, below in nodes(answer, labels):
         here = [counts[label] for label in possible]
         for token, leads in below.items():
             value = offset([counts[label] for label in leads], here, options)
             if value:
                 found.append((place, token, value))
-        possible = below[taken]
     return found

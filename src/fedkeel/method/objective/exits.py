@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedkeel.method.objective.consistency import self_consistency
@@ -39,9 +40,12 @@ def early(forward: Forward, options: Any) -> Tensor:
         raise ValueError("a micro-batch without supervised positions has no exit loss")
     if forward.exit is None:
         return forward.logits.new_zeros(())
-    labels = task_loss(replace(forward, logits=forward.exit)) if options.teach != "self" else 0.0
-    self_ = self_consistency(forward.logits, forward.exit) if options.teach != "labels" else 0.0
-    return (labels + self_) / 2 if options.teach == "both" else labels + self_  # type: ignore[return-value]
+    taught = []
+    if options.teach != "self":
+        taught.append(task_loss(replace(forward, logits=forward.exit)))
+    if options.teach != "labels":
+        taught.append(self_consistency(forward.logits, forward.exit))
+    return torch.stack(taught).mean()
 
 
 def exit_weight(options: Exit, moment: Moment) -> float:
