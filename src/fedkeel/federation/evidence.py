@@ -23,6 +23,11 @@ def calibration_of(examples: Sequence[Example], config: Evidence) -> Calibration
     return Calibration(examples, config) if tables.CALIBRATIONS[config.task].code else None
 
 
+def _first(batch: Batch, rows: int) -> list[int]:
+    """Of each row, its first position; the others stand behind it."""
+    return torch.searchsorted(batch.rows, torch.arange(rows)).tolist()
+
+
 class Calibration:
     """Offsets on the logits of a site's rows by the recipe's `evidence.task`; free text and chats have none.
 
@@ -36,7 +41,7 @@ class Calibration:
 
     def __call__(self, batch: Batch, examples: Sequence[Example]) -> Offsets | None:
         """Of a batch's positions; None where nothing is changed, so that the loss is then the plain one to the bit."""
-        first = torch.searchsorted(batch.rows, torch.arange(len(examples))).tolist()  # positions of a row stand together
+        first = _first(batch, len(examples))
         places, tokens, values = [], [], []
         for row, example in enumerate(examples):
             for place, token, value in self._of(example):
@@ -76,7 +81,7 @@ class Anchor:
         """Of a batch's positions, in the order of its rows; None where nothing is known of any."""
         taught = [n for n, e in enumerate(examples) if e.task in self._heads and len(e.options) > 1]
         self._ask([examples[n] for n in taught if examples[n].record not in self._known])
-        first = torch.searchsorted(batch.rows, torch.arange(len(examples))).tolist()  # positions of a row stand together
+        first = _first(batch, len(examples))
         place: list[int] = []
         token: list[int] = []
         value: list[float] = []

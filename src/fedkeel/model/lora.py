@@ -226,11 +226,11 @@ class Model:
         return named
 
     def _lower_blocks(self, lora: LoraConfig) -> Lower:
-        stack = [block for _, block in self.places.stack]
-        if self.kind == "seq2seq" or len(stack) != self._base.about.num_hidden_layers:
+        stack, forms = [block for _, block in self.places.stack], self.places.forms
+        if self.kind == "seq2seq" or not forms or len(stack) != self._base.about.num_hidden_layers:
             raise ModelError(f"lora.layers = {list(lora.layers)}: {self.config.base!r} has no single stack of blocks")
         states = States(self.config.cache_memory, self.config.cache_disk)
-        return Lower(self.net, stack, self.first, states, self.bf16 and self.device.type == "cpu")
+        return Lower(self.net, stack, forms, self.first, states, self.bf16 and self.device.type == "cpu")
 
     @contextmanager
     def remembering(self) -> Iterator[None]:

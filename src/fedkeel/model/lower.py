@@ -11,11 +11,12 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
+
+from fedkeel.model.depth import without
 
 MIB = 2**20
 ROWS = ("input_ids", "position_ids", "token_type_ids")  # inputs of (rows, tokens)
@@ -69,14 +70,16 @@ class States:
 class Lower:
     """The lower blocks of one model.
 
-    net: the model. blocks: of its stack, from the lowest. first: index of the first block that is trained, above 0. bf16: it
-    runs under bf16 autocast. The linear maps' weights are then held in that type beside the others: for a single row a cast
-    of every weight would cost as much as the row itself, and a weight cast beforehand gives the same.
+    net: the model. blocks, forms: of its stack, from the lowest, see `Places`. first: index of the first block that is trained,
+    above 0. bf16: it runs under bf16 autocast. The linear maps' weights are then held in that type beside the others: for a
+    single row a cast of every weight would cost as much as the row itself, and a weight cast beforehand gives the same.
     """
 
-    def __init__(self, net: nn.Module, blocks: Sequence[nn.Module], first: int, states: States, bf16: bool) -> None:
+    def __init__(
+        self, net: nn.Module, blocks: Sequence[nn.Module], forms: Sequence[int], first: int, states: States, bf16: bool
+    ) -> None:
         self._net, self._below, self._boundary, self._states = net, blocks[:first], blocks[first], states
-        self._tuples: dict[int, int] = {}  # lower blocks that give a tuple, and its length
+        self._forms = forms[:first]
         maps = [m for b in self._below for m in b.modules() if type(m) is nn.Linear] if bf16 else []
         self._cast = [(m, m.weight.detach().to(torch.bfloat16)) for m in maps if m.weight.dtype != torch.bfloat16]
 
@@ -86,12 +89,7 @@ class Lower:
 
         inputs: as of `states`.
         """
-        whole = self.states(inputs)
-        with ExitStack() as undo:
-            for number, block in enumerate(self._below):
-                block.forward = partial(_passed, self._tuples.get(number, 0))
-                undo.callback(block.__dict__.pop, "forward", None)
-            undo.callback(self._boundary.register_forward_pre_hook(partial(_begun, whole)).remove)
+        with without(self._below, self._forms, self.states(inputs)):
             yield
 
     def states(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -132,8 +130,6 @@ class Lower:
             for module in self._net.modules():  # nothing is dropped of what is kept
                 undo.callback(setattr, module, "training", module.training)
                 module.training = False
-            for number, block in enumerate(self._below):
-                undo.callback(block.register_forward_hook(partial(self._seen, number)).remove)
             for module, weight in self._cast:
                 undo.callback(setattr, module.weight, "data", module.weight.data)
                 module.weight.data = weight
@@ -143,19 +139,6 @@ class Lower:
             except _Reached as reached:
                 return reached.states
         raise AssertionError("the boundary was not reached")
-
-    def _seen(self, number: int, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            self._tuples[number] = len(output)
-
-
-def _passed(length: int, states: Tensor, *others: Any, **named: Any) -> Any:
-    """A lower block that does nothing. length: of the tuple that it gives; 0: it gives the states alone."""
-    return (states, *[None] * (length - 1)) if length else states
-
-
-def _begun(whole: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (whole, *inputs[1:])
 
 
 def _stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:
