@@ -302,6 +302,7 @@ MOVES = Table(
         "average": Move("fedkeel.method.aggregate.common:blend", key="stream.average"),
         "hold": Move(f"{_STRUCTURE}.branch:hold", key="structure.hold"),
         "serve": Move("fedkeel.model.features:Beside", key="evidence.serve"),
+        "serve_from": Move("fedkeel.model.features:Beside", key="evidence.serve_from"),
     },
 )
 

@@ -122,6 +122,7 @@ class Global:
     the sites disagreed in the last round, by block of the model, see `aggregate.drift`; empty before the first. shifts: the
     log of base shifts, one entry a round under the rules that make them. held: entries of it that each site held when it
     last answered. optimiser: what the server's optimiser keeps, by name. heads: the analytic classifiers so far, by task.
+    serve: their weight beside the adapter, where validation rows have chosen one.
     """
 
     round: int
@@ -133,6 +134,7 @@ class Global:
     held: Mapping[str, int] = field(default_factory=dict)
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
     heads: Mapping[str, Head] = field(default_factory=dict)
+    serve: float | None = None
 
 
 @dataclass(frozen=True)

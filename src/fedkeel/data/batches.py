@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Batch:
     """inputs: what the model's forward takes, each (rows, tokens). Position n of N is token `columns[n]` of row `rows[n]`
-    (of the decoder, for an encoder-decoder); `targets[n]` is what must be predicted there. allowed: (N, V) or None.
+    (of the decoder, for an encoder-decoder); `targets[n]` is what must be predicted there. allowed: (N, V) or None. tasks: of
+    each row of a classifier.
     """
 
     inputs: dict[str, Tensor]
@@ -28,6 +29,7 @@ class Batch:
     columns: Tensor
     targets: Tensor
     allowed: Tensor | None = None
+    tasks: Sequence[str] = ()
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[list[int]]:
@@ -79,7 +81,7 @@ def collate(examples: Sequence[Example], kind: str, pad: int, classes: int = 0) 
         for row, example in enumerate(examples):
             allowed[row, list(example.allowed) or slice(None)] = True
         targets = torch.tensor([e.target for e in examples])
-        return Batch(inputs, rows, torch.zeros_like(rows), targets, allowed)
+        return Batch(inputs, rows, torch.zeros_like(rows), targets, allowed, [e.task for e in examples])
     if kind == "seq2seq":
         width = max(len(e.decoder) for e in examples)
         places = [(r, c, t) for r, e in enumerate(examples) for c, t in enumerate(e.decoder)]

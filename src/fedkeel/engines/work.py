@@ -188,6 +188,7 @@ class Work:
         self.model.replay(state.shifts, 0)
         self.model.write(kept.adapter(state.adapter))
         self.model.beside = beside_of(self.recipe, state, alone=header.get("leg") == "analytic")
+        self.model.know(state.heads)
         evaluation = self.recipe.evaluation
         limit = evaluation.test_rows if split == "test" else evaluation.validation_rows
         chosen = {r.id for r in choose(self.prepared.stages[-1].rows[site][split], split, limit)}
@@ -216,6 +217,7 @@ class Work:
         """The files of a PEFT folder of an adapter, by name, as bytes: what a coordinator without a base cannot make."""
         _, state = unpack_global(payload, "checkpoint", self.initial)
         self.model.write(state.adapter)
+        self.model.know(state.heads)
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(self.model, Path(folder), folded(state.adapter, state.shifts) if state.shifts else None)
             files = {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in Path(folder).iterdir()}

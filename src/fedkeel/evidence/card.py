@@ -67,7 +67,8 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
         f"## To use it\n\n{_use(recipe, made)}",
         f"## How it was made\n\n{_settings(recipe, rows, environment)}",
         method_table(rows).markdown(),
-        _BESIDE.format(serve=recipe.evidence.serve) if recipe.evidence.serve else "",
+        _BESIDE.format(serve=_served(recipe)) if recipe.evidence.served else "",
+        _BY_HEAD if recipe.model.head == "analytic" else "",
         sure.markdown() if sure.lines else "",
         f"## Privacy\n\n{_privacy(recipe, rows)}\n",
         f"## Limits\n\n{_LIMITS}\n",
@@ -76,10 +77,21 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
 
 
 _BESIDE = """\
-**The scores of the federated model are those of its adapter with an analytic head served beside it** (`evidence.serve =
-{serve:g}`): a ridge classifier on features of the frozen base, which lies in the run and not in this folder. `fedkeel ask` and
+**The scores of the federated model are those of its adapter with an analytic head served beside it** (`evidence.{serve}`):
+a ridge classifier on features of the frozen base, which lies in the run and not in this folder. `fedkeel ask` and
 `fedkeel evaluate` on the run use it; PEFT, transformers, vLLM and llama.cpp serve the adapter alone, whose scores are others.
 """
+_BY_HEAD = """\
+**Classes are scored by `label_heads.safetensors`**, a ridge classifier a task of sums over all sites' rows, upon this adapter's
+states: without that file they mean nothing.
+"""
+
+
+def _served(recipe: Recipe) -> str:
+    choice = ", ".join(f"{weight:g}" for weight in recipe.evidence.serve_from)
+    return f"serve_from =\n[{choice}]" if choice else f"serve =\n{recipe.evidence.serve:g}"
+
+
 _NOT_PRIVATE = """\
 The sites' rows did not leave them: the coordinator received {received}. **No
 differential privacy{masks}** {used} used, so there is no bound on what this model tells of a single row or

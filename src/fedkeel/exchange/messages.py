@@ -135,6 +135,8 @@ def pack_global(kind: str, state: Global, way: Way = Way(), since: int | None = 
     remembers = state.memory is not None
     encoded = make_codec(way.codec).encode(tensors, way.key) | plain
     told = {"drift": dict(state.drift), "memory": remembers, "shifts": log, "heads": heads, **more}
+    if state.serve is not None:
+        told["serve"] = state.serve
     return pack(kind, state.round, state.adapter, encoded, way.codec, **told)
 
 
@@ -181,7 +183,10 @@ def unpack_global(
         for n, ranks in enumerate(header["shifts"]["ranks"], first)
     ]
     heads = heads_unpacked(header.get("heads", []), sent)  # a checkpoint from before there were any names none
-    return header, Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts, heads=heads)
+    serve = header.get("serve")
+    if serve is not None and not (type(serve) is float and 0 <= serve < math.inf):
+        raise EnvelopeError(f"the message reports a served weight of {serve!r}")
+    return header, Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts, heads=heads, serve=serve)
 
 
 def _shift_wire(log: Any, like: Adapter) -> Wire:

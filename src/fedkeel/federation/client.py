@@ -131,6 +131,7 @@ def _begin(payload: bytes, model: Model, site: Site, kept: Kept) -> tuple[Adapte
     model.replay(state.shifts, header["shifts"]["first"])
     start = kept.adapter(state.adapter)
     model.write(start)
+    model.know(state.heads)
     return like, Round(site.name, site.rounds, recipe, replace(state, adapter=start), read_counts(header.get("tasks")))
 
 

@@ -47,7 +47,7 @@ class Roster:
 
     layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the modules
     that the site leaves out of this round. own: the rule's own options. privacy: what is hidden of a site, and who hides it.
-    evidence: what is made of sums of rows.
+    evidence: what is made of sums of rows. by_head: whether sites score classes by the analytic classifiers.
     """
 
     sites: Sequence[str]
@@ -58,6 +58,7 @@ class Roster:
     own: Any = None
     privacy: Privacy = field(default_factory=Privacy)
     evidence: Evidence = field(default_factory=Evidence)
+    by_head: bool = False
 
     @property
     def rule(self) -> tables.Rule:
@@ -210,10 +211,11 @@ def message(state: Global, roster: Roster, tasks: Mapping[str, int], held: int, 
     """The message for sites that hold `held` base shifts. more: of its header."""
     adapter = state.adapter
     way = Way(roster.federation.codec_down, names_of(adapter, roster.rule.down), derive(roster.seed, "down", state.round))
-    # a site learns from those alone that rows of its present stage may ask
+    # as a teacher those alone that rows of the present stage may ask; rows of an earlier one may be replayed, and scored
     now = max((head.stage for head in state.heads.values()), default=0)
-    heads = {task: head for task, head in state.heads.items() if roster.evidence.anchor and head.stage == now}
-    sent = replace(state, heads=heads)
+    teaches = roster.evidence.anchor
+    heads = {task: head for task, head in state.heads.items() if roster.by_head or (teaches and head.stage == now)}
+    sent = replace(state, heads=heads, serve=None)
     payload = pack_global("global", sent, way, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule), **more)
     # The bytes are read back, not the tensors kept: what a site starts from is what the codec left of the global adapter.
     _, back = unpack_global(payload, "global", adapter, way.names, way.codec)

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 from safetensors.torch import save_file
@@ -24,8 +25,8 @@ def save_adapter(model: Model, folder: Path, adapter: Adapter | None = None) -> 
     """The adapter in PEFT format; `PeftModel.from_pretrained(base, folder)` loads it.
 
     adapter: what to write instead of the model's own, for the same maps but of whatever ranks.
-    An encoder's classes are written beside it, and with the `label-text` head their frozen embeddings, without which
-    the adapter's hidden states could not be turned into class scores.
+    An encoder's classes are written beside it, and with the `label-text` head their frozen embeddings, with the `analytic` one
+    its classifiers, without which the adapter's hidden states could not be turned into class scores.
     """
     if adapter is None:
         own, room = model.read(), model.net.peft_config["default"].r
@@ -73,8 +74,13 @@ def _ending(settings: GenerationConfig, end: int | list[int]) -> GenerationConfi
 def _save_classes(model: Model, folder: Path) -> None:
     if model.kind != "classifier":
         return
-    head = "linear" if model.label_text is None else "label-text"
-    text = json.dumps({"head": head, "classes": model.classes}, indent=1, ensure_ascii=False)
+    head = "linear" if model.label_text is None else "label-text" if model.by_head is None else "analytic"
+    about: dict[str, Any] = {"head": head, "classes": model.classes}
+    if model.by_head is not None:
+        about["labels"] = {task: [model.classes[n] for n in at.tolist()] for task, (at, _) in model.by_head.parts.items()}
+        tensors = {task: weight.cpu().contiguous() for task, (_, weight) in model.by_head.parts.items()}
+        save_file(tensors, folder / "label_heads.safetensors")
+    text = json.dumps(about, indent=1, ensure_ascii=False)
     (folder / CLASSES).write_text(text + "\n")
     if model.label_text is not None:
         save_file({"embeddings": model.label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")

@@ -18,12 +18,14 @@ ROWS = 32  # prompts at once
 def features_of(parts: Sequence[Tensor]) -> Tensor:
     """(rows, d) whole numbers, int16: of each part, (rows, its width), a row less its mean, over its deviation, in steps of
     the grid, cut at ± BOUND; then a 1, for the intercept."""
-    scaled = []
-    for part in parts:
-        centred = part.double() - part.double().mean(1, keepdim=True)
-        scaled.append(centred / centred.std(1, keepdim=True, correction=0).clamp_min(1e-12))
-    whole = (torch.cat(scaled, 1) / STEP).round().clamp(-BOUND, BOUND)
+    whole = (torch.cat([_standard(part.double()) for part in parts], 1) / STEP).round().clamp(-BOUND, BOUND)
     return torch.cat([whole, torch.full_like(whole[:, :1], 1 / STEP)], 1).to(torch.int16)
+
+
+def _standard(part: Tensor) -> Tensor:
+    """Each row less its mean, over its deviation."""
+    centred = part - part.mean(1, keepdim=True)
+    return centred / centred.std(1, keepdim=True, correction=0).clamp_min(1e-12)
 
 
 def chances(head: Head, features: Tensor, labels: Sequence[str]) -> Tensor:
@@ -54,6 +56,31 @@ class Beside:
         own: log chances of the adapter's model, or logits. features: (d,) of the row's prompt.
         """
         return own + self.weight * chances(self.heads[task], features[None], labels)[0].log().to(own)
+
+
+class ByHead:
+    """Class scores of an encoder by its tasks' analytic classifiers: a (W x + w₀), x being what is pooled of a row's last
+    states, less its mean and over its deviation. Of the frozen base's states these are the classifiers' own scores, up to the
+    grid; of an adapted model's they are what training bends. A label without evidence scores 0.
+    """
+
+    def __init__(self, heads: Mapping[str, Head], classes: Sequence[str], device: torch.device) -> None:
+        self.parts = {}
+        place = {label: column for column, label in enumerate(classes)}
+        for task, head in sorted(heads.items()):
+            known = [n for n, label in enumerate(head.labels) if label in place]
+            columns = torch.tensor([place[head.labels[n]] for n in known], device=device)
+            self.parts[task] = columns, (head.scale / STEP * head.weight[known]).to(device)
+
+    def __call__(self, pooled: Tensor, tasks: Sequence[str], otherwise: Tensor) -> Tensor:
+        """(rows, V). pooled: (rows, d). tasks: of each row. otherwise: (rows, V), for rows of a task without classifier."""
+        x = _standard(pooled.float())
+        x, scores = torch.cat([x, torch.ones_like(x[:, :1])], 1), otherwise
+        for task, (columns, weight) in self.parts.items():
+            rows = torch.tensor([n for n, of in enumerate(tasks) if of == task], dtype=torch.int64, device=x.device)
+            mine = torch.zeros(len(rows), otherwise.shape[1], device=x.device).index_copy(1, columns, x[rows] @ weight.T)
+            scores = scores.index_copy(0, rows, mine.to(scores))
+        return scores
 
 
 class Features:

@@ -7,7 +7,7 @@ those positions, so a (batch, time, V) tensor never exists, whatever the archite
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -25,7 +25,7 @@ from fedkeel.data.batches import Batch
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
 from fedkeel.model.depth import without
-from fedkeel.model.features import Beside, Features
+from fedkeel.model.features import Beside, ByHead, Features
 from fedkeel.model.half import hold_in_bf16
 from fedkeel.model.load import Base, device_of, heads_of, kind_of, load_config, load_tokenizer, uses_bf16
 from fedkeel.model.lower import Lower, States
@@ -35,7 +35,7 @@ from fedkeel.model.targets import targets_in, without_branch
 from fedkeel.recipe.schema import LoraConfig
 from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.rng import seed_torch
-from fedkeel.types import Adapter, Forward, Lora, Shift
+from fedkeel.types import Adapter, Forward, Head, Lora, Shift
 
 PREFIX = "base_model.model."  # before a path in the base model, in PEFT's names
 
@@ -141,6 +141,11 @@ class Model:
         # A frozen base is best held in the type it computes in; on a CPU float32 weights are the faster source.
         dtype = torch.bfloat16 if self.bf16 and self.device.type == "cuda" else torch.float32
         self.linear_head = self.kind == "classifier" and config.head == "linear"
+        if config.head == "analytic" and self.kind != "classifier":
+            raise ModelError(
+                f"model.head = 'analytic' scores the classes of an encoder, and {config.base!r} is a {self.kind} model: "
+                f"evidence.serve serves the analytic classifier beside it"
+            )
         head = len(self.classes) if self.linear_head else 0
         self._base = Base(config, about, self.kind, head, dtype)
         seed_torch(seed, "fresh head")
@@ -178,6 +183,7 @@ class Model:
         self.lower = self._lower_blocks(lora) if weights and self.first else None
         self.features = Features(self._pooled, self.tokenizer.pad_token_id)
         self.beside = Beside({})  # what scores labels beside the adapter
+        self.by_head: ByHead | None = None  # what scores classes in place of their words
         self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
         self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
         similar = weights and self.kind == "classifier" and not self.linear_head
@@ -403,7 +409,10 @@ class Model:
         if self.kind == "classifier":
             out = self._pass(inputs)
             if self.label_text is not None:
-                logits = self.label_text(_pool(out.last_hidden_state, inputs["attention_mask"]))
+                pooled = _pool(out.last_hidden_state, inputs["attention_mask"])
+                logits = self.label_text(pooled)
+                if self.by_head is not None:
+                    logits = self.by_head(pooled, batch.tasks, logits)
             else:
                 logits = out.logits
             if batch.allowed is not None:
@@ -418,15 +427,19 @@ class Model:
     @torch.no_grad()
     def _pooled(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
         """What the base without adapter makes of whole rows, (rows, d) each, float32 on the CPU: the mean of a row's hidden
-        states below the first block that is trained, else of the last ones, of an encoder-decoder of its encoder's. Of a
-        causal model besides that of the last token, which alone has read the whole row."""
+        states below the first block that is trained, else of the last ones, of an encoder-decoder of its encoder's; where the
+        head is analytic always of the last ones. Of a causal model besides that of the last token, which alone has read
+        the whole row."""
         assert self.initial is not None
         ids, mask = ids.to(self.device), mask.to(self.device)
         was = self.net.training
         self.train(False)
         try:
             with self.swapped(self.park(self.initial)), self.autocast():
-                if self.lower is not None:
+                if self.config.head == "analytic":
+                    with self.remembering():
+                        hidden = self._pass({"input_ids": ids, "attention_mask": mask}).last_hidden_state
+                elif self.lower is not None:
                     hidden = self.lower.states({"input_ids": ids, "attention_mask": mask})
                 else:
                     base = self.net.get_base_model()
@@ -438,6 +451,11 @@ class Model:
         if self.kind == "causal":
             parts.append(hidden[torch.arange(len(ids)), mask.sum(1) - 1])
         return [part.float().cpu() for part in parts]
+
+    def know(self, heads: Mapping[str, Head]) -> None:
+        """Score classes by these analytic classifiers from now on, by task, where `model.head = "analytic"`."""
+        if self.config.head == "analytic":
+            self.by_head = ByHead(heads, self.classes, self.device) if heads else None
 
     def logits_at(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, Any]:
         """(N, V) logits at the given positions of a language model, and the model's whole output (with its cache)."""

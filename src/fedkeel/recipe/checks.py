@@ -200,7 +200,8 @@ def _check_masks(recipe: Recipe) -> None:
         "privacy.noise_at = 'coordinator'": privacy.noise_at == "coordinator",
         "distill.task_trust, site_trust": distill.weight and (distill.task_trust or distill.site_trust),
         "distill.align with layer_trust": distill.weight and distill.align != "off" and distill.layer_trust,
-        "evidence.anchor, serve": recipe.evidence.anchor or recipe.evidence.serve,
+        "evidence.anchor, serve": recipe.evidence.anchor or recipe.evidence.served,
+        "model.head = 'analytic'": recipe.model.head == "analytic",
         "evaluation.baselines = analytic": "analytic" in recipe.evaluation.baselines,
     }
     if find_spec("cryptography") is None:
@@ -216,7 +217,12 @@ def _check_masks(recipe: Recipe) -> None:
 def _check_anchor(recipe: Recipe) -> None:
     """The anchor is made of sums over rows, through a base that stays as it is."""
     evidence, rule = recipe.evidence, tables.RULES[recipe.federation.rule]
+    _check_choice(recipe)
     asked = [f"evidence.{key} = {getattr(evidence, key):g}" for key in ("anchor", "serve") if getattr(evidence, key)]
+    if evidence.serve_from:
+        asked.append(f"evidence.serve_from = {list(evidence.serve_from)}")
+    if recipe.model.head == "analytic":
+        asked.append("model.head = 'analytic'")
     if "analytic" in recipe.evaluation.baselines:
         asked.append("evaluation.baselines = analytic")
     if asked and recipe.privacy.unit != "none":
@@ -224,10 +230,20 @@ def _check_anchor(recipe: Recipe) -> None:
             f"{', '.join(asked)}: sites send sums over their rows, without noise, which privacy.unit = {recipe.privacy.unit!r} "
             f"keeps at the sites; leave it out"
         )
-    if (evidence.anchor or evidence.serve) and rule.shifts:
+    if asked and asked != ["evaluation.baselines = analytic"] and rule.shifts:
         raise ConfigError(
             f"{', '.join(asked)}: the anchor looks through the frozen base, which federation.rule = {rule.name!r} moves; set a "
             f"rule such as 'mean'"
+        )
+
+
+def _check_choice(recipe: Recipe) -> None:
+    """A weight to serve is one thing, or the other."""
+    evidence = recipe.evidence
+    if evidence.serve_from and evidence.serve:
+        raise ConfigError(
+            f"evidence.serve_from = {list(evidence.serve_from)} beside evidence.serve = {evidence.serve:g}: one of the two "
+            f"says what is served; leave one out"
         )
 
 

@@ -66,7 +66,7 @@ def _keys(field: dataclasses.Field[Any], hint: Any, prefix: str) -> Iterator[Key
 def _kind(hint: Any) -> str:
     if hint in KINDS:
         return KINDS[hint]
-    return "list of whole numbers" if hint == tuple[int, ...] else "list of texts"
+    return {tuple[int, ...]: "list of whole numbers", tuple[float, ...]: "list of numbers"}.get(hint, "list of texts")
 
 
 def _allowed(told: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkeel import tables
-from fedkeel.recipe.settings import ConfigError, Frozen, checked, meant, named_by, number, one_of, own_of, some_of
+from fedkeel.recipe.settings import ConfigError, Frozen, checked, meant, named_by, number, numbers, one_of, own_of, some_of
 
 LAYERS = re.compile(r"\d+(-\d+)?")
 
@@ -27,9 +27,10 @@ class Model:
     )
     head: str = one_of(
         "label-text",
-        ("label-text", "linear"),
-        "of an encoder: `label-text` scores a class by how similar the text is to the label's own words, frozen; `linear` "
-        "trains a fresh classification head",
+        ("label-text", "analytic", "linear"),
+        "of an encoder: `label-text` scores a class by how similar the text is to the label's own words, frozen; `analytic` by "
+        "the ridge classifier of sums over all sites and stages, frozen for a stage; `linear` trains a fresh classification "
+        "head",
     )
     chat_template: str = meant(
         "", "`none`, one of several that the tokenizer has, or a Jinja file, whose text a run keeps; empty: the tokenizer's own"
@@ -198,6 +199,14 @@ class Evidence:
     serve: float = number(
         0.0, 0, about="of the anchor's log chances, added to the model's own wherever labels are scored; 0: not served"
     )
+    serve_from: tuple[float, ...] = numbers(
+        0, "in place of serve: after each stage, the one of these weights with which validation rows score best"
+    )
+
+    @property
+    def served(self) -> bool:
+        """Whether the anchor scores labels beside the adapter."""
+        return bool(self.serve or self.serve_from)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ def number(default: float, low: float, high: float = math.inf, about: str = "", 
     return meant(default, about, **{"low": low, "high": high, "above": False, "infinite": False, **more})
 
 
+def numbers(low: float, about: str) -> Any:
+    """A list of finite numbers from `low`, empty by default. about: as of `meant`."""
+    return meant((), about, low=low, high=math.inf, above=False, infinite=False)
+
+
 def needed(what: str) -> Any:
     """A value without a default, that must be given and not be empty. what: it is, for the error."""
     return field(metadata={"needed": what})
@@ -219,6 +224,8 @@ class _Reader:
             return Frozen({n: self.value(f"{key}.{n}", v, of, metadata) for n, v in self.table(key, value).items()})
         if hint == tuple[int, ...]:
             return self.whole_numbers(key, value, metadata)
+        if hint == tuple[float, ...]:
+            return self.numbers(key, value, metadata)
         if hint == tuple[Any, ...]:
             return self.anything(key, value, metadata)
         if typing.get_origin(hint) is tuple:
@@ -252,6 +259,15 @@ class _Reader:
         if not isinstance(value, list | tuple) or not all(type(v) is int and v >= low for v in value):
             raise self.error(f"{key} = {value!r}: a list of whole numbers from {low} belongs here")
         return self.anything(key, value, metadata)
+
+    def numbers(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[float, ...]:
+        if isinstance(value, int | float):
+            value = [value]
+        if not isinstance(value, list | tuple) or not all(type(v) in (int, float) for v in value):
+            raise self.error(f"{key} = {value!r}: a list of numbers belongs here")
+        for one in value:
+            self.bounds(key, float(one), metadata)
+        return tuple(map(float, value))
 
     def anything(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or (metadata.get("filled") and not value):

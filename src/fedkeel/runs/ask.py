@@ -141,7 +141,9 @@ class Ask:
         """The three likeliest classes, of a task's own or of all, with their shares."""
         names = labels or model.classes
         ids = tuple(model.tokenizer(question, truncation=True, max_length=self._formatter.max_length)["input_ids"])
-        example = Example("asked", "asked", ids, target=0, allowed=tuple(model.classes.index(name) for name in names))
+        of = task or (next(iter(self.tasks)) if len(self.tasks) == 1 else "asked")
+        by = of if who == "federated" else "asked"  # the base goes by the classes' words, whatever the adapter was trained for
+        example = Example("asked", by, ids, target=0, allowed=tuple(model.classes.index(name) for name in names))
         logits = model.forward(collate([example], model.kind, model.tokenizer.pad_token_id, len(model.classes))).logits
         own = logits.float()[0, list(example.allowed)]
         return _likeliest(names, self._beside(who, task, names, ids, own).softmax(-1))

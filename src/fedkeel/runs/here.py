@@ -188,6 +188,7 @@ class Here:
         it."""
         self.model.replay(current.shifts, 0)
         self.model.beside = beside_of(leg.stages[stage].recipe, current, alone=leg.method == "analytic")
+        self.model.know(current.heads)
         if (
             not leg.rounds and not leg.gathers
         ):  # nothing is trained: after a later stage only rows, or candidates, that came with it are new

@@ -43,8 +43,8 @@ class Leg:
     @property
     def gathers(self) -> bool:
         """Whether the analytic anchor is made, before each stage."""
-        evidence = self.stages[0].recipe.evidence
-        return bool(evidence.anchor or evidence.serve)
+        evidence, model = self.stages[0].recipe.evidence, self.stages[0].recipe.model
+        return self.method != "base" and bool(evidence.anchor or evidence.served or model.head == "analytic")
 
     @property
     def seed(self) -> int:

@@ -145,6 +145,8 @@ class Loop:
             self._curve(leg, stage, current)  # it may have been cut off between a round and its scoring
         sites = self.parties.present(leg, stage) if leg.rounds or leg.gathers else []
         if not sites:  # nobody learns in this stage; rounds are counted all the same
+            if leg.gathers:
+                self.folder.write_known(leg.name, stage + 1, self.folder.read_known(leg.name, stage))
             return replace(current, round=end)
         carrier = self.parties.connect(leg, stage, _Progress(self, leg, stage, len(sites)))
         roster = self._roster(leg, stage, sites)
@@ -199,7 +201,8 @@ class Loop:
         ranks = recipe.lora.ranks(self._everyone(leg))
         layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in ranks.items()}
         out, own = modules_left_out(recipe, initial.lora), recipe.options("rule", recipe.federation.rule)
-        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own, recipe.privacy, recipe.evidence)
+        by_head = recipe.model.head == "analytic"
+        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own, recipe.privacy, recipe.evidence, by_head)
 
     @staticmethod
     def _everyone(leg: Leg) -> list[str]:
@@ -298,10 +301,11 @@ class Loop:
 
     def _test(self, leg: Leg, stage: int, current: Global) -> None:
         """Score the held-out rows of all stages so far."""
+        current, rows = self._choose(leg, stage, current)
         self.watch.leg(leg.name, "scoring held-out rows")
         last, as_served = stage + 1 == len(leg.stages), self._as_served(leg, stage, current)
         begin = time.perf_counter()
-        rows = self.parties.score(leg, stage, as_served, "test")
+        rows += self.parties.score(leg, stage, as_served, "test")
         seconds = time.perf_counter() - begin
         # the centralised leg has no curve, and at its end tuning judges it by validation rows, as a reference must not be
         # worse for another's learning rate
@@ -318,6 +322,24 @@ class Loop:
             self.parties.close(leg, as_served, self._best_served(leg, stage))
         self._save(leg, current, rows, tested=stage + 1)  # also of a stage in which nobody learnt
 
+    def _choose(self, leg: Leg, stage: int, current: Global) -> tuple[Global, list[Row]]:
+        """`current` with the weight of `evidence.serve_from` with which it serves validation rows of the stages so far best, of
+        equal ones the first, and how each did; as it is where there is nothing to choose by."""
+        weights = leg.stages[stage].recipe.evidence.serve_from
+        if not weights or not self.parties.size(leg, stage, "validation"):
+            return current, []
+        self.watch.leg(leg.name, "choosing the weight of the analytic head")
+        as_served, tried = self._as_served(leg, stage, current), {}
+        for weight in weights:
+            rows = self.parties.score(leg, stage, replace(as_served, serve=float(weight)), "validation")
+            tried[weight] = next((r.value for r in rows if r.name == "score" and not r.task and not r.site), -1.0)
+        best = max(weights, key=tried.__getitem__)
+        told = {f"score_at_serve_{weight:g}": (value, "share") for weight, value in tried.items() if value >= 0}
+        told["serve"] = (best, "weight")
+        about = self.recipe.name, leg.method, leg.seed, current.round
+        rows = [Row(*about, name, v, unit, stage=stage, split="validation") for name, (v, unit) in told.items()]
+        return replace(current, serve=float(best)), rows
+
     def _work(self, leg: Leg, stage: int) -> tuple[float, float, float]:
         """(work of one round without its scoring, of all rounds of a stage with theirs and the anchor's making, of scoring its
         test rows)."""
@@ -325,7 +347,8 @@ class Loop:
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
         curve = points * size(leg, stage, "validation") if points else 0
         judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
-        tested = size(leg, stage, "test") + size(leg, stage, "unseen-sites") + judged * size(leg, stage, "validation")
+        again = judged + len(leg.stages[stage].recipe.evidence.serve_from)
+        tested = size(leg, stage, "test") + size(leg, stage, "unseen-sites") + again * size(leg, stage, "validation")
         return one, leg.rounds * one + curve + gather_work(leg, stage), tested
 
     def work(self, legs: Sequence[Leg]) -> float:
@@ -334,9 +357,16 @@ class Loop:
 
 
 def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:
-    """Raise ConfigError where a leg goes by points of a validation curve that it will not have. every: rounds between them."""
+    """Raise ConfigError where a leg goes by validation rows, or points of a curve of them, that it will not have. every: rounds
+    between them."""
     for leg in legs:
         federation, points = leg.stages[0].recipe.federation, leg.rounds // every
+        choice = leg.stages[0].recipe.evidence.serve_from
+        if choice and not all(parties.size(leg, stage, "validation") for stage in range(len(leg.stages))):
+            raise ConfigError(
+                f"evidence.serve_from = {list(choice)}: a stage has no validation row to choose by; set data.validation_share "
+                f"above 0, or evidence.serve in its place"
+            )
         if not leg.rounds or (federation.keep != "best" and not federation.patience):
             continue
         if not all(parties.size(leg, stage, "validation") for stage in range(len(leg.stages))):

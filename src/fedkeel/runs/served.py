@@ -29,8 +29,11 @@ def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, l
 
 
 def beside_of(recipe: Recipe, current: Global, alone: bool = False) -> Beside:
-    """What scores labels beside the adapter, or alone, by `evidence.serve`."""
-    weight = recipe.evidence.serve
+    """What scores labels beside the adapter, or alone, by `evidence.serve`, or what `serve_from` came to; before the end of the
+    first stage that is its first weight."""
+    weight, choice = recipe.evidence.serve, recipe.evidence.serve_from
+    if choice:
+        weight = choice[0] if current.serve is None else current.serve
     return Beside(current.heads if weight or alone else {}, weight, alone)
 
 
@@ -44,14 +47,15 @@ def serve(model: Model, folder: RunFolder, recipe: Recipe, which: str = "adapter
     check_one_model(recipe, folder.path / "adapter")
     rounds, last = recipe.federation.rounds, max(1, len(recipe.stream.stages)) - 1
     model.rewind()
-    if recipe.evidence.serve and not folder.knows("federated"):
+    if (recipe.evidence.served or recipe.model.head == "analytic") and not folder.knows("federated"):
+        asked = "model.head = 'analytic'" if recipe.model.head == "analytic" else f"evidence.serve = {recipe.evidence.serve:g}"
         raise RunError(
-            f"evidence.serve = {recipe.evidence.serve:g}: {folder.path} made no analytic anchor, as its recipe had "
-            f"evidence.anchor and evidence.serve at 0"
+            f"{asked}: {folder.path} made no analytic anchor, as its recipe had evidence.anchor and evidence.serve at 0"
         )
     end = folder.read_checkpoint("federated", rounds * (last + 1), model.initial)
     model.replay(end.shifts, 0)
     model.beside = beside_of(recipe, end)
+    model.know(end.heads)
     if which == "best":
         model.write(_best(folder, recipe, model.initial))
     else:
