@@ -249,6 +249,7 @@ def test_the_chosen_weight_travels_with_what_is_scored_and_not_with_what_is_trai
         (["model.head=analytic", "federation.rule=residual"], "model.head = 'analytic': the anchor looks through the frozen"),
         (["evidence.serve_from=[1, 2]", "evidence.serve=1"], "one of the two says what is served"),
         (["evidence.serve_from=[-1]"], "must be at least 0"),
+        (["evidence.serve_from=0.5,x"], "evidence.serve_from = '0.5,x': a list of numbers belongs here"),
         (
             ["model.head=analytic", "privacy.unit=site", "privacy.noise=1", "federation.weighting=uniform"],
             "model.head = 'analytic': sites send sums over their rows, without noise",
@@ -272,7 +273,9 @@ def test_without_validation_rows_there_is_nothing_to_choose_by(tiny_overrides: l
 
 
 def test_a_baseline_serves_nothing_beside_its_adapter() -> None:
-    assert plain(load_recipe(None, ["evidence.serve_from=[1]"])).evidence.serve_from == ()
+    given = load_recipe(None, ["evidence.serve_from=0.5,1"])
+    assert given.evidence.serve_from == (0.5, 1.0)
+    assert plain(given).evidence.serve_from == ()
 
 
 def test_heads_of_all_tasks_go_down_where_classes_are_scored_by_them() -> None:

@@ -116,6 +116,17 @@ def _dense_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _check_kind(kind: str, config: ModelConfig, classes: Sequence[str]) -> None:
+    """Raise ModelError for a kind of base that cannot do what is asked of it."""
+    if kind == "classifier" and not classes:
+        raise ModelError("a classifier needs classification rows: no row of this data has labels")
+    if kind != "classifier" and config.head == "analytic":
+        raise ModelError(
+            f"model.head = 'analytic' scores the classes of an encoder, and {config.base!r} is a {kind} model: evidence.serve "
+            f"serves the analytic classifier beside it"
+        )
+
+
 class Model:
     """A base model with one adapter in it, on one device.
 
@@ -136,16 +147,10 @@ class Model:
         self.classes = tuple(classes)
         self.device = device_of(config, here=weights)  # what another machine will do is planned on any
         self.bf16 = uses_bf16(config.precision, config.device)
-        if self.kind == "classifier" and not self.classes:
-            raise ModelError("a classifier needs classification rows: no row of this data has labels")
+        _check_kind(self.kind, config, self.classes)
         # A frozen base is best held in the type it computes in; on a CPU float32 weights are the faster source.
         dtype = torch.bfloat16 if self.bf16 and self.device.type == "cuda" else torch.float32
         self.linear_head = self.kind == "classifier" and config.head == "linear"
-        if config.head == "analytic" and self.kind != "classifier":
-            raise ModelError(
-                f"model.head = 'analytic' scores the classes of an encoder, and {config.base!r} is a {self.kind} model: "
-                f"evidence.serve serves the analytic classifier beside it"
-            )
         head = len(self.classes) if self.linear_head else 0
         self._base = Base(config, about, self.kind, head, dtype)
         seed_torch(seed, "fresh head")
@@ -183,11 +188,12 @@ class Model:
         self.lower = self._lower_blocks(lora) if weights and self.first else None
         self.features = Features(self._pooled, self.tokenizer.pad_token_id)
         self.beside = Beside({})  # what scores labels beside the adapter
-        self.by_head: ByHead | None = None  # what scores classes in place of their words
         self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
         self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
         similar = weights and self.kind == "classifier" and not self.linear_head
         self.label_text = self._embed_labels() if similar else None
+
+    by_head: ByHead | None = None  # what scores classes in place of their words
 
     def _check_words(self) -> None:
         """Raise ModelError for tokens that the base has no embedding of: the first row with one would end the run."""

@@ -261,10 +261,12 @@ class _Reader:
         return self.anything(key, value, metadata)
 
     def numbers(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[float, ...]:
-        if isinstance(value, int | float):
-            value = [value]
+        told = value
+        if isinstance(value, str):  # 0.5,1,2
+            value = [float(v) if v.replace(".", "", 1).isdecimal() else v for v in value.split(",") if v]
+        value = [value] if type(value) in (int, float) else value
         if not isinstance(value, list | tuple) or not all(type(v) in (int, float) for v in value):
-            raise self.error(f"{key} = {value!r}: a list of numbers belongs here")
+            raise self.error(f"{key} = {told!r}: a list of numbers belongs here")
         for one in value:
             self.bounds(key, float(one), metadata)
         return tuple(map(float, value))
