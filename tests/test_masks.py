@@ -122,7 +122,9 @@ def test_whole_numbers_by_hand_and_what_would_run_over() -> None:
     tensors = {"b": torch.tensor([[STEP, -STEP]]), "a": torch.tensor([1.0, 1.4 * STEP])}
     assert whole_numbers(tensors, 3).tolist() == [2**22, 1, 1, 2**32 - 1]
     shapes = {"b": (1, 2), "a": (2,)}
-    back = mean_of(np.array([2**22, 3, 2**32 - 3, 6], np.uint32), 3, shapes)
+    back, beside = mean_of(np.array([2**22, 3, 2**32 - 3, 6, 2**32 - 2**21], np.uint32), 3, shapes)
+    assert beside == [-0.5]
+    assert whole_numbers(tensors, 3, [-0.5]).tolist()[-1] == 2**32 - 2**21
     assert {name: t.tolist() for name, t in back.items()} == {"a": [pytest.approx(1 / 3), STEP], "b": [[-STEP, 2 * STEP]]}
     whole_numbers({"a": torch.tensor([170.0])}, 3)
     with pytest.raises(MaskError, match=r"a change of 171 in one number: 3 of such run over .* \(at most 171\)"):

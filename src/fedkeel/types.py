@@ -102,7 +102,7 @@ class Update:
 
     positions: supervised positions trained on in this round, > 0. stats: further numbers by name (mean loss in nats per
     position under `loss`, wall-clock seconds under `seconds`). tasks: supervised positions that the site holds, by task.
-    held: entries of the log of base shifts that its base holds.
+    held: entries of the log of base shifts that its base holds. side: of the clipping bound, see `exchange.quantile`.
     """
 
     site: str
@@ -111,6 +111,7 @@ class Update:
     stats: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, int] = field(default_factory=dict)
     held: int = 0
+    side: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Global:
     the sites disagreed in the last round, by block of the model, see `aggregate.drift`; empty before the first. shifts: the
     log of base shifts, one entry a round under the rules that make them. held: entries of it that each site held when it
     last answered. optimiser: what the server's optimiser keeps, by name. heads: the analytic classifiers so far, by task.
+    clip: C of the next round where it follows a quantile, see `exchange.quantile`; 0: the recipe's.
     """
 
     round: int
@@ -133,6 +135,7 @@ class Global:
     held: Mapping[str, int] = field(default_factory=dict)
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
     heads: Mapping[str, Head] = field(default_factory=dict)
+    clip: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedkeel.exchange.codecs import Codec, EnvelopeError, Wire, make_codec, open_envelope, seal
 from fedkeel.exchange.heads import heads_packed, heads_unpacked, heads_wire
+from fedkeel.exchange.quantile import read_bound
 from fedkeel.tables import Rule
 from fedkeel.types import Adapter, Global, Shift
 
@@ -135,6 +136,7 @@ def pack_global(kind: str, state: Global, way: Way = Way(), since: int | None = 
     remembers = state.memory is not None
     encoded = make_codec(way.codec).encode(tensors, way.key) | plain
     told = {"drift": dict(state.drift), "memory": remembers, "shifts": log, "heads": heads, **more}
+    told |= {"clip": state.clip} if state.clip else {}
     return pack(kind, state.round, state.adapter, encoded, way.codec, **told)
 
 
@@ -181,7 +183,8 @@ def unpack_global(
         for n, ranks in enumerate(header["shifts"]["ranks"], first)
     ]
     heads = heads_unpacked(header.get("heads", []), sent)  # a checkpoint from before there were any names none
-    return header, Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts, heads=heads)
+    found = Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts, heads=heads)
+    return header, replace(found, clip=read_bound(header.get("clip", 0)))
 
 
 def _shift_wire(log: Any, like: Adapter) -> Wire:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedkeel import tables
 from fedkeel.data.format import Example
+from fedkeel.exchange import quantile
 from fedkeel.exchange.channel import channel_of
 from fedkeel.exchange.codecs import header_of, seal
 from fedkeel.exchange.messages import (
@@ -84,14 +85,19 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     # Of fixed width, so that the bytes of a message do not depend on how fast the machine was.
     seconds = f"{clock() - begin:012.3f}"
     key = derive(recipe.seed, "up", site.name, round.state.round)
-    encoded, kept.memory = channel_of(recipe).send({name: change[name] for name in sorted(sent)}, kept.memory, key)
+    recipe = replace(recipe, privacy=quantile.as_now(recipe.privacy, round.state.clip))
+    change = {name: change[name] for name in sorted(sent)}
+    side = quantile.side(change, recipe.privacy) if recipe.privacy.quantile else None
+    encoded, kept.memory = channel_of(recipe).send(change, kept.memory, key)
     if recipe.privacy.masks:
-        numbers = masked(encoded, asked.get("masked", {}), round.state.round, site.name, kept)
+        beside = [] if side is None else [side]
+        numbers = masked(encoded, asked.get("masked", {}), round.state.round, site.name, kept, beside)
         return seal(about("masked", round.state.round, like, site=site.name), {"sum": numbers})
     told = {"site": site.name, "positions": positions, "stats": stats, "seconds": seconds, "held": model.shifts}
     told["tasks"] = held_positions(examples, recipe.distill.trust_by) if _counts_travel(recipe) else {}
     if recipe.privacy.unit != "none":  # numbers about private rows are not sent, and time tells of them too
         told |= {"positions": 1, "stats": {}, "seconds": f"{0:012.3f}"}
+    told |= {} if side is None else {"side": quantile.told(side)}
     return pack("update", round.state.round, like, encoded, recipe.federation.codec_up, **told)
 
 

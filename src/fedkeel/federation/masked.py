@@ -16,7 +16,7 @@ from fedkeel.exchange.codecs import EnvelopeError, Wire, open_envelope, seal
 from fedkeel.exchange.masks import NONCE, SECRET, SHARE, TAG, MaskError, join, mean_of, pair_masks, public_of, stream
 from fedkeel.exchange.messages import about, check_promised, names_of, shapes_of
 from fedkeel.federation.asking import Asking, told
-from fedkeel.federation.server import Answers, FederationError, Roster, RoundResult, Sent, aggregated, message
+from fedkeel.federation.server import Answers, FederationError, Roster, RoundResult, Sent, aggregated, bound_after, message
 from fedkeel.types import Adapter, Global, Reply, Transport, Update
 
 
@@ -61,7 +61,7 @@ def run_masked_round(
     state: Global, transport: Transport, roster: Roster, clock: Callable[[], float] = time.perf_counter
 ) -> RoundResult:
     """As `server.run_round`, of the sum of the sites' changes alone. Raises FederationError."""
-    begin, asked, federation = clock(), roster.asked(state.round), roster.federation
+    begin, asked, federation, roster = clock(), roster.asked(state.round), roster.federation, roster.now(state)
     talk = _Talk(transport, federation.deadline, state, asked, needed(len(asked), roster.privacy.threshold), federation.quorum)
     keys = talk.ask(dict.fromkeys(asked, seal(talk.header("keys"), {})), partial(_keys, talk))
     talk.enough(keys, "gave keys")
@@ -73,7 +73,8 @@ def run_masked_round(
     reference = next(iter(sent.values())).reference
     names = names_of(reference, roster.rule.trained(state.round) & roster.rule.shared)
     shapes = {name: shape for name, shape in shapes_of(reference.tensors()).items() if name in names}
-    wire: Wire = {"sum": (torch.int32, (sum(math.prod(shape) for shape in shapes.values()),))}
+    size = sum(math.prod(shape) for shape in shapes.values()) + bool(roster.privacy.quantile)
+    wire: Wire = {"sum": (torch.int32, (size,))}
     came = talk.ask(
         {site: one.payload for site, one in sent.items()}, lambda reply: talk.opened(reply, "masked", wire)[1]["sum"]
     )
@@ -82,7 +83,7 @@ def run_masked_round(
     helped = talk.ask(dict.fromkeys(came, question), partial(_unmasking, talk, set(sent), set(came)))
     talk.enough(helped, "helped to take the masks off")
     aggregation = clock()
-    change = mean_of(_unmasked(talk, keys, sorted(sent), came, helped), len(came), shapes)
+    change, sides = mean_of(_unmasked(talk, keys, sorted(sent), came, helped), len(came), shapes)
     old = reference.tensors()
     both = Update("all", reference.with_tensors(old | {name: old[name] + t for name, t in change.items()}), 1)
     if not any(bool(t.any()) for t in change.values()):
@@ -90,7 +91,8 @@ def run_masked_round(
     heads = [Update(site, Adapter({}), 1) for site in sorted(came)]
     result, kept = aggregated(state, roster, Answers([both], [both], talk.failures), reference, {"all": frozenset()})
     end = clock()
-    after = replace(state, round=state.round + 1, adapter=result.adapter, drift={}, optimiser=kept)
+    bound = bound_after(roster, state, sum(sides), len(came))
+    after = replace(state, round=state.round + 1, adapter=result.adapter, drift={}, optimiser=kept, clip=bound)
     seconds = (end - begin, end - aggregation)
     return RoundResult(after, math.nan, heads, dict(talk.down), dict(talk.up), *seconds, talk.failures)
 

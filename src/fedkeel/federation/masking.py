@@ -6,7 +6,7 @@ Of each round a site has secrets of its own, which it keeps from message to mess
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -107,10 +107,13 @@ def _shared(header: Mapping[str, Any], secrets: Secrets, site: str, kept: Kept) 
     return found
 
 
-def masked(tensors: Mapping[str, Tensor], told: Mapping[str, Any], round: int, site: str, kept: Kept) -> Tensor:
+def masked(
+    tensors: Mapping[str, Tensor], told: Mapping[str, Any], round: int, site: str, kept: Kept, beside: Sequence[float] = ()
+) -> Tensor:
     """A change as it is sent, int32: behind this site's own mask and those that it shares with each other of `told["among"]`.
 
-    told: of the message down: `among`, those who gave shares, and `shares`, theirs for this site."""
+    told: of the message down: `among`, those who gave shares, and `shares`, theirs for this site. beside: numbers that are
+    added up with the change."""
     secrets, among, came = _kept(kept, round, site), told.get("among"), told.get("shares")
     if (
         not isinstance(among, list)
@@ -124,7 +127,7 @@ def masked(tensors: Mapping[str, Tensor], told: Mapping[str, Any], round: int, s
     if secrets.came and dict(secrets.came) != came:
         raise MaskError(f"site {site}: it was asked for this round's change before, behind other masks; two sums would tell it")
     _keep(kept, replace(secrets, came=came))
-    numbers = whole_numbers(tensors, len(among))
+    numbers = whole_numbers(tensors, len(among), beside)
     keys = {other: bytes.fromhex(secrets.keys[other][1]) for other in among}
     numbers = numbers + pair_masks(bytes.fromhex(secrets.mask), keys, site, f"mask {round}", len(numbers))
     numbers = numbers + stream(bytes.fromhex(secrets.seed), len(numbers))

@@ -217,6 +217,7 @@ class Loop:
             apart = remembers and recipe.stream.average
             current = replace(current, counts={}, memory=self._served(leg, stage - 1) if apart else None)
         self._release(roster, current.round)
+        bound = roster.now(current).privacy.clip
         begin, elsewhere = time.process_time(), carrier.cpu
         result = (run_masked_round if roster.privacy.masks else run_round)(current, carrier, roster)
         cpu = time.process_time() - begin + carrier.cpu - elsewhere
@@ -227,12 +228,21 @@ class Loop:
         # before it is scored: a base shift that sites hold must not be made again
         rows = round_rows(leg, stage, replace(result, state=current), self.recipe.name, cpu)
         if roster.privacy.unit != "none":
-            spent = spending(Cast(recipe, [at.rows for at in leg.stages])).after(self.state["asked"])
-            rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, "epsilon", spent, "epsilon", stage=stage))
-            self.watch.note(f"private so far: ε = {spent:.2f} at δ = {roster.privacy.delta:g}")
+            rows += self._spent(leg, stage, current.round, bound)
         self._save(leg, current, rows)
         self.watch.round(leg.name, current.round, leg.whole, result)
         return current
+
+    def _spent(self, leg: Leg, stage: int, round: int, bound: float) -> list[Row]:
+        """What has been promised after a round, told. bound: C of that round."""
+        recipe = leg.stages[stage].recipe
+        spent = spending(Cast(recipe, [at.rows for at in leg.stages])).after(self.state["asked"])
+        found, moves = {"epsilon": (spent, "epsilon")}, recipe.privacy.quantile > 0
+        found |= {"clip": (bound, "norm")} if moves else {}
+        told = f"; changes of this round were clipped to {bound:.3g}" if moves else ""
+        self.watch.note(f"private so far: ε = {spent:.2f} at δ = {recipe.privacy.delta:g}{told}")
+        run, method, seed = self.recipe.name, leg.method, leg.seed
+        return [Row(run, method, seed, round, name, value, unit, stage=stage) for name, (value, unit) in found.items()]
 
     def _release(self, roster: Roster, round: int) -> None:
         """Count what the sites are asked for before they are: a round that is cut off and done again is told twice."""
