@@ -123,7 +123,8 @@ class Global:
     the sites disagreed in the last round, by block of the model, see `aggregate.drift`; empty before the first. shifts: the
     log of base shifts, one entry a round under the rules that make them. held: entries of it that each site held when it
     last answered. optimiser: what the server's optimiser keeps, by name. heads: the analytic classifiers so far, by task.
-    clip: C of the next round where it follows a quantile, see `exchange.quantile`; 0: the recipe's.
+    clip: C of the next round where it follows a quantile, see `exchange.quantile`; 0: the recipe's. reach: of the rows of each
+    tensor in the next round, where changes add up in few bits, see `exchange.summands`.
     """
 
     round: int
@@ -136,6 +137,7 @@ class Global:
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
     heads: Mapping[str, Head] = field(default_factory=dict)
     clip: float = 0.0
+    reach: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

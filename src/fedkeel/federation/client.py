@@ -21,13 +21,15 @@ from fedkeel.exchange.messages import (
     names_of,
     pack,
     read_counts,
+    shapes_of,
     unpack_global,
     unsent,
 )
+from fedkeel.exchange.summands import summand
 from fedkeel.exchange.sums import pack_foretold, pack_sums, read_trial
 from fedkeel.federation.evidence import known_sums, tried
 from fedkeel.federation.kept import Kept, layout_of, modules_left_out
-from fedkeel.federation.masking import KINDS, masked, prepare
+from fedkeel.federation.masking import KINDS, masks_of, prepare
 from fedkeel.federation.teacher import held_positions
 from fedkeel.federation.train import Round, SiteError, train_round, untold
 from fedkeel.method.structure.branch import hold
@@ -88,11 +90,15 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     recipe = replace(recipe, privacy=quantile.as_now(recipe.privacy, round.state.clip))
     change = {name: change[name] for name in sorted(sent)}
     side = quantile.side(change, recipe.privacy) if recipe.privacy.quantile else None
-    encoded, kept.memory = channel_of(recipe).send(change, kept.memory, key)
     if recipe.privacy.masks:
+        masks = masks_of(asked.get("masked", {}), round.state.round, site.name, kept)
+        adds = summand(recipe.federation.codec_up, len(masks.among), round.state.reach)
+        encoded, kept.memory = channel_of(recipe, adds).send(change, kept.memory, key)
         beside = [] if side is None else [side]
-        numbers = masked(encoded, asked.get("masked", {}), round.state.round, site.name, kept, beside)
-        return seal(about("masked", round.state.round, like, site=site.name), {"sum": numbers})
+        whole = masks.over(adds.numbers(encoded, beside))
+        form = adds.form(shapes_of(change), len(beside))
+        return seal(about("masked", round.state.round, like, site=site.name), form.packed(whole))
+    encoded, kept.memory = channel_of(recipe).send(change, kept.memory, key)
     told = {"site": site.name, "positions": positions, "stats": stats, "seconds": seconds, "held": model.shifts}
     told["tasks"] = held_positions(examples, recipe.distill.trust_by) if _counts_travel(recipe) else {}
     if recipe.privacy.unit != "none":  # numbers about private rows are not sent, and time tells of them too

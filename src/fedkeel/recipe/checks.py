@@ -207,10 +207,11 @@ def _check_masks(recipe: Recipe) -> None:
     if not privacy.masks:
         return
     rule = tables.RULES[federation.rule]
+    added = ("fp32", *(name for name, codec in tables.CODECS.items() if codec.bits))
     wrong = {
         f"federation.rule = {rule.name!r}": not rule.sums or len(rule.trains) > 1,
         f"federation.weighting = {federation.weighting!r}": federation.weighting != "uniform",
-        f"federation.codec_up = {federation.codec_up!r}": federation.codec_up != "fp32",
+        f"federation.codec_up = {federation.codec_up!r}": federation.codec_up not in added,
         f"federation.max_update_norm = {federation.max_update_norm:g}": math.isfinite(federation.max_update_norm),
         "lora.site_ranks": not recipe.lora.one_rank,
         "structure.hold": recipe.structure.hold,
@@ -226,7 +227,13 @@ def _check_masks(recipe: Recipe) -> None:
     if found:
         raise ConfigError(
             f"privacy.masks shows the coordinator the sum of the sites' changes alone, and {', '.join(found)} would need more: "
-            f"federation.rule = 'mean' or 'freeze_a', weighting = 'uniform' and codec_up = 'fp32' go with it"
+            f"federation.rule = 'mean' or 'freeze_a', weighting = 'uniform' and codec_up of {', '.join(added)} go with it"
+        )
+    if federation.codec_up != "fp32" and privacy.unit == "site" and privacy.together > 1:
+        raise ConfigError(
+            f"privacy.together = {privacy.together}: noise that is whole in a sum alone is accounted for where its parts are "
+            f"added as they are, and federation.codec_up = {federation.codec_up!r} would round each to few steps before: set "
+            f"codec_up = 'fp32', or together = 1"
         )
 
 

@@ -199,7 +199,9 @@ class Loop:
         ranks = recipe.lora.ranks(self._everyone(leg))
         layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in ranks.items()}
         out, own = modules_left_out(recipe, initial.lora), recipe.options("rule", recipe.federation.rule)
-        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own, recipe.privacy, recipe.evidence)
+        steps = max((steps_a_round(recipe.train, rows) for rows in leg.stages[stage].rows.values()), default=1)
+        moves = recipe.train.lr * steps  # AdamW moves a number by about its rate in a step
+        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own, recipe.privacy, recipe.evidence, moves)
 
     @staticmethod
     def _everyone(leg: Leg) -> list[str]:
