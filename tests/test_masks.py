@@ -306,12 +306,14 @@ def test_a_cut_off_round_begins_anew_with_other_keys(overrides: list[str], monke
     assert Counter(kind for kind, _ in asked) == {"keys": 12, "shares": 12, "global": 12, "unmask": 9}
 
 
-def test_over_a_grid_as_in_this_process(overrides: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_over_a_grid_as_in_this_process(codec: str, overrides: list[str], tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
     from test_engines_agree import over_grid
 
-    _, here, _ = go(overrides)
-    there = over_grid([*overrides, "name=there"], tmp_path)
+    given = [*overrides, f"federation.codec_up={codec}"]
+    _, here, _ = go(given)
+    there = over_grid([*given, "name=there"], tmp_path)
     assert same(adapter_of(here.path), adapter_of(there.path))
 
 

@@ -29,6 +29,7 @@ from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Federation, Privacy
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
+from fedkeel.runs.dry import payload_bytes
 from fedkeel.types import Adapter, Global, Lora, Reply, Request
 
 INT8 = [*MASKS, "federation.codec_up=int8"]
@@ -295,11 +296,14 @@ def test_a_narrow_federation_learns_what_a_wide_one_does(tiny_overrides: list[st
 def test_a_site_answers_in_the_width_that_the_sum_has(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Up go packed numbers, rows' sizes and the side of the bound, and nothing else."""
     sent: list[dict[str, torch.Tensor]] = []
+    sizes: list[int] = []
     real = LocalTransport.exchange
 
     def exchange(self: LocalTransport, requests: Sequence[Request], deadline: float) -> list[Reply]:
         replies = real(self, requests, deadline)
-        sent.extend(open_envelope(r.payload)[1] for r in replies if header_of(r.payload)["kind"] == "masked")
+        of_change = [r.payload for r in replies if header_of(r.payload)["kind"] == "masked"]
+        sent.extend(open_envelope(payload)[1] for payload in of_change)
+        sizes.extend(map(len, of_change))
         return replies
 
     monkeypatch.setattr(LocalTransport, "exchange", exchange)
@@ -315,6 +319,9 @@ def test_a_site_answers_in_the_width_that_the_sum_has(tiny_overrides: list[str],
             "beside": (torch.int32, rows + 1),
         }
     assert [r["value"] for r in rows_of(folder) if r["name"] == "clip"] == [0.1]
+    recipe = load_recipe(None, [*tiny_overrides, *INT8, *private])
+    planned = payload_bytes(shapes_of(tensors), recipe, 3)[1]
+    assert all(abs(size - planned) < 20 for size in sizes)
 
 
 def test_noise_that_is_whole_in_the_sum_alone_is_not_rounded_before() -> None:
