@@ -40,7 +40,7 @@ PLAIN = [
     "evaluation.test_rows=1",
     "federation.weighting=uniform",
 ]
-SITES = (4, 8, 16, 32, 64)
+SITES = (4, 8, 16, 32)
 
 
 class Quiet:

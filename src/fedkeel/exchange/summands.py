@@ -131,7 +131,7 @@ class Narrow:
             values = as_float32(name, tensor)
             parts = values.reshape(matrix_of(values.shape)).double() / self._reach(name, tuple(values.shape))
             draws = _draws(key, name, values.numel())
-            exact = (parts.clamp(-1, 1) + 1) * (self.steps / 2)
+            exact = (parts + 1) * (self.steps / 2)
             whole = (exact + draws.view_as(exact)).floor().clamp(0, self.steps)
             sent[name], sent[extra(name, "draw")] = whole.to(torch.int32).view(values.shape), draws
             sizes = parts.square().mean(axis_of(values.shape)).sqrt()
