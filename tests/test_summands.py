@@ -324,6 +324,24 @@ def test_a_site_answers_in_the_width_that_the_sum_has(tiny_overrides: list[str],
     assert all(abs(size - planned) < 20 for size in sizes)
 
 
+def test_a_stage_begins_with_the_reach_of_its_rate(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three sites and three steps at 0.01; in between it is what the sites' changes made it."""
+    told: list[torch.Tensor] = []
+    real = LocalTransport.exchange
+
+    def exchange(self: LocalTransport, requests: Sequence[Request], deadline: float) -> list[Reply]:
+        if header_of(requests[0].payload)["kind"] == "global":
+            sent = open_envelope(requests[0].payload)[1]
+            told.append(torch.cat([t for name, t in sorted(sent.items()) if name.startswith("reach/")]))
+        return real(self, requests, deadline)
+
+    monkeypatch.setattr(LocalTransport, "exchange", exchange)
+    stream = ["stream.stages=colour,echo", "federation.rounds=2", "evaluation.validation_rows=0"]
+    go([*tiny_overrides, *INT8, *stream])
+    first = (0.85 + 0.2 * math.log2(1023 // 3 + 1)) * 0.03 / 3
+    assert [bool((r - first).abs().max() < 1e-8) for r in told] == [True, False, True, False]
+
+
 def test_noise_that_is_whole_in_the_sum_alone_is_not_rounded_before() -> None:
     private = [*INT8, "privacy.unit=site", "privacy.noise=1"]
     load_recipe(None, private)

@@ -7,8 +7,8 @@
 of 0 … Q, so that the sum of all stays below 2^m. u is drawn evenly from (0, 1) by a key that both ends have, and taken off
 again: s (q − u + ½ − Q / 2) is off by at most s / 2, by nothing in the mean and s² / 12 in variance, whatever x in [−R, R] is
 (subtractive dither; Schuchman 1964). R, the reach of a row, is the same at all sites: it comes with the message down, made of
-the round before, in which beside the change the rows' root mean squares were added up. In the first round it is what AdamW is
-likely to make it.
+the round before, in which beside the change the rows' root mean squares were added up. In a stage's first round it is what
+AdamW is likely to make it.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def summand(codec: str, sites: int, reach: Mapping[str, Tensor]) -> Whole | Narr
 
 
 def first_reach(adds: Whole | Narrow, shapes: Shapes, most: float) -> dict[str, Tensor]:
-    """Of a federation's first round; empty where there is none. most: what AdamW could move a number by, if all its steps went
+    """Of a stage's first round; empty where there is none. most: what AdamW could move a number by, if all its steps went
     one way. As a rule a third of that is the root mean square."""
     if isinstance(adds, Whole):
         return {}

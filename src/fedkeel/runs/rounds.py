@@ -214,10 +214,10 @@ class Loop:
         where = f" of stage {stage + 1}" if len(leg.stages) > 1 else ""
         self.watch.leg(leg.name, f"round {done + 1} of {leg.rounds}{where}")
         remembers = bool(stage and recipe.distill.weight and recipe.distill.memory)
-        if not done:  # a new stage: what the sites reported of the last one says nothing about this one
+        if not done:  # a new stage: what the sites reported of the last one, whose rate fell, says nothing about this one
             # and if the memory is the global adapter itself, it need not travel twice
             apart = remembers and recipe.stream.average
-            current = replace(current, counts={}, memory=self._served(leg, stage - 1) if apart else None)
+            current = replace(current, counts={}, reach={}, memory=self._served(leg, stage - 1) if apart else None)
         self._release(roster, current.round)
         bound = roster.now(current).privacy.clip
         begin, elsewhere = time.process_time(), carrier.cpu
