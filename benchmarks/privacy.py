@@ -26,10 +26,11 @@ from step_cost import base_of, noisy, rows_of
 import fedkeel.federation.train
 from fedkeel.exchange.channel import channel_of
 from fedkeel.exchange.codecs import header_of, seal
-from fedkeel.exchange.messages import SCHEMA, layout, pack
+from fedkeel.exchange.messages import SCHEMA, layout, pack, shapes_of
+from fedkeel.exchange.summands import summand
 from fedkeel.federation.kept import Kept
 from fedkeel.federation.masked import run_masked_round
-from fedkeel.federation.masking import KINDS, masked, prepare
+from fedkeel.federation.masking import KINDS, masks_of, prepare
 from fedkeel.federation.server import Roster, run_round
 from fedkeel.federation.train import Round, train_round
 from fedkeel.model.lora import Model
@@ -83,7 +84,10 @@ class Sites:
         if header["kind"] in KINDS:
             return prepare(header, self.like, site, self.kept[site])
         if "masked" in header:
-            return seal({**about, "kind": "masked"}, {"sum": masked(self.change, header["masked"], 0, site, self.kept[site])})
+            masks = masks_of(header["masked"], 0, site, self.kept[site])
+            adds = summand("fp32", len(masks.among), {})
+            form, whole = adds.form(shapes_of(self.change), 0), masks.over(adds.numbers(self.change, []))
+            return seal({**about, "kind": "masked"}, form.packed(whole))
         told = {"site": site, "positions": 1, "stats": {"loss": 1.0}, "seconds": "0", "held": 0, "tasks": {}}
         return pack("update", 0, self.like, self.change, "fp32", **told)
 

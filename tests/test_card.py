@@ -49,6 +49,16 @@ def test_a_private_runs_card_says_its_promise_in_one_line(given: list[str], said
     assert "statistics of training" not in text  # they do not travel from a private site
 
 
+def test_a_bound_that_moved_is_told(tmp_path: Path) -> None:
+    given = [*SITE, "privacy.quantile=0.5"]
+    card_of(given, [4.0], tmp_path)
+    moved = [Row("r", "federated", 0, n, "clip", value, "norm") for n, value in ((1, 0.05), (2, 0.0625))]
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row.as_json()) + "\n" for row in moved))
+    text = card(load_recipe(None, given), tmp_path, Made("causal", 8, merged=False, gguf=False))
+    assert "clipping to C, which followed the 0.5 quantile of their lengths from 0.05 to 0.0625, and Gaussian noise" in text
+
+
 def test_a_run_that_is_not_private_says_so(tmp_path: Path) -> None:
     text = card_of([], [], tmp_path)
     assert "**No\ndifferential privacy and no secure aggregation** were used" in text

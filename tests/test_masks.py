@@ -38,7 +38,7 @@ from fedkeel.exchange.masks import (
 from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.masked import needed
-from fedkeel.federation.masking import masked, prepare
+from fedkeel.federation.masking import masks_of, prepare
 from fedkeel.federation.server import FederationError
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
@@ -110,7 +110,7 @@ def test_pair_masks_cancel_over_all_sites() -> None:
 def test_a_masked_change_alone_is_noise() -> None:
     """Of a change of zeros, 400,000 bytes: each value as often as chance would have it, no bit with its neighbour's."""
     kept, told = begun(["a", "b", "c"])
-    numbers = masked({"w": torch.zeros(100_000)}, told["a"], 0, "a", kept["a"]).numpy()
+    numbers = masked({"w": torch.zeros(100_000)}, told["a"], "a", kept["a"])
     counts = np.bincount(numbers.view(np.uint8), minlength=256)
     chi = float(((counts - 400_000 / 256) ** 2 / (400_000 / 256)).sum())
     assert abs(chi - 255) < 5 * (2 * 255) ** 0.5
@@ -122,7 +122,9 @@ def test_whole_numbers_by_hand_and_what_would_run_over() -> None:
     tensors = {"b": torch.tensor([[STEP, -STEP]]), "a": torch.tensor([1.0, 1.4 * STEP])}
     assert whole_numbers(tensors, 3).tolist() == [2**22, 1, 1, 2**32 - 1]
     shapes = {"b": (1, 2), "a": (2,)}
-    back = mean_of(np.array([2**22, 3, 2**32 - 3, 6], np.uint32), 3, shapes)
+    back, beside = mean_of(np.array([2**22, 3, 2**32 - 3, 6, 2**32 - 2**21], np.uint32), 3, shapes)
+    assert beside == [-0.5]
+    assert whole_numbers(tensors, 3, [-0.5]).tolist()[-1] == 2**32 - 2**21
     assert {name: t.tolist() for name, t in back.items()} == {"a": [pytest.approx(1 / 3), STEP], "b": [[-STEP, 2 * STEP]]}
     whole_numbers({"a": torch.tensor([170.0])}, 3)
     with pytest.raises(MaskError, match=r"a change of 171 in one number: 3 of such run over .* \(at most 171\)"):
@@ -160,10 +162,16 @@ def begun(names: Sequence[str], threshold: int = 2) -> tuple[dict[str, Kept], di
     return kept, {name: {"among": list(names), "shares": {o: shares[o][name] for o in names}} for name in names}
 
 
+def masked(change: dict[str, torch.Tensor], told: dict[str, Any], site: str, kept: Kept) -> np.ndarray:
+    """As `client.answer` does, in round 0 at 32 bits."""
+    masks = masks_of(told, 0, site, kept)
+    return masks.over(whole_numbers(change, len(masks.among)))
+
+
 def test_a_site_tells_of_each_other_one_of_two_secrets_and_once() -> None:
     kept, told = begun(["a", "b", "c"])
     for name in kept:
-        masked({"w": torch.zeros(3)}, told[name], 0, name, kept[name])
+        masked({"w": torch.zeros(3)}, told[name], name, kept[name])
     answer = header_of(prepare(question("unmask", answered=["a", "b"]), like(), "a", kept["a"]))
     assert (sorted(answer["seeds"]), sorted(answer["keys"])) == (["a", "b"], ["c"])
     with pytest.raises(MaskError, match="site a: it has no keys of round 1"):
@@ -184,12 +192,12 @@ def test_a_site_refuses_what_would_tell_its_change() -> None:
         ({"among": ["a", "b"], "shares": {"a": "00"}}, "shares of ['a'] came"),
     ):
         with pytest.raises(MaskError) as caught:
-            masked(change, wrong, 0, "a", kept["a"])
+            masked(change, wrong, "a", kept["a"])
         assert said in str(caught.value)
-    masked(change, told["a"], 0, "a", kept["a"])
+    masked(change, told["a"], "a", kept["a"])
     less = {"among": ["a", "b"], "shares": {o: told["a"]["shares"][o] for o in ("a", "b")}}
     with pytest.raises(MaskError, match="asked for this round's change before, behind other masks"):
-        masked(change, less, 0, "a", kept["a"])
+        masked(change, less, "a", kept["a"])
     for threshold in (0, 1, 4, True, None):
         with pytest.raises(MaskError, match="more than half must be needed"):
             begun(["a", "b", "c"], threshold)  # type: ignore[arg-type]
@@ -298,12 +306,14 @@ def test_a_cut_off_round_begins_anew_with_other_keys(overrides: list[str], monke
     assert Counter(kind for kind, _ in asked) == {"keys": 12, "shares": 12, "global": 12, "unmask": 9}
 
 
-def test_over_a_grid_as_in_this_process(overrides: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_over_a_grid_as_in_this_process(codec: str, overrides: list[str], tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
     from test_engines_agree import over_grid
 
-    _, here, _ = go(overrides)
-    there = over_grid([*overrides, "name=there"], tmp_path)
+    given = [*overrides, f"federation.codec_up={codec}"]
+    _, here, _ = go(given)
+    there = over_grid([*given, "name=there"], tmp_path)
     assert same(adapter_of(here.path), adapter_of(there.path))
 
 
@@ -333,7 +343,8 @@ def test_a_site_gives_no_keys_where_its_recipe_asks_for_none(
 @pytest.mark.parametrize(
     "key",
     [
-        "federation.rule=svd", "federation.rule=alternate", "federation.weighting=positions", "federation.codec_up=int8",
+        "federation.rule=svd", "federation.rule=alternate", "federation.weighting=positions", "federation.codec_up=bf16",
+        "federation.codec_up=topk=0.1+int8",
         "federation.max_update_norm=3", "structure.hold=true", "evidence.anchor=1", 'evaluation.baselines=["analytic"]',
         "distill.weight=1",
     ],
@@ -354,5 +365,5 @@ def test_a_missing_library_is_told_before_any_work(monkeypatch: pytest.MonkeyPat
 def test_secrets_are_kept_for_a_round_and_written_as_numbers() -> None:
     kept, told = begun(["a", "b"])
     again = Kept().restored(json.loads(json.dumps({})) or kept["a"].tensors())
-    one = masked({"w": torch.ones(3)}, told["a"], 0, "a", kept["a"])
-    assert torch.equal(one, masked({"w": torch.ones(3)}, told["a"], 0, "a", again))
+    one = masked({"w": torch.ones(3)}, told["a"], "a", kept["a"])
+    assert np.array_equal(one, masked({"w": torch.ones(3)}, told["a"], "a", again))

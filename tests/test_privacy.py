@@ -191,7 +191,7 @@ def test_the_server_takes_no_numbers_about_private_rows() -> None:
     like = Adapter({"m": Lora(torch.zeros(2, 3), torch.zeros(4, 2), 1.0)})
     sent = dict(like.tensors())
     quiet = {"site": "a", "tasks": {}, "seconds": "00000000.000"}
-    expected = Expected(0, like, silent=True)
+    expected = Expected(0, like, privacy=Privacy("site"))
     assert screen(Reply("a", pack("update", 0, like, sent, "fp32", **quiet, positions=1, stats={})), expected).positions == 1
     for more in ({"positions": 7, "stats": {}}, {"positions": 1, "stats": {"loss": 1.0}}):
         with pytest.raises(EnvelopeError, match=r"numbers about its site's rows"):

@@ -409,13 +409,15 @@ class Codec(Entry):
     """A codec of tensors, see `codecs.chain.Codec`: code is called with `given`, or with the number behind `=` in a spec.
 
     argument: (low, high), both left out, of that number; None where there is none. outer: another may follow it behind a `+`,
-    for the values that it keeps. sketch: how an argument is written in help.
+    for the values that it keeps. sketch: how an argument is written in help. bits: of the whole numbers behind masks that take
+    its place, see `exchange.summands`; 0: none do.
     """
 
     given: tuple[Any, ...] = ()
     argument: tuple[float, float] | None = None
     outer: bool = False
     sketch: str = ""
+    bits: int = 0
 
 
 _CODECS = "fedkeel.exchange.codecs"
@@ -425,8 +427,8 @@ CODECS = Table(
         "fp32": Codec(f"{_CODECS}.cast:Cast", given=("float32",)),
         "bf16": Codec(f"{_CODECS}.cast:Cast", given=("bfloat16",)),
         "fp16": Codec(f"{_CODECS}.cast:Cast", given=("float16",)),
-        "int8": Codec(f"{_CODECS}.quantize:Quantize", given=(8,)),
-        "int4": Codec(f"{_CODECS}.quantize:Quantize", given=(4,)),
+        "int8": Codec(f"{_CODECS}.quantize:Quantize", given=(8,), bits=8),
+        "int4": Codec(f"{_CODECS}.quantize:Quantize", given=(4,), bits=4),
         "topk": Codec(f"{_CODECS}.sparse:Sparse", argument=(0.0, 1.0), outer=True, sketch="SHARE"),
     },
 )

@@ -102,7 +102,7 @@ class Update:
 
     positions: supervised positions trained on in this round, > 0. stats: further numbers by name (mean loss in nats per
     position under `loss`, wall-clock seconds under `seconds`). tasks: supervised positions that the site holds, by task.
-    held: entries of the log of base shifts that its base holds.
+    held: entries of the log of base shifts that its base holds. side: of the clipping bound, see `exchange.quantile`.
     """
 
     site: str
@@ -111,6 +111,7 @@ class Update:
     stats: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, int] = field(default_factory=dict)
     held: int = 0
+    side: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class Global:
     log of base shifts, one entry a round under the rules that make them. held: entries of it that each site held when it
     last answered. optimiser: what the server's optimiser keeps, by name. heads: the analytic classifiers so far, by task.
     serve: their weight beside the adapter, where validation rows have chosen one.
+    clip: C of the next round where it follows a quantile, see `exchange.quantile`; 0: the recipe's. reach: of the rows of each
+    tensor in the next round, where changes add up in few bits, see `exchange.summands`.
     """
 
     round: int
@@ -135,6 +138,8 @@ class Global:
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
     heads: Mapping[str, Head] = field(default_factory=dict)
     serve: float | None = None
+    clip: float = 0.0
+    reach: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -120,9 +120,12 @@ def _privacy(recipe: Recipe, rows: Sequence[Row]) -> str:
     elif privacy.unit == "site" and privacy.together > 1:
         where += f", of {privacy.together} of them together"
     told = f"ε = {max(spent):.3g}" if spent else "ε unknown, as no round tells it,"
+    bound, moved = f"C = {privacy.clip:g}", [r.value for r in rows if r.name == "clip" and r.method == "federated"]
+    if moved:
+        bound = f"C, which followed the {privacy.quantile:g} quantile of their lengths from {moved[0]:.3g} to {moved[-1]:.3g},"
     return _PRIVATE.format(
         received=received,
-        promise=f"**Differential privacy** of {unit}: {told} at δ = {privacy.delta:g}, by clipping to C = {privacy.clip:g} and "
+        promise=f"**Differential privacy** of {unit}: {told} at δ = {privacy.delta:g}, by clipping to {bound} and "
         f"Gaussian noise of z = {privacy.noise:g} times C, added {where}.",
     )
 

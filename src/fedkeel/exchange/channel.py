@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedkeel import tables
 from fedkeel.exchange.codecs import make_codec
-from fedkeel.exchange.codecs.chain import Codec, CodecError, as_float32
+from fedkeel.exchange.codecs.chain import CodecError, Shapes, as_float32
 from fedkeel.recipe.schema import Recipe
 
 Tensors = Mapping[str, Tensor]
@@ -30,6 +30,18 @@ class Step(Protocol):
 
     def arrived(self, left: Tensors, got: Tensors, memory: Tensors) -> Tensors:
         """What to remember. left: as it left this step. got: as the receiver decodes it."""
+        ...
+
+
+class Coder(Protocol):
+    """What stands at a channel's end: a codec, or a site's part of a sum (`summands`). See `codecs.chain.Codec`."""
+
+    def encode(self, tensors: Tensors, key: int) -> dict[str, Tensor]:
+        """What travels."""
+        ...
+
+    def decode(self, encoded: Tensors, shapes: Shapes) -> dict[str, Tensor]:
+        """What it stands for."""
         ...
 
 
@@ -67,7 +79,7 @@ def feedback(recipe: Recipe) -> Feedback | None:
 class Channel:
     """A site's way to the server. steps: by name, in order."""
 
-    codec: Codec
+    codec: Coder
     steps: Mapping[str, Step]
 
     def send(self, tensors: Tensors, memory: Mapping[str, Tensors], key: int) -> tuple[dict[str, Tensor], dict[str, Tensors]]:
@@ -86,7 +98,7 @@ class Channel:
         return encoded, {**memory, **{name: step.arrived(left, got, memory.get(name, {})) for name, step, left in passed}}
 
 
-def channel_of(recipe: Recipe) -> Channel:
-    """The channel of the recipe's sites."""
+def channel_of(recipe: Recipe, codec: Coder | None = None) -> Channel:
+    """The channel of the recipe's sites. codec: in place of `codec_up`."""
     steps = {name: step for name, entry in tables.STEPS.items() if (step := entry.load()(recipe)) is not None}
-    return Channel(make_codec(recipe.federation.codec_up), steps)
+    return Channel(codec or make_codec(recipe.federation.codec_up), steps)

@@ -15,6 +15,12 @@ Tensors = Mapping[str, Tensor]
 MARGIN = 1e-6  # so that rounding to float32 does not pass the bound
 
 
+def length(tensors: Tensors) -> float:
+    """‖Δ‖, Euclidean, over all tensors together."""
+    # in float64 no square of a float32 is too large or vanishes
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+
+
 @dataclass(frozen=True)
 class Clip:
     """most: C > 0. Δ becomes Δ · min(1, C / ‖Δ‖), over all tensors together; zeros where Δ is not finite.
@@ -27,14 +33,13 @@ class Clip:
 
     def leaves(self, tensors: Tensors, memory: Tensors) -> Tensors:
         """See `channel.Step`."""
-        # in float64 no square of a float32 is too large or vanishes
-        length = math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
-        if not math.isfinite(length):
+        long = length(tensors)
+        if not math.isfinite(long):
             return {name: torch.zeros_like(t, dtype=torch.float32) for name, t in tensors.items()}
         bound = self.most * (1 - MARGIN)
-        if length <= bound:
+        if long <= bound:
             return {name: t.float() for name, t in tensors.items()}
-        return {name: (t.double() * (bound / length)).float() for name, t in tensors.items()}
+        return {name: (t.double() * (bound / long)).float() for name, t in tensors.items()}
 
     def arrived(self, left: Tensors, got: Tensors, memory: Tensors) -> Tensors:
         """See `channel.Step`: nothing is remembered."""

@@ -12,6 +12,7 @@ it is used, as a federation without masks does without; a recipe that asks for t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -123,9 +124,11 @@ def pair_masks(private: bytes, keys: Mapping[str, bytes], site: str, purpose: st
     return total
 
 
-def whole_numbers(tensors: Mapping[str, Tensor], sites: int) -> np.ndarray:
-    """All numbers by sorted name in steps of STEP, uint32 mod 2³². Raises MaskError where so many sites' could run over."""
-    flat = torch.cat([tensors[name].detach().double().flatten().cpu() for name in sorted(tensors)])
+def whole_numbers(tensors: Mapping[str, Tensor], sites: int, beside: Sequence[float] = ()) -> np.ndarray:
+    """All numbers by sorted name, then those beside them, in steps of STEP, uint32 mod 2³². Raises MaskError where so many
+    sites' could run over."""
+    parts = [tensors[name].detach().double().flatten().cpu() for name in sorted(tensors)]
+    flat = torch.cat([*parts, torch.tensor(beside, dtype=torch.float64)])
     steps = (flat / STEP).round()
     most = float(steps.abs().max())
     if not most * sites < 2**31:
@@ -136,9 +139,12 @@ def whole_numbers(tensors: Mapping[str, Tensor], sites: int) -> np.ndarray:
     return steps.to(torch.int64).numpy().astype(np.uint32)
 
 
-def mean_of(total: np.ndarray, sites: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The mean change that a sum of `sites` stands for, float32 by name. total: uint32."""
-    numbers = torch.from_numpy(total.view(np.int32).astype(np.float64)) * (STEP / sites)
-    sizes = [int(np.prod(shapes[name], dtype=np.int64)) for name in sorted(shapes)]
-    parts: Sequence[Tensor] = numbers.split(sizes)
-    return {name: part.reshape(shapes[name]).float() for name, part in zip(sorted(shapes), parts, strict=True)}
+def mean_of(total: np.ndarray, sites: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[float]]:
+    """(the mean change that a sum of `sites` stands for, float32 by name; the sums of what was beside it). total: uint32."""
+    numbers = torch.from_numpy(total.view(np.int32).astype(np.float64))
+    sizes = [math.prod(shapes[name]) for name in sorted(shapes)]
+    *parts, beside = numbers.split([*sizes, len(numbers) - sum(sizes)])
+    change = {
+        name: (part * (STEP / sites)).reshape(shapes[name]).float() for name, part in zip(sorted(shapes), parts, strict=True)
+    }
+    return change, (beside * STEP).tolist()

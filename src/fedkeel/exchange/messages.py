@@ -10,20 +10,23 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkeel.exchange.codecs import Codec, EnvelopeError, Wire, make_codec, open_envelope, seal
+from fedkeel.exchange.codecs.quantize import matrix_of
 from fedkeel.exchange.heads import heads_packed, heads_unpacked, heads_wire
+from fedkeel.exchange.quantile import read_bound
 from fedkeel.tables import Rule
 from fedkeel.types import Adapter, Global, Shift
 
 SCHEMA = 3
 MOST_TASKS, MOST_LETTERS = 4096, 2**18  # of one site's counts
 MEMORY = "memory/"  # before the names of the adapter that ended the previous stage
+REACH = "reach/"  # before the name of a tensor: of its rows
 SHIFT = "shift/"  # before the number of an entry of the log of base shifts, and a module path
 
 
@@ -132,11 +135,13 @@ def pack_global(kind: str, state: Global, way: Way = Way(), since: int | None = 
     log = {"first": first, "ranks": ranks}
     heads, parts = heads_packed(state.heads)
     plain |= parts
+    plain |= {REACH + name: reach.float().clone() for name, reach in state.reach.items()}
     remembers = state.memory is not None
     encoded = make_codec(way.codec).encode(tensors, way.key) | plain
     told = {"drift": dict(state.drift), "memory": remembers, "shifts": log, "heads": heads, **more}
     if state.serve is not None:
         told["serve"] = state.serve
+    told |= ({"clip": state.clip} if state.clip else {}) | ({"reach": sorted(state.reach)} if state.reach else {})
     return pack(kind, state.round, state.adapter, encoded, way.codec, **told)
 
 
@@ -164,6 +169,7 @@ def unpack_global(
         if header["memory"]:
             shapes = shapes | {MEMORY + name: shape for name, shape in whole.items()}
         plain = _shift_wire(header.get("shifts"), like) | heads_wire(header.get("heads", []))
+        plain |= _reach_wire(header.get("reach", []), whole)
         return found.wire(shapes) | plain
 
     header, sent = open_envelope(payload, expected=expected)
@@ -186,7 +192,18 @@ def unpack_global(
     serve = header.get("serve")
     if serve is not None and not (type(serve) is float and 0 <= serve < math.inf):
         raise EnvelopeError(f"the message reports a served weight of {serve!r}")
-    return header, Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts, heads=heads, serve=serve)
+    found = Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts, heads=heads, serve=serve)
+    reach = {name: sent[REACH + name].clone() for name in header.get("reach", [])}
+    if not all(bool((r > 0).all()) for r in reach.values()):
+        raise EnvelopeError("the message tells a reach of rows that is not above 0")
+    return header, replace(found, clip=read_bound(header.get("clip", 0)), reach=reach)
+
+
+def _reach_wire(names: Any, shapes: Mapping[str, tuple[int, ...]]) -> Wire:
+    """The tensors of the reach of rows that a header announces. Raises EnvelopeError where it announces nonsense."""
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in shapes for name in names):
+        raise EnvelopeError(f"the message reports a reach of {names!r:.99}, which are no tensors of this adapter")
+    return {REACH + name: (torch.float32, (min(matrix_of(shapes[name])),)) for name in names}
 
 
 def _shift_wire(log: Any, like: Adapter) -> Wire:

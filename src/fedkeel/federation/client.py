@@ -10,6 +10,7 @@ from typing import Any
 
 from fedkeel import tables
 from fedkeel.data.format import Example
+from fedkeel.exchange import quantile
 from fedkeel.exchange.channel import channel_of
 from fedkeel.exchange.codecs import header_of, seal
 from fedkeel.exchange.messages import (
@@ -20,13 +21,15 @@ from fedkeel.exchange.messages import (
     names_of,
     pack,
     read_counts,
+    shapes_of,
     unpack_global,
     unsent,
 )
+from fedkeel.exchange.summands import summand
 from fedkeel.exchange.sums import pack_foretold, pack_sums, read_trial
 from fedkeel.federation.evidence import known_sums, tried
 from fedkeel.federation.kept import Kept, layout_of, modules_left_out
-from fedkeel.federation.masking import KINDS, masked, prepare
+from fedkeel.federation.masking import KINDS, masks_of, prepare
 from fedkeel.federation.teacher import held_positions
 from fedkeel.federation.train import Round, SiteError, train_round, untold
 from fedkeel.method.structure.branch import hold
@@ -84,14 +87,23 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     # Of fixed width, so that the bytes of a message do not depend on how fast the machine was.
     seconds = f"{clock() - begin:012.3f}"
     key = derive(recipe.seed, "up", site.name, round.state.round)
-    encoded, kept.memory = channel_of(recipe).send({name: change[name] for name in sorted(sent)}, kept.memory, key)
+    recipe = replace(recipe, privacy=quantile.as_now(recipe.privacy, round.state.clip))
+    change = {name: change[name] for name in sorted(sent)}
+    side = quantile.side(change, recipe.privacy) if recipe.privacy.quantile else None
     if recipe.privacy.masks:
-        numbers = masked(encoded, asked.get("masked", {}), round.state.round, site.name, kept)
-        return seal(about("masked", round.state.round, like, site=site.name), {"sum": numbers})
+        masks = masks_of(asked.get("masked", {}), round.state.round, site.name, kept)
+        adds = summand(recipe.federation.codec_up, len(masks.among), round.state.reach)
+        encoded, kept.memory = channel_of(recipe, adds).send(change, kept.memory, key)
+        beside = [] if side is None else [side]
+        whole = masks.over(adds.numbers(encoded, beside))
+        form = adds.form(shapes_of(change), len(beside))
+        return seal(about("masked", round.state.round, like, site=site.name), form.packed(whole))
+    encoded, kept.memory = channel_of(recipe).send(change, kept.memory, key)
     told = {"site": site.name, "positions": positions, "stats": stats, "seconds": seconds, "held": model.shifts}
     told["tasks"] = held_positions(examples, recipe.distill.trust_by) if _counts_travel(recipe) else {}
     if recipe.privacy.unit != "none":  # numbers about private rows are not sent, and time tells of them too
         told |= {"positions": 1, "stats": {}, "seconds": f"{0:012.3f}"}
+    told |= {} if side is None else {"side": quantile.told(side)}
     return pack("update", round.state.round, like, encoded, recipe.federation.codec_up, **told)
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from fedkeel.exchange.codecs import EnvelopeError, Wire, open_envelope, seal
-from fedkeel.exchange.masks import NONCE, SECRET, SHARE, TAG, MaskError, join, mean_of, pair_masks, public_of, stream
+from fedkeel.exchange.masks import NONCE, SECRET, SHARE, TAG, MaskError, join, pair_masks, public_of, stream
 from fedkeel.exchange.messages import about, check_promised, names_of, shapes_of
+from fedkeel.exchange.summands import first_reach, summand
 from fedkeel.federation.asking import Asking, told
-from fedkeel.federation.server import Answers, FederationError, Roster, RoundResult, Sent, aggregated, message
+from fedkeel.federation.server import Answers, FederationError, Roster, RoundResult, Sent, aggregated, bound_after, message
+from fedkeel.rng import derive
 from fedkeel.types import Adapter, Global, Reply, Transport, Update
 
 
@@ -61,7 +63,11 @@ def run_masked_round(
     state: Global, transport: Transport, roster: Roster, clock: Callable[[], float] = time.perf_counter
 ) -> RoundResult:
     """As `server.run_round`, of the sum of the sites' changes alone. Raises FederationError."""
-    begin, asked, federation = clock(), roster.asked(state.round), roster.federation
+    begin, asked, federation, roster = clock(), roster.asked(state.round), roster.federation, roster.now(state)
+    names = names_of(state.adapter, roster.rule.trained(state.round) & roster.rule.shared)
+    shapes = {name: shape for name, shape in shapes_of(state.adapter.tensors()).items() if name in names}
+    if not state.reach:
+        state = replace(state, reach=first_reach(summand(federation.codec_up, len(asked), {}), shapes, roster.moves))
     talk = _Talk(transport, federation.deadline, state, asked, needed(len(asked), roster.privacy.threshold), federation.quorum)
     keys = talk.ask(dict.fromkeys(asked, seal(talk.header("keys"), {})), partial(_keys, talk))
     talk.enough(keys, "gave keys")
@@ -71,18 +77,20 @@ def run_masked_round(
     talk.enough(shares, "gave shares of their keys")
     sent = {site: _global(talk, roster, site, shares) for site in sorted(shares)}
     reference = next(iter(sent.values())).reference
-    names = names_of(reference, roster.rule.trained(state.round) & roster.rule.shared)
-    shapes = {name: shape for name, shape in shapes_of(reference.tensors()).items() if name in names}
-    wire: Wire = {"sum": (torch.int32, (sum(math.prod(shape) for shape in shapes.values()),))}
+    adds = summand(federation.codec_up, len(sent), state.reach)
+    form = adds.form(shapes, int(roster.privacy.quantile > 0))
     came = talk.ask(
-        {site: one.payload for site, one in sent.items()}, lambda reply: talk.opened(reply, "masked", wire)[1]["sum"]
+        {site: one.payload for site, one in sent.items()},
+        lambda reply: form.unpacked(talk.opened(reply, "masked", form.wire())[1]),
     )
     talk.enough(came, "sent their masked change")
     question = seal(talk.header("unmask", answered=sorted(came)), {})
     helped = talk.ask(dict.fromkeys(came, question), partial(_unmasking, talk, set(sent), set(came)))
     talk.enough(helped, "helped to take the masks off")
     aggregation = clock()
-    change = mean_of(_unmasked(talk, keys, sorted(sent), came, helped), len(came), shapes)
+    total = _unmasked(talk, keys, sorted(sent), came, helped)
+    drawn = [derive(roster.seed, "up", site, state.round) for site in sorted(came)]
+    change, sides, reach = adds.means(total, drawn, shapes)
     old = reference.tensors()
     both = Update("all", reference.with_tensors(old | {name: old[name] + t for name, t in change.items()}), 1)
     if not any(bool(t.any()) for t in change.values()):
@@ -90,7 +98,8 @@ def run_masked_round(
     heads = [Update(site, Adapter({}), 1) for site in sorted(came)]
     result, kept = aggregated(state, roster, Answers([both], [both], talk.failures), reference, {"all": frozenset()})
     end = clock()
-    after = replace(state, round=state.round + 1, adapter=result.adapter, drift={}, optimiser=kept)
+    bound = bound_after(roster, state, sum(sides), len(came))
+    after = replace(state, round=state.round + 1, adapter=result.adapter, drift={}, optimiser=kept, clip=bound, reach=reach)
     seconds = (end - begin, end - aggregation)
     return RoundResult(after, math.nan, heads, dict(talk.down), dict(talk.up), *seconds, talk.failures)
 
@@ -145,13 +154,13 @@ def _unmasked(
     talk: _Talk,
     keys: Mapping[str, tuple[bytes, bytes]],
     among: Sequence[str],
-    came: Mapping[str, torch.Tensor],
+    came: Mapping[str, np.ndarray],
     helped: Mapping[str, tuple[Mapping[str, bytes], Mapping[str, bytes]]],
 ) -> np.ndarray:
-    """The sum of the changes of those that answered, uint32. Raises FederationError where shares do not fit."""
+    """The sum of what those that answered added, uint32 mod 2³². Raises FederationError where shares do not fit."""
     round, number = talk.state.round, {site: n for n, site in enumerate(sorted(keys), 1)}
     masks = {site: pair[1] for site, pair in keys.items() if site in among}
-    total = reduce(np.add, (tensor.numpy().view(np.uint32) for tensor in came.values()))  # mod 2³²
+    total = reduce(np.add, came.values())
     try:
         for site in among:
             part = 0 if site in came else 1

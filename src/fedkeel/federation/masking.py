@@ -6,13 +6,13 @@ Of each round a site has secrets of its own, which it keeps from message to mess
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fedkeel.exchange.codecs import seal
 from fedkeel.exchange.masks import (
@@ -24,7 +24,6 @@ from fedkeel.exchange.masks import (
     pair_masks,
     split,
     stream,
-    whole_numbers,
 )
 from fedkeel.exchange.messages import about, layout
 from fedkeel.federation.kept import Kept
@@ -107,10 +106,25 @@ def _shared(header: Mapping[str, Any], secrets: Secrets, site: str, kept: Kept) 
     return found
 
 
-def masked(tensors: Mapping[str, Tensor], told: Mapping[str, Any], round: int, site: str, kept: Kept) -> Tensor:
-    """A change as it is sent, int32: behind this site's own mask and those that it shares with each other of `told["among"]`.
+@dataclass(frozen=True)
+class Masks:
+    """A site's of one round: its own, and those that it shares with each other site of `among`."""
 
-    told: of the message down: `among`, those who gave shares, and `shares`, theirs for this site."""
+    site: str
+    among: Sequence[str]
+    secrets: Secrets
+
+    def over(self, numbers: np.ndarray) -> np.ndarray:
+        """Whole numbers behind them, uint32 mod 2³², and so mod any 2^m."""
+        keys = {other: bytes.fromhex(self.secrets.keys[other][1]) for other in self.among}
+        purpose = f"mask {self.secrets.round}"
+        pairs = pair_masks(bytes.fromhex(self.secrets.mask), keys, self.site, purpose, len(numbers))
+        return numbers + pairs + stream(bytes.fromhex(self.secrets.seed), len(numbers))
+
+
+def masks_of(told: Mapping[str, Any], round: int, site: str, kept: Kept) -> Masks:
+    """The masks of a change. told: of the message down: `among`, those who gave shares, and `shares`, theirs for this site.
+    Raises MaskError."""
     secrets, among, came = _kept(kept, round, site), told.get("among"), told.get("shares")
     if (
         not isinstance(among, list)
@@ -124,11 +138,7 @@ def masked(tensors: Mapping[str, Tensor], told: Mapping[str, Any], round: int, s
     if secrets.came and dict(secrets.came) != came:
         raise MaskError(f"site {site}: it was asked for this round's change before, behind other masks; two sums would tell it")
     _keep(kept, replace(secrets, came=came))
-    numbers = whole_numbers(tensors, len(among))
-    keys = {other: bytes.fromhex(secrets.keys[other][1]) for other in among}
-    numbers = numbers + pair_masks(bytes.fromhex(secrets.mask), keys, site, f"mask {round}", len(numbers))
-    numbers = numbers + stream(bytes.fromhex(secrets.seed), len(numbers))
-    return torch.from_numpy(numbers.view("int32"))
+    return Masks(site, among, secrets)
 
 
 def _unmasking(header: Mapping[str, Any], secrets: Secrets, site: str) -> dict[str, dict[str, str]]:

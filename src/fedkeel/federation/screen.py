@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ import torch
 from fedkeel import tables
 from fedkeel.exchange.codecs import EnvelopeError
 from fedkeel.exchange.messages import read_counts, unpack
+from fedkeel.exchange.quantile import heard
+from fedkeel.recipe.schema import Privacy
 from fedkeel.types import Adapter, Reply, Update
 
 STAT = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -38,7 +40,8 @@ class Expected:
     """What a reply is held to. reference: what the site started from. names: the tensors that must come; None: all.
 
     codec: what they must have come through; empty: any. max_norm: of the change, Euclidean, all tensors together. log: base
-    shifts there are. silent: a site tells nothing beside its change.
+    shifts there are. privacy: as it is now; where it has a unit, a site tells nothing beside its change but its side of the
+    clipping bound, if that follows a quantile.
     """
 
     round: int
@@ -47,7 +50,7 @@ class Expected:
     codec: str = ""
     max_norm: float = math.inf
     log: int = 0
-    silent: bool = False
+    privacy: Privacy = field(default_factory=Privacy)
 
 
 def screen(reply: Reply, expected: Expected) -> Update:
@@ -65,9 +68,11 @@ def screen(reply: Reply, expected: Expected) -> Update:
     held = header.get("held", 0)
     if type(held) is not int or not 0 <= held <= expected.log:
         raise EnvelopeError(f"the message reports {held!r} base shifts held, of {expected.log} that there are")
-    if expected.silent and (positions != 1 or header["stats"]):
+    silent = expected.privacy.unit != "none"
+    if silent and (positions != 1 or header["stats"]):
         raise EnvelopeError("the message tells numbers about its site's rows, which privacy.unit keeps there")
-    stats = {} if expected.silent else _stats(header)
+    stats = {} if silent else _stats(header)
+    side = heard(header.get("side"), expected.privacy) if expected.privacy.quantile else 0.0
     counts = read_counts(header.get("tasks"))
     norm = float(torch.sqrt(sum((t.double().square().sum() for t in change.values()), torch.zeros(()))))
     if norm > expected.max_norm:
@@ -78,7 +83,7 @@ def screen(reply: Reply, expected: Expected) -> Update:
         if not torch.isfinite(tensor).all():  # two large numbers can add up to infinity
             raise EnvelopeError(f"{name} is not finite once the change is added")
     adapter = reference.with_tensors(old | new)
-    return Update(reply.site, adapter, positions, {**stats, "update_norm": norm}, counts, held)
+    return Update(reply.site, adapter, positions, {**stats, "update_norm": norm}, counts, held, side)
 
 
 def _stats(header: Mapping[str, Any]) -> dict[str, float]:

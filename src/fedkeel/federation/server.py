@@ -16,6 +16,7 @@ from fedkeel import tables
 from fedkeel.exchange.codecs import EnvelopeError
 from fedkeel.exchange.messages import Way, layout, names_of, pack_global, unpack_global, unsent
 from fedkeel.exchange.noise import deviation, noised
+from fedkeel.exchange.quantile import as_now, next_bound
 from fedkeel.federation.asking import told
 from fedkeel.federation.screen import Expected, screen
 from fedkeel.method.aggregate.common import Aggregate, exact_factors, product_norm
@@ -47,7 +48,8 @@ class Roster:
 
     layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the modules
     that the site leaves out of this round. own: the rule's own options. privacy: what is hidden of a site, and who hides it.
-    evidence: what is made of sums of rows. by_head: whether sites score classes by the analytic classifiers.
+    evidence: what is made of sums of rows. by_head: whether sites score classes by the analytic classifiers. moves: what a number
+    can change by in a stage's first round.
     """
 
     sites: Sequence[str]
@@ -59,6 +61,7 @@ class Roster:
     privacy: Privacy = field(default_factory=Privacy)
     evidence: Evidence = field(default_factory=Evidence)
     by_head: bool = False
+    moves: float = 0.03
 
     @property
     def rule(self) -> tables.Rule:
@@ -69,6 +72,10 @@ class Roster:
     def hides(self) -> bool:
         """Whether it is the coordinator who adds noise, so that what is seen of updates must not be told."""
         return self.privacy.unit != "none" and self.privacy.noise_at == "coordinator"
+
+    def now(self, state: Global) -> Roster:
+        """The same for a round of `state`, by its clipping bound."""
+        return replace(self, privacy=as_now(self.privacy, state.clip))
 
     def asked(self, round: int) -> list[str]:
         """The sites of round `round`."""
@@ -140,6 +147,7 @@ def run_round(
     update differs from what was sent, or if codec_down cannot hold the adapter.
     """
     begin = clock()
+    roster = roster.now(state)
     rule, federation = roster.rule, roster.federation
     sampled = roster.asked(state.round)
     _check_together(roster, sampled)
@@ -171,11 +179,12 @@ def run_round(
         {**state.held, **dict.fromkeys(answers.failures, 0), **held},
         kept,
         state.heads,
+        bound_after(roster, state, sum(u.side for u in answers.heads), len(answers.heads)),
     )
     down = {site: len(to[site].payload) for site in sampled}
     up = {r.site: len(r.payload) for r in replies}
     error = math.nan if roster.hides else result.error
-    heads = [replace(u, stats={}) for u in answers.heads] if roster.hides else answers.heads
+    heads = [replace(u, stats={}, side=0.0) for u in answers.heads] if roster.hides else answers.heads
     return RoundResult(after, error, heads, down, up, end - begin, end - aggregation, answers.failures)
 
 
@@ -230,7 +239,7 @@ def _decoded(
     names = names_of(reference, shared, left_out[reply.site])
     log = len(state.shifts)
     held = (federation.codec_up, federation.max_update_norm, log)
-    return screen(reply, Expected(state.round, reference, names, *held, roster.privacy.unit != "none"))
+    return screen(reply, Expected(state.round, reference, names, *held, roster.privacy))
 
 
 def _sifted(replies: Sequence[Reply], sampled: Sequence[str], decode: Callable[[Reply], Update], round: int) -> Answers:
@@ -304,10 +313,21 @@ def aggregated(
 
 
 def _hidden(roster: Roster, reference: Adapter, adapter: Adapter, round: int, count: int) -> Adapter:
-    """The average of `count` sites with the noise of their sum, z · C, shared by them."""
+    """The average of `count` sites with the noise of their sum, z_Δ · C, shared by them."""
     trained = names_of(reference, roster.rule.trained(round))
     held = adapter.tensors()
-    return adapter.with_tensors(held | noised({n: held[n] for n in sorted(trained)}, deviation(roster.privacy) / count))
+    sigma = deviation(roster.privacy, len(roster.asked(round))) / count
+    return adapter.with_tensors(held | noised({n: held[n] for n in sorted(trained)}, sigma))
+
+
+def bound_after(roster: Roster, state: Global, sides: float, count: int) -> float:
+    """C after a round in which the sides of `count` sites add up to `sides`; 0 where it stays. Raises FederationError."""
+    if not roster.privacy.quantile:
+        return 0.0
+    try:
+        return next_bound(roster.privacy, sides, count, len(roster.asked(state.round)))
+    except ValueError as error:
+        raise FederationError(f"round {state.round + 1}: {error}") from error
 
 
 def _combine(

@@ -136,6 +136,8 @@ def cross_check(recipe: Recipe) -> None:
     _check_anchor(recipe)
     if recipe.privacy.unit == "row":
         _check_row_privacy(recipe)
+    if recipe.privacy.unit == "site":
+        _check_quantile(recipe)
     if not recipe.name or recipe.name != Path(recipe.name).name or recipe.name.startswith("."):
         raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
 
@@ -152,8 +154,10 @@ def _check_privacy(recipe: Recipe) -> None:
     privacy, federation, distill = recipe.privacy, recipe.federation, recipe.distill
     rule = tables.RULES[federation.rule]
     if privacy.unit == "none":
-        if privacy.noise or privacy.epsilon:
-            raise ConfigError("privacy.noise and privacy.epsilon need privacy.unit = 'site' or 'row'")
+        if privacy.noise or privacy.epsilon or privacy.quantile:
+            raise ConfigError(
+                "privacy.noise and privacy.epsilon need privacy.unit = 'site' or 'row', and privacy.quantile 'site'"
+            )
         return
     if not privacy.noise:
         raise ConfigError(
@@ -184,16 +188,30 @@ def _check_privacy(recipe: Recipe) -> None:
         )
 
 
+def _check_quantile(recipe: Recipe) -> None:
+    privacy = recipe.privacy
+    if privacy.quantile == 1:
+        raise ConfigError("privacy.quantile = 1: no bound is ever too long, and C would grow without end; set a share below 1")
+    if privacy.quantile and privacy.count_noise and privacy.count_noise <= privacy.noise / 2:
+        raise ConfigError(
+            f"privacy.count_noise = {privacy.count_noise:g}: the count alone would tell more than privacy.noise = "
+            f"{privacy.noise:g} allows of a round; set it above half of that, or 0"
+        )
+    if not privacy.quantile and privacy.count_noise:
+        raise ConfigError("privacy.count_noise is of the count that privacy.quantile asks for, and that is 0")
+
+
 def _check_masks(recipe: Recipe) -> None:
     """Under masks the coordinator has the sum of the changes, in whole numbers, and nothing of one site."""
     federation, distill, privacy = recipe.federation, recipe.distill, recipe.privacy
     if not privacy.masks:
         return
     rule = tables.RULES[federation.rule]
+    added = ("fp32", *(name for name, codec in tables.CODECS.items() if codec.bits))
     wrong = {
         f"federation.rule = {rule.name!r}": not rule.sums or len(rule.trains) > 1,
         f"federation.weighting = {federation.weighting!r}": federation.weighting != "uniform",
-        f"federation.codec_up = {federation.codec_up!r}": federation.codec_up != "fp32",
+        f"federation.codec_up = {federation.codec_up!r}": federation.codec_up not in added,
         f"federation.max_update_norm = {federation.max_update_norm:g}": math.isfinite(federation.max_update_norm),
         "lora.site_ranks": not recipe.lora.one_rank,
         "structure.hold": recipe.structure.hold,
@@ -210,7 +228,13 @@ def _check_masks(recipe: Recipe) -> None:
     if found:
         raise ConfigError(
             f"privacy.masks shows the coordinator the sum of the sites' changes alone, and {', '.join(found)} would need more: "
-            f"federation.rule = 'mean' or 'freeze_a', weighting = 'uniform' and codec_up = 'fp32' go with it"
+            f"federation.rule = 'mean' or 'freeze_a', weighting = 'uniform' and codec_up of {', '.join(added)} go with it"
+        )
+    if federation.codec_up != "fp32" and privacy.unit == "site" and privacy.together > 1:
+        raise ConfigError(
+            f"privacy.together = {privacy.together}: noise that is whole in a sum alone is accounted for where its parts are "
+            f"added as they are, and federation.codec_up = {federation.codec_up!r} would round each to few steps before: set "
+            f"codec_up = 'fp32', or together = 1"
         )
 
 
@@ -253,6 +277,11 @@ def _check_row_privacy(recipe: Recipe) -> None:
     if privacy.noise_at != "sites" or privacy.together > 1:
         raise ConfigError(
             "privacy.unit = 'row': the noise is in each step, at the sites; set noise_at = 'sites' and together = 1"
+        )
+    if privacy.quantile or privacy.count_noise:
+        raise ConfigError(
+            "privacy.unit = 'row': privacy.quantile moves the bound of a site's change; a row's gradient has a fixed one: set "
+            "quantile and count_noise to 0"
         )
     wrong = {
         "evidence.task": recipe.evidence.task != "plain",  # which labels a site holds

@@ -335,6 +335,20 @@ class Privacy:
     clip: float = number(
         1.0, 0, about="C, most that a site's change of a round, or a row's gradient, may be long, Euclidean", above=True
     )
+    quantile: float = number(
+        0.0,
+        0,
+        1,
+        "γ, of the sites' changes that are to be no longer than C, which then moves from `clip` on; 0: it stays",
+        unit="share",
+    )
+    clip_rate: float = number(0.2, 0, about="η, of that: C becomes C · exp(−η (share − γ)) after each round", above=True)
+    count_noise: float = number(
+        0.0,
+        0,
+        about="σ_b, deviation of the noise in the count of those; 0: a twentieth of the sites, and at least z",
+        unit="sites",
+    )
     noise: float = number(0.0, 0, about="z: the sum over sites, or over a step's rows, has Gaussian noise of deviation z · C")
     noise_at: str = one_of(
         "sites",

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from fedkeel import tables
-from fedkeel.exchange.codecs import make_codec
-from fedkeel.exchange.messages import Way, names_of, pack, pack_global
+from fedkeel.exchange.codecs import make_codec, seal
+from fedkeel.exchange.messages import Way, about, names_of, pack, pack_global, shapes_of
+from fedkeel.exchange.summands import summand
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.here import check_length
@@ -16,12 +17,13 @@ from fedkeel.runs.prepare import Prepared
 from fedkeel.types import Adapter, Global, Lora
 
 
-def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tuple[int, int]:
+def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, sites: int = 1) -> tuple[int, int]:
     """(down, up): bytes of one message each way for an adapter of these shapes, by sealing one of zeros.
 
     True messages are a little longer: their headers carry names and numbers. In a stream with distill.memory the message
     down holds two adapters from the second stage on, and that is the size given here. Base shifts come on top: of rank up
-    to that of all sites' adapters together, for every round that a site has not seen.
+    to that of all sites' adapters together, for every round that a site has not seen. sites: of a round, whose number decides
+    how wide the numbers behind masks are; keys and shares come on top, 0.4 kB a pair of sites.
     """
     zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
     paths = sorted(name[:-2] for name in zeros if name.endswith(".a") and f"{name[:-2]}.b" in zeros)
@@ -37,9 +39,18 @@ def payload_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> tupl
     down = pack_global("global", state, way, tasks={}, unsent="0" * 16)
     sent = names_of(adapter, rule.trained(0) & rule.shared)
     changes = {name: t for name, t in adapter.tensors().items() if name in sent}
+    if recipe.privacy.masks:
+        return len(down), len(_masked(changes, adapter, recipe, sites))
     encoded = make_codec(federation.codec_up).encode(changes, 0)
     up = pack("update", 0, adapter, encoded, federation.codec_up, held=0, **more)
     return len(down), len(up)
+
+
+def _masked(changes: Mapping[str, torch.Tensor], adapter: Adapter, recipe: Recipe, sites: int) -> bytes:
+    """A change of zeros as it goes behind masks."""
+    form = summand(recipe.federation.codec_up, sites, {}).form(shapes_of(changes), int(recipe.privacy.quantile > 0))
+    zeros = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in form.wire().items()}
+    return seal(about("masked", 0, adapter, site="site-0"), zeros)
 
 
 def describe_model(prepared: Prepared) -> tuple[int, int, dict[str, tuple[int, ...]]]:

@@ -201,8 +201,19 @@ class Loop:
         ranks = recipe.lora.ranks(self._everyone(leg))
         layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in ranks.items()}
         out, own = modules_left_out(recipe, initial.lora), recipe.options("rule", recipe.federation.rule)
-        by_head = recipe.model.head == "analytic"
-        return Roster(sites, recipe.federation, recipe.seed, layouts, out, own, recipe.privacy, recipe.evidence, by_head)
+        steps = max((steps_a_round(recipe.train, rows) for rows in leg.stages[stage].rows.values()), default=1)
+        return Roster(
+            sites,
+            recipe.federation,
+            recipe.seed,
+            layouts,
+            out,
+            own,
+            recipe.privacy,
+            recipe.evidence,
+            by_head=recipe.model.head == "analytic",
+            moves=recipe.train.lr * steps,  # AdamW moves a number by about its rate in a step
+        )
 
     @staticmethod
     def _everyone(leg: Leg) -> list[str]:
@@ -215,11 +226,12 @@ class Loop:
         where = f" of stage {stage + 1}" if len(leg.stages) > 1 else ""
         self.watch.leg(leg.name, f"round {done + 1} of {leg.rounds}{where}")
         remembers = bool(stage and recipe.distill.weight and recipe.distill.memory)
-        if not done:  # a new stage: what the sites reported of the last one says nothing about this one
+        if not done:  # a new stage: what the sites reported of the last one, whose rate fell, says nothing about this one
             # and if the memory is the global adapter itself, it need not travel twice
             apart = remembers and recipe.stream.average
-            current = replace(current, counts={}, memory=self._served(leg, stage - 1) if apart else None)
+            current = replace(current, counts={}, reach={}, memory=self._served(leg, stage - 1) if apart else None)
         self._release(roster, current.round)
+        bound = roster.now(current).privacy.clip
         begin, elsewhere = time.process_time(), carrier.cpu
         result = (run_masked_round if roster.privacy.masks else run_round)(current, carrier, roster)
         cpu = time.process_time() - begin + carrier.cpu - elsewhere
@@ -230,12 +242,21 @@ class Loop:
         # before it is scored: a base shift that sites hold must not be made again
         rows = round_rows(leg, stage, replace(result, state=current), self.recipe.name, cpu)
         if roster.privacy.unit != "none":
-            spent = spending(Cast(recipe, [at.rows for at in leg.stages])).after(self.state["asked"])
-            rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, "epsilon", spent, "epsilon", stage=stage))
-            self.watch.note(f"private so far: ε = {spent:.2f} at δ = {roster.privacy.delta:g}")
+            rows += self._spent(leg, stage, current.round, bound)
         self._save(leg, current, rows)
         self.watch.round(leg.name, current.round, leg.whole, result)
         return current
+
+    def _spent(self, leg: Leg, stage: int, round: int, bound: float) -> list[Row]:
+        """What has been promised after a round, told. bound: C of that round."""
+        recipe = leg.stages[stage].recipe
+        spent = spending(Cast(recipe, [at.rows for at in leg.stages])).after(self.state["asked"])
+        found, moves = {"epsilon": (spent, "epsilon")}, recipe.privacy.quantile > 0
+        found |= {"clip": (bound, "norm")} if moves else {}
+        told = f"; changes of this round were clipped to {bound:.3g}" if moves else ""
+        self.watch.note(f"private so far: ε = {spent:.2f} at δ = {recipe.privacy.delta:g}{told}")
+        run, method, seed = self.recipe.name, leg.method, leg.seed
+        return [Row(run, method, seed, round, name, value, unit, stage=stage) for name, (value, unit) in found.items()]
 
     def _release(self, roster: Roster, round: int) -> None:
         """Count what the sites are asked for before they are: a round that is cut off and done again is told twice."""

@@ -374,6 +374,8 @@ def _notes(rows: Sequence[Row], present: Sequence[str]) -> tuple[str, ...]:
         mean = mean_and_sd(errors)[0]
         told = f"{100 * mean:.2g} % of the exact change" if math.isfinite(mean) else number(mean)
         notes.append(f"Mean aggregation error of the federated rounds: {told} (Frobenius norm, low-rank modules).")
+    if bounds := by_site(rows, "federated", "clip").get("", []):
+        notes.append(f"Changes of sites were clipped to C = {bounds[0]:.3g} at first and {bounds[-1]:.3g} at last.")
     scoring = {m: total(rows, m, "test_seconds") for m in present}
     apart = [f"{METHODS[m]} {seconds_text(s)} s" for m, s in scoring.items() if s is not None]
     notes.append(

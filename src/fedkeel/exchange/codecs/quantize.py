@@ -56,7 +56,7 @@ class Quantize:
         for name, shape in shapes.items():
             count = count_of(name, shape)
             sent[name] = (torch.int8, tuple(shape)) if self.bits == 8 else (torch.uint8, ((count + 1) // 2,))
-            sent[extra(name, "scale")] = (torch.float32, (min(_matrix(shape)),))
+            sent[extra(name, "scale")] = (torch.float32, (min(matrix_of(shape)),))
         return sent
 
     def encode(self, tensors: Mapping[str, Tensor], key: int) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class Quantize:
             values = as_float32(name, tensor)
             scale = self._scale(values)
             # in float64 the quotient's rounding is far below what the draws resolve; 1 for 0, whose row is all zeros
-            steps = values.reshape(_matrix(values.shape)).double() / _along(scale.where(scale > 0, 1.0), values.shape)
+            steps = values.reshape(matrix_of(values.shape)).double() / along(scale.where(scale > 0, 1.0), values.shape)
             draws = counter_uniform(derive(key, "quantize", name), torch.arange(values.numel(), device=values.device))
             whole = (steps + draws.view_as(steps)).floor().clamp(-self.levels, self.levels).to(torch.int8)
             sent[name] = whole.view(values.shape) if self.bits == 8 else _pack(whole.flatten())
@@ -84,7 +84,7 @@ class Quantize:
             whole = encoded[name] if self.bits == 8 else _unpack(name, encoded[name], math.prod(shape))
             if whole.amin() < -self.levels:
                 raise CodecError(f"{name}: {int(whole.amin())} where whole numbers from {-self.levels} belong")
-            values = (whole.reshape(_matrix(shape)).float() * _along(scale, shape)).view(shape)
+            values = (whole.reshape(matrix_of(shape)).float() * along(scale, shape)).view(shape)
             if not is_finite(values):
                 raise CodecError(f"{name}: a scale is too large; a value would not be finite")
             tensors[name] = values
@@ -93,11 +93,11 @@ class Quantize:
     def bound(self, tensor: Tensor) -> Tensor:
         """One step: the scale of the entry's row, 0 in a row of zeros."""
         values = as_float32("x", tensor)
-        return _along(self._scale(values), values.shape).expand(_matrix(values.shape)).reshape(values.shape)
+        return along(self._scale(values), values.shape).expand(matrix_of(values.shape)).reshape(values.shape)
 
     def _scale(self, values: Tensor) -> Tensor:
         """(rows,): the least float32 with 17 significant bits and scale · L ≥ max|row|, held down as the class says."""
-        top = values.reshape(_matrix(values.shape)).abs().amax(_axis(values.shape))
+        top = values.reshape(matrix_of(values.shape)).abs().amax(axis_of(values.shape))
         # On the numbers' bits, which are ordered as positive numbers are. float64 holds a float32 times L exactly.
         bits = (top.double() / self.levels).float().view(torch.int32)
         bits = bits + (bits.view(torch.float32).double() * self.levels < top.double()).int()
@@ -105,19 +105,20 @@ class Quantize:
         return ((bits + 127) & -128).clamp_max(int(most.view(torch.int32)) & -128).view(torch.float32)
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The matrix that a tensor of `shape` is read as; its rows run along the longer of the two."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def _axis(shape: tuple[int, ...]) -> int:
+def axis_of(shape: tuple[int, ...]) -> int:
     """The dimension of the matrix that a row runs along."""
-    leading, last = _matrix(shape)
+    leading, last = matrix_of(shape)
     return 0 if leading > last else 1
 
 
-def _along(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+def along(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Scales (rows,) so that they broadcast over the matrix of `shape`."""
-    return scale.unsqueeze(_axis(shape))
+    return scale.unsqueeze(axis_of(shape))
 
 
 def _pack(whole: Tensor) -> Tensor:
