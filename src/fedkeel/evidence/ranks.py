@@ -25,10 +25,10 @@ def hits(members: np.ndarray, others: np.ndarray, alarms: float = FALSE_ALARMS) 
     return float((members > bound).mean())
 
 
-def attacked(attack: str, members: np.ndarray, others: np.ndarray, seed: int) -> Found:
-    """An attack's numbers, judged."""
+def attacked(attack: str, members: np.ndarray, others: np.ndarray, seed: int, resamples: int = RESAMPLES) -> Found:
+    """An attack's numbers, judged. resamples: of the interval's bootstrap."""
     draw = numpy_generator(seed, "audit", attack)
-    found = [auc(draw.choice(members, len(members)), draw.choice(others, len(others))) for _ in range(RESAMPLES)]
+    found = [auc(draw.choice(members, len(members)), draw.choice(others, len(others))) for _ in range(resamples)]
     low, high = np.quantile(found, (0.025, 0.975))
     counts = len(members), len(others)
     return Found(attack, auc(members, others), float(low), float(high), hits(members, others), *counts)

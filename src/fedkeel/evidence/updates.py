@@ -30,8 +30,10 @@ from fedkeel.runs.privacy import epsilon, row_epsilon
 from fedkeel.types import Adapter, Global
 
 SITES = 4  # whose updates are attacked, at most
+STEPS = 16  # of a round as the run had it, at most: so many take a bounded time, and fewer tell more
 OWN = 400  # rows that the coordinator has: test rows
 ASKED = 32  # of them that it asks the model with
+RESAMPLES = 200
 COMMON = 0.9  # a token in more of these rows is a frame's, and no secret
 
 
@@ -227,10 +229,18 @@ def attack(
         if update is not seen:  # of a sum there is one for all sites
             seen, words = update, words_told(update, state.adapter, attacker.entry, rate)
             answers = answers_of(attacker.model, _moved(state.adapter, update), attacker.batch) - before
-        tallies[name, "words"].add(*_words(attacker, drawn[site], words))
-        tallies[name, "answers"].add(*_answers(attacker, drawn[site], answers))
+        for what, judged in (
+            ("words", _words(attacker, drawn[site], words)),
+            ("answers", _answers(attacker, drawn[site], answers)),
+        ):
+            if judged[2] and judged[3]:  # something that was there, and something to tell it from
+                tallies[name, what].add(*judged)
     where = (state.round + 1, *size)
-    return [_judged(tally, what, (name, guards[name]), where, recipe.seed) for (name, what), tally in tallies.items()]
+    return [
+        _judged(tally, what, (name, guards[name]), where, recipe.seed)
+        for (name, what), tally in tallies.items()
+        if tally.updates
+    ]
 
 
 def _moved(adapter: Adapter, change: Mapping[str, Tensor]) -> Adapter:
@@ -239,7 +249,7 @@ def _moved(adapter: Adapter, change: Mapping[str, Tensor]) -> Adapter:
 
 def _judged(tally: _Tally, what: str, guard: tuple[str, Guard], where: tuple[int, int, int], seed: int) -> Told:
     members, others = (np.concatenate(part) for part in zip(*tally.told, strict=True))
-    found = attacked(what, members, others, seed)
+    found = attacked(what, members, others, seed, RESAMPLES)
     usual = auc(*(np.concatenate(part) for part in zip(*tally.usual, strict=True)))
     shares = tally.hits / tally.there, tally.usual_hits / tally.there
     spent = guard[1].epsilon(where[2])
@@ -259,7 +269,8 @@ def _drawn(rows: Sequence[Example], count: int, seed: int, site: str) -> list[Ex
 
 def inverted(prepared: Prepared, model: Model, formatter: Formatter, run: Path) -> tuple[Told, ...]:
     """Attacks on updates of SITES sites, in the run's first round and its last: one step of one row under every guard, and a
-    round as the run had it as it was sent, without guard, and summed. It leaves the model with another adapter."""
+    round as the run had it, of STEPS steps at most, as it was sent, without guard, and summed. It leaves the model with another
+    adapter."""
     assert model.initial is not None
     recipe, found = prepared.recipe, []
     stages = prepared.stages
@@ -273,7 +284,8 @@ def inverted(prepared: Prepared, model: Model, formatter: Formatter, run: Path) 
         own = own_guard(recipe)
         guards = {**GUARDS, **({} if own in GUARDS.values() else {"the run's own": own})}
         found += attack(attacker, state, held, (1, 1), guards)
-        size = recipe.train.batch_size, max(steps_a_round(recipe.train, len(e)) for e in held.values())
+        steps = min(STEPS, max(steps_a_round(recipe.train, len(e)) for e in held.values()))
+        size = recipe.train.batch_size, steps
         few = {name: guard for name, guard in guards.items() if guard == own or name in ("none", "secure aggregation")}
         found += attack(attacker, state, held, size, few)
     return tuple(found)

@@ -149,7 +149,7 @@ def told_table(found: Sequence[Told]) -> Table:
     header = ("what", "rows × steps", "round", "guard", "ε", "found", "by how common", "AUC", "by how common, AUC")
     notes = [
         f"Updates of {one.updates} sites, made anew from the run's checkpoints and attacked by a coordinator that has the test "
-        f"rows. Found: of the words (tokens but those of nearly every row) or answers of the rows behind an update, those among "
+        f"rows. Found: of the words (tokens but those of nearly every row) or answers behind an update, those among "
         f"as many best guesses; beside it a baseline that never sees the update. AUC: against those of other rows. ε: of one "
         f"such update at δ = 1e-5, of a row or of the site. A stronger attack may find more."
         for one in found[:1]
