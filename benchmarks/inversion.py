@@ -1,6 +1,6 @@
 """What the update of a site tells of its rows, by rows and steps, guard, and what is trained.
 
-    python benchmarks/inversion.py RECIPE [key=value ...]
+    python benchmarks/inversion.py [--settings NAME ...] RECIPE [key=value ...]
 
 The attacks of `fedkeel audit` on updates of three sites: after round 1, where B is 0 and A does not move in the first step, and
 after round 2, from an adapter that those sites made in a round of four steps of 16 rows. A coordinator has the test rows.
@@ -8,11 +8,13 @@ after round 2, from an adapter that those sites made in a round of four steps of
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from json import dumps
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -69,23 +71,28 @@ def setting(path: Path, overrides: list[str], plans: list[tuple[int, tuple[int, 
 
 
 def main() -> None:
+    one, exact = (1, 1), {name: GUARDS[name] for name in ("none", "int8")}
+    other = [(1, one, exact), (0, one, exact), (1, (4, 1), exact)]
+    plans = {
+        "as the recipe": ([], [(1, one, {**GUARDS, **NOISES}), *((1, size, FEW) for size in SIZES)]),
+        "first round": ([], [(0, one, FEW), (0, (4, 1), FEW), (0, (1, 4), FEW)]),
+        **{name: (more, other) for name, more in OTHERS.items()},
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--settings", nargs="+", default=list(plans), choices=plans)
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    path, overrides = Path(sys.argv[1]), sys.argv[2:]
     commit = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    print(f"# python benchmarks/inversion.py {' '.join(sys.argv[1:])}, commit {commit}")
-    print("# " + " | ".join(told_table([]).header), flush=True)
-    one = (1, 1)
-    found = {
-        "as the recipe": setting(
-            path, overrides, [(1, one, {**GUARDS, **NOISES}), (0, one, FEW), *((1, s, FEW) for s in SIZES)]
-        )
-    }
-    exact = {name: GUARDS[name] for name in ("none", "int8")}
-    for name, more in OTHERS.items():
+    print(f"# python benchmarks/inversion.py {' '.join(map(quote, sys.argv[1:]))}, commit {commit}")
+    print("# " + " | ".join(told_table([]).header))
+    found = {}
+    for name in args.settings:
         print(f"# {name}", flush=True)
-        found[name] = setting(path, [*overrides, *more], [(1, one, exact), (0, one, exact), (1, (4, 1), exact)])
+        found[name] = setting(args.recipe, [*args.overrides, *plans[name][0]], plans[name][1])
     print(dumps({name: [asdict(one) for one in told] for name, told in found.items()}))
 
 

@@ -124,9 +124,14 @@ def pursue(groups: Sequence[tuple[Tensor, Tensor]], picks: int = PICKS) -> Tenso
 
 
 def _held(rows: Tensor, states: Tensor) -> Tensor:
-    """(V,): of each state the squared length within the span of the rows."""
+    """(V,): of each state the squared length within the span of the rows; where they span all dimensions, as noisy rows do that
+    are more than these, each direction counts by its share of the rows' energy."""
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
-    return (states @ vectors[values > max(SLIGHT * float(values[0]), 1e-9)].T).square().sum(1)
+    kept = values > max(SLIGHT * float(values[0]), 1e-9)
+    weights = torch.ones(int(kept.sum()))
+    if len(weights) == rows.shape[1]:
+        weights = (values / values[0].clamp_min(1e-30)).square()
+    return ((states @ vectors[kept].T).square() * weights).sum(1)
 
 
 def words_told(change: Mapping[str, Tensor], sent: Adapter, entry: Entry, rate: float) -> Tensor:
