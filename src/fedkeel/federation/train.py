@@ -304,14 +304,16 @@ def train_round(
 
 def _diverged(model: Model, round: Round, loss: float, norm: float, step: int) -> SiteError:
     """step: of the round, from 0."""
-    where = f"at step {step + 1} in round {round.state.round + 1}"
     broken = model.not_finite()
+    what = (
+        f"site {round.site}: the loss became {loss} (gradient norm {norm}) at step {step + 1} in round {round.state.round + 1}"
+    )
     if broken:
         return SiteError(
-            f"site {round.site}: the loss became {loss} {where}, as {broken[0]} of the base {round.recipe.model.base!r} holds numbers "
-            f"that are not finite; nothing of this round was sent. Get its weights anew, or another base"
+            f"{what}, as {broken[0]} of the base {round.recipe.model.base!r} holds numbers that are not finite; nothing of this "
+            f"round was sent. Get its weights anew, or use another base"
         )
     return SiteError(
-        f"site {round.site}: the loss became {loss} (gradient norm {norm}) {where}; nothing of this round was sent. "
-        f"A lower train.lr (now {round.recipe.train.lr:g}) or a longer train.warmup is the usual cure; also look for rows of odd text at this site"
+        f"{what}; nothing of this round was sent. A lower train.lr (now {round.recipe.train.lr:g}) or a longer train.warmup is the "
+        f"usual cure; also look for rows of odd text at this site"
     )
