@@ -310,10 +310,10 @@ def _diverged(model: Model, round: Round, loss: float, norm: float, step: int) -
     )
     if broken:
         return SiteError(
-            f"{what}, as {broken[0]} of the base {round.recipe.model.base!r} holds numbers that are not finite; nothing of this "
-            f"round was sent. Get its weights anew, or use another base"
+            f"{what}, as {broken[0]} of the base {round.recipe.model.base!r} holds numbers that are not finite; nothing of "
+            f"this round was sent. Get its weights anew, or use another base"
         )
     return SiteError(
-        f"{what}; nothing of this round was sent. A lower train.lr (now {round.recipe.train.lr:g}) or a longer train.warmup is the "
-        f"usual cure; also look for rows of odd text at this site"
+        f"{what}; nothing of this round was sent. A lower train.lr (now {round.recipe.train.lr:g}) or a longer train.warmup "
+        f"is the usual cure; also look for rows of odd text at this site"
     )
