@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from fedkeel.cli import app
 from fedkeel.data.canaries import canaries
-from fedkeel.evidence.audit import attacked, auc, audit, exposed, hits, pairs
+from fedkeel.evidence.audit import audit, exposed, pairs
+from fedkeel.evidence.ranks import attacked, auc, hits
 from fedkeel.evidence.report import write_report
 from fedkeel.evidence.report.leaks import Exposed
 from fedkeel.recipe.load import load_recipe
@@ -82,6 +83,7 @@ def test_rows_learnt_by_heart_are_found_and_others_are_not(tiny_overrides: list[
     page = write_report(learnt.path)
     for text in (page.read_text(), page.with_suffix(".html").read_text()):
         assert "Who was trained on" in text
+        assert "What one update tells" in text
         assert f"{by_heart[1].auc:.3f}" in text
     (learnt.path / "audit.json").write_text("[1]")
     with pytest.raises(FedKeelError, match=r"audit\.json cannot be read"):

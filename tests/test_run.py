@@ -378,6 +378,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_site(tiny_overrid
     assert "A lower train.lr" in text
 
 
+def test_a_base_with_a_nan_is_named_and_not_the_learning_rate(
+    tiny_overrides: list[str], tiny_base: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_base, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FederationError) as caught:
+        go([*tiny_overrides, f"model.base={broken}", "evaluation.baselines=[]"])
+    assert "model.layers.1.mlp.up_proj.weight of the base" in str(caught.value)
+    assert "train.lr" not in str(caught.value)
+
+
 def test_quorum_goes_on_without_a_broken_site(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import fedkeel.federation.local
 

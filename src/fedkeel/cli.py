@@ -616,7 +616,9 @@ def audit(
     run_folder: RunArgument,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as data.root=PATH")] = None,
 ) -> None:
-    """Attack a run's model: whether it tells which rows it was trained on. It needs the rows; the report then shows it."""
+    """Attack a run's model, which rows it was trained on, and single updates, which words and answers were behind them.
+
+    It needs the rows, and trains up to 16 steps at four sites for the first round and the last; the report then shows it."""
     finished(run_folder)
     recipe = with_threads(load_recipe(run_folder / "recipe.toml", overrides or []))
     console = _console()

@@ -1,4 +1,5 @@
-"""What a finished run's model tells of the rows that it was trained on: membership inference, measured.
+"""What a finished run tells of the rows that it was trained on, measured: membership inference on its model, and attacks on
+single updates (`updates`).
 
 An attacker has a text and asks whether it was among the training rows. Members are training rows of the run, others are test
 rows, as many of each task. An attack gives each a number, higher for "it was": AUC is the chance that it ranks a member above
@@ -18,11 +19,12 @@ import torch
 
 from fedkeel.data.canaries import TASK, canaries, code
 from fedkeel.data.format import Example, Formatter
-from fedkeel.evidence.report.leaks import ATTACKS, FALSE_ALARMS, KEPT, Audited, Exposed, Found
+from fedkeel.evidence.ranks import attacked
+from fedkeel.evidence.report.leaks import ATTACKS, KEPT, Audited, Exposed
+from fedkeel.evidence.updates import inverted
 from fedkeel.files import write_atomic
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
-from fedkeel.rng import numpy_generator
 from fedkeel.runs.here import formatter_of
 from fedkeel.runs.prepare import Prepared
 from fedkeel.runs.served import trained_model
@@ -30,32 +32,7 @@ from fedkeel.scores.evaluate import row_nats
 from fedkeel.types import FedKeelError, Record
 
 ROWS = 500  # members, and as many others, at most
-RESAMPLES = 1000
 CODES = 500  # that a planted secret is told from
-
-
-def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """The chance that a member's number is above another's, ties counting half: Mann & Whitney 1947."""
-    both = np.concatenate([members, others])
-    _, place, counts = np.unique(both, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # of equal numbers the mean
-    count = len(members)
-    return float((ranks[:count].sum() - count * (count + 1) / 2) / (count * len(others)))
-
-
-def hits(members: np.ndarray, others: np.ndarray, alarms: float = FALSE_ALARMS) -> float:
-    """The share of members above a bound that at most `alarms` of the others pass."""
-    bound = np.sort(others)[::-1][int(alarms * len(others))]
-    return float((members > bound).mean())
-
-
-def attacked(attack: str, members: np.ndarray, others: np.ndarray, seed: int) -> Found:
-    """An attack's numbers, judged."""
-    draw = numpy_generator(seed, "audit", attack)
-    found = [auc(draw.choice(members, len(members)), draw.choice(others, len(others))) for _ in range(RESAMPLES)]
-    low, high = np.quantile(found, (0.025, 0.975))
-    counts = len(members), len(others)
-    return Found(attack, auc(members, others), float(low), float(high), hits(members, others), *counts)
 
 
 def pairs(prepared: Prepared) -> tuple[list[Record], list[Record]]:
@@ -91,7 +68,8 @@ def exposed(model: Model, formatter: Formatter, recipe: Recipe) -> list[Exposed]
 
 
 def audit(prepared: Prepared, run: Path) -> Audited:
-    """Attack a finished run's federated adapter; what was found is kept in the run's folder. Raises FedKeelError."""
+    """Attack a finished run's federated adapter, and updates of its first and last round, which are made anew; what was found
+    is kept in the run's folder. Raises FedKeelError."""
     model = trained_model(prepared.recipe, run)
     if model.shifts:
         raise FedKeelError(f"{run}: its rule moved the base itself, so there is no base beside it to compare with")
@@ -105,7 +83,8 @@ def audit(prepared: Prepared, run: Path) -> Audited:
         name: _numbers(model, rows, prepared.recipe.evaluation.batch_size) for name, rows in (("in", members), ("out", others))
     }
     found = tuple(attacked(attack, told["in"][attack], told["out"][attack], prepared.recipe.seed) for attack in ATTACKS)
-    all_of = Audited(found, tuple(exposed(model, formatter, prepared.recipe)))
+    secrets = tuple(exposed(model, formatter, prepared.recipe))
+    all_of = Audited(found, secrets, inverted(prepared, model, formatter, run))
     write_atomic(run / KEPT, json.dumps(asdict(all_of), indent=1) + "\n")
     return all_of
 

@@ -292,7 +292,7 @@ def train_round(
             else:
                 nats, norm = lesson.gradient(indices, moment, log)
                 if not (math.isfinite(nats) and math.isfinite(norm)):
-                    raise _diverged(round, nats / n_step, norm, step - schedule.start, len(schedule))
+                    raise _diverged(model, round, nats / n_step, norm, step - schedule.start)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if lesson.injection is not None:
@@ -302,9 +302,18 @@ def train_round(
         return positions, log.stats(lesson.injection)
 
 
-def _diverged(round: Round, loss: float, norm: float, step: int, steps: int) -> SiteError:
+def _diverged(model: Model, round: Round, loss: float, norm: float, step: int) -> SiteError:
+    """step: of the round, from 0."""
+    broken = model.not_finite()
+    what = (
+        f"site {round.site}: the loss became {loss} (gradient norm {norm}) at step {step + 1} in round {round.state.round + 1}"
+    )
+    if broken:
+        return SiteError(
+            f"{what}, as {broken[0]} of the base {round.recipe.model.base!r} holds numbers that are not finite; nothing of "
+            f"this round was sent. Get its weights anew, or use another base"
+        )
     return SiteError(
-        f"site {round.site}: the loss became {loss} (gradient norm {norm}) at step {step + 1} "
-        f"of {steps} in round {round.state.round + 1}; nothing of this round was sent. A lower train.lr (now "
-        f"{round.recipe.train.lr:g}) or a longer train.warmup is the usual cure; also look for rows of odd text at this site"
+        f"{what}; nothing of this round was sent. A lower train.lr (now {round.recipe.train.lr:g}) or a longer train.warmup "
+        f"is the usual cure; also look for rows of odd text at this site"
     )

@@ -613,6 +613,11 @@ class Model:
         """The shape of every tensor that `read` gives, by the names of `Adapter.tensors`."""
         return {name: tuple(parameter.shape) for name, parameter in self._tensors().items()}
 
+    def not_finite(self) -> list[str]:
+        """The frozen tensors that hold an infinity or a NaN, by their names in the base."""
+        frozen = ((name, p) for name, p in self.net.named_parameters() if not p.requires_grad and p.is_floating_point())
+        return [name.removeprefix(PREFIX).replace(".base_layer", "") for name, p in frozen if not p.isfinite().all()]
+
     def base_parameters(self) -> int:
         """The number of frozen scalars."""
         return sum(p.numel() for p in self.net.parameters() if not p.requires_grad)

@@ -51,11 +51,36 @@ class Exposed:
 
 
 @dataclass(frozen=True)
+class Told:
+    """Of one attack on updates of `steps` steps of `rows` rows in `round` (from 1), behind a guard. what: `words` of the rows
+    or their `answers`. epsilon: of one such update; None where nothing is promised. there: how many words, or answers, were to
+    be found, over all `updates`. found, usual: share of them among as many best guesses of the attack, and of a baseline that
+    goes by how common a word or an answer is and looks at no update. auc, usual_auc: of both, against those of other rows; low,
+    high: 95 % by bootstrap."""
+
+    what: str
+    guard: str
+    epsilon: float | None
+    round: int
+    rows: int
+    steps: int
+    updates: int
+    there: int
+    found: float
+    usual: float
+    auc: float
+    low: float
+    high: float
+    usual_auc: float
+
+
+@dataclass(frozen=True)
 class Audited:
     """All that an audit found."""
 
     attacks: tuple[Found, ...] = ()
     secrets: tuple[Exposed, ...] = ()
+    updates: tuple[Told, ...] = ()
 
 
 def read_audit(run: Path) -> Audited:
@@ -65,14 +90,18 @@ def read_audit(run: Path) -> Audited:
         return Audited()
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        return Audited(tuple(Found(**one) for one in told["attacks"]), tuple(Exposed(**one) for one in told["secrets"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        updates = tuple(Told(**one) for one in told.get("updates", ()))  # of an audit from before there was this, none
+        return Audited(
+            tuple(Found(**one) for one in told["attacks"]), tuple(Exposed(**one) for one in told["secrets"]), updates
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FedKeelError(f"{path} cannot be read: {error!r}") from error
 
 
 def audit_tables(found: Audited) -> list[Table]:
     """What was found, in tables; none where nothing was looked for."""
-    return [table for table in (_attacks(found.attacks), _secrets(found.secrets)) if table.lines]
+    tables = _attacks(found.attacks), _secrets(found.secrets), told_table(found.updates)
+    return [table for table in tables if table.lines]
 
 
 def _secrets(found: Sequence[Exposed]) -> Table:
@@ -99,3 +128,30 @@ def _attacks(found: Sequence[Found]) -> Table:
         for one in found[:1]
     ]
     return Table("Who was trained on", header, tuple(lines), tuple(notes))
+
+
+def told_table(found: Sequence[Told]) -> Table:
+    """A line an attack on updates."""
+    lines = [
+        (
+            one.what,
+            f"{one.rows} × {one.steps}",
+            str(one.round),
+            one.guard,
+            "–" if one.epsilon is None else f"{one.epsilon:.1f}",
+            f"{100 * one.found:.0f} %",
+            f"{100 * one.usual:.0f} %",
+            f"{one.auc:.2f} ({one.low:.2f} to {one.high:.2f})",
+            f"{one.usual_auc:.2f}",
+        )
+        for one in found
+    ]
+    header = ("what", "rows × steps", "round", "guard", "ε", "found", "by how common", "AUC", "by how common, AUC")
+    notes = [
+        f"Updates of {one.updates} sites, made anew from the run's checkpoints and attacked by a coordinator that has the test "
+        f"rows. Found: of the words (tokens but those of nearly every row) or answers behind an update, those among "
+        f"as many best guesses; beside it a baseline that never sees the update. AUC: against those of other rows. ε: of one "
+        f"such update at δ = 1e-5, of a row or of the site. A stronger attack may find more."
+        for one in found[:1]
+    ]
+    return Table("What one update tells", header, tuple(lines), tuple(notes))
