@@ -1,17 +1,25 @@
-"""Whether a long federation grows: resident memory and open files after each round, and their slope.
+"""Whether a long federation grows: memory, Python's objects and open files after each round, and their slopes.
 
     python benchmarks/memory.py [--rounds 100] [--sites 16] [--burn-in 20] [--rule mean] [--set KEY=VALUE ...]
+    PYTHONMALLOC=malloc python benchmarks/memory.py     # all that Python allocates is in `in use` too
 
 A whole run in one process of the tests' tiny model: sampling, messages both ways with error feedback, aggregation, checkpoint,
-rows on disk. The slope is by least squares over the rounds after the burn-in, each behind a garbage collection, with its
-standard error; t is their ratio. What is resident moves in steps of an allocator and stays after a peak, so rounds are not
-independent and t overstates: the last column is the slope of the second half alone, which a leak keeps, and the
-line of Python objects has no noise. Last line: JSON.
+rows on disk. Slopes are by least squares over the rounds after the burn-in, each behind a garbage collection, with their
+standard errors; t is their ratio, and the last column the slope of the second half alone.
+
+`in use` is what the process asked malloc for and did not give back (mallinfo2 of glibc 2.33 and later): a leak is there,
+whoever has it, and free memory that an allocator keeps is not. `resident` holds both, and moves in steps of pages until free
+memory lies where it is found again; rounds are not independent, so its t overstates. Python's blocks are objects of any kind,
+those too that its garbage collector does not know. CPython's cache of attributes, which has 4096 places and fills for some
+hundred rounds, is emptied first: PyTorch looks `__torch_function__` up by a new string each time, and each may keep a place.
+What is measured goes into an array that is there before the first round: a list that grows, or one of gc.get_objects(), would be
+seen itself. Last line: JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -21,6 +29,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedkeel.recipe.load import load_recipe
@@ -36,6 +45,9 @@ SMALL = [
     "partition.scheme=iid", "federation.codec_up=int8", "evaluation.baselines=[]", "evaluation.validation_rows=0",
     "evaluation.samples=0", "keep_checkpoints=2",
 ]  # fmt: skip
+
+COLUMNS = ("resident, KB", "in use, KB", "Python's blocks", "open files")
+MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
 
 def resident() -> float:
@@ -53,19 +65,28 @@ def slope(values: list[float]) -> tuple[float, float]:
     return b, math.sqrt(left / (n - 2) / spread)
 
 
-class Measuring:
-    """A Watch that measures behind each round."""
+class Mallinfo(ctypes.Structure):
+    """struct mallinfo2 of malloc.h, in bytes."""
 
-    def __init__(self) -> None:
-        self.memory: list[float] = []
-        self.files: list[float] = []
-        self.objects: list[float] = []
+    _fields_ = tuple((name, ctypes.c_size_t) for name in MALLINFO)
+
+
+class Measuring:
+    """A Watch that measures behind each round. found: rounds × COLUMNS."""
+
+    def __init__(self, rounds: int) -> None:
+        self.found = np.zeros((rounds, len(COLUMNS)))
+        self._mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+        if self._mallinfo is None:
+            sys.exit("benchmarks/memory.py needs mallinfo2, of glibc 2.33 and later")
+        self._mallinfo.restype = Mallinfo
 
     def round(self, leg: str, done: int, rounds: int, result: Any) -> None:
         gc.collect()
-        self.memory.append(resident())
-        self.files.append(len(os.listdir("/proc/self/fd")))
-        self.objects.append(len(gc.get_objects()))
+        sys._clear_type_cache()
+        info = self._mallinfo()
+        in_use = (info.uordblks + info.hblkhd) / 1e3
+        self.found[done - 1] = resident(), in_use, sys.getallocatedblocks(), len(os.listdir("/proc/self/fd"))
 
     def __getattr__(self, name: str) -> Any:
         return lambda *given: None  # whatever else a Watch is told
@@ -80,7 +101,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="further key=value of the recipe")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    watch = Measuring()
+    watch = Measuring(args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         base, out = Path(folder) / "base", Path(folder) / "out"
         tiny.write_base(base)
@@ -89,9 +110,10 @@ def main() -> None:
         shape = [f"federation.rounds={args.rounds}", f"partition.sites={args.sites}", f"federation.rule={args.rule}"]
         recipe = load_recipe(None, [*given, *shape, *args.set])
         execute(prepare(recipe), RunFolder(out / "memory"), watch)
-    told: dict[str, Any] = {"benchmark": "memory", **vars(args)}
+    python = os.environ.get("PYTHONMALLOC", "pymalloc")
+    told: dict[str, Any] = {"benchmark": "memory", **vars(args), "allocator": python}
     print(f"{'after each round':<20}{'first':>10}{'burnt in':>10}{'last':>10}{'slope':>10}{'s.e.':>8}{'t':>7}{'2nd half':>10}")
-    for name, values in (("resident, KB", watch.memory), ("open files", watch.files), ("Python objects", watch.objects)):
+    for name, values in zip(COLUMNS, watch.found.T.tolist(), strict=True):
         after = values[args.burn_in :]
         (b, error), (late, _) = slope(after), slope(after[len(after) // 2 :])
         t = b / error if error else 0.0

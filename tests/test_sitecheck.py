@@ -11,6 +11,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,18 @@ def _rows(site: Path, *more: str) -> None:
         file.writelines(one + "\n" for one in more)
 
 
+def _locked(name: str, release: str) -> str:
+    return f"{name}=={release} \\\n    --hash=sha256:{'0' * 64}\n"
+
+
+def test_a_site_with_what_the_lock_lists_is_told_so(site: Path, port: int) -> None:
+    (site / "requirements.lock").write_text(
+        "".join(_locked(one, metadata.version(one)) for one in ("numpy", "huggingface-hub"))
+    )
+    found = {f.name: f for f in check(site / "site.toml", f"localhost:{port}")}
+    assert (found["releases"].ok, found["releases"].text) == (True, "2 wheels of requirements.lock")
+
+
 def _replaced_key(site: Path, content: bytes) -> None:
     (site / "node.key").write_bytes(content)
 
@@ -139,6 +152,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda s: change(s / "manifest.json", '"fedkeel": "', '"fedkeel": "9.'),
         "version",
         "the federation runs 9.",
+    ),
+    "another release of a library": (
+        lambda s: (s / "requirements.lock").write_text(_locked("numpy", "0.1") + _locked("no-such-library", "2")),
+        "releases",
+        f"installed are numpy {metadata.version('numpy')}, no-such-library not at all, and",
+    ),
+    "a lock that is none": (
+        lambda s: (s / "requirements.lock").write_text("numpy\n"),
+        "releases",
+        "requirements.lock: 'numpy' is not as fedkeel deploy lock writes it",
     ),
     "another recipe": (
         lambda s: change(s / "recipe.toml", "rounds = 10", "rounds = 11"),

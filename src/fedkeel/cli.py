@@ -751,6 +751,24 @@ def deploy_init(
     typer.echo(f"written: {folder}/ (this text: {folder}/CHECKLIST.md)")
 
 
+@deployment.command("lock")
+def deploy_lock(
+    folder: Annotated[Path, typer.Argument(help="A folder that init wrote, or one part of it.", show_default=False)],
+    wheels: Annotated[
+        Path | None, typer.Option(help="Wheels for parts without a wheelhouse of their own; FOLDER/wheelhouse otherwise.")
+    ] = None,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(help="URL of a package index to ask for what is not there, over the network; repeatable."),
+    ] = None,
+) -> None:
+    """Hold what machines install to the SHA-256 of each wheel: requirements.lock and sbom.cdx.json (CycloneDX) in each part."""
+    from fedkeel.deploy.lock import lock
+
+    for line in lock(folder, wheels, index or []):
+        typer.echo(line)
+
+
 @deployment.command("check")
 def deploy_check(
     site: Annotated[Path, typer.Argument(help="The site's site.toml, where init's files lie.", show_default=False)],

@@ -18,10 +18,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
+
+from packaging.utils import canonicalize_name  # of transformers
 
 from fedkeel import __version__, tables
 from fedkeel.data.sources import load_records
+from fedkeel.deploy.lock import LOCK, held
 from fedkeel.deploy.manifest import DeployError, base_files, files_hash, read_manifest
 from fedkeel.engines.sitefile import SiteFile, for_a_part, read_site
 from fedkeel.types import FedKeelError
@@ -67,10 +71,25 @@ def check_version(site: Site) -> str:
     wanted = read_manifest(site.folder / "manifest.json")["fedkeel"]
     if wanted != __version__:
         raise DeployError(
-            f"fedkeel {__version__} is installed; the federation runs {wanted}: install the wheels of requirements.txt beside "
-            f"this site.toml"
+            f"fedkeel {__version__} is installed; the federation runs {wanted}: install the wheels of {LOCK}, "
+            f"or of requirements.txt, beside this site.toml"
         )
     return f"fedkeel {__version__}"
+
+
+def check_releases(site: Site) -> str:
+    """What is installed against requirements.lock, if the part has one."""
+    path = site.folder / LOCK
+    if not path.is_file():
+        return f"not compared, as the part has no {LOCK} (fedkeel deploy lock)"
+    wanted = held(path)
+    here = {str(canonicalize_name(one.name)): one.version for one in distributions()}
+    if wrong := [f"{name} {here.get(name, 'not at all')}" for name, release in wanted.items() if here.get(name) != release]:
+        raise DeployError(
+            f"installed are {', '.join(wrong)}, and {path} says otherwise: pip install --no-index --find-links wheelhouse "
+            f"--require-hashes -r {LOCK}, in the site's part"
+        )
+    return f"{len(wanted)} wheels of {LOCK}"
 
 
 def _recipe_text(site: Site) -> str:
@@ -355,6 +374,7 @@ def check_data(site: Site) -> str:
 
 CHECKS: dict[str, Callable[[Site], str]] = {
     "version": check_version,
+    "releases": check_releases,
     "recipe": check_recipe,
     "reach": check_reach,
     "certificate": check_certificate,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,7 +137,8 @@ def site_files(plan: Plan, site: str) -> dict[str, str]:
 
 def image_files(plan: Plan) -> dict[str, str]:
     """What the image of the Compose files is built from, without FedKeel's wheel."""
-    return {"Dockerfile": fill("image/Dockerfile", VERSION=__version__), **plan.installs}
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"  # that of the releases
+    return {"Dockerfile": fill("image/Dockerfile", VERSION=__version__, PYTHON=python), **plan.installs}
 
 
 def check_list(plan: Plan, days: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement  # of transformers
@@ -51,21 +51,36 @@ def constraints(extras: Sequence[str]) -> tuple[str, ...]:
     Constraints, as another machine may need fewer: a library of this system or of this build of PyTorch. What is not installed
     here is not held.
     """
-    found: dict[str, str] = {}
-    todo = [("fedkeel", extra) for extra in ("", *extras)]
+    found = needed([("fedkeel", extra) for extra in ("", *extras)], _requires)
+    return tuple(f"{name}=={version(name).partition('+')[0]}" for name in sorted(found) if name != "fedkeel")
+
+
+def needed(start: Iterable[tuple[str, str]], requires: Callable[[str], Sequence[str] | None]) -> dict[str, set[str]]:
+    """name -> what it needs by itself on this machine, of all that `start` needs in the end; names are canonical.
+
+    start: pairs of a name and an extra of it, or "". requires: name -> its Requires-Dist; None: not known, and left out.
+    """
+    found: dict[str, set[str]] = {}
+    todo = list(start)
     seen = set(todo)
     while todo:
         name, extra = todo.pop()
-        try:
-            found[name], needs = version(name).partition("+")[0], requires(name) or []
-        except PackageNotFoundError:
+        if (needs := requires(name)) is None:
             continue
-        for need in map(Requirement, needs):
-            if need.marker is None or need.marker.evaluate({"extra": extra}):
-                asked = {(canonicalize_name(need.name), one) for one in ("", *need.extras)}
-                todo += asked - seen
-                seen |= asked
-    return tuple(f"{name}=={found[name]}" for name in sorted(found) if name != "fedkeel")
+        holds = [need for need in map(Requirement, needs) if need.marker is None or need.marker.evaluate({"extra": extra})]
+        found.setdefault(name, set()).update(canonicalize_name(need.name) for need in holds)
+        asked = {(canonicalize_name(need.name), one) for need in holds for one in ("", *need.extras)}
+        todo += asked - seen
+        seen |= asked
+    return found
+
+
+def _requires(name: str) -> Sequence[str] | None:
+    """Of what is installed here."""
+    try:
+        return requires(name) or []
+    except PackageNotFoundError:
+        return None
 
 
 def _pin(requirement: str) -> str:
