@@ -48,8 +48,8 @@ class Roster:
 
     layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the modules
     that the site leaves out of this round. own: the rule's own options. privacy: what is hidden of a site, and who hides it.
-    evidence: what is made of sums of rows. by_head: whether sites score classes by the analytic classifiers. moves: what a number
-    can change by in a stage's first round.
+    evidence: what is made of sums of rows. by_head: whether sites score classes by the analytic classifiers. moves: what a
+    number can change by in a stage's first round.
     """
 
     sites: Sequence[str]
