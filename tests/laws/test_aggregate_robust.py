@@ -18,7 +18,7 @@ from fedkeel.method.aggregate.rule import Options
 from fedkeel.method.aggregate.weighting import weights
 from fedkeel.types import Adapter, Lora, Update
 
-ROBUST = ("median", "trimmed", "krum")
+ROBUST = ("median", "trimmed", "centred", "krum")
 FULL = 12  # min(d_out, d_in) of no module is larger: nothing is cut off
 MIXED_RANKS, MIXED_SCALES = (1, 4, 2), (8 / 1, 8 / 4, 8 / math.sqrt(2))
 
@@ -50,6 +50,9 @@ def combined(name: str, values: Sequence[float], hostile: int = 0) -> tuple[floa
         # f = 1, two nearest of five: 4 is nearest to its own (1 + 1), 1e30 and 1e30 + … only to one another
         ("krum", [1e30, 3.0, 4.0, 5.0, -1e30], 1, 4.0),
         ("krum", [0.0, 1.0, 1.5, 3.0, 9.0], 1, 1.0),  # sums of two: 3.25, 1.25, 2.5, 6.25, …
+        ("centred", [7.0], 0, 7.0),
+        # from 0, the first site's, the pulls are 0, 1 and 1 (of 5, cut to τ = 1) over 3, and so on: 2/3, 7/9, 23/27, 73/81
+        ("centred", [0.0, 1.0, 5.0], 0, 227 / 243),
     ],
 )
 def test_cases_by_hand(name: str, values: list[float], hostile: int, expected: float) -> None:
@@ -252,6 +255,60 @@ def test_krum_is_the_twins(count: int, hostile: int) -> None:
     scores = [sum(sorted(np.delete(apart[i], i))[: count - hostile - 2]) for i in range(count)]
     result = AGGREGATORS["krum"](make_adapter(0), updates, weights(updates, "uniform"), Options(hostile=hostile))
     assert flat(result.adapter) == flat(updates[int(np.argmin(scores))].adapter)
+
+
+def centred_twin(updates: Sequence[Update], begin: Adapter) -> dict[str, np.ndarray]:
+    """The steps of the paper on whole vectors of products and dense parameters."""
+    paths = [*SHAPES]
+
+    def vector(adapter: Adapter) -> np.ndarray:
+        heads = [adapter.dense[name].double().numpy().ravel() for name in sorted(adapter.dense)]
+        return np.concatenate([*(dense_of(adapter.lora[p]).ravel() for p in paths), *heads])
+
+    sites, v = [vector(u.adapter) for u in updates], vector(begin)
+    for _ in range(5):
+        far = [np.linalg.norm(w - v) for w in sites]
+        tau = np.median(far)
+        v = v + sum((w - v) * min(1.0, tau / d) if d else 0 * v for w, d in zip(sites, far, strict=True)) / len(sites)
+    found, at = {}, 0
+    for p in paths:
+        shape = dense_of(begin.lora[p]).shape
+        found[p] = v[at : at + shape[0] * shape[1]].reshape(shape)
+        at += shape[0] * shape[1]
+    return found | {"dense": v[at:]}
+
+
+@pytest.mark.parametrize("hostile", [0, 2])
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_centred_is_the_twins(count: int, hostile: int) -> None:
+    reference = make_adapter(0, FULL)
+    updates = [*make_updates(count, MIXED_RANKS, MIXED_SCALES), *hostile_sites(hostile, alike=False)]
+    small = {name: 1e-9 * t for name, t in (updates[-1].adapter.tensors().items() if hostile else ())}
+    if hostile:  # 1e6 times the honest ones in each factor: what float64 can still add up in the twin
+        updates[-1] = Update("hostile-1", updates[-1].adapter.with_tensors(small), 1)
+        updates[-2] = Update("hostile-0", updates[-1].adapter, 1)
+    result = AGGREGATORS["centred"](reference, updates, weights(updates, "positions"))
+    twin = centred_twin(updates, reference)
+    for path, factors in result.adapter.lora.items():
+        np.testing.assert_allclose(dense_of(factors), twin[path], atol=2e-6 * np.linalg.norm(twin[path]))
+    heads = np.concatenate([result.adapter.dense[n].double().numpy().ravel() for n in sorted(result.adapter.dense)])
+    np.testing.assert_allclose(heads, twin["dense"], atol=1e-5 * np.abs(twin["dense"]).max())
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(("honest", "count"), [(3, 1), (4, 2), (6, 3)])
+def test_centred_is_moved_by_a_reach_a_hostile_site_and_step_at_most(honest: int, count: int, alike: bool) -> None:
+    """τ ≤ the widest honest distance d from the centre, which a step widens by τ f / K at most."""
+    good, reference = make_updates(honest), make_adapter(0, FULL)
+    updates = [*good, *hostile_sites(count, alike)]
+    result = AGGREGATORS["centred"](reference, updates, weights(updates, "positions"))
+    start = [u.adapter for u in good]
+    widest = float(distances([reference, *start])[0].max().sqrt())
+    share, bound = count / len(updates), widest
+    for _ in range(5):
+        bound *= 1 + share
+    apart = distances([result.adapter, *start])[0][1:].sqrt()
+    assert float(apart.max()) <= bound * (1 + 1e-6)
 
 
 def test_krum_stays_as_near_to_an_honest_site_as_it_says() -> None:

@@ -42,11 +42,16 @@ def krum(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, fl
 
 
 def distances(adapters: Sequence[Adapter]) -> Tensor:
-    """(K, K) squared distances ‖W_i − W_j‖² over all modules and dense parameters, float64; ranks and scales may differ.
+    """(K, K) squared distances ‖W_i − W_j‖² over all modules and dense parameters, float64; ranks and scales may differ. Right
+    to about 1e-15 of the larger ‖W‖²."""
+    inner = inner_products(adapters)
+    own = inner.diagonal()
+    return (own[:, None] + own[None, :] - 2 * inner).clamp(min=0.0)
 
-    From ⟨W_i, W_j⟩ = scale_i scale_j tr(B_iᵀ B_j A_j A_iᵀ), the sum of an elementwise product of two small matrices: no dense
-    one is formed. Right to about 1e-15 of the larger ‖W‖².
-    """
+
+def inner_products(adapters: Sequence[Adapter]) -> Tensor:
+    """(K, K) ⟨W_i, W_j⟩ = scale_i scale_j tr(B_iᵀ B_j A_j A_iᵀ) over all modules, the sum of an elementwise product of two
+    small matrices, and of dense parameters, float64: no dense matrix is formed."""
     inner = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for path in adapters[0].lora:
         sites = [adapter.lora[path] for adapter in adapters]
@@ -56,6 +61,4 @@ def distances(adapters: Sequence[Adapter]) -> Tensor:
     for path in adapters[0].dense:
         flat = torch.stack([adapter.dense[path].double().flatten() for adapter in adapters])
         inner += flat @ flat.T
-    inner = (inner + inner.T) / 2  # a product of floats need not be symmetric to the bit, and a tie must be one
-    own = inner.diagonal()
-    return (own[:, None] + own[None, :] - 2 * inner).clamp(min=0.0)
+    return (inner + inner.T) / 2  # a product of floats need not be symmetric to the bit, and a tie must be one
