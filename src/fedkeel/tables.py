@@ -402,6 +402,39 @@ WEIGHTINGS = Table(
 )
 
 
+# What hostile sites do in a simulation
+
+
+@dataclass(frozen=True)
+class Attack(Entry):
+    """What a hostile site does: (change, strength, key) -> change, see `federation.attacks`; without code it sends its own.
+
+    rows: where (row, `[attack]`, key) -> row is, for what it trains on.
+    """
+
+    code: str | Callable[..., Any] = ""
+    rows: str = ""
+
+    def poison(self) -> Any:
+        """What `rows` names; without it, rows as they are."""
+        return _found(self.rows, self.name) if self.rows else lambda row, attack, key: row
+
+
+_ATTACKS = "fedkeel.federation.attacks"
+ATTACKS = Table(
+    "attack",
+    {
+        "none": Attack(),
+        "sign_flip": Attack(f"{_ATTACKS}:sign_flip"),
+        "scaled": Attack(f"{_ATTACKS}:scaled"),
+        "gaussian": Attack(f"{_ATTACKS}:gaussian"),
+        "free_rider": Attack(f"{_ATTACKS}:free_rider"),
+        "label_flip": Attack(f"{_ATTACKS}:scaled", rows=f"{_ATTACKS}:label_flip"),
+        "backdoor": Attack(f"{_ATTACKS}:scaled", rows=f"{_ATTACKS}:backdoor"),
+    },
+)
+
+
 # What travels
 
 

@@ -93,6 +93,10 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
             f"{path}: evaluation.unseen_sites = {evaluation.unseen_sites} keeps sites apart from all training, and in a "
             f"deployment every site takes part: set it to 0"
         )
+    if recipe.attack.kind != "none":
+        raise DeployError(
+            f"{path}: attack.kind = {recipe.attack.kind!r} is for simulations of harm in one process: leave it out"
+        )
     if recipe.partition.scheme != "natural":
         raise DeployError(
             f"{path}: partition.scheme = {recipe.partition.scheme!r} deals rows that lie in one place; in a deployment a site "

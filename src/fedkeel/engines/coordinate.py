@@ -371,6 +371,10 @@ def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: W
     """
     if recipe.evaluation.unseen_sites:
         raise ConfigError("evaluation.unseen_sites: in a deployment every site trains; leave those out of --sites that do not")
+    if recipe.attack.kind != "none":
+        raise ConfigError(
+            f"attack.kind = {recipe.attack.kind!r}: harm is simulated in one process alone, never in a deployment"
+        )
     if recipe.privacy.unit != "none" and recipe.evaluation.baselines:
         watch.note("no baselines: their scores are numbers about private rows, which privacy.unit keeps at the sites")
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, baselines=()))

@@ -27,6 +27,7 @@ from fedkeel.exchange.messages import (
 )
 from fedkeel.exchange.summands import summand
 from fedkeel.exchange.sums import pack_foretold, pack_sums, read_trial
+from fedkeel.federation.attacks import spoilt
 from fedkeel.federation.evidence import known_sums, tried
 from fedkeel.federation.kept import Kept, layout_of, modules_left_out
 from fedkeel.federation.masking import KINDS, masks_of, prepare
@@ -81,6 +82,8 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
         positions, stats = train_round(model, examples, round, site.tick)
     after = model.read()
     change = difference(after, round.state.adapter)
+    if recipe.attack.kind != "none":
+        change = spoilt(change, recipe.attack, derive(recipe.seed, "attack", site.name, round.state.round))
     if rule.personal:
         now = after.tensors()
         kept.personal = {name: now[name] for name in names_of(like, rule.keeps) - set(like.dense)}

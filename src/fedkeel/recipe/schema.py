@@ -397,6 +397,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Attack:
+    """Sites of a simulation that do harm, to see what a rule withstands (docs/privacy.md)."""
+
+    kind: str = one_of("none", tables.ATTACKS, "what they do, to what they send or train on; of a run in one process alone")
+    share: float = number(0.3, 0, 1, "of the sites, rounded, at least one", above=True, unit="share")
+    strength: float = number(1.0, 0, about="of what they send, as a multiple", above=True)
+    trigger: str = meant("As agreed last winter:", "of `backdoor`: what stands before the text of half of their rows")
+    target: str = meant("", "of `backdoor`: the label that such rows are given; empty: the first of the task")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that determines a run. own: `KIND.NAME` -> options of an entry that has some, see `tables.OWN`."""
 
@@ -421,6 +432,7 @@ class Recipe:
     federation: Federation = field(default_factory=Federation)
     privacy: Privacy = field(default_factory=Privacy)
     audit: Audit = field(default_factory=Audit)
+    attack: Attack = field(default_factory=Attack)
     evaluation: Evaluation = field(default_factory=Evaluation)
     own: Frozen[Any] = field(default_factory=Frozen, metadata=own_of(tables.OWN))
 

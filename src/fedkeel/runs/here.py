@@ -7,6 +7,7 @@ import inspect
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from fedkeel.data.format import Example, Formatter
 from fedkeel.data.forms import DataError
 from fedkeel.data.sites import Sites
 from fedkeel.data.template import TODAY
+from fedkeel.federation.attacks import hostile_sites, poisoned, target_of, triggered
 from fedkeel.federation.client import Site
 from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
@@ -23,6 +25,7 @@ from fedkeel.method.aggregate.layouts import folded
 from fedkeel.model.digest import base_digest, tokenizer_digest
 from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
+from fedkeel.recipe.schema import Attack
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.answers import asked, chosen, tasks_of
 from fedkeel.runs.folder import RunFolder
@@ -49,6 +52,10 @@ class Here:
     def __init__(self, prepared: Prepared, folder: RunFolder, watch: Watch, engine: Engine | None = None) -> None:
         """Loads the base and encodes all rows. Raises ConfigError where the two do not go together."""
         recipe = prepared.recipe
+        if engine is not None and recipe.attack.kind != "none":
+            raise ConfigError(
+                f"attack.kind = {recipe.attack.kind!r}: harm is simulated in one process alone, not over an engine"
+            )
         self.prepared, self.folder, self.watch, self.engine = prepared, folder, watch, engine
         self.model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes)
         assert self.model.initial is not None
@@ -56,6 +63,8 @@ class Here:
         self._base = base_digest(self.model)
         self.formatter = formatter_of(self.model, prepared)
         self.examples = [self._encoded(stage, number) for number, stage in enumerate(prepared.stages, 1)]
+        self.hostile = hostile_sites(list(prepared.sites.rows), recipe.attack, recipe.seed)
+        self._poisoned = [self._spoilt(stage) for stage in prepared.stages]
         self.kept: dict[str, Kept] = {}  # of the present leg
         self._tell()
         self._check_places()
@@ -102,8 +111,19 @@ class Here:
                 raise ConfigError(f"site {name}: none of its rows{where} fits into data.max_length = {limit} tokens")
         return encoded
 
+    def _spoilt(self, stage: Sites) -> dict[str, list[Example]]:
+        """What hostile sites train on in the federation."""
+        recipe = self.prepared.recipe
+        if not self.hostile or not tables.ATTACKS[recipe.attack.kind].rows:
+            return {}
+        held = {name: stage.rows[name]["train"] for name in sorted(self.hostile) if name in stage.rows}
+        return {name: self.formatter.encode_all(poisoned(rows, recipe.attack, recipe.seed)) for name, rows in held.items()}
+
     def _tell(self) -> None:
         """Notes on the rows."""
+        if self.hostile:
+            attack = self.prepared.recipe.attack
+            self.watch.note(f"a simulation of harm: attack.kind = {attack.kind!r} at {', '.join(sorted(self.hostile))}")
         for what, text in (("truncated", "had their text shortened"), ("dropped", "were left out: their answer is too long")):
             if self.formatter.counts[what]:
                 count, limit = self.formatter.counts[what], self.prepared.recipe.data.max_length
@@ -159,10 +179,12 @@ class Here:
         if self.engine is not None and leg.method == "federated":
             return self.engine.connect(leg.rounds, self.kept, done)
         recipe, before = leg.stages[stage].recipe, [()] * stage
-        sites = {
-            name: Site(name, [*before, self._rows(name, stage)], leg.rounds, recipe, partial(done.step, name))
-            for name in self.present(leg, stage)
-        }
+        honest, sites = replace(recipe, attack=Attack()), {}
+        for name in self.present(leg, stage):
+            harms = name in self.hostile and leg.method == "federated"
+            rows = self._poisoned[stage].get(name) if harms else None
+            held = [*before, self._rows(name, stage) if rows is None else rows]
+            sites[name] = Site(name, held, leg.rounds, recipe if harms else honest, partial(done.step, name))
         return LocalTransport(self.model, sites, self.kept, done)
 
     def memory(self) -> Memory:
@@ -179,9 +201,26 @@ class Here:
         scored = self._scored(leg, stage, current, self.held_out[split][stage], sites)
         if split == "test":
             self._tested = scored
+        if split == "test" and leg.method == "federated" and stage + 1 == len(leg.stages):
+            return [
+                *score_rows(leg, stage, current.round, split, scored, self.prepared),
+                *self._attacked(leg, stage, current, sites),
+            ]
         if split == "unseen-sites":
             return unseen_rows(leg, stage, current.round, scored, self.prepared)
         return score_rows(leg, stage, current.round, split, scored, self.prepared)
+
+    def _attacked(self, leg: Leg, stage: int, current: Global, sites: Sites) -> list[Row]:
+        """Of a backdoor, the share of test rows with the trigger, of other labels than its target, that are given it."""
+        attack = self.prepared.recipe.attack
+        if attack.kind != "backdoor":
+            return []
+        wanted = {r.id: target for r in self.held_out["test"][stage] if (target := target_of(r, attack)) not in ("", r.output)}
+        rows = [triggered(r, attack) for r in self.held_out["test"][stage] if r.id in wanted]
+        scored = self._scored(leg, stage, current, rows, sites)
+        hits = sum(s.prediction == wanted[s.record.id] for s in scored)
+        told = ("attack_success", hits / max(1, len(scored)), "share")
+        return [Row(self.prepared.recipe.name, leg.method, leg.seed, current.round, *told, stage=stage, split="test")]
 
     def _scored(self, leg: Leg, stage: int, current: Global, records: Sequence[Record], sites: Sites) -> list[Scored]:
         """Scores of `current`; where factors stay at the sites, of each row by the model of the one of `sites` that holds
