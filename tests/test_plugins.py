@@ -167,12 +167,14 @@ def test_a_package_that_fails_is_named(work: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- what a baseline drops
 
 
-@pytest.mark.parametrize("alone", ["train.sam", "structure.adversary"])  # they cannot both be on
-def test_a_baseline_has_every_switch_off_a_strangers_too(alone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+# of each two, both cannot be on
+@pytest.mark.parametrize("alone", [{"train.sam", "evidence.serve"}, {"structure.adversary", "evidence.serve_from"}])
+def test_a_baseline_has_every_switch_off_a_strangers_too(alone: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tables.TERMS, "flat", tables.Term("stranger:flat"))
     monkeypatch.setitem(tables.STRUCTURES, "blink", tables.Structure("stranger:blink"))
     tree: dict[str, Any] = {}
-    switches = {*tables.switches()} - {"train.sam", "structure.adversary"} | {alone}
+    pairs = {"train.sam", "structure.adversary", "evidence.serve", "evidence.serve_from"}
+    switches = {*tables.switches()} - pairs | alone
     assert {"term.flat.weight", "structure.blink"} <= switches
     for key in switches:
         node = tree

@@ -168,18 +168,17 @@ def run_round(
     disagreement = drift(reference, answers.updates, shares) if comparable else {}
     end = clock()
     held = {u.site: u.held for u in answers.heads}
-    after = Global(
-        state.round + 1,
-        result.adapter,
-        state.memory,
-        {**state.counts, **{u.site: u.tasks for u in answers.heads}},
-        disagreement,
-        [*state.shifts, result.shift] if result.shift else state.shifts,
+    after = replace(
+        state,
+        round=state.round + 1,
+        adapter=result.adapter,
+        counts={**state.counts, **{u.site: u.tasks for u in answers.heads}},
+        drift=disagreement,
+        shifts=[*state.shifts, result.shift] if result.shift else state.shifts,
         # a site that failed may have lost its base: it is sent the whole log again, and passes over what it holds
-        {**state.held, **dict.fromkeys(answers.failures, 0), **held},
-        kept,
-        state.heads,
-        bound_after(roster, state, sum(u.side for u in answers.heads), len(answers.heads)),
+        held={**state.held, **dict.fromkeys(answers.failures, 0), **held},
+        optimiser=kept,
+        clip=bound_after(roster, state, sum(u.side for u in answers.heads), len(answers.heads)),
     )
     down = {site: len(to[site].payload) for site in sampled}
     up = {r.site: len(r.payload) for r in replies}
