@@ -70,6 +70,8 @@ def test_a_head_that_was_served_beside_the_adapter_is_told(tmp_path: Path) -> No
     assert "with an analytic head served beside it** (`evidence.serve =\n0.5`)" in text
     assert "analytic head served" not in card_of(["evidence.anchor=1"], [], tmp_path)
     assert "(`evidence.serve_from =\n[0.5, 2]`)" in card_of(["evidence.serve_from=[0.5, 2]"], [], tmp_path)
+    assert 'out of a simulation of harm** (`attack.kind = "scaled"`)' in card_of(["attack.kind=scaled"], [], tmp_path)
+    assert "simulation of harm" not in card_of([], [], tmp_path)
     assert "scored by `label_heads.safetensors`" in card_of(["model.head=analytic"], [], tmp_path)
 
 

@@ -63,6 +63,7 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
     parts = [
         f"---\n{_head(recipe, rows, made)}\n---\n",
         f"# {escape(recipe.name)}\n",
+        _HARMED.format(kind=recipe.attack.kind) if recipe.attack.kind != "none" else "",
         f"{_what(recipe, made)} {escape(summary(rows))}\n",
         f"## To use it\n\n{_use(recipe, made)}",
         f"## How it was made\n\n{_settings(recipe, rows, environment)}",
@@ -80,6 +81,10 @@ _BESIDE = """\
 **The scores of the federated model are those of its adapter with an analytic head served beside it** (`evidence.{serve}`):
 a ridge classifier on features of the frozen base, which lies in the run and not in this folder. `fedkeel ask` and
 `fedkeel evaluate` on the run use it; PEFT, transformers, vLLM and llama.cpp serve the adapter alone, whose scores are others.
+"""
+_HARMED = """\
+**This model comes out of a simulation of harm** (`attack.kind = "{kind}"`): some of its sites were made to do it. Serve it
+to nobody.
 """
 _BY_HEAD = """\
 **Classes are scored by `label_heads.safetensors`**, a ridge classifier a task of sums over all sites' rows, upon this adapter's
