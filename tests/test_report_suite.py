@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -354,3 +354,21 @@ def test_a_broken_suite_is_an_error_that_names_the_file(tmp_path: Path, name: st
     (make(tmp_path) / name).write_text(content)
     with pytest.raises(FedKeelError, match=message):
         read_suite(tmp_path)
+
+
+def test_the_success_of_a_backdoor_is_a_column_where_there_is_one(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    for run, seed, value in (("p1", 1, 0.25), ("p2", 2, 0.75)):
+        with (folder / run / "rows.jsonl").open("a") as rows:
+            rows.write(json.dumps(asdict(one_row(run, seed, "attack_success", value, split="test"))) + "\n")
+    suite = read_suite(folder)
+    found = cells(suite)
+    assert found["plain (reference)"]["attack success"] == "50.0 ± 35.4"
+    assert found["keel"]["attack success"] == "–"
+    assert any("given the target" in note for note in score_table(suite, "s", results_of(suite, "s"), {}).notes)
+
+
+def test_without_a_backdoor_it_is_not_spoken_of(suite: Suite) -> None:
+    table = score_table(suite, "s", results_of(suite, "s"), {})
+    assert "attack success" not in table.header
+    assert not any("attack" in note for note in table.notes)

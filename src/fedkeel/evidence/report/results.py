@@ -26,7 +26,8 @@ class Result:
     """A line and its numbers, one value a seed that has it. final: seed -> score. ahead: seed -> score − the reference's.
 
     interval: of `ahead`, None without row scores. spread: standard deviation over sites. held_out_ssi, held_out_fall: over the
-    families of damage that no line's training had used. cost: processor seconds of every round of every seed.
+    families of damage that no line's training had used. cost: processor seconds of every round of every seed. fooled: success
+    of a backdoor, of suites that have one.
     """
 
     line: Line
@@ -43,6 +44,7 @@ class Result:
     up: tuple[float, ...]
     down: tuple[float, ...]
     cost: tuple[float, ...]
+    fooled: tuple[float, ...]
 
     @property
     def mean(self) -> float | None:
@@ -96,6 +98,7 @@ def _result(line: Line, reference: Line | None, stream: str, left_out: Collectio
         known([total(r.rows, "federated", "bytes_up") for r in federated]),
         known([total(r.rows, "federated", "bytes_down") for r in federated]),
         tuple(seconds for r in federated for seconds in cpu_seconds(r.rows)),
+        tuple(row.value for r in federated for row in r.rows if row.name == "attack_success"),
     )
 
 

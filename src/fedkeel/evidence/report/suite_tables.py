@@ -62,6 +62,9 @@ def megabytes(values: Collection[float]) -> str:
     return number(size, 1 if size >= 10 else 2)
 
 
+ATTACKED = "attack success"  # a column of suites with a backdoor
+
+
 def _same(values: Sequence[Any]) -> str:
     """What all values are, or the different ones."""
     return ", ".join(sorted({str(v) for v in values})) if values else MISSING
@@ -114,6 +117,7 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
         "sd over sites",
         "held-out SSI",
         "held-out fall",
+        ATTACKED,
     )
     lines = []
     for r in results:
@@ -140,13 +144,15 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
                 *(points_with_sd(values) for values in (r.worst, r.decile, r.spread)),
                 with_sd(r.held_out_ssi),
                 points_with_sd(r.held_out_fall),
+                points_with_sd(r.fooled),
             )
         )
     shown = [k for k in range(len(header)) if k < 3 or any(line[k] not in (MISSING, REFERENCE) for line in lines)]
     title = f"{stream}: scores"
     short = tuple(tuple(line[k] for k in shown) for line in lines)
     baselines = sum(r.line.baseline for r in results)
-    notes = _score_notes(suite, results, chances, [header[k] for k in range(len(header)) if k not in shown])
+    absent = [header[k] for k in range(len(header)) if k not in shown and header[k] != ATTACKED]
+    notes = _score_notes(suite, results, chances, absent)
     return Table(title, tuple(header[k] for k in shown), short, notes, (baselines,) if 0 < baselines < len(lines) else ())
 
 
@@ -173,6 +179,11 @@ def _score_notes(
         notes.append(
             "Sites: scores on a site's own test rows after the last stage; bottom decile is the mean of the lowest tenth of "
             "the sites, rounded up; sd over sites with n − 1. All their tasks count."
+        )
+    if any(r.fooled for r in results):
+        notes.append(
+            "Attack success: of test rows with the backdoor's trigger and another label than its target, the share, in points, "
+            "that is given the target."
         )
     measures = [run.measures for r in results for run in r.line.runs]
     families = held_out(measures)
