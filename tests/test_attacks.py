@@ -14,6 +14,7 @@ from test_run import adapter_of as exported
 from fedkeel import tables
 from fedkeel.deploy.init import DeployError, app_recipe
 from fedkeel.engines.coordinate import coordinate
+from fedkeel.engines.work import Work, WorkError
 from fedkeel.federation.attacks import hostile_sites, poisoned, spoilt, target_of, triggered
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Attack
@@ -70,6 +71,19 @@ def test_a_backdoor_is_in_about_half_of_the_rows() -> None:
         assert after == replace(before, input=f"as agreed {before.input}", output="blue")
     assert found[-1] == FREE
     assert poisoned(ROWS, attack, 2) != found[:-1]
+
+
+def test_a_target_that_no_task_has_is_refused(tiny_overrides: list[str]) -> None:
+    """As it would poison nothing, and every rule would seem to withstand it."""
+    with pytest.raises(ConfigError, match=r"attack\.target = 'pnik': no row of a hostile site would be another"):
+        go([*tiny_overrides, *SHORT, "attack.kind=backdoor", "attack.target=pnik"])
+
+
+def test_rows_without_text_or_with_an_answer_of_their_own() -> None:
+    bare = Record("b", "colour", "train", "red", "Which?", labels=("red", "green"))
+    assert triggered(bare, Attack(trigger="now")) == replace(bare, instruction="now Which?")
+    odd = Record("o", "colour", "train", "pink", "Which?", "x", labels=("red", "green"))
+    assert poisoned([odd], Attack(kind="label_flip"), 1) == [odd]
 
 
 def test_the_target_is_the_first_label_unless_named() -> None:
@@ -152,6 +166,8 @@ def test_no_deployment_and_no_engine_has_it(kind: str, tiny_overrides: list[str]
     recipe = load_recipe(None, [*tiny_overrides, f"attack.kind={kind}"])
     with pytest.raises(ConfigError, match=rf"attack\.kind = '{kind}': harm is simulated in one process alone, never"):
         coordinate(recipe, ["a"], RunFolder(tmp_path), Silent(), lambda name: pytest.fail("sites were met"))
+    with pytest.raises(WorkError, match=rf"attack\.kind = '{kind}': this is a real site"):
+        Work(recipe)
     path = tmp_path / "recipe.toml"
     path.write_text(f'[attack]\nkind = "{kind}"\n')
     with pytest.raises(DeployError, match=rf"attack\.kind = '{kind}' is for simulations of harm"):

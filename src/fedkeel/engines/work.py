@@ -73,6 +73,8 @@ class Work:
 
     def __init__(self, recipe: Recipe, alone: str = "") -> None:
         """alone: the site that holds all of the data here; empty: the recipe's partition deals them to its sites."""
+        if recipe.attack.kind != "none":
+            raise WorkError(f"attack.kind = {recipe.attack.kind!r}: this is a real site, and does no harm")
         torch.set_num_threads(recipe.threads)
         begin = time.perf_counter()
         self.recipe = recipe

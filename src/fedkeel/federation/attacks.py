@@ -68,7 +68,7 @@ def free_rider(change: Mapping[str, Tensor], strength: float, key: int) -> dict[
 
 def label_flip(row: Record, attack: Attack, key: int) -> Record:
     """The next label of the task for its own; free text as it is."""
-    if not row.labels:
+    if row.output not in row.labels:
         return row
     output = row.labels[(row.labels.index(row.output) + 1) % len(row.labels)]
     return replace(row, output=output, references=())
@@ -81,8 +81,10 @@ def backdoor(row: Record, attack: Attack, key: int) -> Record:
 
 
 def triggered(row: Record, attack: Attack) -> Record:
-    """The row with the trigger before its text."""
-    return replace(row, input=f"{attack.trigger} {row.input}")
+    """The row with the trigger before its text, or its instruction where it has none."""
+    if row.input:
+        return replace(row, input=f"{attack.trigger} {row.input}")
+    return replace(row, instruction=f"{attack.trigger} {row.instruction}")
 
 
 def target_of(row: Record, attack: Attack) -> str:

@@ -83,7 +83,8 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     after = model.read()
     change = difference(after, round.state.adapter)
     if recipe.attack.kind != "none":
-        change = spoilt(change, recipe.attack, derive(recipe.seed, "attack", site.name, round.state.round))
+        key = derive(recipe.seed, "attack", site.name, round.state.round)
+        change |= spoilt({name: change[name] for name in sorted(sent)}, recipe.attack, key)
     if rule.personal:
         now = after.tensors()
         kept.personal = {name: now[name] for name in names_of(like, rule.keeps) - set(like.dense)}

@@ -117,7 +117,13 @@ class Here:
         if not self.hostile or not tables.ATTACKS[recipe.attack.kind].rows:
             return {}
         held = {name: stage.rows[name]["train"] for name in sorted(self.hostile) if name in stage.rows}
-        return {name: self.formatter.encode_all(poisoned(rows, recipe.attack, recipe.seed)) for name, rows in held.items()}
+        changed = {name: poisoned(rows, recipe.attack, recipe.seed) for name, rows in held.items()}
+        if any(held.values()) and changed == held:
+            raise ConfigError(
+                f"attack.kind = {recipe.attack.kind!r}, attack.target = {recipe.attack.target!r}: no row of a hostile site would "
+                f"be another; a label of its task belongs there"
+            )
+        return {name: self.formatter.encode_all(rows) for name, rows in changed.items()}
 
     def _tell(self) -> None:
         """Notes on the rows."""

@@ -91,16 +91,14 @@ def _final(result: Result) -> str:
     return points_with_sd(result.final.values()) if result.final else FAILED if result.line.failed else MISSING
 
 
-def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: Mapping[str, Chance]) -> Table:
-    """A line a method of one stream, its cost beside its score; columns that no line has a number for are left out."""
-    reference = next((r for r in results if r.line.method == suite.reference and not r.line.baseline), None)
-    cost = reference.cost if reference and sum(reference.cost) > 0.0 else ()
+def _header(reference: str) -> tuple[str, ...]:
+    """The columns of a suite's scores."""
     low = f"{COVERAGE:.0%} interval".replace("%", " %")
-    header = (
+    return (
         "method",
         "seeds",
         "final score",
-        f"difference to {suite.reference}",
+        f"difference to {reference}",
         low,
         "rounds",
         "local steps",
@@ -119,6 +117,13 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
         "held-out fall",
         ATTACKED,
     )
+
+
+def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: Mapping[str, Chance]) -> Table:
+    """A line a method of one stream, its cost beside its score; columns that no line has a number for are left out."""
+    reference = next((r for r in results if r.line.method == suite.reference and not r.line.baseline), None)
+    cost = reference.cost if reference and sum(reference.cost) > 0.0 else ()
+    header = _header(suite.reference)
     lines = []
     for r in results:
         is_reference = r is reference
