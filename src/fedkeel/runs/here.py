@@ -120,8 +120,8 @@ class Here:
         changed = {name: poisoned(rows, recipe.attack, recipe.seed) for name, rows in held.items()}
         if any(held.values()) and changed == held:
             raise ConfigError(
-                f"attack.kind = {recipe.attack.kind!r}, attack.target = {recipe.attack.target!r}: no row of a hostile site would "
-                f"be another; a label of its task belongs there"
+                f"attack.kind = {recipe.attack.kind!r}, attack.target = {recipe.attack.target!r}: no row of a hostile site "
+                f"would be another; a label of its task belongs there"
             )
         return {name: self.formatter.encode_all(rows) for name, rows in changed.items()}
 
