@@ -10,10 +10,12 @@ standard errors; t is their ratio, and the last column the slope of the second h
 `in use` is what the process asked malloc for and did not give back (mallinfo2 of glibc 2.33 and later): a leak is there,
 whoever has it, and free memory that an allocator keeps is not. `resident` holds both, and moves in steps of pages until free
 memory lies where it is found again; rounds are not independent, so its t overstates. Python's blocks are objects of any kind,
-those too that its garbage collector does not know. CPython's cache of attributes, which has 4096 places and fills for some
-hundred rounds, is emptied first: PyTorch looks `__torch_function__` up by a new string each time, and each may keep a place.
-What is measured goes into an array that is there before the first round: a list that grows, or one of gc.get_objects(), would be
-seen itself. Last line: JSON.
+those too that its garbage collector does not know.
+
+Two things that would be seen and are none of the run's are kept out. CPython's cache of attributes has 4096 places and fills
+for hundreds of rounds, as PyTorch and pybind11 look attributes up by a new string each time (`__dlpack__` is one), and a place
+keeps its string: it is emptied first. And what is measured goes into an array that is there before the first round: a list that
+grows, or one of gc.get_objects(), would be seen itself. Last line: JSON.
 """
 
 from __future__ import annotations
