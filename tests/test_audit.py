@@ -65,6 +65,7 @@ def rows(folder: Path, count: int) -> list[str]:
     return [f"data.root={folder}", 'data.files=["secrets.jsonl"]', 'data.tasks_file=""', "evaluation.baselines=[]"]
 
 
+@pytest.mark.slow
 def test_rows_learnt_by_heart_are_found_and_others_are_not(tiny_overrides: list[str], tmp_path: Path) -> None:
     given = [*tiny_overrides, *rows(tmp_path, 80), "evaluation.test_rows=2", "evaluation.validation_rows=1"]
     alone = ["partition.scheme=iid", "partition.sites=1", "federation.rounds=1", "train.local_steps=300"]

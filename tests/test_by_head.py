@@ -193,6 +193,7 @@ def test_a_run_goes_on_in_the_same_bits(encoder: tuple[list[str], RunFolder], tm
     assert without_time(rows_of(resumed)) == without_time(rows_of(whole))
 
 
+@pytest.mark.slow
 def test_over_a_grid_as_in_this_process(encoder: tuple[list[str], RunFolder], tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
     from test_engines_agree import over_grid
@@ -203,6 +204,7 @@ def test_over_a_grid_as_in_this_process(encoder: tuple[list[str], RunFolder], tm
     assert without_time(rows_of(here)) == without_time(rows_of(there))
 
 
+@pytest.mark.slow
 def test_progress_ends_where_it_said(encoder: tuple[list[str], RunFolder], tmp_path: Path) -> None:
     watch = Silent()
     go([*encoder[0], f"out={tmp_path}"], watch)
