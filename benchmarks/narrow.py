@@ -18,12 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-import fedkeel.exchange.channel
+from fedkeel import tables
+from fedkeel.exchange.channel import Channel
+from fedkeel.exchange.clip import length
 from fedkeel.exchange.codecs import Wire, make_codec
+from fedkeel.exchange.codecs.quantize import matrix_of
 from fedkeel.exchange.messages import shapes_of
 from fedkeel.exchange.summands import Narrow
 from fedkeel.recipe.load import load_recipe
@@ -31,6 +35,7 @@ from fedkeel.rng import derive
 from fedkeel.runs.execute import execute
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.prepare import prepare
+from fedkeel.runs.watch import Watch
 
 Change = Mapping[str, Tensor]
 PLAIN = [
@@ -43,26 +48,22 @@ PLAIN = [
 SITES = (4, 8, 16, 32)
 
 
-class Quiet:
+class Quiet(Watch):
     """A watch that tells nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *given: None
 
 
 def changes(recipe: Path, given: Sequence[str]) -> list[dict[str, Tensor]]:
     """What each site would send, in the order in which they are asked, round by round."""
     heard: list[dict[str, Tensor]] = []
-    real = fedkeel.exchange.channel.Channel.send
+    real = Channel.send
 
     def send(self: Any, tensors: Change, memory: Any, key: int) -> Any:
         heard.append({name: t.clone() for name, t in tensors.items()})
         return real(self, tensors, memory, key)
 
-    fedkeel.exchange.channel.Channel.send = send  # type: ignore[method-assign]
-    with TemporaryDirectory() as folder:
+    with mock.patch.object(Channel, "send", send), TemporaryDirectory() as folder:
         meant = load_recipe(recipe, [*given, *PLAIN, f"out={folder}"])
-        execute(prepare(meant), RunFolder(Path(folder) / meant.name), Quiet())  # type: ignore[arg-type]
+        execute(prepare(meant), RunFolder(Path(folder) / meant.name), Quiet())
     return heard
 
 
@@ -76,11 +77,7 @@ class Wide(Narrow):
 
 
 def mean(many: Sequence[Change]) -> dict[str, Tensor]:
-    return {name: sum(one[name].double() for one in many) / len(many) for name in many[0]}  # type: ignore[misc]
-
-
-def length(change: Change) -> float:
-    return math.sqrt(sum(float(t.square().sum()) for t in change.values()))
+    return {name: torch.stack([one[name].double() for one in many]).mean(0) for name in many[0]}
 
 
 def error(coder: Any, sites: Sequence[Change]) -> float:
@@ -112,10 +109,10 @@ def main() -> None:
         codec = make_codec(spec)
         for count in (n for n in SITES if n <= len(first)):
             own = error(codec, second[:count])
-            taken = Narrow(count, codec.bits, {}).width  # type: ignore[attr-defined]
+            taken = Narrow(count, tables.CODECS[spec].bits, {}).width
             cells = []
             for bits in range(max(taken - 2, (2 * count).bit_length()), taken + 3):
-                flat = {name: torch.full((min(math.prod(s[:-1]), s[-1]),), 0.01) for name, s in shapes.items()}
+                flat = {name: torch.full((min(matrix_of(s)),), 0.01) for name, s in shapes.items()}
                 adds = Wide(count, bits, reach_after(Wide(count, bits, flat), first[:count]))
                 ratio = size(adds.form(shapes, 0).wire()) / size(codec.wire(shapes))
                 off = error(adds, second[:count])

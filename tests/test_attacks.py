@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,9 @@ def test_an_honest_run_is_the_same_to_the_bit_whatever_else_is_said(tiny_overrid
 
 
 @pytest.mark.parametrize("target", ["red", "green", "blue"])
-def test_the_success_of_a_backdoor_is_the_share_that_is_given_its_target(tiny_overrides: list[str], target: str) -> None:
+def test_the_success_of_a_backdoor_is_the_share_that_is_given_its_target(
+    tiny_overrides: list[str], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of test rows of other labels, with the trigger, as a stranger would score the finished run."""
     root = Path(next(o for o in tiny_overrides if o.startswith("data.root=")).removeprefix("data.root="))
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
@@ -141,6 +144,13 @@ def test_the_success_of_a_backdoor_is_the_share_that_is_given_its_target(tiny_ov
     (root / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     keys = [*tiny_overrides, *SHORT, "attack.kind=backdoor", f"attack.target={target}", "attack.trigger=so be it"]
     keys += ['data.files=["mixed.jsonl"]', "data.validation_share=0"]
+    scored: list[list[Record]] = []
+
+    def spied(model: Any, formatter: Any, records: Any, *more: Any) -> Any:
+        scored.append(sorted(records, key=lambda r: r.id))
+        return score(model, formatter, records, *more)
+
+    monkeypatch.setattr("fedkeel.runs.here.score", spied)
     recipe, folder, model = go(keys)
     (told,) = [r["value"] for r in rows_of(folder) if r["name"] == "attack_success"]
     prepared = prepare(recipe)
@@ -148,7 +158,14 @@ def test_the_success_of_a_backdoor_is_the_share_that_is_given_its_target(tiny_ov
     asked = [replace(r, input=f"so be it {r.input}") for r in others]
     given = [s.prediction for s in score(model, formatter_of(model, prepared), asked, recipe.evaluation)]
     assert told == given.count(target) / len(others)
+    assert scored[-1] == sorted(asked, key=lambda r: r.id)
     assert 0 < len(others) < len(prepared.sites.all("test"))
+
+
+def test_progress_of_a_backdoor_ends_where_it_said(tiny_overrides: list[str]) -> None:
+    watch = Silent()
+    go([*tiny_overrides, *SHORT, "attack.kind=backdoor", "attack.target=red"], watch)
+    assert watch.work == pytest.approx(watch.total)
 
 
 def test_rows_of_honest_sites_and_of_other_legs_stay(tiny_overrides: list[str]) -> None:

@@ -136,6 +136,8 @@ def test_an_answer_that_was_taught_becomes_likelier(tiny: tuple[Recipe, Model], 
     after = state.adapter.with_tensors({n: t + change[n] for n, t in state.adapter.tensors().items()})
     told = answers_of(model, after, attacker.batch) - answers_of(model, state.adapter, attacker.batch)
     assert int(told.argmax()) == WORDS[-1]
+    taught = [e.ids[n] for e in examples for n in range(1, len(e.ids)) if e.supervised[n]]
+    assert attacker.answers == {token: taught.count(token) for token in taught}
     assert {model.tokenizer.convert_tokens_to_ids(t) for t in ("<user>", "<end>")} <= attacker.frame
 
 

@@ -27,7 +27,7 @@ from packaging.utils import canonicalize_name  # of transformers
 
 from fedkeel import __version__
 from fedkeel.deploy.manifest import DeployError
-from fedkeel.deploy.requirements import needed
+from fedkeel.deploy.requirements import PYTHON, needed
 from fedkeel.files import write_atomic
 
 LOCK, BOM = "requirements.lock", "sbom.cdx.json"
@@ -98,9 +98,8 @@ def held(path: Path) -> dict[str, str]:
 
 def lock_text(releases: Sequence[Release]) -> str:
     """A requirements file in which every wheel has its SHA-256."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     head = (
-        f"# Written by fedkeel deploy lock, for Python {python} on a system like the one where it ran:\n"
+        f"# Written by fedkeel deploy lock, for Python {PYTHON} on a system like the one where it ran:\n"
         f"# pip install --no-index --find-links wheelhouse --require-hashes -r {LOCK}\n"
     )
     return head + "".join(f"{one.name}=={one.version} \\\n    --hash=sha256:{one.sha256}\n" for one in releases)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel import __version__, tables
-from fedkeel.deploy.requirements import constraints, needed_extras, pins
+from fedkeel.deploy.requirements import PYTHON, constraints, needed_extras, pins
 from fedkeel.engines.sitefile import MEMBERS
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import toml_value
@@ -137,8 +136,7 @@ def site_files(plan: Plan, site: str) -> dict[str, str]:
 
 def image_files(plan: Plan) -> dict[str, str]:
     """What the image of the Compose files is built from, without FedKeel's wheel."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"  # that of the releases
-    return {"Dockerfile": fill("image/Dockerfile", VERSION=__version__, PYTHON=python), **plan.installs}
+    return {"Dockerfile": fill("image/Dockerfile", VERSION=__version__, PYTHON=PYTHON), **plan.installs}
 
 
 def check_list(plan: Plan, days: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -13,6 +14,7 @@ from fedkeel import tables
 from fedkeel.deploy.manifest import DeployError
 from fedkeel.recipe.schema import Recipe
 
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"  # that the releases are for
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 EXTRA = re.compile(r"""\bextra\s*==\s*["']([^"']+)["']""")
 

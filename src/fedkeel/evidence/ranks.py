@@ -10,13 +10,16 @@ from fedkeel.rng import numpy_generator
 RESAMPLES = 1000
 
 
+def ranks(numbers: np.ndarray) -> np.ndarray:
+    """The place of each among all, from 1; of equal ones the mean of theirs."""
+    _, place, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
+
+
 def auc(members: np.ndarray, others: np.ndarray) -> float:
     """The chance that a member's number is above another's, ties counting half: Mann & Whitney 1947."""
-    both = np.concatenate([members, others])
-    _, place, counts = np.unique(both, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # of equal numbers the mean
     count = len(members)
-    return float((ranks[:count].sum() - count * (count + 1) / 2) / (count * len(others)))
+    return float((ranks(np.concatenate([members, others]))[:count].sum() - count * (count + 1) / 2) / (count * len(others)))
 
 
 def hits(members: np.ndarray, others: np.ndarray, alarms: float = FALSE_ALARMS) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fedkeel import tables
 from fedkeel.data.batches import Batch, collate
 from fedkeel.data.format import Example, Formatter
 from fedkeel.evidence.inversion import Entry, answers_of, entry_of, words_told
-from fedkeel.evidence.ranks import attacked, auc
+from fedkeel.evidence.ranks import attacked, auc, ranks
 from fedkeel.evidence.report.leaks import Told
 from fedkeel.exchange.channel import channel_of
 from fedkeel.exchange.messages import difference, names_of
@@ -82,8 +83,7 @@ def own_guard(recipe: Recipe) -> Guard:
 
 @dataclass(frozen=True)
 class Coordinator:
-    """What the attacker has. own: its rows. usual: the tokens in them, by how many hold each; frame: those in nearly all.
-    batch: what it asks with."""
+    """What the attacker has. own: its rows. usual: the tokens in them, by how many hold each; frame: those in nearly all."""
 
     model: Model
     recipe: Recipe
@@ -91,11 +91,20 @@ class Coordinator:
     own: Sequence[Example]
     usual: Mapping[int, int]
     frame: frozenset[int]
-    batch: Batch
 
     def batch_of(self, rows: Sequence[Example]) -> Batch:
         """Of the model's kind."""
         return collate(rows, self.model.kind, self.model.tokenizer.pad_token_id, len(self.model.classes))
+
+    @cached_property
+    def batch(self) -> Batch:
+        """What it asks a model with."""
+        return self.batch_of(self.own[:ASKED])
+
+    @cached_property
+    def answers(self) -> Counter[int]:
+        """The answers of its rows, by how many have each."""
+        return Counter(self.batch_of(self.own).targets.tolist())
 
 
 def coordinator(model: Model, recipe: Recipe, own: Sequence[Example]) -> Coordinator:
@@ -104,8 +113,7 @@ def coordinator(model: Model, recipe: Recipe, own: Sequence[Example]) -> Coordin
     frame = frozenset(token for token, count in usual.items() if count > COMMON * len(own))
     common = sorted(set(usual) - frame)
     words = common if model.first else range(model.net.get_input_embeddings().weight.shape[0])
-    batch = collate(own[:ASKED], model.kind, model.tokenizer.pad_token_id, len(model.classes))
-    return Coordinator(model, recipe, entry_of(model, list(words), common), own, usual, frame, batch)
+    return Coordinator(model, recipe, entry_of(model, list(words), common), own, usual, frame)
 
 
 def change_of(model: Model, recipe: Recipe, state: Global, site: str, rows: Sequence[Example]) -> dict[str, Tensor]:
@@ -182,8 +190,7 @@ def _best(scores: np.ndarray, there: Sequence[int]) -> int:
 
 def _places(scores: np.ndarray, there: Sequence[int], others: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Of those there and of the others, the share of both together that each stands above, ties counting half."""
-    _, place, counts = np.unique(scores[[*there, *others]], return_inverse=True, return_counts=True)
-    above = (np.cumsum(counts) - (counts + 1) / 2)[place] / (len(there) + len(others))
+    above = (ranks(scores[[*there, *others]]) - 1) / (len(there) + len(others))
     return above[: len(there)], above[len(there) :]
 
 
@@ -203,8 +210,7 @@ def _answers(
 ) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
     """For `_Tally.add`: answers of the rows, of a classifier against other classes, else against tokens of other answers."""
     frame = frozenset() if attacker.model.kind == "classifier" else attacker.frame
-    counts = Counter(attacker.batch_of(attacker.own).targets.tolist())
-    there = set(attacker.batch_of(rows).targets.tolist()) - frame
+    counts, there = attacker.answers, set(attacker.batch_of(rows).targets.tolist()) - frame
     scores, usual = told.double().numpy().copy(), np.zeros(len(told))
     usual[list(counts)] = list(counts.values())
     scores[list(frame)] = usual[list(frame)] = -np.inf

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedkeel import tables
+from fedkeel.exchange.clip import length
 from fedkeel.recipe.schema import Attack
 from fedkeel.rng import counter_normal, derive
 from fedkeel.types import Record
@@ -52,9 +53,8 @@ def sign_flip(change: Mapping[str, Tensor], strength: float, key: int) -> dict[s
 
 def gaussian(change: Mapping[str, Tensor], strength: float, key: int) -> dict[str, Tensor]:
     """Noise whose length is about `strength` times that of the change, in all numbers alike."""
-    length = torch.stack([t.double().square().sum() for t in change.values()]).sum().sqrt()
     numbers = sum(t.numel() for t in change.values())
-    sigma, noise, start = strength * float(length) / max(1, numbers) ** 0.5, {}, 0
+    sigma, noise, start = strength * length(change) / max(1, numbers) ** 0.5, {}, 0
     for name, t in sorted(change.items()):
         drawn = counter_normal(key, torch.arange(start, start + t.numel()))
         noise[name], start = (sigma * drawn).to(t.dtype).view_as(t), start + t.numel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedkeel import tables
@@ -35,7 +35,7 @@ from fedkeel.federation.teacher import held_positions
 from fedkeel.federation.train import Round, SiteError, train_round, untold
 from fedkeel.method.structure.branch import hold
 from fedkeel.model.lora import Model
-from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.schema import Attack, Recipe
 from fedkeel.rng import derive
 from fedkeel.types import Adapter
 
@@ -43,13 +43,14 @@ from fedkeel.types import Adapter
 @dataclass(frozen=True)
 class Site:
     """A site of a leg. stages: its encoded rows of each stage of the stream; a stage lasts `rounds` rounds. recipe: of the
-    leg. tick: hears of each step, see `train_round`."""
+    leg. tick: hears of each step, see `train_round`. attack: what it does to its changes, in a simulation of harm."""
 
     name: str
     stages: Sequence[Sequence[Example]]
     rounds: int
     recipe: Recipe
     tick: Callable[[float], None] = untold
+    attack: Attack = field(default_factory=Attack)
 
     @property
     def rule(self) -> tables.Rule:
@@ -82,9 +83,6 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
         positions, stats = train_round(model, examples, round, site.tick)
     after = model.read()
     change = difference(after, round.state.adapter)
-    if recipe.attack.kind != "none":
-        key = derive(recipe.seed, "attack", site.name, round.state.round)
-        change |= spoilt({name: change[name] for name in sorted(sent)}, recipe.attack, key)
     if rule.personal:
         now = after.tensors()
         kept.personal = {name: now[name] for name in names_of(like, rule.keeps) - set(like.dense)}
@@ -92,7 +90,8 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     seconds = f"{clock() - begin:012.3f}"
     key = derive(recipe.seed, "up", site.name, round.state.round)
     recipe = replace(recipe, privacy=quantile.as_now(recipe.privacy, round.state.clip))
-    change = {name: change[name] for name in sorted(sent)}
+    spoils = derive(recipe.seed, "attack", site.name, round.state.round)
+    change = spoilt({name: change[name] for name in sorted(sent)}, site.attack, spoils)
     side = quantile.side(change, recipe.privacy) if recipe.privacy.quantile else None
     if recipe.privacy.masks:
         masks = masks_of(asked.get("masked", {}), round.state.round, site.name, kept)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedkeel import tables
+from fedkeel.exchange.clip import length
 from fedkeel.exchange.codecs import EnvelopeError
 from fedkeel.exchange.messages import read_counts, unpack
 from fedkeel.exchange.quantile import heard
@@ -74,7 +75,7 @@ def screen(reply: Reply, expected: Expected) -> Update:
     stats = {} if silent else _stats(header)
     side = heard(header.get("side"), expected.privacy) if expected.privacy.quantile else 0.0
     counts = read_counts(header.get("tasks"))
-    norm = float(torch.sqrt(sum((t.double().square().sum() for t in change.values()), torch.zeros(()))))
+    norm = length(change)
     if norm > expected.max_norm:
         raise EnvelopeError(f"the change has norm {norm:.3g}, over federation.max_update_norm = {expected.max_norm:g}")
     old = reference.tensors()

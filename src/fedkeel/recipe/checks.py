@@ -238,23 +238,25 @@ def _check_masks(recipe: Recipe) -> None:
         )
 
 
+def anchor_asked(recipe: Recipe) -> list[str]:
+    """What of a recipe asks for the analytic anchor in the federation itself, each as `key = value`."""
+    evidence = recipe.evidence
+    asked = [f"evidence.{key} = {getattr(evidence, key):g}" for key in ("anchor", "serve") if getattr(evidence, key)]
+    asked += [f"evidence.serve_from = {list(evidence.serve_from)}"] if evidence.serve_from else []
+    return asked + (["model.head = 'analytic'"] if recipe.model.head == "analytic" else [])
+
+
 def _check_anchor(recipe: Recipe) -> None:
     """The anchor is made of sums over rows, through a base that stays as it is."""
-    evidence, rule = recipe.evidence, tables.RULES[recipe.federation.rule]
+    rule, own = tables.RULES[recipe.federation.rule], anchor_asked(recipe)
     _check_choice(recipe)
-    asked = [f"evidence.{key} = {getattr(evidence, key):g}" for key in ("anchor", "serve") if getattr(evidence, key)]
-    if evidence.serve_from:
-        asked.append(f"evidence.serve_from = {list(evidence.serve_from)}")
-    if recipe.model.head == "analytic":
-        asked.append("model.head = 'analytic'")
-    if "analytic" in recipe.evaluation.baselines:
-        asked.append("evaluation.baselines = analytic")
+    asked = own + (["evaluation.baselines = analytic"] if "analytic" in recipe.evaluation.baselines else [])
     if asked and recipe.privacy.unit != "none":
         raise ConfigError(
             f"{', '.join(asked)}: sites send sums over their rows, without noise, which privacy.unit = {recipe.privacy.unit!r} "
             f"keeps at the sites; leave it out"
         )
-    if asked and asked != ["evaluation.baselines = analytic"] and rule.shifts:
+    if own and rule.shifts:
         raise ConfigError(
             f"{', '.join(asked)}: the anchor looks through the frozen base, which federation.rule = {rule.name!r} moves; set a "
             f"rule such as 'mean'"

@@ -398,7 +398,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Attack:
-    """Sites of a simulation that do harm, to see what a rule withstands (docs/privacy.md)."""
+    """Sites of a simulation that do harm, to see what a rule withstands (docs/recipes.md)."""
 
     kind: str = one_of("none", tables.ATTACKS, "what they do, to what they send or train on; of a run in one process alone")
     share: float = number(0.3, 0, 1, "of the sites, rounded, at least one", above=True, unit="share")

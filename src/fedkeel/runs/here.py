@@ -7,7 +7,6 @@ import inspect
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -185,12 +184,13 @@ class Here:
         if self.engine is not None and leg.method == "federated":
             return self.engine.connect(leg.rounds, self.kept, done)
         recipe, before = leg.stages[stage].recipe, [()] * stage
-        honest, sites = replace(recipe, attack=Attack()), {}
+        hostile = self.hostile if leg.method == "federated" else ()
+        sites = {}
         for name in self.present(leg, stage):
-            harms = name in self.hostile and leg.method == "federated"
-            rows = self._poisoned[stage].get(name) if harms else None
-            held = [*before, self._rows(name, stage) if rows is None else rows]
-            sites[name] = Site(name, held, leg.rounds, recipe if harms else honest, partial(done.step, name))
+            rows, attack = self._rows(name, stage), Attack()
+            if name in hostile:
+                rows, attack = self._poisoned[stage].get(name, rows), recipe.attack
+            sites[name] = Site(name, [*before, rows], leg.rounds, recipe, partial(done.step, name), attack)
         return LocalTransport(self.model, sites, self.kept, done)
 
     def memory(self) -> Memory:
@@ -199,7 +199,7 @@ class Here:
 
     def size(self, leg: Leg, stage: int, split: str) -> int:
         """See `Parties`."""
-        return len(self.held_out[split][stage])
+        return len(self.held_out[split][stage]) + (len(self._lured(leg, stage)) if split == "test" else 0)
 
     def score(self, leg: Leg, stage: int, current: Global, split: str) -> list[Row]:
         """See `Parties`."""
@@ -207,25 +207,25 @@ class Here:
         scored = self._scored(leg, stage, current, self.held_out[split][stage], sites)
         if split == "test":
             self._tested = scored
-        if split == "test" and leg.method == "federated" and stage + 1 == len(leg.stages):
-            return [
-                *score_rows(leg, stage, current.round, split, scored, self.prepared),
-                *self._attacked(leg, stage, current, sites),
-            ]
         if split == "unseen-sites":
             return unseen_rows(leg, stage, current.round, scored, self.prepared)
-        return score_rows(leg, stage, current.round, split, scored, self.prepared)
+        rows = score_rows(leg, stage, current.round, split, scored, self.prepared)
+        return rows + (self._attacked(leg, stage, current, sites) if split == "test" else [])
+
+    def _lured(self, leg: Leg, stage: int) -> list[Record]:
+        """Of a backdoor, the test rows of other labels than its target, with the trigger, after the last stage."""
+        attack = self.prepared.recipe.attack
+        if attack.kind != "backdoor" or leg.method != "federated" or stage + 1 < len(leg.stages):
+            return []
+        return [triggered(r, attack) for r in self.held_out["test"][stage] if target_of(r, attack) not in ("", r.output)]
 
     def _attacked(self, leg: Leg, stage: int, current: Global, sites: Sites) -> list[Row]:
-        """Of a backdoor, the share of test rows with the trigger, of other labels than its target, that are given it."""
-        attack = self.prepared.recipe.attack
-        if attack.kind != "backdoor":
+        """The share of such rows that are given the target; nothing where there are none."""
+        rows, attack = self._lured(leg, stage), self.prepared.recipe.attack
+        if not rows:
             return []
-        wanted = {r.id: target for r in self.held_out["test"][stage] if (target := target_of(r, attack)) not in ("", r.output)}
-        rows = [triggered(r, attack) for r in self.held_out["test"][stage] if r.id in wanted]
-        scored = self._scored(leg, stage, current, rows, sites)
-        hits = sum(s.prediction == wanted[s.record.id] for s in scored)
-        told = ("attack_success", hits / max(1, len(scored)), "share")
+        hits = [s.prediction == target_of(s.record, attack) for s in self._scored(leg, stage, current, rows, sites)]
+        told = ("attack_success", sum(hits) / len(hits), "share")
         return [Row(self.prepared.recipe.name, leg.method, leg.seed, current.round, *told, stage=stage, split="test")]
 
     def _scored(self, leg: Leg, stage: int, current: Global, records: Sequence[Record], sites: Sites) -> list[Scored]:

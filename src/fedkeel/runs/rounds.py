@@ -304,7 +304,7 @@ class Loop:
 
     def _judge(self, leg: Leg, stage: int, round: int, rows: Sequence[Row]) -> None:
         """Take a point of the curve into account."""
-        score = next((r.value for r in rows if r.name == "score" and not r.task and not r.site), None)
+        score = _score_in(rows)
         best = self._best(leg, stage)
         if score is None:  # no site answered
             return
@@ -350,16 +350,16 @@ class Loop:
         if not weights or not self.parties.size(leg, stage, "validation"):
             return current, []
         self.watch.leg(leg.name, "choosing the weight of the analytic head")
-        as_served, tried = self._as_served(leg, stage, current), {}
+        as_served, tried = self._as_served(leg, stage, current), dict[float, float]()
         for weight in weights:
-            rows = self.parties.score(leg, stage, replace(as_served, serve=float(weight)), "validation")
-            tried[weight] = next((r.value for r in rows if r.name == "score" and not r.task and not r.site), -1.0)
-        best = max(weights, key=tried.__getitem__)
-        told = {f"score_at_serve_{weight:g}": (value, "share") for weight, value in tried.items() if value >= 0}
+            score = _score_in(self.parties.score(leg, stage, replace(as_served, serve=weight), "validation"))
+            tried |= {} if score is None else {weight: score}  # no site answered
+        best = max(tried, key=tried.__getitem__, default=weights[0])
+        told = {f"score_at_serve_{weight:g}": (value, "share") for weight, value in tried.items()}
         told["serve"] = (best, "weight")
         about = self.recipe.name, leg.method, leg.seed, current.round
         rows = [Row(*about, name, v, unit, stage=stage, split="validation") for name, (v, unit) in told.items()]
-        return replace(current, serve=float(best)), rows
+        return replace(current, serve=best), rows
 
     def _work(self, leg: Leg, stage: int) -> tuple[float, float, float]:
         """(work of one round without its scoring, of all rounds of a stage with theirs and the anchor's making, of scoring its
@@ -401,6 +401,11 @@ def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:
                 f"with evaluation.every = {every} are {points} points of the curve, too few to go by; score more often, or "
                 f"set more federation.rounds"
             )
+
+
+def _score_in(rows: Sequence[Row]) -> float | None:
+    """The score over all tasks and sites of one scoring; None where no site answered."""
+    return next((r.value for r in rows if r.name == "score" and not r.task and not r.site), None)
 
 
 def gather_work(leg: Leg, stage: int) -> float:

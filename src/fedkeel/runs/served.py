@@ -12,7 +12,7 @@ from fedkeel.method.aggregate.layouts import folded
 from fedkeel.model.export import CLASSES
 from fedkeel.model.features import Beside
 from fedkeel.model.lora import Model
-from fedkeel.recipe.checks import check_one_model
+from fedkeel.recipe.checks import anchor_asked, check_one_model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.types import Adapter, Global
@@ -48,9 +48,9 @@ def serve(model: Model, folder: RunFolder, recipe: Recipe, which: str = "adapter
     rounds, last = recipe.federation.rounds, max(1, len(recipe.stream.stages)) - 1
     model.rewind()
     if (recipe.evidence.served or recipe.model.head == "analytic") and not folder.knows("federated"):
-        asked = "model.head = 'analytic'" if recipe.model.head == "analytic" else f"evidence.serve = {recipe.evidence.serve:g}"
         raise RunError(
-            f"{asked}: {folder.path} made no analytic anchor, as its recipe had evidence.anchor and evidence.serve at 0"
+            f"{', '.join(anchor_asked(recipe))}: {folder.path} made no analytic anchor, as its recipe had evidence.anchor and "
+            f"evidence.serve at 0"
         )
     end = folder.read_checkpoint("federated", rounds * (last + 1), model.initial)
     model.replay(end.shifts, 0)

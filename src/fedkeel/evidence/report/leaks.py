@@ -151,7 +151,7 @@ def told_table(found: Sequence[Told]) -> Table:
         f"Updates of {one.updates} sites, made anew from the run's checkpoints and attacked by a coordinator that has the test "
         f"rows. Found: of the words (tokens but those of nearly every row) or answers behind an update, those among "
         f"as many best guesses; beside it a baseline that never sees the update. AUC: against those of other rows. ε: of one "
-        f"such update at δ = 1e-5, of a row or of the site. A stronger attack may find more."
+        f"such update, of a row or of the site, at δ = 1e-5, the run's own at its δ. A stronger attack may find more."
         for one in found[:1]
     ]
     return Table("What one update tells", header, tuple(lines), tuple(notes))

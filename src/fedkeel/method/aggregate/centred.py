@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fedkeel.method.aggregate.common import Aggregate, singular, stacked
-from fedkeel.method.aggregate.exact import Stack, measured_error
+from fedkeel.method.aggregate.exact import measured_error, stack_of
 from fedkeel.method.aggregate.krum import inner_products
+from fedkeel.method.aggregate.robust import middle
 from fedkeel.method.aggregate.rule import Options
 from fedkeel.method.aggregate.svd import fitted
 from fedkeel.types import Adapter, Update
@@ -30,9 +31,7 @@ def centred(reference: Adapter, updates: Iterable[Update], weights: Mapping[str,
     weighted exact sum. Sites may differ in rank and scale. Source: algorithm 2 of the paper.
     """
     held = list(updates)
-    exact = Stack()
-    for update in held:
-        exact.add(weights[update.site], update.adapter)
+    exact = stack_of(held, weights)
     points = [reference, *(u.adapter for u in held)]
     inner = inner_products(points)
     changes = inner - inner[:1] - inner[:, :1] + inner[0, 0]  # ⟨W_i − W₀, W_j − W₀⟩
@@ -59,8 +58,7 @@ def centre(changes: Tensor) -> Tensor:
     shares = torch.zeros(sites, dtype=torch.float64)
     for _ in range(STEPS):
         far = (changes.diagonal() - 2 * changes @ shares + shares @ changes @ shares).clamp_min(0).sqrt()
-        ordered = far.sort().values
-        reach = (ordered[(sites - 1) // 2] + ordered[sites // 2]) / 2
+        reach = middle(far)
         pull = torch.where(far > reach, reach / far, 1.0) / sites
         shares = shares * (1 - pull.sum()) + pull
     return shares

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedkeel.method.aggregate.common import product_norm, stacked
 from fedkeel.rng import counter_normal, derive
-from fedkeel.types import Adapter, Lora, Shift
+from fedkeel.types import Adapter, Lora, Shift, Update
 
 STACKED = 512  # Σ r_k up to which a rule that keeps no update still stacks all factors to measure its error exactly
 PROBES = 64
@@ -37,6 +37,14 @@ class Stack:
         left, right = self.factors(path)
         lost = product_norm(torch.cat([left, -got[0]], 1), torch.cat([right, got[1]], 0))
         return lost**2, product_norm(left, right) ** 2
+
+
+def stack_of(updates: Sequence[Update], weights: Mapping[str, float]) -> Stack:
+    """The sum over updates that are held anyway."""
+    exact = Stack()
+    for update in updates:
+        exact.add(weights[update.site], update.adapter)
+    return exact
 
 
 class Sketch:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkeel.method.aggregate.common import Aggregate, singular
-from fedkeel.method.aggregate.exact import Stack, measured_error
+from fedkeel.method.aggregate.exact import measured_error, stack_of
 from fedkeel.method.aggregate.rule import Options
 from fedkeel.method.aggregate.svd import fitted
 from fedkeel.types import Adapter, Update
@@ -26,9 +26,7 @@ def krum(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, fl
     is brought to them by SVD.
     """
     held = list(updates)
-    exact = Stack()
-    for update in held:
-        exact.add(weights[update.site], update.adapter)
+    exact = stack_of(held, weights)
     near = distances([u.adapter for u in held]).sort(dim=1).values
     scores = near[:, : len(held) - options.hostile - 1].sum(dim=1).tolist()  # the site itself, at 0, and its K − f − 2 nearest
     chosen = held[scores.index(min(scores))].adapter

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkeel.method.aggregate.common import Aggregate
-from fedkeel.method.aggregate.exact import Stack, measured_error
+from fedkeel.method.aggregate.exact import measured_error, stack_of
 from fedkeel.method.aggregate.rule import Options
 from fedkeel.method.aggregate.svd import fitted
 from fedkeel.types import Adapter, Lora, Update
@@ -22,7 +22,7 @@ def median(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, 
     Holds for fewer than half of the sites hostile, f < K/2: each entry lies between two honest ones (of an even K it is the
     mean of the middle two, which holds too). `hostile` is not read. Source: definition 1 of the paper.
     """
-    return _coordinates(reference, list(updates), weights, _median)
+    return _coordinates(reference, list(updates), weights, middle)
 
 
 def trimmed(reference: Adapter, updates: Iterable[Update], weights: Mapping[str, float], options: Options) -> Aggregate:
@@ -35,7 +35,7 @@ def trimmed(reference: Adapter, updates: Iterable[Update], weights: Mapping[str,
     return _coordinates(reference, list(updates), weights, lambda v: v.sort(dim=0).values[f : len(v) - f].mean(dim=0))
 
 
-def _median(values: Tensor) -> Tensor:
+def middle(values: Tensor) -> Tensor:
     """(K, …) -> (…), the mean of the middle two of an even K; `torch.median` would take the lower."""
     ordered = values.sort(dim=0).values
     return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
@@ -53,9 +53,7 @@ def _coordinates(
     Each product is formed by blocks of rows, so beside one dense matrix a module K · block · d_in numbers are held; an
     eigendecomposition costs O(min(d_out, d_in)³) a module.
     """
-    exact = Stack()
-    for update in updates:
-        exact.add(weights[update.site], update.adapter)
+    exact = stack_of(updates, weights)
     lora = {path: _module(old, [u.adapter.lora[path] for u in updates], pick) for path, old in reference.lora.items()}
     dense = {
         path: pick(torch.stack([u.adapter.dense[path].double() for u in updates])).to(old.dtype)
