@@ -10,7 +10,7 @@ import atexit
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -237,10 +237,15 @@ SEQ2SEQ = [name for name, (kind, _, _) in ARCHITECTURES.items() if kind == "seq2
 FAMILIES = ("llama", "phi3", "gpt2", "bert", "t5")
 
 
+def quickly(kept: Collection[Any], every: Iterable[Any]) -> list[Any]:
+    """Parameters of which `make test` walks those that are kept, and `make slow` the others."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in every]
+
+
 def chosen(*lists: Iterable[str]) -> list[Any]:
     """Names of architectures for `parametrize`, of which one of each family is tried in every run and the rest is slow."""
     names = [name for names in lists for name in names]
-    return [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return quickly(FAMILIES, names)
 
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="fedkeel-shapes-")

@@ -25,7 +25,7 @@ from fedkeel.exchange.codecs import EnvelopeError, open_envelope, seal
 from fedkeel.exchange.messages import pack_global, unpack_global
 from fedkeel.federation.evidence import known_sums
 from fedkeel.method.objective import anchor
-from fedkeel.model.bases import ModelError
+from fedkeel.model.bases import ADAPTER_FILES, ModelError
 from fedkeel.model.export import save_adapter
 from fedkeel.model.features import scores_of
 from fedkeel.model.load import load_tokenizer
@@ -137,6 +137,7 @@ def test_what_is_exported_scores_in_plain_peft(tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     about = json.loads((tmp_path / "fedkeel_classes.json").read_text())
     assert (about["head"], about["classes"]) == ("analytic", list(CLASSES))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ADAPTER_FILES)
     net = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(model.config.base), tmp_path).eval()
     heads = load_file(tmp_path / "label_heads.safetensors")
     for row, example in zip(logits, examples, strict=True):
@@ -263,6 +264,11 @@ def test_what_it_cannot_go_with_is_refused(keys: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(None, keys)
     assert said in str(caught.value)
+
+
+def test_only_what_is_served_has_a_weight_chosen(encoder: tuple[list[str], RunFolder]) -> None:
+    chosen = [r["method"] for r in rows_of(encoder[1]) if r["name"] == "serve" or "_at_serve_" in r["name"]]
+    assert chosen == ["federated"] * 2 * (1 + len(WEIGHTS))
 
 
 def test_without_validation_rows_there_is_nothing_to_choose_by(tiny_overrides: list[str]) -> None:

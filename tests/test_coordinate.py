@@ -13,9 +13,10 @@ from typing import Any
 
 import peft
 import pytest
+import shapes
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from test_run import adapter_of, go, rows_of, same
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
@@ -26,16 +27,18 @@ from tiny import tiny_rows
 from typer.testing import CliRunner
 
 from fedkeel.cli import app as cli
-from fedkeel.engines.coordinate import meanings_of, reference_of
+from fedkeel.engines.coordinate import check_heads, meanings_of, reference_of
 from fedkeel.engines.flower.apps import OneSentence, client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
 from fedkeel.engines.work import handle
+from fedkeel.exchange.codecs import EnvelopeError
 from fedkeel.federation.server import FederationError
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import to_toml
 from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.runs.legs import Leg, Stage
 from fedkeel.runs.rows import pooled_rows
+from fedkeel.types import Head
 
 SITES = ("ward-0", "ward-1", "ward-2")
 KEPT = "federation.codec_up=topk=0.25+int4"
@@ -83,7 +86,15 @@ def coordinate(
 EARLY = ["federation.rounds=6", "train.lr=0.1", "federation.patience=1"]
 
 
-@pytest.mark.parametrize("rule", [[], [KEPT], ["federation.rule=residual"], EARLY], ids=["mean", "kept", "shifts", "early"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param([], id="mean", marks=pytest.mark.slow),
+        pytest.param([KEPT], id="kept"),
+        pytest.param(["federation.rule=residual"], id="shifts", marks=pytest.mark.slow),
+        pytest.param(EARLY, id="early", marks=pytest.mark.slow),
+    ],
+)
 def test_private_files_end_in_the_bits_of_one_process(
     rule: list[str], deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +116,7 @@ def test_private_files_end_in_the_bits_of_one_process(
     assert stated(there) == pytest.approx(stated(here))
 
 
+@pytest.mark.slow
 def test_the_doctor_says_where_the_rows_of_a_coordinators_run_are(
     deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +181,7 @@ def test_a_stream_and_its_baselines_end_in_the_bits_of_one_process(
     assert {key[0] for key in its if key[1] == "base"} >= {"score", "score_of_stage_1", "score_of_stage_2", "own_score"}
 
 
+@pytest.mark.slow
 def test_a_stream_with_baselines_that_was_killed_goes_on_where_it_was(
     deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +212,49 @@ def test_a_stream_with_baselines_that_was_killed_goes_on_where_it_was(
     assert {key: n for key, n in counts[1].items() if "load_seconds" not in key} == {
         key: counts[0][key] for key in counts[1] if "load_seconds" not in key
     }
+
+
+@pytest.mark.slow
+def test_an_encoders_classifiers_are_exported_with_its_adapter(
+    deployment: tuple[list[str], list[Path]], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides, files = deployment
+    encoder, data = shapes.base("bert"), tmp_path / "all"
+    for file in files:
+        file.write_text(file.read_text().replace(str(tiny_base), str(encoder)))
+        rows = file.parent / "rows.jsonl"
+        rows.write_text("".join(line for line in rows.read_text().splitlines(True) if '"colour"' in line))
+    data.mkdir()
+    (data / "rows.jsonl").write_text("".join((file.parent / "rows.jsonl").read_text() for file in files))
+    (data / "tasks.json").write_text((files[0].parent / "tasks.json").read_text())
+    told = [*overrides, f"data.root={data}", f"model.base={encoder}", "model.head=analytic"]
+    _, here, _ = go(told)
+    there = coordinate(told, files, tmp_path, monkeypatch)
+    for name in ("adapter_model", "label_heads", "label_embeddings"):
+        mine, its = (load_file(run.path / "adapter" / f"{name}.safetensors") for run in (here, there))
+        assert same(mine, its), name
+    assert stated(there) == pytest.approx(stated(here))
+
+
+def test_a_sites_classifiers_are_the_coordinators() -> None:
+    """Hand-worked: a = 6, W = [[1, 2], [−1, 0]] on a grid of 1/64, so 384 and 768, −384 and 0."""
+    head = Head(("no", "yes"), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]), 6.0, torch.ones(2))
+    right = torch.tensor([[384.0, 768.0], [-384.0, 0.0]])
+
+    def given(tensors: dict[str, torch.Tensor], labels: object) -> dict[str, bytes]:
+        return {"label_heads.safetensors": save(tensors), "fedkeel_classes.json": json.dumps({"labels": labels}).encode()}
+
+    check_heads(given({"t": right}, {"t": ["no", "yes"]}), {"t": head})
+    wrong: list[tuple[dict[str, torch.Tensor], object]] = [
+        ({"t": right + 1}, {"t": ["no", "yes"]}),
+        ({"t": right}, {"t": ["yes", "no"]}),
+        ({"t": right[:1]}, {"t": ["no"]}),
+        ({"t": right, "u": right + 0}, {"t": ["no", "yes"], "u": ["no", "yes"]}),
+        ({}, {}),
+    ]
+    for tensors, labels in wrong:
+        with pytest.raises(EnvelopeError, match="classifier"):
+            check_heads(given(tensors, labels), {"t": head})
 
 
 def without_value(folder: RunFolder) -> list[str]:
@@ -407,6 +463,7 @@ def test_what_needs_no_rows_is_done_where_there_are_none(
     assert "data.root is not set" in text
 
 
+@pytest.mark.slow
 def test_a_report_of_a_federation_that_ended_does_not_miss_what_cannot_be_there(
     deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,7 +488,7 @@ def test_a_recipe_that_a_site_has_not_agreed_to_is_refused(
     for file, seal in zip(files, (agreed, agreed, "0" * 64), strict=True):
         file.write_text(f'recipe_sha256 = "{seal}"\n{file.read_text()}')
     with pytest.raises(FederationError, match=r"2 of 3 sites are fit to train"):
-        coordinate(overrides, files, tmp_path, monkeypatch, wait=10.0)
+        coordinate(overrides, files, tmp_path, monkeypatch, wait=3.0)
     assert (
         capsys.readouterr().out.count("note: node 886: site ward-2 refuses: it agreed to the recipe with sha256 0000000000")
         == 1
@@ -441,6 +498,7 @@ def test_a_recipe_that_a_site_has_not_agreed_to_is_refused(
     assert agreed in said["error"]
 
 
+@pytest.mark.slow
 def test_a_base_that_is_at_the_sites_is_not_looked_for_elsewhere(
     deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -430,7 +430,15 @@ while :; do sleep 0.1; done
 
 @pytest.mark.parametrize("shell", [name for name in ("sh", "bash", "dash") if shutil.which(name)])
 @pytest.mark.parametrize(
-    ("how", "status"), [("SIGTERM", 0), ("SIGINT", 5), ("SIGHUP", 0), ("Ctrl-C", 0), ("by itself", 0), ("by itself", 3)]
+    ("how", "status"),
+    [
+        ("SIGTERM", 0),
+        ("Ctrl-C", 0),
+        ("by itself", 0),
+        ("by itself", 3),
+        pytest.param("SIGINT", 5, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_supernode_takes_its_worker_along(how: str, status: int, shell: str, folder: Path, tmp_path: Path) -> None:
     """start.sh ends with the SuperNode's status, and has the worker end after it: it holds the base model."""

@@ -207,6 +207,7 @@ def test_the_report_has_the_same_verdicts_on_top(tiny_overrides: list[str]) -> N
         write_report(folder)
 
 
+@pytest.mark.slow
 def test_sample_answers_are_of_each_task_in_turn_and_not_picked(tiny_overrides: list[str]) -> None:
     folder = go([*tiny_overrides, "evaluation.samples=5"])[1].path
     kept = json.loads((folder / "answers.json").read_text())

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import shapes
 import tiny
 from test_run import Silent, adapter_of, assert_ends_as, go, rows_of, same
 
@@ -58,6 +59,7 @@ def dies(overrides: list[str], write: int, where: str) -> bool:
     return found.returncode == -9
 
 
+@pytest.mark.slow
 def test_a_run_that_died_at_its_first_file_is_begun_again(tiny_overrides: list[str]) -> None:
     overrides = [*tiny_overrides, *SHORT]
     assert dies(overrides, 1, "before")
@@ -102,7 +104,7 @@ def altered(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("harm", [torn, altered, Path.unlink])
+@pytest.mark.parametrize("harm", shapes.quickly((altered,), [torn, altered, Path.unlink]))
 @pytest.mark.parametrize(
     ("at", "file"), [(2, "round-0002.fkl"), (3, "kept-0003/optimiser.fkl"), (3, "kept-0003/1.fkl"), (1, "round-0001.fkl")]
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shapes import quickly
 from test_run import Silent, adapter_of, go, rows_of, same, without_time
 
 pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
@@ -53,7 +54,7 @@ def adapters(folder: RunFolder) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", quickly(("kept",), RULES))
 def test_over_a_grid_as_in_this_process(rule: str, tiny_overrides: list[str], tmp_path: Path) -> None:
     overrides = [*tiny_overrides, *RULES[rule], "evaluation.baselines=[]"]
     _, here, _ = go(overrides)

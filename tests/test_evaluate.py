@@ -254,7 +254,7 @@ STEERING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_the_bases_own_settings_of_generation_change_no_score(name: str, tmp_path: Path) -> None:
     records = [*rows(2), *rows(3, labels=())]
     records = [dataclasses.replace(r, id=f"{r.id}-{n}") for n, r in enumerate(records)]

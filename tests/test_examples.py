@@ -45,6 +45,7 @@ def test_own_rows(short: bool, kept: list[fedkeel.Result], capsys: pytest.Captur
         assert result.scores["federated"] > result.scores["local"] > result.scores["base"]
 
 
+@pytest.mark.slow
 @LENGTHS
 def test_own_term(short: bool, kept: list[fedkeel.Result]) -> None:
     runpy.run_path(str(EXAMPLES / "own_term.py"), run_name="__main__")
@@ -55,6 +56,7 @@ def test_own_term(short: bool, kept: list[fedkeel.Result]) -> None:
     assert not any(row.name == "sureness_loss" for row in plain.measured)
 
 
+@pytest.mark.slow
 @LENGTHS
 def test_own_rule(short: bool, kept: list[fedkeel.Result]) -> None:
     runpy.run_path(str(EXAMPLES / "own_rule.py"), run_name="__main__")

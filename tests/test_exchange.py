@@ -13,6 +13,7 @@ import pytest
 import torch
 from builders import SHAPES, dense_of, flat, make_adapter, numbers
 from safetensors.torch import load_file
+from shapes import quickly
 from test_run import Silent, adapter_of, go, rows_of, same, without_time
 from torch import Tensor
 from training import assert_loads_in_peft
@@ -129,7 +130,7 @@ def test_too_few_sites_for_a_robust_rule_stop_the_first_round_and_name_the_rule(
 # ------------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("rule", ONE_MODEL)
+@pytest.mark.parametrize("rule", quickly(("svd", "residual", "krum"), ONE_MODEL))
 def test_the_adapter_of_every_rule_loads_in_plain_peft(tiny_overrides: list[str], tiny_base: Path, rule: str) -> None:
     _, folder, model = go(quick(tiny_overrides, rule))
     assert_loads_in_peft(folder.path / "adapter", model, tiny_base)
@@ -142,7 +143,7 @@ def test_the_adapter_of_every_rule_loads_in_plain_peft(tiny_overrides: list[str]
     assert (max(errors) < 1e-6) == RULES[rule].exact
 
 
-@pytest.mark.parametrize("rule", PERSONAL)
+@pytest.mark.parametrize("rule", quickly(("share_a",), PERSONAL))
 def test_factors_that_stay_give_one_adapter_a_site_and_never_travel(tiny_overrides: list[str], rule: str) -> None:
     _, folder, _ = go(quick(tiny_overrides, rule))
     adapters = {p.name: load_file(p / "adapter_model.safetensors") for p in (folder.path / "adapter").iterdir()}
@@ -172,7 +173,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", quickly(("topk", "ranks"), RESUMED))
 @pytest.mark.parametrize("after", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_sites_and_server_keep_is_resumed_to_the_same_bits(tiny_overrides: list[str], name: str, after: int) -> None:
     """Interrupted before the next round's checkpoint; a local leg before it would find a base without shifts."""
@@ -192,6 +193,7 @@ def test_what_sites_and_server_keep_is_resumed_to_the_same_bits(tiny_overrides: 
         assert same(load_file(file), load_file(resumed.path / "adapter" / file.relative_to(whole.path / "adapter")))
 
 
+@pytest.mark.slow
 def test_baselines_after_a_rule_that_shifts_start_from_the_untouched_base(tiny_overrides: list[str]) -> None:
     local = ['evaluation.baselines=["local"]']
     _, plain, _ = go([*tiny_overrides, *local])

@@ -190,6 +190,7 @@ def test_a_disk_that_lost_what_was_kept_costs_one_round(tiny_overrides: list[str
     assert "It starts from nothing in the next round" in failed[1]["ward-1"]
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_in_another_engine(tiny_overrides: list[str], tmp_path: Path) -> None:
     overrides = [*tiny_overrides, "federation.codec_up=topk=0.25+int4"]
     whole = run([*overrides, "name=whole"], tmp_path)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from builders import make_adapter
+from shapes import quickly
 from tiny import tiny_rows
 from torch import Tensor
 from typer.testing import CliRunner
@@ -175,7 +176,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", quickly(("counts by label, codes and places",), SETTINGS))
 def test_nothing_of_a_row_is_in_a_message_a_file_or_the_log(
     name: str, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

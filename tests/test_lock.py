@@ -212,6 +212,7 @@ def offer(root: Path, path: Path) -> None:
     (root / name / "index.html").write_text(f'<a href="{path.name}#sha256={sha256(root / name / path.name)}">{path.name}</a>')
 
 
+@pytest.mark.slow
 def test_an_index_is_asked_only_if_it_is_named(
     index: tuple[str, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

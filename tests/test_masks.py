@@ -286,6 +286,7 @@ def test_one_more_that_goes_is_too_many(overrides: list[str], monkeypatch: pytes
     assert "--- ward-1: the line is dead" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_cut_off_round_begins_anew_with_other_keys(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     _, whole, _ = go([*overrides, "name=whole"])
     asked = dropping(monkeypatch, lambda kind, site, round: False)

@@ -274,6 +274,7 @@ def test_states_of_stages_and_sites_against_one_row_at_a_time(folder: Path) -> N
     assert len(set(sites.values())) == 3
 
 
+@pytest.mark.slow
 def test_measuring_goes_on_where_it_was_and_ends_as_in_one_go(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +322,7 @@ def test_measuring_goes_on_where_it_was_and_ends_as_in_one_go(
     assert "kl_to_base" not in values(measure([folder], Settings((), states=False))[folder].rows)
 
 
+@pytest.mark.slow
 def test_runs_on_one_base_load_it_once(
     folder: Path, tmp_path: Path, tiny_base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,8 +139,8 @@ def test_under_averaging_the_best_is_what_would_have_been_served(tiny_overrides:
     assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
 
 
-@pytest.mark.parametrize("cut", [2, 4])
-@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("cut", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", [pytest.param("last", marks=pytest.mark.slow), "best"])
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tiny_overrides: list[str], cut: int, keep: str) -> None:
     given = [*tiny_overrides, *SIX, "federation.patience=2", f"federation.keep={keep}"]
     _, whole, _ = go([*given, "name=whole"])
@@ -181,6 +181,7 @@ def test_what_cannot_go_by_validation_rows_is_refused_before_any_work(
     assert not any(o.startswith("out=") and any(Path(o[4:]).glob("*/state.json")) for o in tiny_overrides)
 
 
+@pytest.mark.slow
 def test_the_best_is_asked_scored_and_exported(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
     """`--best` against PEFT on the folder `best`; a run without it says so."""
     _, folder, _ = go([*tiny_overrides, *SIX, "federation.patience=2"])

@@ -31,12 +31,13 @@ from fedkeel.exchange.messages import pack
 from fedkeel.exchange.noise import Noise, deviation
 from fedkeel.federation.screen import Expected, screen
 from fedkeel.federation.server import FederationError
+from fedkeel.federation.train import steps_a_round
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Privacy
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import secret_normal
 from fedkeel.runs.prepare import prepare
-from fedkeel.runs.privacy import check_budget, epsilon, noise_for, planned, row_epsilon, spending
+from fedkeel.runs.privacy import Spending, check_budget, epsilon, noise_for, planned, row_epsilon, spending
 from fedkeel.types import Adapter, Lora, Reply
 
 PRIVATE = ["privacy.unit=site", "privacy.clip=0.05", "privacy.noise=2.0", "federation.weighting=uniform"]
@@ -395,6 +396,7 @@ def test_epsilon_of_rows_is_the_published_one() -> None:
     assert accountant.get_epsilon(1e-5) <= row_epsilon(1.5, 0.05, 200, 1e-5) <= 1.15 * accountant.get_epsilon(1e-5)
 
 
+@pytest.mark.slow
 def test_the_site_with_the_fewest_rows_spends_most(tiny_overrides: list[str]) -> None:
     """Sites of 12 and 18 rows, 3 rounds of 3 steps of 4 rows."""
     prepared = prepare(load_recipe(None, [*tiny_overrides, *ROWS, "train.batch_size=4"]))
@@ -405,6 +407,19 @@ def test_the_site_with_the_fewest_rows_spends_most(tiny_overrides: list[str]) ->
     largest = next(name for name, count in sizes.items() if count == 18)
     assert spends.after({largest: 2}) == pytest.approx(row_epsilon(1.1, 4 / 18, 6, 1e-5))
     assert "for each row, by noise 1.1 in 3 rounds" in check_budget(prepared.cast)
+
+
+@pytest.mark.parametrize("train", ["train.local_steps=3", "train.local_steps=0 train.local_epochs=1"])
+def test_the_most_is_that_of_all_sites_and_is_told_without_a_warning(train: str, caplog: pytest.LogCaptureFixture) -> None:
+    """By steps, the fewest rows; by epochs, more rows are drawn less often in more steps. Of 83 rows some orders do not end."""
+    recipe = load_recipe(None, [*ROWS, "train.batch_size=8", *train.split()])
+    rows, asked = {"a": 5, "b": 83, "c": 90, "d": 300}, {"a": 1, "b": 4, "c": 4, "d": 6}
+    every = [
+        row_epsilon(1.1, min(1.0, 8 / rows[site]), rounds * steps_a_round(recipe.train, rows[site]), 1e-5)
+        for site, rounds in asked.items()
+    ]
+    assert Spending(recipe, rows).after(asked) == max(every)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("micro", [0, 2])

@@ -99,6 +99,7 @@ def same_everywhere(records: list[Record]) -> list[Record]:
     return [replace(r, site=f"ward-{n}", id=f"{r.id}{n}") for r in records for n in range(3)]
 
 
+@pytest.mark.slow
 def test_sites_with_the_same_rows_disagree_by_noise_alone(tiny_overrides: list[str]) -> None:
     recipe = load_recipe(None, [*tiny_overrides, "train.local_steps=6"])
     records = [*prepare(recipe).sites.all("train"), *prepare(recipe).sites.all("test")]

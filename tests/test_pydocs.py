@@ -269,6 +269,7 @@ def test_kind_is_balanced_within_a_split_and_right(tmp_path: Path) -> None:
     assert {row.labels for row in rows} == {("class", "function")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("parsed_once")
 def test_only_the_tasks_asked_for_count_towards_the_cap() -> None:
     rows = pydocs.records(rows_per_site=40, tasks=("kind", "summary"))

@@ -321,6 +321,7 @@ def test_report_of_a_finished_run(tmp_path: Path) -> None:
     assert task_table(run_rows()).markdown() in table
 
 
+@pytest.mark.slow
 def test_twice_the_same_bytes(tmp_path: Path) -> None:
     learning_curve(run_rows(), tmp_path / "curve.png")
     first = [write_report(folder_of(tmp_path / "1", run_rows())).parent / n for n in ("report.md", "table.md", "curve.svg")]

@@ -203,7 +203,15 @@ def test_same_seed_same_bits_and_file_order_means_nothing(tiny_overrides: list[s
     assert scores[0] == scores[1] == scores[2]
 
 
-@pytest.mark.parametrize(("leg", "after"), [("federated", 1), ("federated", 2), ("local/ward-1", 1), ("centralised", 1)])
+@pytest.mark.parametrize(
+    ("leg", "after"),
+    [
+        ("federated", 2),
+        ("local/ward-1", 1),
+        pytest.param("federated", 1, marks=pytest.mark.slow),
+        pytest.param("centralised", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_resumes_to_the_same_bits(tiny_overrides: list[str], uncut: RunFolder, leg: str, after: int) -> None:
     """Interrupted before the checkpoint of that round is written: the round is done again, and every row stands once."""
 
@@ -346,6 +354,7 @@ def test_budgets_of_the_legs(tiny_overrides: list[str]) -> None:
     assert stages["local/ward-1"].rows == {"ward-1": len(prepared.sites.rows["ward-1"]["train"])}
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_rounds(tiny_overrides: list[str]) -> None:
     """The number of live tensors after 2 rounds and after 6 is the same, and there is one base model."""
 
@@ -608,7 +617,10 @@ def change_the_base(data: Path, base: Path) -> str:
     return "the base"
 
 
-@pytest.mark.parametrize("change", [reorder, change_a_row, take_a_test_row, move_a_row, change_the_base])
+@pytest.mark.parametrize(
+    "change",
+    shapes.quickly((change_a_row, change_the_base), [reorder, change_a_row, take_a_test_row, move_a_row, change_the_base]),
+)
 def test_a_run_goes_on_with_what_it_began_with_only(
     change: Callable[[Path, Path], str], tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -351,7 +351,7 @@ def test_counts_come_down_from_the_second_round_on(stream: list[str], heard: lis
     assert by_round[1] == {"intent": sum(t["intent"] for t in told)}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("share", [pytest.param(0.0, marks=pytest.mark.slow), 0.4])
 def test_the_memory_is_the_end_of_the_stage_before_and_travels_only_where_it_is_used(
     stream: list[str], heard: list[Any], share: float
 ) -> None:
@@ -594,10 +594,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 STOPS = [
-    {"done": 1},
-    {"scoring": 1},
     {"done": 3},
-    *(pytest.param(stop, marks=pytest.mark.slow) for stop in ({"done": 2}, {"done": 4}, {"scoring": 2})),
+    *(
+        pytest.param(stop, marks=pytest.mark.slow)
+        for stop in ({"scoring": 1}, {"done": 1}, {"done": 2}, {"done": 4}, {"scoring": 2})
+    ),
 ]
 
 
@@ -622,6 +623,7 @@ def test_a_stream_resumes_to_the_same_bits(stream: list[str], uninterrupted: dic
     assert {"distill_loss", "gate_w_gold_q3", "strength", "drift/model.layers.1", "score_of_stage_2"} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leg", ["local/east", "centralised"])
 def test_a_baseline_resumes_at_the_border_of_its_stages(stream: list[str], leg: str) -> None:
     base = [*stream, *GROUPS, "federation.rounds=1", 'evaluation.baselines=["base","local","centralised"]']
@@ -675,7 +677,7 @@ def test_what_unseen_sites_must_leave_behind(stream: list[str]) -> None:
         unseen_sites(no_tests, load_recipe(None, ["evaluation.unseen_sites=1"]))
 
 
-@pytest.mark.parametrize("rule", ["mean", "share_a"])
+@pytest.mark.parametrize("rule", ["mean", pytest.param("share_a", marks=pytest.mark.slow)])
 def test_unseen_sites_train_nowhere_and_their_test_rows_are_scored_apart(stream: list[str], rule: str) -> None:
     """No leg has a row of such a site; its scores at the end against scoring one row at a time."""
     stages = GROUPS if rule == "mean" else []

@@ -260,6 +260,7 @@ def test_a_site_that_goes_is_left_out_of_an_exact_sum(
     assert total.tolist() == np.sum([whole[: len(total)] for whole in there], axis=0, dtype=np.int64).tolist()
 
 
+@pytest.mark.slow
 def test_a_cut_off_run_goes_on_to_the_same_bits(tiny_overrides: list[str]) -> None:
     """The reach of the rows is part of the checkpoint, what was rounded off of what sites keep."""
 

@@ -45,6 +45,7 @@ def request(overrides: list[str], **changed: str) -> dict[str, Any]:
     return {"run": "r", "id": "0", "site": "ward-0", "kind": "hello", "recipe": text, **changed}
 
 
+@pytest.mark.slow
 def test_a_worker_is_started_once_and_again_when_it_dies(site: SiteFile, tiny_overrides: list[str]) -> None:
     first, _ = ask(site, request(tiny_overrides), b"", SECONDS)
     assert first["hello"]["site"] == "ward-0"
@@ -134,6 +135,7 @@ def test_both_ends_prove_that_they_know_the_key(site: SiteFile) -> None:
         thread.join(10)
 
 
+@pytest.mark.slow
 def test_a_worker_reads_rows_that_changed_and_makes_way_for_another_site_file(
     site: SiteFile, tiny_overrides: list[str]
 ) -> None:

@@ -30,6 +30,7 @@ from fedkeel.federation.server import FederationError
 from fedkeel.files import write_atomic
 from fedkeel.model.bases import ADAPTER_FILES
 from fedkeel.model.digest import digest_of
+from fedkeel.model.features import by_label
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
@@ -39,7 +40,7 @@ from fedkeel.runs.rounds import Carrier, Loop, Memory, Progress, check_curve
 from fedkeel.runs.rows import Sums, pooled_rows
 from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
-from fedkeel.types import Adapter, FedKeelError, Global, Lora, Reply, Row
+from fedkeel.types import Adapter, FedKeelError, Global, Head, Lora, Reply, Row
 
 # what must be one at all sites, and how a person would say it
 ONE = {
@@ -327,9 +328,11 @@ class Away:
                     raise outcome
                 files = {name: t.numpy().tobytes() for name, t in open_envelope(outcome[1])[1].items()}
                 _check_export(files, current)
+                if self.recipe.model.head == "analytic":
+                    check_heads(files, current.heads)
                 config = json.loads(files["adapter_config.json"])
                 config["base_model_name_or_path"] = self.recipe.model.base  # where it lies at a site is that site's business
-            except (FedKeelError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            except (FedKeelError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
                 told.append(f"\n--- {site}: {error}")
                 continue
             files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
@@ -361,6 +364,17 @@ def _check_export(files: Mapping[str, bytes], current: Global) -> None:
         found = given.get(f"base_model.model.{name}")
         if found is None or (not current.shifts and not torch.equal(found, tensor)):
             raise EnvelopeError(f"{name} in the PEFT folder is not the coordinator's")
+
+
+def check_heads(files: Mapping[str, bytes], heads: Mapping[str, Head]) -> None:
+    """Raise EnvelopeError unless the classifiers beside an encoder's adapter are these, see `model.features.ByHead`."""
+    given = load_tensors(files["label_heads.safetensors"]) if heads else {}
+    labels = json.loads(files["fedkeel_classes.json"])["labels"] if heads else {}
+    if not (given.keys() == labels.keys() == heads.keys()):
+        raise EnvelopeError(f"the PEFT folder has classifiers of {', '.join(sorted(given))}, not of {', '.join(sorted(heads))}")
+    for task, head in heads.items():
+        if labels[task] != list(head.labels) or not torch.equal(given[task], by_label(head)):
+            raise EnvelopeError(f"the classifier of {task} in the PEFT folder is not the coordinator's")
 
 
 def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]) -> None:

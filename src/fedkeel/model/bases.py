@@ -11,7 +11,13 @@ from fedkeel.types import FedKeelError
 
 PACKAGE = Path(__file__).parents[1]
 # every file of a PEFT folder as `export.save_adapter` writes it: what stands there is passed on, so no pickle and no program
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "fedkeel_classes.json", "label_embeddings.safetensors")
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "fedkeel_classes.json",
+    "label_embeddings.safetensors",
+    "label_heads.safetensors",
+)
 
 
 class ModelError(FedKeelError):

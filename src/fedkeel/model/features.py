@@ -58,6 +58,11 @@ class Beside:
         return own + self.weight * chances(self.heads[task], features[None], labels)[0].log().to(own)
 
 
+def by_label(head: Head) -> Tensor:
+    """a (W, w₀) of a classifier: (labels, d + 1), upon states of deviation 1."""
+    return head.scale / STEP * head.weight
+
+
 class ByHead:
     """Class scores of an encoder by its tasks' analytic classifiers: a (W x + w₀), x being what is pooled of a row's last
     states, less its mean and over its deviation. Of the frozen base's states these are the classifiers' own scores, up to the
@@ -70,7 +75,7 @@ class ByHead:
         for task, head in sorted(heads.items()):
             known = [n for n, label in enumerate(head.labels) if label in place]
             columns = torch.tensor([place[head.labels[n]] for n in known], device=device)
-            self.parts[task] = columns, (head.scale / STEP * head.weight[known]).to(device)
+            self.parts[task] = columns, by_label(head)[known].to(device)
 
     def __call__(self, pooled: Tensor, tasks: Sequence[str], otherwise: Tensor) -> Tensor:
         """(rows, V). pooled: (rows, d). tasks: of each row. otherwise: (rows, V), for rows of a task without classifier."""

@@ -96,8 +96,9 @@ def federated(cast: Cast) -> Leg:
 
 
 def base(cast: Cast) -> list[Leg]:
-    """The baseline `base`: the model before any training."""
-    return [Leg("base", "base", 0, [Stage(cast.recipe, {}) for _ in cast.rows])]
+    """The baseline `base`: the model before any training, with nothing beside it."""
+    recipe = plain(cast.recipe)
+    return [Leg("base", "base", 0, [Stage(recipe, {}) for _ in cast.rows])]
 
 
 def analytic(cast: Cast) -> list[Leg]:

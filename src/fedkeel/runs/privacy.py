@@ -9,6 +9,7 @@ row was there. How many rows a site has is taken to be known.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -47,8 +48,13 @@ def row_epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
     dp = _accounting()
     from dp_accounting import rdp
 
-    accountant = rdp.RdpAccountant()
-    accountant.compose(dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), steps))
+    accountant, log = rdp.RdpAccountant(), logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.ERROR)  # of each order that it leaves out there is a warning, and that makes ε no less
+    try:
+        accountant.compose(dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), steps))
+    finally:
+        log.setLevel(before)
     return float(accountant.get_epsilon(delta))
 
 
@@ -77,14 +83,14 @@ class Spending:
         noise = noise or privacy.noise
         if privacy.unit == "site":
             return epsilon(replace(privacy, noise=noise), max(asked.values(), default=0))
-        return max(
-            (
-                row_epsilon(noise, min(1.0, train.batch_size / rows), rounds * steps_a_round(train, rows), privacy.delta)
-                for site, rounds in asked.items()
-                if (rows := self.rows.get(site, 0))
-            ),
-            default=0.0,
-        )
+        sites = {
+            (min(1.0, train.batch_size / rows), rounds * steps_a_round(train, rows))
+            for site, rounds in asked.items()
+            if (rows := self.rows.get(site, 0))
+        }
+        # a row that is drawn as likely and in as many steps as another's has spent as much
+        most = [(r, s) for r, s in sites if not any(r <= q and s <= t for q, t in sites - {(r, s)})]
+        return max((row_epsilon(noise, rate, steps, privacy.delta) for rate, steps in most), default=0.0)
 
 
 def spending(cast: Cast) -> Spending:
