@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from shapes import ARCHITECTURES, HEADS, INNER, LAYERS, chosen, make, randomise
@@ -23,14 +24,24 @@ from fedkeel.model.places import Place
 from fedkeel.recipe.schema import Evaluation, LoraConfig
 from fedkeel.rng import counter_normal, derive, numpy_generator
 from fedkeel.scores import damage
-from fedkeel.scores.damage import DamageError, Subject, compare, damaged, family_index, outcomes, quantised
+from fedkeel.scores.damage import DamageError, Subject, compare, damaged, family_index, in_groups, outcomes, quantised
 from fedkeel.scores.evaluate import Scored, score, task_table
 from fedkeel.tables import DAMAGES as FAMILIES
 from fedkeel.types import Record
 
 SEED = 5
 LABELS = ("sport", "business news", "science")
-STRONG = {"heads": 0.4, "channels": 0.5, "skip": 1, "depth": 0.5, "modules": 0.5, "scale": 0.5, "noise": 0.3, "bits": 4}
+STRONG = {
+    "heads": 0.4,
+    "channels": 0.5,
+    "skip": 1,
+    "depth": 0.5,
+    "modules": 0.5,
+    "scale": 0.5,
+    "noise": 0.3,
+    "bits": 4,
+    "base": 4,
+}
 every = pytest.mark.parametrize("name", chosen(ARCHITECTURES))
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -214,6 +225,55 @@ def test_four_bits_are_fifteen_values_a_row(name: str, by_hand: Model) -> None:
     check(name, "bits", by_hand)
 
 
+def four_bits(row: Tensor) -> Tensor:
+    """A row of a matrix through Q4_0, number by number."""
+    found = []
+    for start in range(0, len(row), 32):
+        group = row[start : start + 32].tolist()
+        largest = max(group, key=abs)
+        step = np.float32(largest) / np.float32(-8)
+        for value in group:
+            whole = min(15, max(0, math.floor(value / float(step) + 8.5))) - 8 if step else 0
+            found.append(whole * float(np.float16(step)))
+    return torch.tensor(found)
+
+
+@every
+def test_a_base_of_four_bits_is_rounded_in_groups_whatever_is_on_it(name: str, by_hand: Model) -> None:
+    changed = 0
+    for path, module in by_hand.net.get_base_model().named_modules():
+        for key, weight in module.named_parameters(recurse=False):
+            inside = any(part.isdigit() for part in path.split(".")) and not isinstance(module, nn.Embedding)
+            if inside and weight.dim() > 1 and not weight.requires_grad:
+                rows = weight.data.T if type(module).__name__ == "Conv1D" else weight.data
+                rows.copy_(torch.stack([four_bits(row) for row in rows.reshape(-1, rows.shape[-1])]).view(rows.shape))
+                changed += key == "weight"
+    assert changed >= 4
+    check(name, "base", by_hand)
+
+
+def test_groups_by_hand() -> None:
+    """A group's scale is its largest number over −8 (steps up to 7 on the other side) or over 127; a group of 0 stays."""
+    w = torch.zeros(2, 40)
+    w[0, :4] = torch.tensor([-8.0, 7.0, 8.0, 0.5])
+    w[0, 32:35] = torch.tensor([1.0, -0.125, 0.06])
+    assert in_groups(w, 4)[0, :4].tolist() == [-8.0, 7.0, 7.0, 1.0]
+    assert in_groups(w, 4)[0, 32:35].tolist() == [1.0, -0.125, 0.0]
+    eight = torch.tensor([127.0, -0.5, 0.49, 126.5])
+    assert in_groups(eight, 8).tolist() == [127.0, -1.0, 0.0, 127.0]
+    assert in_groups(w, 8)[1].abs().max() == 0
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "Q8_0"), (4, "Q4_0")])
+def test_a_base_is_what_gguf_packs(bits: int, kind: str) -> None:
+    gguf = pytest.importorskip("gguf", reason="the extra fedkeel[gguf] is not installed")
+    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 1, 64)[:, None]
+    w[5, 32:64] = 0
+    as_type = gguf.GGMLQuantizationType[kind]
+    packed = gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), as_type), as_type)
+    assert np.array_equal(in_groups(w, bits).numpy(), packed)
+
+
 def test_quantising_by_hand() -> None:
     w = torch.tensor([[7.0, -3.4, 0.6, -7.0], [0.0, 0.0, 0.0, 0.0], [1.27, -0.0149, 0.016, 0.0]])
     assert quantised(w[:2], 4).tolist() == [[7.0, -3.0, 1.0, -7.0], [0.0] * 4]
@@ -281,7 +341,7 @@ def test_a_stronger_damage_of_one_seed_contains_the_weaker(monkeypatch: pytest.M
     assert seen[1] < seen[2] < seen[3]
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "bits"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("bits", "base")])
 def test_no_strength_is_no_damage(family: str) -> None:
     model = prepared("qwen2")[0]
     with damaged(model, family, 1.0 if family == "scale" else 0.0, SEED):
@@ -298,6 +358,7 @@ def test_families_can_be_put_together() -> None:
 
 IMPOSSIBLE = [(f, s) for f in FAMILIES for s in (-0.5, math.nan, math.inf)]
 IMPOSSIBLE += [("heads", 1.5), ("channels", 1.5), ("modules", 1.5), ("skip", 0.5), ("skip", 3), ("bits", 1), ("bits", 4.5)]
+IMPOSSIBLE += [("base", 5)]
 
 
 @pytest.mark.parametrize(("family", "strength"), IMPOSSIBLE)
@@ -317,7 +378,7 @@ def test_an_unknown_family_and_an_architecture_without_a_place_are_told(monkeypa
         model.places, architecture="zamba", attention=(), down=(), residual=(), branches=(), stack=(), forms=()
     )
     monkeypatch.setitem(model.__dict__, "places", bare)
-    for family in FAMILIES:
+    for family in FAMILIES.keys() - {"base"}:  # whose maps are known without a table
         with pytest.raises(DamageError, match="'zamba'"), damaged(model, family, STRONG[family], 1):
             pass
     monkeypatch.setitem(model.__dict__, "places", dataclasses.replace(places_of_three_heads(), architecture="odd"))

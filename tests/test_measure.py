@@ -57,7 +57,7 @@ TEXT = "\n".join(
         "",
     )
 )
-DAMAGE = Settings(("modules", "bits"), draws=2, rows=4, states=False)
+DAMAGE = Settings(("modules", "bits"), draws=2, rows=4, states=False, speculation=False)
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +434,18 @@ def test_the_command_and_its_table(folder: Path, monkeypatch: pytest.MonkeyPatch
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setenv("COLUMNS", "200")
-    arguments = ["measure", str(folder), "--families", "bits", "--rows", "4", "--no-states", "--threads", "1"]
+    arguments = [
+        "measure",
+        str(folder),
+        "--families",
+        "bits",
+        "--rows",
+        "4",
+        "--no-states",
+        "--no-speculation",
+        "--threads",
+        "1",
+    ]
     told = CliRunner().invoke(app, arguments)
     assert told.exit_code == 0, told.output
     found = values(read_rows(folder / "measures.jsonl"))

@@ -389,8 +389,9 @@ def measure(
     unseen_tasks_file: Annotated[Path | None, typer.Option(help="Their instructions and labels, as data.tasks_file.")] = None,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
     states: Annotated[bool, typer.Option(help="Compare hidden states of stages and sites with the final model's.")] = True,
+    speculation: Annotated[bool, typer.Option(help="Let lower blocks draft the model's answers, and count what fits.")] = True,
 ) -> None:
-    """Measure finished runs: under damage, on general text, by hidden states, on unseen tasks; see measures.jsonl in each."""
+    """Measure finished runs: under damage, on general text, unseen tasks, hidden states, drafts; see measures.jsonl in each."""
     console = _console()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status("loading libraries"):
@@ -403,7 +404,7 @@ def measure(
         from fedkeel.evidence.measure.table import measures_table
 
     named = None if families is None else tuple(_names(families))
-    settings = Settings(named, draws, rows, tuple(general or ()), general_rows, unseen, unseen_tasks_file, states)
+    settings = Settings(named, draws, rows, tuple(general or ()), general_rows, unseen, unseen_tasks_file, states, speculation)
     torch.set_num_threads(threads)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=None)

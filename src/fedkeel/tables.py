@@ -825,6 +825,14 @@ DAMAGES = Table(
             random=False,
             branches=True,
         ),
+        "base": Damage(
+            f"{_DAMAGE}:base",
+            axis="bits of a number of the base",
+            none="none",
+            strengths=(8.0, 4.0),
+            distance=f"{_DAMAGE}:step_of",
+            random=False,
+        ),
     },
 )
 
@@ -884,6 +892,11 @@ MEASURES = Table(
             f"{_MEASURE}.states:states",
             about=f"{_MEASURE}.states:about",
             columns=(Column("CKA: earlier stages", "state_cka/", last_stage=False), Column("CKA: sites", "site_cka/")),
+        ),
+        "speculation": Measure(
+            f"{_MEASURE}.speculation:speculation",
+            about=f"{_MEASURE}.speculation:about",
+            columns=(Column("foretold by half the blocks", "speculation/0.5/acceptance", percent=True),),
         ),
     },
 )

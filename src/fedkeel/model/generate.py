@@ -58,5 +58,6 @@ def generate(
             streamer=streamer,
             **chosen,
         )
-    found: Tensor = out if model.kind == "seq2seq" else out[:, ids.shape[1] :]
+    # a decoder begins with its start token, which in BART is the one that ends an answer
+    found: Tensor = out[:, 1:] if model.kind == "seq2seq" else out[:, ids.shape[1] :]
     return found

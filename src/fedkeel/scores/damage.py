@@ -32,6 +32,7 @@ from fedkeel.scores.metrics import consistency, mean, stability_index
 from fedkeel.types import FedKeelError
 
 T = TypeVar("T")
+GROUP = 32  # neighbours that share a scale in a base of llama.cpp's
 
 
 class DamageError(FedKeelError):
@@ -151,10 +152,15 @@ def _rewrite(model: Model, change: Callable[[Branch, Tensor], Tensor], undo: Exi
         weight = branch.base.weight
         if not (isinstance(weight, nn.Parameter) and weight.dim() == 2 and weight.is_floating_point()):
             raise DamageError(f"{branch.path} of {model.places.architecture!r} holds no plain weight matrix to damage")
-        clean, transposed = weight.data, isinstance(branch.base, Conv1D)
-        undo.callback(setattr, weight, "data", clean)
-        rows = change(branch, (clean.T if transposed else clean).float()).to(clean.dtype)
-        weight.data = (rows.T if transposed else rows).contiguous()
+        _put(weight, isinstance(branch.base, Conv1D), partial(change, branch), undo)
+
+
+def _put(weight: nn.Parameter, transposed: bool, change: Callable[[Tensor], Tensor], undo: ExitStack) -> None:
+    """change(W) in the place of a frozen W (…, d_out, d_in), float32 there; transposed: it is held as (d_in, d_out)."""
+    clean = weight.data
+    undo.callback(setattr, weight, "data", clean)
+    rows = change((clean.T if transposed else clean).float()).to(clean.dtype)
+    weight.data = (rows.T if transposed else rows).contiguous()
 
 
 @torch.no_grad()
@@ -186,6 +192,40 @@ def bits(model: Model, bits: float, seed: int, undo: ExitStack) -> None:
     if bits not in range(2, 17):
         raise DamageError(f"weights are quantised to 2 … 16 bits, not {bits}")
     _rewrite(model, lambda branch, w: quantised(w, int(bits)), undo)
+
+
+def in_groups(w: Tensor, bits: int) -> Tensor:
+    """W (…, d_in) as llama.cpp rounds it: 32 neighbours on one scale, which is kept in half precision. 8 bits (Q8_0): ±127
+    steps of max |w| / 127. 4 bits (Q4_0): steps −8 to 7 of the entry that is largest by size, over −8. The last group of a row
+    may be shorter.
+
+    Source: `quantize_row_q8_0_ref`, `quantize_row_q4_0_ref` of ggml.
+    """
+    width = w.shape[-1]
+    groups = nn.functional.pad(w, (0, -width % GROUP)).unflatten(-1, (-1, GROUP)).double()
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    step = (largest.abs() / 127 if bits == 8 else largest / -8).float().double()
+    times = torch.where(step != 0, groups / step, 0.0)
+    # halves go away from 0, and of four bits up
+    whole = times.sign() * (times.abs() + 0.5).floor() if bits == 8 else (times + 8.5).floor().clamp(0, 15) - 8
+    return (whole * step.half().double()).flatten(-2)[..., :width].to(w.dtype)
+
+
+@torch.no_grad()
+def base(model: Model, bits: float, seed: int, undo: ExitStack) -> None:
+    """Quantise every frozen matrix of the blocks, whether an adapter is on it or not, see `in_groups`. Embeddings, the output
+    map, norms and the adapter stay."""
+    if bits not in (4, 8):
+        raise DamageError(f"a base is quantised to 4 or 8 bits, not {bits}")
+    matrices = [
+        (weight, isinstance(module, Conv1D))
+        for path, module in model.net.get_base_model().named_modules()
+        if any(part.isdigit() for part in path.split(".")) and not isinstance(module, nn.Embedding)
+        for weight in module.parameters(recurse=False)
+        if weight.dim() > 1 and weight.is_floating_point() and not weight.requires_grad
+    ]
+    for weight, transposed in _some(model, matrices, "frozen matrix in a block"):
+        _put(weight, transposed, partial(in_groups, bits=int(bits)), undo)
 
 
 def step_of(bits: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -284,14 +284,10 @@ def _by_likelihood(
         advance(len(chunk))
 
 
-def _generate(
-    model: Model,
-    formatter: Formatter,
-    records: Sequence[Record],
-    config: Evaluation,
-    found: dict[str, Scored],
-    advance: Callable[[int], None],
-) -> None:
+def answered(
+    model: Model, formatter: Formatter, records: Sequence[Record], config: Evaluation
+) -> Iterator[list[tuple[Record, tuple[int, ...], list[int]]]]:
+    """Batches of (record, prompt, the likeliest tokens behind it, filled up behind their end), shortest prompts first."""
     encoded = [(formatter.prompt_ids(r, config.max_new_tokens), r) for r in records]
     encoded.sort(key=lambda e: (len(e[0]), e[1].id))
     while encoded:
@@ -305,12 +301,24 @@ def _generate(
         else:
             ids, mask = (t.to(model.device) for t in _left_padded(prompts, pad))
         ends = sorted(set().union(*(formatter.ends(r) for _, r in chunk)))
-        new = generate(model, (ids, mask), ends, config.max_new_tokens)
-        for (_, record), tokens in zip(chunk, new, strict=True):
-            text = formatter.said(record, tokens.tolist())
+        new = generate(model, (ids, mask), ends, config.max_new_tokens).tolist()
+        yield [(record, prompt, tokens) for (prompt, record), tokens in zip(chunk, new, strict=True)]
+
+
+def _generate(
+    model: Model,
+    formatter: Formatter,
+    records: Sequence[Record],
+    config: Evaluation,
+    found: dict[str, Scored],
+    advance: Callable[[int], None],
+) -> None:
+    for batch in answered(model, formatter, records, config):
+        for record, _, tokens in batch:
+            text = formatter.said(record, tokens)
             references = record.references or (record.output,)
             found[record.id] = Scored(record, text, judged("text", text, references))
-        advance(len(chunk))
+        advance(len(batch))
 
 
 def _free_text(

@@ -38,7 +38,8 @@ class Settings:
 
     families: of damage; None: all. draws: of each random damage. rows: test rows a task, chosen by hash; 0: all. general: text
     files, a paragraph a line; general_rows: paragraphs a file, chosen by hash; 0: all. unseen: rows of further tasks, JSON
-    Lines; unseen_tasks: their tasks file. states: whether hidden states are compared.
+    Lines; unseen_tasks: their tasks file. states: whether hidden states are compared. speculation: whether lower blocks draft
+    the model's answers.
     """
 
     families: tuple[str, ...] | None = None
@@ -49,6 +50,7 @@ class Settings:
     unseen: Path | None = None
     unseen_tasks: Path | None = None
     states: bool = True
+    speculation: bool = True
 
     def __post_init__(self) -> None:
         if unknown := [f for f in self.damages if f not in tables.DAMAGES]:

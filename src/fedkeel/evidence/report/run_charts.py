@@ -431,6 +431,25 @@ def _stability_words(measures: Sequence[Row], clean: float | None) -> str:
     return " ".join(told) or "Score under damage, by family and strength."
 
 
+def drafts_table(measures: Sequence[Row]) -> Table:
+    """What lower blocks foretell of the whole model's answers, a line a share of the blocks; see `measure.speculation`."""
+    found: dict[str, dict[str, float]] = {}
+    for r in measures:
+        if r.name.startswith("speculation/"):
+            _, share, name = r.name.split("/")
+            found.setdefault(share, {})[name] = r.value
+    lines = [
+        (number(of["blocks"], 0), points(of["acceptance"]), number(of["tokens_a_pass"], 2), number(of["speed_up"], 2))
+        for of in found.values()
+    ]
+    header = ("blocks that draft", "tokens foretold, %", "tokens a pass of all blocks", "fewer blocks a token, times")
+    note = (
+        "Four tokens are drafted, then checked by all blocks in one pass, which counts once: below 1 drafting is no gain. "
+        "Lower blocks predict through the model's own norm and head."
+    )
+    return Table("Drafts of the lower blocks", header, tuple(dict.fromkeys(lines)), (note,))
+
+
 def kept_table(rows: Sequence[Row], measures: Sequence[Row]) -> Table:
     """What was kept of the base and how the model carries over, a line a number."""
     names = {"kl_to_base": ("KL to the base on general text, nats", 3), "perplexity_ratio": ("perplexity ratio to the base", 3)}
