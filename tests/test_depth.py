@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -20,8 +21,8 @@ from training import recipe_of, same_bits, setting, train, whole_batch
 from fedkeel.method.objective.exits import early, exit_block
 from fedkeel.method.objective.task import task_loss
 from fedkeel.model.bases import ModelError
-from fedkeel.model.depth import Patch, without
-from fedkeel.model.export import cut, save_merged
+from fedkeel.model.depth import Patch, kept_blocks, without
+from fedkeel.model.export import cut, save_merged, save_with_base
 from fedkeel.model.lora import Model
 from fedkeel.model.places import StructureError
 from fedkeel.recipe.schema import Exit
@@ -204,7 +205,7 @@ def test_a_cut_model_is_saved_as_one_of_fewer_blocks(name: str, tmp_path: Path) 
     model = make(name)  # of its own, as it is of no further use
     randomise(model)
     want = written_out(model, range(LAYERS - 1))
-    assert cut(model, 1 - 1 / LAYERS) == LAYERS - 1
+    cut(model, range(LAYERS - 1))
     kind, inputs = model.kind, inputs_of(model)
     save_merged(model, tmp_path)
     classes = {"causal": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
@@ -214,12 +215,55 @@ def test_a_cut_model_is_saved_as_one_of_fewer_blocks(name: str, tmp_path: Path) 
     torch.testing.assert_close(out.last_hidden_state if kind == "classifier" else out.logits, want, rtol=1e-4, atol=1e-4)
 
 
-def test_at_least_one_block_stays_and_unknown_blocks_are_told() -> None:
-    assert cut(make("gpt2"), 0.05) == 1
+@pytest.mark.parametrize("name", chosen(ARCHITECTURES))
+@pytest.mark.parametrize("layers", [(), (f"1-{LAYERS - 1}",)], ids=["all", "upper"])
+def test_an_adapter_comes_with_the_base_that_it_fits(name: str, layers: tuple[str, ...], tmp_path: Path) -> None:
+    """Without the top block, or, where only that has branches, without the lowest, so that it gets another number; base and
+    adapter read back by transformers and PEFT alone."""
+    if layers and model_of(name).kind == "seq2seq":
+        pytest.skip("an encoder-decoder has no lora.layers")
+    if layers and name == "modernbert":
+        pytest.skip("its lowest block alone has no norm in front of attention, so another cannot be the lowest")
+    model = make(name, layers=layers)
+    randomise(model)
+    kept = [LAYERS - 1] if layers else [0]
+    want = written_out(model, kept)
+    cut(model, kept)
+    kind, inputs = model.kind, inputs_of(model)
+    save_with_base(model, tmp_path)
+    classes = {"causal": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
+    base = classes.get(kind, transformers.AutoModel).from_pretrained(tmp_path / "base", dtype=torch.float32)
+    net = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        out = net(**inputs)
+    torch.testing.assert_close(out.last_hidden_state if kind == "classifier" else out.logits, want, rtol=1e-4, atol=1e-4)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "depth", "influence", "kept"),
+    [
+        (30, 0.9, (), range(27)),
+        (15, 0.9, (), range(13)),  # 1.5 blocks, rounded to even: 2, as 0.1 of the damage family
+        (4, 0.05, (), [0]),
+        (5, 1.0, (1, 2, 3, 4, 5), range(5)),
+        (5, 0.6, (0.0, 0.1, 0.4, 0.2, 0.3), [0, 2, 4]),  # the first stays whatever it does
+        (4, 0.5, (0.0, 0.5, 0.5, 0.5), [0, 1]),  # of equal ones the lowest
+        (3, 0.01, (0.0, 1.0, 2.0), [0]),
+    ],
+)
+def test_which_blocks_are_kept(blocks: int, depth: float, influence: Sequence[float], kept: Sequence[int]) -> None:
+    assert kept_blocks(blocks, depth, influence) == list(kept)
+    if influence:
+        with pytest.raises(ValueError, match="zip"):
+            kept_blocks(blocks + 1, depth, influence)
+
+
+def test_unknown_blocks_are_told() -> None:
     model = make("llama")
     model.__dict__["places"] = replace(model.places, forms=())
-    with pytest.raises(ModelError, match="its blocks are not known, so none can be cut off"):
-        cut(model, 0.5)
+    with pytest.raises(ModelError, match="its blocks are not known, so none can be left out"):
+        cut(model, [0])
 
 
 def test_the_forms_of_blocks_are_found_where_weights_are_held_in_bf16() -> None:

@@ -432,7 +432,12 @@ def export(
     kind: Annotated[
         str, typer.Option("--type", help="Of the matrices of --merged --gguf: f16, bf16 or f32.", show_default="f16")
     ] = "",
-    depth: Annotated[float, typer.Option("--depth", min=0.05, max=1, help="Of --merged: the share of blocks to keep.")] = 1.0,
+    depth: Annotated[
+        float, typer.Option("--depth", min=0.05, max=1, help="The share of blocks to keep; an adapter brings its base along.")
+    ] = 1.0,
+    least: Annotated[
+        bool, typer.Option("--least", help="Of --depth: leave out the blocks of least influence, not the top ones.")
+    ] = False,
     best: BestOption = False,
     base: BaseOption = "",
 ) -> None:
@@ -440,15 +445,17 @@ def export(
     card that says how to load it."""
     if kind and not (merged and gguf):
         raise FedKeelError("--type is of the matrices of --merged --gguf; leave it out, or add both")
-    if depth < 1 and (gguf or not merged):
-        raise FedKeelError("--depth cuts blocks off a whole model: add --merged, and leave --gguf out")
+    if depth < 1 and gguf:
+        raise FedKeelError("--depth writes Hugging Face layout: leave --gguf out, and convert what it writes")
+    if least and depth == 1:
+        raise FedKeelError("--least says which blocks --depth leaves out; add --depth")
     if kind:
         from fedkeel.model.gguf_write import TYPES
 
         if kind not in TYPES:
             raise FedKeelError(f"--type {kind}: one of {', '.join(TYPES)} belongs here")
     which = "best" if best else "adapter"
-    recipe, _ = finished(run_folder, which, base, merged or gguf)
+    recipe, _ = finished(run_folder, which, base, merged or gguf or depth < 1)
     if target.exists():
         raise FedKeelError(f"{target} exists; name a folder that does not")
     console = _console()
@@ -460,7 +467,7 @@ def export(
         if gguf:
             files.export_gguf(recipe, run_folder, target, merged, which, kind or "f16")
         else:
-            notes = files.export(recipe, run_folder, target, merged, which, depth)
+            notes = files.export(recipe, run_folder, target, merged, which, files.Depth(depth, least))
     what = f"{'merged model' if merged else 'adapter'}{' as GGUF' if gguf else ''}"
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False)

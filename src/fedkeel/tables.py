@@ -893,6 +893,11 @@ MEASURES = Table(
             about=f"{_MEASURE}.states:about",
             columns=(Column("CKA: earlier stages", "state_cka/", last_stage=False), Column("CKA: sites", "site_cka/")),
         ),
+        "blocks": Measure(
+            f"{_MEASURE}.blocks:blocks",
+            about=f"{_MEASURE}.blocks:about",
+            columns=(Column("without the least fifth of blocks", "blocks/0.2/score", percent=True),),
+        ),
         "speculation": Measure(
             f"{_MEASURE}.speculation:speculation",
             about=f"{_MEASURE}.speculation:about",

@@ -31,12 +31,14 @@ _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank
 
 @dataclass(frozen=True)
 class Made:
-    """What stands in the folder of a card. kind: of the model, `causal`, `seq2seq` or `classifier`. rank: of the adapter."""
+    """What stands in the folder of a card. kind: of the model, `causal`, `seq2seq` or `classifier`. rank: of the adapter. left:
+    which of its blocks are, in words, where some are not; an adapter then stands upon the base in `base`."""
 
     kind: str
     rank: int
     merged: bool
     gguf: bool
+    left: str = ""
 
 
 def base_is_away(recipe: Recipe, run: Path) -> bool:
@@ -184,13 +186,15 @@ def _results(rows: Sequence[Row], task: str) -> list[EvalResult]:
 def _what(recipe: Recipe, made: Made) -> str:
     form = "as GGUF, for llama.cpp" if made.gguf else "in Hugging Face layout" if made.merged else "in PEFT's format"
     what = "The whole model, adapter merged in" if made.merged else "A LoRA adapter"
-    return f"{what}, {form}: `{escape(_named(recipe))}`, fine-tuned by a federation."
+    beside = " Its base lies beside it, in `base`." if made.left and not made.merged else ""
+    short = f" **{made.left[0].upper()}{made.left[1:]}**: the scores below are those of all.{beside}" if made.left else ""
+    return f"{what}, {form}: `{escape(_named(recipe))}`, fine-tuned by a federation.{short}"
 
 
 def _use(recipe: Recipe, made: Made) -> str:
     if made.gguf:
         return _use_gguf(made)
-    base = hub_id(recipe.model.base) or "BASE"
+    base = "./base" if made.left else hub_id(recipe.model.base) or "BASE"
     told = "" if base != "BASE" or made.merged else f"`BASE` is where `{escape(_named(recipe))}` lies on your machine.\n\n"
     head = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "classifier": "AutoModel"}[made.kind]
     if made.merged:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedkeel.data.format import Formatter
 from fedkeel.evidence.card import Made, base_is_away, card, hub_id
+from fedkeel.evidence.report import read_rows
 from fedkeel.files import whole_folder, write_atomic
 from fedkeel.model.bases import ADAPTER_FILES, ModelError
-from fedkeel.model.export import cut, save_merged
+from fedkeel.model.depth import kept_blocks
+from fedkeel.model.export import cut, save_merged, save_with_base
 from fedkeel.model.gguf_write import save_adapter_gguf, save_merged_gguf
 from fedkeel.model.load import load_tokenizer
 from fedkeel.model.lora import Model
@@ -19,25 +22,38 @@ from fedkeel.runs.served import served_adapter, trained_model
 from fedkeel.types import Record
 
 
+@dataclass(frozen=True)
+class Depth:
+    """How much of a model is written. share: of its blocks. least: those of least influence are left out, by what
+    `fedkeel measure` found of the run, in place of the top ones."""
+
+    share: float = 1.0
+    least: bool = False
+
+
 def export(
-    recipe: Recipe, run: Path, target: Path, merged: bool = False, which: str = "adapter", depth: float = 1.0
+    recipe: Recipe, run: Path, target: Path, merged: bool = False, which: str = "adapter", depth: Depth = Depth()
 ) -> list[str]:
     """Write the new folder `target`: the run's adapter in PEFT's format, or if `merged` the whole model in Hugging Face layout.
 
-    recipe, run: of a run that has ended in one adapter. which: `adapter` or `best`, see `served.serve`. depth: of a whole
-    model, the share of its blocks that it keeps, from the lowest.
-    An adapter has the tokenizer beside it, and names its base by its id on the hub where it has one. Returns notes on what
-    could not be added. Raises DiskError, ModelError.
+    recipe, run: of a run that has ended in one adapter. which: `adapter` or `best`, see `served.serve`. depth: below 1 an
+    adapter has the base that it fits, in the folder `base` beside it.
+    An adapter has the tokenizer beside it, and names its base by its id on the hub where it has one. Returns notes, also on
+    what could not be added. Raises DiskError, ModelError.
     """
     notes = []
     with whole_folder(target) as partial:
-        if merged:
+        left = ""
+        if merged or depth.share < 1:
             model = trained_model(recipe, run, which)
             kind = model.kind
-            if depth < 1:
-                blocks = len(model.places.stack)
-                notes.append(f"{cut(model, depth)} of {blocks} blocks are kept; `fedkeel measure` tells what that costs")
-            save_merged(model, partial, _ends(model))
+            if depth.share < 1:
+                left = _shorten(model, run, depth)
+                notes.append(f"{left}; `fedkeel measure` tells what that costs")
+            if merged:
+                save_merged(model, partial, _ends(model))
+            else:
+                save_with_base(model, partial)
         else:
             notes += _copy_adapter(run / which, partial)
             kind = _kind(partial)
@@ -48,8 +64,24 @@ def export(
                 load_tokenizer(recipe.model).save_pretrained(partial)
             except ModelError:
                 notes.append(f"the base {recipe.model.base!r} is not on this machine: the adapter is without its tokenizer")
-        _write_card(recipe, run, partial, Made(kind, _rank(run), merged, gguf=False))
+        _write_card(recipe, run, partial, Made(kind, _rank(run), merged, gguf=False, left=left))
     return notes
+
+
+def _shorten(model: Model, run: Path, depth: Depth) -> str:
+    """Take blocks off the model; says which. Raises ModelError."""
+    blocks, weighed = len(model.places.stack), dict[int, float]()
+    if depth.least:
+        measures = run / "measures.jsonl"
+        for row in read_rows(measures) if measures.exists() else ():
+            if row.name.startswith("blocks/influence/"):
+                weighed[int(row.name.rpartition("/")[2])] = row.value
+        if sorted(weighed) != list(range(blocks)):
+            raise ModelError(f"{measures} says nothing of the influence of {blocks} blocks; first: fedkeel measure {run}")
+    kept = kept_blocks(blocks, depth.share, [weighed[n] for n in sorted(weighed)])
+    cut(model, kept)
+    gone = ", ".join(str(n) for n in range(blocks) if n not in kept)
+    return f"{len(kept)} of {blocks} blocks are left" + (f", without {gone} (from 0)" if gone else "")
 
 
 def _copy_adapter(folder: Path, target: Path) -> list[str]:

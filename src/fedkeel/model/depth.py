@@ -24,6 +24,19 @@ def passed(block: nn.Module, length: int, states: Tensor, *others: Any, **named:
     return (states, *[*kept, *[None] * length][: length - 1])
 
 
+def kept_blocks(blocks: int, depth: float, influence: Sequence[float] = ()) -> list[int]:
+    """Numbers of the blocks that are left at a share `depth` of them: the lowest, or of those with an influence the ones that
+    have most. The first stays always: in T5 it makes what the others read of relative positions.
+
+    Raises ValueError for another number of influences.
+    """
+    left = blocks - min(round(round((1 - depth) * blocks, 9)), blocks - 1)  # 0.9 is no tenth short of 1 in binary
+    if not influence:
+        return list(range(left))
+    _, *others = (n for n, _ in zip(range(blocks), influence, strict=True))
+    return sorted([0, *sorted(others, key=lambda n: -influence[n])[: left - 1]])
+
+
 class Patch:
     """Another forward of a module, until it is removed; those of one module go in the other order than they came."""
 

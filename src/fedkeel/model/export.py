@@ -86,28 +86,50 @@ def _save_classes(model: Model, folder: Path) -> None:
         save_file({"embeddings": model.label_text.embeddings.cpu()}, folder / "label_embeddings.safetensors")
 
 
-def cut(model: Model, depth: float) -> int:
-    """Take the top blocks off the stack that predicts, until a share `depth` of them is left, rounded and at least one; its
-    config says so. Returns how many are left. What stands above the blocks stays: what is left is the model of `damage` family
-    `depth`.
+def cut(model: Model, kept: Sequence[int]) -> None:
+    """Leave these blocks of the stack that predicts, in order; its config says so. What stands above the blocks stays.
 
-    Raises ModelError where the blocks of the architecture are not known.
+    kept: see `depth.kept_blocks`. `model` is good for saving alone after it. Raises ModelError where the blocks of the
+    architecture are not known.
     """
     stack = model.places.stack
     if not model.places.forms:
-        raise ModelError(f"{model.config.base!r}: its blocks are not known, so none can be cut off")
-    kept = max(1, round(depth * len(stack)))
+        raise ModelError(f"{model.config.base!r}: its blocks are not known, so none can be left out")
     base = model.net.get_base_model()
     holder, _, name = stack[0][0].rpartition(".")[0].rpartition(".")
-    setattr(base.get_submodule(holder), name, nn.ModuleList(block for _, block in stack[:kept]))
+    setattr(base.get_submodule(holder), name, nn.ModuleList(stack[n][1] for n in kept))
     for config in {id(c): c for c in (base.config, base.config.get_text_config(decoder=True))}.values():
         sizes = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ("num_hidden_layers",)
         for size in sizes:
             if hasattr(config, size):
-                setattr(config, size, kept)
-        if isinstance(getattr(config, "layer_types", None), list):
-            config.layer_types = config.layer_types[:kept]
-    return kept
+                setattr(config, size, len(kept))
+        for name, value in list(vars(config).items()):  # `layer_types`, `no_rope_layers`: of each block, what it is
+            if "layer" in name and isinstance(value, list) and len(value) == len(stack):
+                setattr(config, name, [value[n] for n in kept])
+
+
+def save_with_base(model: Model, folder: Path) -> None:
+    """The adapter in PEFT format, and in `base` below it the base that it stands upon, in Hugging Face layout and its own type
+    of numbers: of a model that is no longer that of the recipe, see `cut`. `model` is of no further use after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    net = model.net
+    config = copy.deepcopy(net.peft_config["default"])
+    # whole paths: blocks have other numbers now
+    paths = [path for path, module in net.get_base_model().named_modules() if hasattr(module, "lora_A")]
+    if not paths:
+        raise ModelError(f"{model.config.base!r}: none of the blocks that are left has an adapter; keep more of them")
+    config.target_modules, config.layers_to_transform, config.inference_mode = paths, None, True
+    config.base_model_name_or_path = "./base"
+    config.save_pretrained(folder)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in peft.get_peft_model_state_dict(net).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    _save_classes(model, folder)
+    base = net.unload().to(model.stored)
+    base.config.use_cache, base.config.dtype = True, model.stored
+    base.save_pretrained(folder / "base")
+    for place in (folder, folder / "base"):
+        model.tokenizer.save_pretrained(place)
+    as_others(folder)
 
 
 def save_merged(model: Model, folder: Path, ends: Sequence[int] = ()) -> None:

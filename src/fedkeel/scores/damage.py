@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from fedkeel import tables
 from fedkeel.data.format import Formatter
 from fedkeel.method.structure.drop import BLOCK
-from fedkeel.model.depth import without
+from fedkeel.model.depth import kept_blocks, without
 from fedkeel.model.lora import Model
 from fedkeel.model.places import Branch, Place, in_width
 from fedkeel.recipe.schema import Evaluation
@@ -122,9 +122,9 @@ def depth(model: Model, share: float, seed: int, undo: ExitStack) -> None:
     stack = _some(model, places.stack if places.forms else (), "stack of blocks")
     if not 0.0 <= share < 1.0:
         raise DamageError(f"a share of the blocks from 0 to under 1 can be cut off, not {share}")
-    gone = min(round(share * len(stack)), len(stack) - 1)
-    if gone:
-        undo.enter_context(without([block for _, block in stack[-gone:]], places.forms[-gone:]))
+    left = len(kept_blocks(len(stack), 1 - share))
+    if left < len(stack):
+        undo.enter_context(without([block for _, block in stack[left:]], places.forms[left:]))
 
 
 def _branches(model: Model) -> Sequence[Branch]:

@@ -431,6 +431,25 @@ def _stability_words(measures: Sequence[Row], clean: float | None) -> str:
     return " ".join(told) or "Score under damage, by family and strength."
 
 
+def blocks_table(measures: Sequence[Row]) -> Table:
+    """Scores without the blocks of least influence, a line a number of blocks; see `measure.blocks`."""
+    found: dict[str, dict[str, float]] = {}
+    for r in measures:
+        if r.name.startswith("blocks/"):
+            _, share, name = r.name.split("/")
+            found.setdefault(share, {})[name] = r.value
+    weighed = found.pop("influence", {})
+    lines = [(number(of["kept"], 0), points(of["score"]), number(of["seconds"], 2)) for of in found.values()]
+    order = sorted(weighed, key=lambda n: weighed[n])
+    note = (
+        "Influence: 1 − cos of what a block is given and gives, on validation rows. From the least: "
+        + ", ".join(f"{n} ({number(weighed[n], 3)})" for n in order)
+        + ". The first block, 0, stays always."
+    )
+    header = ("blocks left", "score", "seconds, as a share")
+    return Table("Without the blocks of least influence", header, tuple(dict.fromkeys(lines)), (note,))
+
+
 def drafts_table(measures: Sequence[Row]) -> Table:
     """What lower blocks foretell of the whole model's answers, a line a share of the blocks; see `measure.speculation`."""
     found: dict[str, dict[str, float]] = {}

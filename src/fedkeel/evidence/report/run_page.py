@@ -84,7 +84,7 @@ def run_page(run: Run, summary: str, missing: Sequence[str]) -> Page:
     sites = charts.sites(rows)
     traffic = traffic_table(rows)
     tasks = task_table(rows)
-    kept, drafts = charts.kept_table(rows, measures), charts.drafts_table(measures)
+    kept, drafts, shorter = charts.kept_table(rows, measures), charts.drafts_table(measures), charts.blocks_table(measures)
     verdicts, answers = run.verdict_table(), run.answers_table()
     found: list[tuple[str, str, tuple[Block, ...]]] = [
         ("verdicts", "What to look at", (verdicts,) if verdicts.lines else ()),
@@ -102,6 +102,7 @@ def run_page(run: Run, summary: str, missing: Sequence[str]) -> Page:
         ("drift", "Drift by layer", (*figure(charts.drift(rows)), *figure(charts.site_cka(measures)))),
         ("gates", "Gates over time", figure(charts.gates(rows))),
         ("stability", "Stability under damage", figure(charts.stability(measures))),
+        ("shorter", "Fewer blocks", (shorter,) if shorter.lines else ()),
         ("drafts", "Drafts of the lower blocks", (drafts,) if drafts.lines else ()),
         ("kept", "Retention and generalisation", (kept,) if kept.lines else ()),
         ("how", "How it was run", (Code("Recipe", run.recipe.rstrip()), run.environment_table())),
