@@ -30,6 +30,7 @@ RULES = {
     "kept": ["federation.codec_up=topk=0.25+int4"],
     "personal": ["federation.rule=share_a"],
     "shifts": ["federation.rule=residual"],
+    "blocks": ["structure.skip=0.6", "structure.hold=true"],
 }
 
 

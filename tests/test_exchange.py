@@ -13,10 +13,10 @@ import pytest
 import torch
 from builders import SHAPES, dense_of, flat, make_adapter, numbers
 from safetensors.torch import load_file
-from shapes import quickly
+from shapes import ARCHITECTURES, LAYERS, chosen, make, quickly
 from test_run import Silent, adapter_of, go, rows_of, same, without_time
 from torch import Tensor
-from training import assert_loads_in_peft
+from training import assert_loads_in_peft, recipe_of, setting
 
 import fedkeel.federation.server
 import fedkeel.runs.here
@@ -24,13 +24,16 @@ from fedkeel.data.format import Formatter
 from fedkeel.exchange.codecs import CodecError, EnvelopeError, make_codec, open_envelope, seal
 from fedkeel.exchange.messages import Way, names_of, pack, pack_global, unpack_global
 from fedkeel.federation.client import Site, answer
-from fedkeel.federation.kept import Kept
+from fedkeel.federation.kept import Kept, modules_left_out
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.screen import Expected, screen
 from fedkeel.federation.server import FederationError, Roster, run_round
+from fedkeel.federation.train import Round, train_round
 from fedkeel.method.aggregate.layouts import first_rows, folded, truncated
 from fedkeel.method.structure.branch import left_out
+from fedkeel.method.structure.skip import blocks_out, blocks_with_branches
 from fedkeel.model.bases import ModelError
+from fedkeel.model.export import cut
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Federation
@@ -114,6 +117,7 @@ def test_recipe_and_codecs_accept_the_same_specs(spec: str) -> None:
         (["structure.hold=true", "structure.branch=0.2", "structure.mode=rdrop"], "compares two draws"),
         (["federation.hostile=1"], "'trimmed' and 'krum'"),
         (["structure.hold=true"], "structure.branch above 0"),
+        (["structure.hold=true", "structure.skip=0.2", "structure.mode=self"], "compares two draws"),
         (["structure.hold=true", "structure.branch=0.2", "federation.rule=stack"], "needs them all"),
     ],
 )
@@ -169,6 +173,7 @@ RESUMED = {
     "adam": ["federation.optimiser=adam", "federation.server_lr=0.01"],
     "topk": ["federation.codec_up=topk=0.2+int4", "federation.codec_down=int8"],
     "held": ["structure.branch=0.4", "structure.hold=true"],
+    "blocks": ["structure.branch=0.2", "structure.skip=0.6", "structure.hold=true"],
     "ranks": ["federation.rule=svd", "lora.site_ranks=[2, 4]"],
 }
 
@@ -563,6 +568,53 @@ def test_left_out_modules_are_drawn_with_their_probability_and_never_all() -> No
     assert left_out(paths, 0.3, 7, "site-1", 2) == left_out(reversed(paths), 0.3, 7, "site-1", 2)
     assert len(set(draws)) > 150
     assert all(len(left_out(["x"], 0.9, seed, "s", 0)) == 0 for seed in range(20))
+
+
+def test_blocks_are_left_out_the_oftener_the_higher_and_never_all() -> None:
+    """Six blocks: none of the lower half, then 1/3, 2/3 and all of the amount; modules elsewhere say nothing of it."""
+    paths = [f"model.layers.{n}.{name}" for n in range(6) for name in ("q", "v")] + ["vision.blocks.0.q", "head"]
+    draws = [blocks_out(paths, 0.6, 7, f"site-{k}", r) for k in range(40) for r in range(25)]
+    assert set().union(*draws) == {f"model.layers.{n}" for n in (3, 4, 5)}
+    for n, chance in ((3, 0.2), (4, 0.4), (5, 0.6)):
+        found = sum(f"model.layers.{n}" in out for out in draws)
+        assert abs(found - 1000 * chance) < 4 * (1000 * chance * (1 - chance)) ** 0.5
+    assert draws[0] == blocks_out(reversed(paths), 0.6, 7, "site-0", 0)
+    upper = [f"layers.{n}.q" for n in (4, 5)]  # branches in the upper third alone: the lowest of them stays where all would go
+    few = [blocks_out(upper, 0.6, 7, "a", r) for r in range(200)]
+    assert set(few) == {frozenset(), frozenset({"layers.4"}), frozenset({"layers.5"})}
+    assert blocks_out([], 0.5, 7, "a", 0) == blocks_out(["head"], 0.5, 7, "a", 0) == frozenset()
+
+
+@pytest.mark.parametrize("name", chosen(ARCHITECTURES))
+def test_a_coordinator_finds_the_blocks_of_the_stack_that_predicts(name: str) -> None:
+    model = make(name)
+    assert model.initial is not None
+    assert list(blocks_with_branches(model.initial.lora).values()) == [path for path, _ in model.places.stack]
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "t5"))])
+def test_a_site_that_holds_a_block_trains_the_model_written_out_without_it(name: str) -> None:
+    held = ["structure.skip=0.9", "structure.hold=true", "federation.weighting=uniform"]
+    recipe = recipe_of(*held)
+    model, examples = setting(name)
+    written, _ = setting(name)
+    state = Global(next(r for r in range(9) if modules_left_out(recipe, model.read().lora)("here", r)), model.read())
+    roster = Roster(["here"], recipe.federation, recipe.seed, hold=modules_left_out(recipe, model.read().lora))
+    sites = {"here": Site("here", [examples], 10, recipe)}
+    seen: list[Reply] = []
+    after = run_round(state, LocalTransport(model, sites, {"here": Kept()}, seen.append), roster).state.adapter.tensors()
+    cut(written, range(LAYERS - 1))
+    written.write(state.adapter)
+    train_round(written, examples, Round("here", 10, recipe_of("federation.weighting=uniform"), state, {}))
+    expected, gone = written.read().tensors(), f"{model.places.stack[-1][0]}."
+    for path, tensor in state.adapter.tensors().items():
+        assert torch.equal(after[path], tensor) == (path.startswith(gone) or torch.equal(expected[path], tensor))
+        torch.testing.assert_close(after[path], expected[path], rtol=1e-5, atol=1e-6)
+    (reply,) = seen
+    sent = open_envelope(reply.payload)[1]
+    assert sent
+    assert not any(gone in path for path in sent)
+    assert all("forward" not in block.__dict__ for _, block in model.places.stack)
 
 
 def test_a_held_run_leaves_modules_out_of_its_messages(tiny_overrides: list[str]) -> None:

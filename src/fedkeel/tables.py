@@ -286,6 +286,7 @@ STRUCTURES = Table(
         ),
     },
 )
+HELD = ("branch", "skip")  # those that `structure.hold` draws once a round, see `federation.kept`
 
 
 @dataclass(frozen=True)

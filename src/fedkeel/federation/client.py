@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,11 +29,12 @@ from fedkeel.exchange.summands import summand
 from fedkeel.exchange.sums import pack_foretold, pack_sums, read_trial
 from fedkeel.federation.attacks import spoilt
 from fedkeel.federation.evidence import known_sums, tried
-from fedkeel.federation.kept import Kept, layout_of, modules_left_out
+from fedkeel.federation.kept import Kept, blocks_left_out, layout_of, modules_left_out
 from fedkeel.federation.masking import KINDS, masks_of, prepare
 from fedkeel.federation.teacher import held_positions
 from fedkeel.federation.train import Round, SiteError, train_round, untold
 from fedkeel.method.structure.branch import hold
+from fedkeel.method.structure.skip import hold_blocks
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Attack, Recipe
 from fedkeel.rng import derive
@@ -79,7 +80,8 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     trained = names_of(like, rule.trained(round.state.round), out)
     sent = trained & names_of(like, rule.shared)
     examples = site.stages[round.stage]
-    with _held(model, recipe, out), model.training_only(trained):
+    blocks = blocks_left_out(recipe, like.lora)(site.name, round.state.round)
+    with _held(model, recipe, out, blocks), model.training_only(trained):
         positions, stats = train_round(model, examples, round, site.tick)
     after = model.read()
     change = difference(after, round.state.adapter)
@@ -151,15 +153,17 @@ def _begin(payload: bytes, model: Model, site: Site, kept: Kept) -> tuple[Adapte
 
 
 @contextmanager
-def _held(model: Model, recipe: Recipe, out: frozenset[str]) -> Iterator[None]:
-    """While it lasts, the branches that `structure.hold` leaves out of this round are left out."""
+def _held(model: Model, recipe: Recipe, out: frozenset[str], blocks: frozenset[str]) -> Iterator[None]:
+    """While it lasts, the branches and the whole blocks that `structure.hold` leaves out of this round are left out."""
     structure = recipe.structure
-    handles = hold(model.places, structure.amount("branch"), out) if structure.hold else []
-    try:
+    with ExitStack() as undo:
+        if structure.hold and structure.amount("branch"):
+            for handle in hold(model.places, structure.amount("branch"), out):
+                undo.callback(handle.remove)
+        if structure.hold and structure.amount("skip"):
+            for patch in hold_blocks(model.places, blocks):
+                undo.callback(patch.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _counts_travel(recipe: Recipe) -> bool:

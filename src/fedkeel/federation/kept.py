@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedkeel.method.aggregate.layouts import first_rows
 from fedkeel.method.structure.branch import left_out
+from fedkeel.method.structure.skip import blocks_out
 from fedkeel.recipe.schema import LoraConfig, Recipe
 from fedkeel.types import Adapter
 
@@ -52,11 +53,28 @@ def layout_of(initial: Adapter, lora: LoraConfig, rank: int) -> Adapter:
 
 
 def modules_left_out(recipe: Recipe, paths: Iterable[str]) -> Callable[[str, int], frozenset[str]]:
-    """(site, round) -> the modules of `paths` that `structure.hold` leaves out of that site's round; without it none."""
+    """(site, round) -> the modules of `paths` that `structure.hold` leaves out of that site's round, in blocks that are left
+    out as a whole and by themselves; without it none."""
+    structure, modules, blocks = recipe.structure, list(paths), blocks_left_out(recipe, paths)
+
+    def out(site: str, round: int) -> frozenset[str]:
+        if not structure.hold:
+            return frozenset()
+        gone = tuple(f"{block}." for block in blocks(site, round))
+        within = frozenset(path for path in modules if path.startswith(gone))
+        others = [path for path in modules if path not in within]
+        return within | left_out(others, structure.amount("branch"), recipe.seed, site, round)
+
+    return out
+
+
+def blocks_left_out(recipe: Recipe, paths: Iterable[str]) -> Callable[[str, int], frozenset[str]]:
+    """(site, round) -> paths of the blocks that `structure.hold` leaves out of that site's round. paths: of all modules with
+    branches."""
     structure, modules = recipe.structure, list(paths)
 
     def out(site: str, round: int) -> frozenset[str]:
         held = structure.hold
-        return left_out(modules, structure.amount("branch"), recipe.seed, site, round) if held else frozenset()
+        return blocks_out(modules, structure.amount("skip"), recipe.seed, site, round) if held else frozenset()
 
     return out

@@ -25,6 +25,7 @@ from fedkeel.method.structure.inject import Injection, strength
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe, Train
 from fedkeel.rng import derive, seed_torch
+from fedkeel.tables import HELD
 from fedkeel.types import FedKeelError, Forward, Global, Parameters
 
 
@@ -118,7 +119,7 @@ class Log:
 
 def injection_of(model: Model, recipe: Recipe) -> Injection | None:
     """The recipe's structures, not yet attached; None if it asks for none."""
-    held = {"branch"} if recipe.structure.hold else set()  # drawn once a round, see `client.answer`
+    held = HELD if recipe.structure.hold else ()  # drawn once a round, see `client.answer`
     amounts = {name: amount for name, amount in recipe.structure.amounts.items() if name not in held}
     return Injection(model.places.above(model.first), amounts) if amounts else None
 

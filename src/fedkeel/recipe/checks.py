@@ -351,13 +351,15 @@ def _check_exchange(recipe: Recipe) -> None:
 
 def _check_held(recipe: Recipe, rule: tables.Rule) -> None:
     structure = recipe.structure
-    if structure.hold and not structure.amount("branch"):
-        raise ConfigError("structure.hold = true holds what structure.branch draws: set structure.branch above 0")
+    if structure.hold and not any(map(structure.amount, tables.HELD)):
+        raise ConfigError(
+            "structure.hold = true holds what structure.branch and structure.skip draw: set structure.branch above 0, or skip"
+        )
     if structure.hold and not rule.apart:
         raise ConfigError(
             f"structure.hold = true leaves modules out of a round; federation.rule = {rule.name!r} needs them all"
         )
-    if structure.hold and structure.mode in ("self", "rdrop") and not structure.amounts.keys() - {"branch"}:
+    if structure.hold and structure.mode in ("self", "rdrop") and not structure.amounts.keys() - set(tables.HELD):
         raise ConfigError(
             f"structure.mode = {structure.mode!r} compares two draws, and what is held for a round is drawn once: set another "
             f"structure above 0, or structure.mode = 'implicit'"

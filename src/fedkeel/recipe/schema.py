@@ -262,7 +262,9 @@ class Structure:
     weight: float = number(1.0, 0, about="λ_s, of the consistency term of `self` and `rdrop`")
     every: int = number(4, 1, about="`self` compares in every n-th step", unit="steps")
     amounts: Frozen[float] = field(default_factory=Frozen, metadata=named_by(tables.STRUCTURES, _amount))
-    hold: bool = meant(False, "`branch` draws once a round: what is left out is neither trained nor sent")
+    hold: bool = meant(
+        False, "`branch` and `skip` draw once a round: branches and whole blocks that are left out are neither trained nor sent"
+    )
     ramp: float = number(0.2, 0, 1, "of the run, over which strength rises from 0", unit="share")
     anneal: float = number(0.1, 0, 1, "of the run, at its end, over which it falls to 0", unit="share")
 

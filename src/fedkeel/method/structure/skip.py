@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,43 @@ def _gone(draw: Draw, path: str, chance: float) -> bool:
     draw.units += 1
     draw.dropped += lost
     return lost
+
+
+def blocks_with_branches(paths: Iterable[str]) -> dict[int, str]:
+    """number -> path, in order, of the blocks with branches in the stack that predicts, as `places.find_places` names them.
+
+    paths: of the modules with branches, which is all that a coordinator knows of a base.
+    """
+    stacks: dict[str, dict[int, str]] = {}
+    for path in paths:
+        parts = path.split(".")
+        at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+        if at is not None:
+            stacks.setdefault(".".join(parts[:at]), {})[int(parts[at])] = ".".join(parts[: at + 1])
+    last = max(stacks, key=lambda stack: ("decoder" in stack.split("."), len(stacks[stack])), default=None)
+    return dict(sorted(stacks[last].items())) if last is not None else {}
+
+
+def blocks_out(paths: Iterable[str], amount: float, seed: int, site: str, round: int) -> frozenset[str]:
+    """Paths of the blocks that a site leaves out for the whole of a round, each with the chance that `skip` gives it, where the
+    stack ends with the topmost block that has branches. At least one block with branches stays in.
+
+    Both ends work it out from the run's seed, as with `branch.left_out`.
+    """
+    key, blocks = derive(seed, "held blocks", site, round), blocks_with_branches(paths)
+    count = max(blocks, default=-1) + 1
+    out = [path for n, path in blocks.items() if derive(key, path) < depth_chance(amount, n, count) * 2.0**63]
+    return frozenset(out if len(out) < len(blocks) else out[1:])
+
+
+def hold_blocks(places: Places, out: Collection[str]) -> list[Patch]:
+    """Leave the blocks at `out` out until the patches are removed: they are neither run nor kept in memory for a gradient.
+
+    Raises StructureError where the blocks of the architecture are not known.
+    """
+    places.need(places.stack if places.forms else (), "skip")
+    found = [(block, form) for (path, block), form in zip(places.stack, places.forms, strict=True) if path in out]
+    return [Patch(block, partial(passed, block, form)) for block, form in found]
 
 
 def _maybe(gone: Callable[[], bool], passed: Callable[..., Any], run: Callable[..., Any], *given: Any, **named: Any) -> Any:
