@@ -430,6 +430,45 @@ def test_a_folder_without_a_finished_run_stops_before_any_work(folder: Path, tmp
         measure([folder], DAMAGE)
 
 
+ONE = ["federation.weighting=uniform", "federation.rounds=1", "train.local_steps=2"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["privacy.masks=true"],
+        ["privacy.masks=true", "federation.codec_up=int8"],
+        pytest.param(["privacy.unit=site", "privacy.noise=0.1", "privacy.quantile=0.5"], marks=pytest.mark.slow),
+        pytest.param(["privacy.unit=row", "privacy.noise=0.5"], marks=pytest.mark.slow),
+        pytest.param(["structure.skip=0.5", "structure.hold=true"], marks=pytest.mark.slow),
+    ],
+    ids=lambda more: more[0],
+)
+def test_a_site_trains_once_more_whatever_hides_it(more: list[str], tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    folder = run(tiny_base, data, tmp_path, *ONE, *more)
+    found = measure([folder], Settings((), rows=4, speculation=False))[folder]
+    assert {r.site for r in found.rows if r.name.startswith("site_cka/")} == {"ward-0", "ward-1", "ward-2"}
+    assert not found.notes
+
+
+def test_a_site_trains_once_more_by_all_that_its_rounds_went_by(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the classifiers of all sites' rows, with the anchor as teacher."""
+    more = [*ONE, "data.tasks=colour", "model.head=analytic", "evidence.anchor=1"]
+    folder = run(shape("bert"), data, tmp_path, *more)
+    heads: list[bool] = []
+    real = train_round
+
+    def seen(model: Model, examples: Any, round: Round, *rest: Any) -> Any:
+        heads.append(model.by_head is not None and set(round.state.heads) == {"colour"})
+        return real(model, examples, round, *rest)
+
+    monkeypatch.setattr("fedkeel.federation.client.train_round", seen)
+    measure([folder], Settings((), rows=4))
+    assert heads == [True] * 3
+
+
 def test_the_command_and_its_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)

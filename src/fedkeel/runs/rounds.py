@@ -197,23 +197,8 @@ class Loop:
         return replace(current, round=end)
 
     def _roster(self, leg: Leg, stage: int, sites: Sequence[str]) -> Roster:
-        recipe, initial = leg.stages[stage].recipe, self.parties.initial
-        ranks = recipe.lora.ranks(self._everyone(leg))
-        layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in ranks.items()}
-        out, own = modules_left_out(recipe, initial.lora), recipe.options("rule", recipe.federation.rule)
-        steps = max((steps_a_round(recipe.train, rows) for rows in leg.stages[stage].rows.values()), default=1)
-        return Roster(
-            sites,
-            recipe.federation,
-            recipe.seed,
-            layouts,
-            out,
-            own,
-            recipe.privacy,
-            recipe.evidence,
-            by_head=recipe.model.head == "analytic",
-            moves=recipe.train.lr * steps,  # AdamW moves a number by about its rate in a step
-        )
+        of = leg.stages[stage]
+        return roster_of(of.recipe, self.parties.initial, sites, self._everyone(leg), of.rows)
 
     @staticmethod
     def _everyone(leg: Leg) -> list[str]:
@@ -401,6 +386,27 @@ def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:
                 f"with evaluation.every = {every} are {points} points of the curve, too few to go by; score more often, or "
                 f"set more federation.rounds"
             )
+
+
+def roster_of(
+    recipe: Recipe, initial: Adapter, sites: Sequence[str], everyone: Sequence[str], rows: Mapping[str, int]
+) -> Roster:
+    """What the rounds of a stage go by. sites: those asked. everyone: the sites of all stages. rows: of the stage, by site."""
+    layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in recipe.lora.ranks(everyone).items()}
+    out, own = modules_left_out(recipe, initial.lora), recipe.options("rule", recipe.federation.rule)
+    steps = max((steps_a_round(recipe.train, count) for count in rows.values()), default=1)
+    return Roster(
+        sites,
+        recipe.federation,
+        recipe.seed,
+        layouts,
+        out,
+        own,
+        recipe.privacy,
+        recipe.evidence,
+        by_head=recipe.model.head == "analytic",
+        moves=recipe.train.lr * steps,  # AdamW moves a number by about its rate in a step
+    )
 
 
 def _score_in(rows: Sequence[Row]) -> float | None:

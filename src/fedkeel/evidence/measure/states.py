@@ -14,10 +14,11 @@ from fedkeel.data.batches import collate
 from fedkeel.data.format import Example
 from fedkeel.evidence.measure.run import Finished, MeasureError, Settings, UnmeasuredError
 from fedkeel.federation.client import Site
-from fedkeel.federation.kept import Kept, layout_of, modules_left_out
+from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
-from fedkeel.federation.server import Roster, run_round
+from fedkeel.federation.server import run_round
 from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.rounds import roster_of
 from fedkeel.runs.served import served
 from fedkeel.scores.evaluate import choose
 from fedkeel.scores.metrics import linear_cka
@@ -120,14 +121,14 @@ class _Look:
 
 def _once_more(run: Finished, final: Global, examples: Mapping[str, Sequence[Example]], look: _Look) -> None:
     """The last round once more, with its learning rate, now from the final model; what the server makes of it is not used."""
-    recipe, model, stages = run.recipe, run.model, len(run.prepared.stages)
+    model, stages = run.model, len(run.prepared.stages)
     assert model.initial is not None
-    ranks = recipe.lora.ranks(run.prepared.sites.rows)
-    kept = {name: Kept(rank=rank) for name, rank in ranks.items()}
-    layouts = {name: layout_of(model.initial, recipe.lora, rank) for name, rank in ranks.items() if name in examples}
+    everyone = replace(run.recipe.federation, sites_per_round=0, quorum=1.0, deadline=math.inf, max_update_norm=math.inf)
+    # masks change nothing at a site, and would ask for a round of keys
+    recipe = replace(run.recipe, federation=everyone, privacy=replace(run.recipe.privacy, masks=False))
+    kept = {name: Kept(rank=rank) for name, rank in recipe.lora.ranks(run.prepared.sites.rows).items()}
     before: list[Sequence[Example]] = [()] * (stages - 1)
     sites = {n: Site(n, [*before, encoded], recipe.federation.rounds, recipe) for n, encoded in examples.items()}
-    everyone = replace(recipe.federation, sites_per_round=0, quorum=1.0, deadline=math.inf, max_update_norm=math.inf)
-    out, own = modules_left_out(recipe, model.initial.lora), recipe.options("rule", recipe.federation.rule)
-    roster = Roster(list(examples), everyone, recipe.seed, layouts, out, own)
+    rows = {name: len(encoded) for name, encoded in examples.items()}
+    roster = roster_of(recipe, model.initial, list(examples), list(run.prepared.sites.rows), rows)
     run_round(replace(final, round=final.round - 1), LocalTransport(model, sites, kept, look), roster)
