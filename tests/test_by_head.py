@@ -86,6 +86,93 @@ def test_before_training_they_are_the_classifiers_own() -> None:
         torch.testing.assert_close(row[list(example.allowed)], told, rtol=0, atol=0.02 * head.scale)
 
 
+def states_by_hand(model: Model, ids: Sequence[int], behind: int) -> torch.Tensor:
+    """(tokens, d) behind that many blocks, of a plain pass over one row."""
+    base = model.net.get_base_model().base_model
+    hidden = base(input_ids=torch.tensor([ids]), output_hidden_states=True)
+    return (hidden.hidden_states[behind] if behind < shapes.LAYERS else hidden.last_hidden_state)[0].double()
+
+
+def standard(part: torch.Tensor) -> torch.Tensor:
+    return (part - part.mean()) / part.std(correction=0)
+
+
+LAYERED = pytest.mark.parametrize("layers", [(), ("1-1",)], ids=["all", "upper"])
+
+
+@torch.no_grad()
+@LAYERED
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_features_of_several_depths_stand_side_by_side(name: str, layers: tuple[str, ...]) -> None:
+    more = {"head": "analytic"} if name == "bert" else {}
+    model, examples = setting(name, precision="fp32", feature_depths=(1.0, 0.5, 0.6), layers=layers, **more)
+    assert model.depths == (1, 2)
+    told = model.features([e.prompt for e in examples]).double() / 64
+    with model.net.disable_adapter():
+        for row, example in zip(told, examples, strict=True):
+            states = [states_by_hand(model, example.prompt, behind) for behind in (1, 2)]
+            last = [s[-1:] for s in states] if name == "llama" else [s[:0] for s in states]
+            parts = [p for s, end in zip(states, last, strict=True) for p in (s.mean(0), *end)]
+            expected = torch.cat([standard(p) for p in parts]).clamp(-8, 8)
+            assert row.shape == (len(expected) + 1,)
+            assert (row[:-1] - expected).abs().max() <= 1 / 64
+            assert row[-1] == 1
+
+
+@torch.no_grad()
+@LAYERED
+def test_scores_of_several_depths_are_of_the_adapted_states_there(layers: tuple[str, ...], tmp_path: Path) -> None:
+    """In the run's model, and in plain PEFT with what is exported."""
+    model, examples = setting("bert", head="analytic", precision="fp32", feature_depths=(0.5, 1.0), layers=layers)
+    heads = known(model, examples)
+    model.know(heads)
+    batch = whole_batch(model, examples)
+    logits = model.forward(batch).logits
+    with model.remembering():
+        torch.testing.assert_close(model.forward(batch).logits, logits, rtol=1e-4, atol=1e-4)
+    save_adapter(model, tmp_path)
+    about, weights = (
+        json.loads((tmp_path / "fedkeel_classes.json").read_text()),
+        load_file(tmp_path / "label_heads.safetensors"),
+    )
+    assert about["depths"] == [0.5, 1.0]
+    net = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(model.config.base), tmp_path).eval()
+    for row, example in zip(logits, examples, strict=True):
+        x = torch.cat([standard(states_by_hand(model, example.ids, behind).mean(0)) for behind in (1, 2)])
+        hidden = net(input_ids=torch.tensor([example.ids]), output_hidden_states=True)
+        theirs = [hidden.hidden_states[1][0].mean(0), hidden.last_hidden_state[0].mean(0)]
+        head, weight = heads[example.task], weights[example.task]
+        for at in example.allowed:
+            if CLASSES[at] not in head.labels:
+                assert row[at] == 0
+                continue
+            *w, w0 = (64 * head.weight[head.labels.index(CLASSES[at])].double()).tolist()
+            assert row[at].item() == pytest.approx(
+                head.scale * (float(torch.tensor(w, dtype=x.dtype) @ x) + w0), rel=1e-3, abs=1e-3
+            )
+            n = about["labels"][example.task].index(CLASSES[at])
+            plain = weight[n, :-1] @ torch.cat([standard(t) for t in theirs]) + weight[n, -1]
+            assert row[at].item() == pytest.approx(float(plain), rel=1e-3, abs=1e-3)
+
+
+def test_depths_that_cannot_be_seen_are_told() -> None:
+    with pytest.raises(ModelError, match=r"feature_depths says nothing to .* the encoder's last are seen"):
+        shapes.make("t5", feature_depths=(0.5,))
+    with pytest.raises(ConfigError, match=r"model\.feature_depths = 1\.5: must be at least 0 and at most 1"):
+        load_recipe(None, ["model.feature_depths=[0.5, 1.5]"])
+    model = shapes.make("llama", layers=("1-1",), feature_depths=(0.5,))
+    model.first = 2
+    with pytest.raises(ModelError, match=r"behind block 1 of 2, which .* keeps none of: the lowest that it sees are 1"):
+        model.features([[5, 6]])
+
+
+def test_the_last_states_are_what_it_sees_by_itself() -> None:
+    one, examples = setting("bert", head="analytic")
+    other, _ = setting("bert", head="analytic", feature_depths=(1.0,))
+    prompts = [e.prompt for e in examples]
+    assert torch.equal(one.features(prompts), other.features(prompts))
+
+
 def test_a_task_without_classifier_goes_by_its_labels_words() -> None:
     model, examples = setting("bert", head="analytic")
     batch = whole_batch(model, examples)

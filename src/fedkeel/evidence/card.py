@@ -90,7 +90,8 @@ to nobody.
 """
 _BY_HEAD = """\
 **Classes are scored by `label_heads.safetensors`**, a ridge classifier a task of sums over all sites' rows, upon this adapter's
-states: without that file they mean nothing.
+states: without that file they mean nothing. `depths` in `fedkeel_classes.json` says at which shares of the
+depth the states are.
 """
 
 

@@ -77,6 +77,7 @@ def _save_classes(model: Model, folder: Path) -> None:
     head = "linear" if model.label_text is None else "label-text" if model.by_head is None else "analytic"
     about: dict[str, Any] = {"head": head, "classes": model.classes}
     if model.by_head is not None:
+        about["depths"] = [behind / max(1, len(model.places.stack)) for behind in model.depths]
         about["labels"] = {task: [model.classes[n] for n in at.tolist()] for task, (at, _) in model.by_head.parts.items()}
         tensors = {task: weight.cpu().contiguous() for task, (_, weight) in model.by_head.parts.items()}
         save_file(tensors, folder / "label_heads.safetensors")

@@ -64,8 +64,8 @@ def by_label(head: Head) -> Tensor:
 
 
 class ByHead:
-    """Class scores of an encoder by its tasks' analytic classifiers: a (W x + w₀), x being what is pooled of a row's last
-    states, less its mean and over its deviation. Of the frozen base's states these are the classifiers' own scores, up to the
+    """Class scores of an encoder by its tasks' analytic classifiers: a (W x + w₀), x being what is pooled of a row's states, at
+    each depth less its mean and over its deviation. Of the frozen base these are the classifiers' own scores, up to the
     grid; of an adapted model's they are what training bends. A label without evidence scores 0.
     """
 
@@ -77,9 +77,10 @@ class ByHead:
             columns = torch.tensor([place[head.labels[n]] for n in known], device=device)
             self.parts[task] = columns, by_label(head)[known].to(device)
 
-    def __call__(self, pooled: Tensor, tasks: Sequence[str], otherwise: Tensor) -> Tensor:
-        """(rows, V). pooled: (rows, d). tasks: of each row. otherwise: (rows, V), for rows of a task without classifier."""
-        x = _standard(pooled.float())
+    def __call__(self, pooled: Sequence[Tensor], tasks: Sequence[str], otherwise: Tensor) -> Tensor:
+        """(rows, V). pooled: (rows, d) at each depth. tasks: of each row. otherwise: (rows, V), for rows of a task without
+        classifier."""
+        x = torch.cat([_standard(part.float()) for part in pooled], 1)
         x, scores = torch.cat([x, torch.ones_like(x[:, :1])], 1), otherwise
         for task, (columns, weight) in self.parts.items():
             rows = torch.tensor([n for n, of in enumerate(tasks) if of == task], dtype=torch.int64, device=x.device)

@@ -7,8 +7,8 @@ those positions, so a (batch, time, V) tensor never exists, whatever the archite
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -124,6 +124,10 @@ def _check_kind(kind: str, config: ModelConfig, classes: Sequence[str]) -> None:
         raise ModelError(
             f"model.head = 'analytic' scores the classes of an encoder, and {config.base!r} is a {kind} model: evidence.serve "
             f"serves the analytic classifier beside it"
+        )
+    if kind == "seq2seq" and config.feature_depths:
+        raise ModelError(
+            f"model.feature_depths says nothing to {config.base!r}: of an encoder-decoder the encoder's last are seen"
         )
 
 
@@ -413,12 +417,13 @@ class Model:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()} | more
         rows, columns, targets = (t.to(self.device) for t in (batch.rows, batch.columns, batch.targets))
         if self.kind == "classifier":
-            out = self._pass(inputs)
+            with self._looking(inputs) as seen:
+                out = self._pass(inputs)
             if self.label_text is not None:
-                pooled = _pool(out.last_hidden_state, inputs["attention_mask"])
-                logits = self.label_text(pooled)
+                last, mask = out.last_hidden_state, inputs["attention_mask"]
+                logits = self.label_text(_pool(last, mask))
                 if self.by_head is not None:
-                    logits = self.by_head(pooled, batch.tasks, logits)
+                    logits = self.by_head([_pool(states, mask) for states in seen(last)], batch.tasks, logits)
             else:
                 logits = out.logits
             if batch.allowed is not None:
@@ -434,29 +439,68 @@ class Model:
     def _pooled(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
         """What the base without adapter makes of whole rows, (rows, d) each, float32 on the CPU: the mean of a row's hidden
         states below the first block that is trained, else of the last ones, of an encoder-decoder of its encoder's; where the
-        head is analytic always of the last ones. Of a causal model besides that of the last token, which alone has read
-        the whole row."""
+        head is analytic always of the last ones; or at each of `model.feature_depths`. Of a causal model besides that of the
+        last token, which alone has read the whole row."""
         assert self.initial is not None
         ids, mask = ids.to(self.device), mask.to(self.device)
         was = self.net.training
         self.train(False)
         try:
             with self.swapped(self.park(self.initial)), self.autocast():
-                if self.config.head == "analytic":
-                    with self.remembering():
-                        hidden = self._pass({"input_ids": ids, "attention_mask": mask}).last_hidden_state
-                elif self.lower is not None:
-                    hidden = self.lower.states({"input_ids": ids, "attention_mask": mask})
+                inputs = {"input_ids": ids, "attention_mask": mask}
+                if self.lower is not None and not self.depths:
+                    found = [self.lower.states(inputs)]
                 else:
                     base = self.net.get_base_model()
                     body = base.get_encoder() if self.kind == "seq2seq" else base.base_model
-                    hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state
+                    below = self.lower.over(inputs) if self.lower is not None else nullcontext()
+                    with self._looking(inputs) as seen, below:
+                        found = seen(body(**inputs).last_hidden_state)
         finally:
             self.train(was)
-        parts = [_pool(hidden, mask)]
-        if self.kind == "causal":
-            parts.append(hidden[torch.arange(len(ids)), mask.sum(1) - 1])
+        parts = []
+        for hidden in found:
+            parts.append(_pool(hidden, mask))
+            if self.kind == "causal":
+                parts.append(hidden[torch.arange(len(ids)), mask.sum(1) - 1])
         return [part.float().cpu() for part in parts]
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Behind how many blocks of the stack the states are that the analytic anchor sees, in order; empty: where it sees them
+        by itself. Raises ModelError for one that lies below what is kept of `lora.layers`."""
+        blocks = len(self.places.stack)
+        asked = self.config.feature_depths or ((1.0,) if self.config.head == "analytic" else ())
+        found = tuple(sorted({max(1, round(share * blocks)) for share in asked}))
+        if self.config.feature_depths and not self.places.forms:
+            raise ModelError(f"model.feature_depths: the blocks of {self.config.base!r} are not known; leave it out")
+        if found and self.lower is not None and found[0] < self.first:
+            raise ModelError(
+                f"model.feature_depths = {list(asked)}: states behind block {found[0]} of {blocks}, which lora.layers keeps "
+                f"none of: the lowest that it sees are {self.first / blocks:g} of the depth"
+            )
+        return found
+
+    @contextmanager
+    def _looking(self, inputs: dict[str, Any]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+        """Around a pass over `inputs`: the last hidden states -> those at each of `depths`, (rows, tokens, d); without any the
+        last alone."""
+        found: dict[int, Tensor] = {}
+
+        def keep(behind: int, module: nn.Module, given: Any, output: Any) -> None:
+            found[behind] = output[0] if isinstance(output, tuple) else output
+
+        def seen(last: Tensor) -> list[Tensor]:
+            if self.lower is not None and self.first in self.depths:
+                found[self.first] = self.lower.states(inputs).to(last)
+            return [found.get(behind, last) for behind in self.depths] or [last]
+
+        with ExitStack() as undo:
+            for behind in self.depths:
+                if behind < len(self.places.stack) and not (self.lower is not None and behind == self.first):
+                    block = self.places.stack[behind - 1][1]
+                    undo.callback(block.register_forward_hook(partial(keep, behind)).remove)
+            yield seen
 
     def know(self, heads: Mapping[str, Head]) -> None:
         """Score classes by these analytic classifiers from now on, by task, where `model.head = "analytic"`."""

@@ -32,6 +32,12 @@ class Model:
         "the ridge classifier of sums over all sites and stages, frozen for a stage; `linear` trains a fresh classification "
         "head",
     )
+    feature_depths: tuple[float, ...] = numbers(
+        0,
+        "shares of the depth whose states the analytic anchor sees, side by side, such as 0.5, 1; empty: below the first block "
+        "that is trained, or the last ones",
+        1,
+    )
     chat_template: str = meant(
         "", "`none`, one of several that the tokenizer has, or a Jinja file, whose text a run keeps; empty: the tokenizer's own"
     )
