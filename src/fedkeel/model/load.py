@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from fedkeel import tables
 from fedkeel.model.bases import ModelError, of_table
 from fedkeel.model.gguf import dequantised
+from fedkeel.model.places import in_block
 from fedkeel.model.quiet import quiet
 from fedkeel.recipe.schema import Model as ModelConfig
 
@@ -197,17 +198,16 @@ def _looks_ahead(net: Any, about: Any) -> bool:
 
 def _behind_the_last(net: Any, name: str) -> bool:
     """Whether a tensor of a checkpoint is of a block whose number is above those of its stack in `net`."""
-    parts = name.split(".")
-    at = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    at = in_block(name)
     if at is None:
         return False
-    stack = ".".join(parts[:at])
-    for path in (stack, stack.removeprefix(f"{net.base_model_prefix}."), f"{net.base_model_prefix}.{stack}"):
+    prefix = net.base_model_prefix
+    for path in (at.stack, at.stack.removeprefix(f"{prefix}."), f"{prefix}.{at.stack}"):
         try:
             blocks = net.get_submodule(path)
         except AttributeError:
             continue
-        return isinstance(blocks, torch.nn.ModuleList) and int(parts[at]) >= len(blocks)
+        return isinstance(blocks, torch.nn.ModuleList) and at.number >= len(blocks)
     return False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,6 +14,26 @@ from fedkeel.types import FedKeelError
 
 class StructureError(FedKeelError):
     """A structure that does not exist, has an impossible amount or finds no place in this model."""
+
+
+class InBlock(NamedTuple):
+    """Where a path lies. stack: path of a stack of blocks. number: of the block, from 0. inner: the path within it."""
+
+    stack: str
+    number: int
+    inner: str
+
+    @property
+    def block(self) -> str:
+        """The block's own path."""
+        return f"{self.stack}.{self.number}".removeprefix(".")
+
+
+def in_block(path: str) -> InBlock | None:
+    """Of a module or tensor; None outside of all blocks. A stack is what stands in front of the first number of a path."""
+    parts = path.split(".")
+    at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else InBlock(".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :]))
 
 
 @dataclass(frozen=True)
@@ -116,15 +136,13 @@ def find_places(
     sizes: dict[str, int] = {}  # path of a stack -> its number of blocks
 
     def locate(path: str) -> tuple[int, int, str]:
-        """(block, blocks, path within the block); a stack is what stands in front of the first number of a path."""
-        parts = path.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        """(block, blocks, path within the block)."""
+        at = in_block(path)
         if at is None:
             return 0, 1, ""
-        stack = ".".join(parts[:at])
-        if stack not in sizes:
-            sizes[stack] = sum(name.isdigit() for name, _ in base.get_submodule(stack).named_children())
-        return int(parts[at]), sizes[stack], ".".join(parts[at + 1 :])
+        if at.stack not in sizes:
+            sizes[at.stack] = sum(name.isdigit() for name, _ in base.get_submodule(at.stack).named_children())
+        return at.number, sizes[at.stack], at.inner
 
     attention, down, residual = [], [], []
     for path, module in base.named_modules() if maps.added else ():

@@ -14,12 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from fedkeel import tables
 from fedkeel.model.bases import ModelError
 from fedkeel.model.load import Base
+from fedkeel.model.places import in_block
 from fedkeel.recipe.schema import LoraConfig
 
 
 def _block(path: str) -> int:
     """Number of the block that a path lies in; −1 outside of all."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), -1)
+    at = in_block(path)
+    return -1 if at is None else at.number
 
 
 def _linear(net: Any) -> list[str]:

@@ -24,7 +24,7 @@ from fedkeel.data.format import Formatter
 from fedkeel.method.structure.drop import BLOCK
 from fedkeel.model.depth import kept_blocks, without
 from fedkeel.model.lora import Model
-from fedkeel.model.places import Branch, Place, in_width
+from fedkeel.model.places import Branch, Place, in_block, in_width
 from fedkeel.recipe.schema import Evaluation
 from fedkeel.rng import counter_normal, derive, numpy_generator
 from fedkeel.scores.evaluate import Scored, overall, score
@@ -220,7 +220,7 @@ def base(model: Model, bits: float, seed: int, undo: ExitStack) -> None:
     matrices = [
         (weight, isinstance(module, Conv1D))
         for path, module in model.net.get_base_model().named_modules()
-        if any(part.isdigit() for part in path.split(".")) and not isinstance(module, nn.Embedding)
+        if in_block(path) and not isinstance(module, nn.Embedding)
         for weight in module.parameters(recurse=False)
         if weight.dim() > 1 and weight.is_floating_point() and not weight.requires_grad
     ]

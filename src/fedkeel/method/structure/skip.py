@@ -9,7 +9,7 @@ from typing import Any
 from fedkeel.method.structure.draw import Draw
 from fedkeel.method.structure.layers import depth_chance
 from fedkeel.model.depth import Patch, passed
-from fedkeel.model.places import Places
+from fedkeel.model.places import Places, in_block
 from fedkeel.rng import derive
 
 
@@ -45,11 +45,9 @@ def blocks_with_branches(paths: Iterable[str]) -> dict[int, str]:
     paths: of the modules with branches, which is all that a coordinator knows of a base.
     """
     stacks: dict[str, dict[int, str]] = {}
-    for path in paths:
-        parts = path.split(".")
-        at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+    for at in map(in_block, paths):
         if at is not None:
-            stacks.setdefault(".".join(parts[:at]), {})[int(parts[at])] = ".".join(parts[: at + 1])
+            stacks.setdefault(at.stack, {})[at.number] = at.block
     last = max(stacks, key=lambda stack: ("decoder" in stack.split("."), len(stacks[stack])), default=None)
     return dict(sorted(stacks[last].items())) if last is not None else {}
 
