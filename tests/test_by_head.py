@@ -33,7 +33,7 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe, plain
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.ask import Ask
-from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.served import trained_model
 from fedkeel.scores.evaluate import choose, score
@@ -318,6 +318,14 @@ def test_the_weight_is_the_one_that_validation_rows_prefer(encoder: tuple[list[s
     (chosen,) = [r["value"] for r in told if r["name"] == "serve"]
     assert chosen == WEIGHTS[found.index(max(found))]
     assert trained_model(recipe, folder.path).beside.weight == chosen
+
+
+def test_of_a_run_that_chose_no_weight_none_is_guessed(encoder: tuple[list[str], RunFolder], tmp_path: Path) -> None:
+    overrides = [*encoder[0], f"out={tmp_path}", "evidence.serve_from=[]", "federation.rounds=1", "evaluation.baselines=[]"]
+    folder = go(overrides)[1]
+    with pytest.raises(RunError, match=r"evidence\.serve_from = \[0\.5\]: .* chose no weight .* as in evidence\.serve = 1"):
+        trained_model(load_recipe(None, [*overrides, "evidence.serve_from=[0.5]"]), folder.path)
+    assert trained_model(load_recipe(None, [*overrides, "evidence.serve=2"]), folder.path).beside.weight == 2
 
 
 def test_the_chosen_weight_travels_with_what_is_scored_and_not_with_what_is_trained() -> None:

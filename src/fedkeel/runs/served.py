@@ -53,6 +53,11 @@ def serve(model: Model, folder: RunFolder, recipe: Recipe, which: str = "adapter
             f"evidence.serve at 0"
         )
     end = folder.read_checkpoint("federated", rounds * (last + 1), model.initial)
+    if recipe.evidence.serve_from and end.serve is None:
+        raise RunError(
+            f"evidence.serve_from = {list(recipe.evidence.serve_from)}: {folder.path} chose no weight by its validation rows; "
+            f"say one, as in evidence.serve = 1"
+        )
     model.replay(end.shifts, 0)
     model.beside = beside_of(recipe, end)
     model.know(end.heads)
