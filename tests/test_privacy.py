@@ -424,8 +424,9 @@ def test_the_most_is_that_of_all_sites_and_is_told_without_a_warning(train: str,
 
 @pytest.mark.parametrize("micro", [0, 2])
 @pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("chosen", [[0, 3, 7], [0, 1, 3, 7, 8, 9]], ids=["fewer", "more than a batch"])
 def test_a_step_is_the_sum_of_clipped_gradients_of_rows_and_noise(
-    micro: int, together: bool, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+    micro: int, together: bool, chosen: list[int], tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against autograd on each row by itself through the whole model, with drawn rows and noise known."""
     import fedkeel.federation.private as private
@@ -444,7 +445,6 @@ def test_a_step_is_the_sum_of_clipped_gradients_of_rows_and_noise(
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     examples = formatter_of(model, prepared).encode_all(prepared.sites.rows["ward-0"]["train"])
-    chosen = [0, 3, 7]
     with lesson_of(model, examples, Round("ward-0", 3, recipe, Global(0, model.read()))) as lesson:
         backward = partial(lesson.of_rows, lesson.moment(0), Log())
         private.private_gradient(model.net, backward, {i: examples[i].positions for i in chosen}, recipe)

@@ -99,7 +99,7 @@ def _together(
         parameter.grad = None
     with _listening(maps) as heard:
         backward(list(positions))
-    micro = recipe.train.micro_batch_size or len(positions)
+    micro = recipe.train.at_once  # more rows may be drawn than a batch has
     counts = [min(micro, len(positions) - start) for start in range(0, len(positions), micro)]
     right = all([x.shape[0] for x, _ in heard.passes.get(name, [])] == counts for name in maps)
     if heard.odd or not right:

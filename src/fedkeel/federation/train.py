@@ -152,8 +152,7 @@ class Lesson:
         weights = {term.entry.name: weight for term in self.terms if (weight := term.weight(moment))}
         taken = [term for term in self.terms if term.entry.name in weights]
         n_step = sum(self.examples[i].positions for i in indices)
-        train = self.round.recipe.train
-        micro = train.micro_batch_size or train.batch_size
+        micro = self.round.recipe.train.at_once
         nats = 0.0
         for start in range(0, len(indices), micro):
             chosen = [self.examples[i] for i in indices[start : start + micro]]

@@ -161,6 +161,11 @@ class Train:
     proximal: float = number(0.0, 0, about="FedProx: this times half the squared distance from the global adapter")
     sam: float = number(0.0, 0, about="FedSAM: radius of the ascent before each step; costs a second pass")
 
+    @property
+    def at_once(self) -> int:
+        """Most rows that one pass takes."""
+        return self.micro_batch_size or self.batch_size
+
 
 @dataclass(frozen=True)
 class Stream:
