@@ -110,7 +110,7 @@ def test_without_validation_rows_nothing_is_weighed(data: Path, tmp_path: Path) 
     assert "blocks not measured, as there are no validation rows to weigh blocks by" in " ".join(found.notes)
     assert not [r for r in found.rows if r.name.startswith("blocks/")]
     told = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "short"), "--depth", "0.5", "--least"])
-    assert "says nothing of the influence of 2 blocks; first: fedkeel measure" in str(told.exception)
+    assert "says nothing of the influence of 2 blocks: `fedkeel measure" in str(told.exception)
     assert not (tmp_path / "short").exists()
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -103,8 +104,10 @@ LAYERED = pytest.mark.parametrize("layers", [(), ("1-1",)], ids=["all", "upper"]
 @torch.no_grad()
 @LAYERED
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_features_of_several_depths_stand_side_by_side(name: str, layers: tuple[str, ...]) -> None:
-    more = {"head": "analytic"} if name == "bert" else {}
+@pytest.mark.parametrize("cache", [1024, 0])
+def test_features_of_several_depths_stand_side_by_side(name: str, layers: tuple[str, ...], cache: int) -> None:
+    more: dict[str, Any] = {"head": "analytic"} if name == "bert" else {}
+    more |= {"cache_memory": cache, "cache_disk": cache}
     model, examples = setting(name, precision="fp32", feature_depths=(1.0, 0.5, 0.6), layers=layers, **more)
     assert model.depths == (1, 2)
     told = model.features([e.prompt for e in examples]).double() / 64
@@ -158,8 +161,12 @@ def test_scores_of_several_depths_are_of_the_adapted_states_there(layers: tuple[
 def test_depths_that_cannot_be_seen_are_told() -> None:
     with pytest.raises(ModelError, match=r"feature_depths says nothing to .* the encoder's last are seen"):
         shapes.make("t5", feature_depths=(0.5,))
-    with pytest.raises(ConfigError, match=r"model\.feature_depths = 1\.5: must be at least 0 and at most 1"):
+    with pytest.raises(ConfigError, match=r"model\.feature_depths = 1\.5: must be above 0 and at most 1"):
         load_recipe(None, ["model.feature_depths=[0.5, 1.5]"])
+    with pytest.raises(ConfigError, match=r"model\.feature_depths = 0\.0"):
+        load_recipe(None, ["model.feature_depths=[0, 1]"])
+    with pytest.raises(ConfigError, match="an early exit has no states of the depths above"):
+        load_recipe(None, ["model.feature_depths=[0.5, 1]", "model.head=analytic", "exit.weight=0.3"])
     model = shapes.make("llama", layers=("1-1",), feature_depths=(0.5,))
     model.first = 2
     with pytest.raises(ModelError, match=r"behind block 1 of 2, which .* keeps none of: the lowest that it sees are 1"):

@@ -255,6 +255,9 @@ def test_a_sites_classifiers_are_the_coordinators() -> None:
     for tensors, labels in wrong:
         with pytest.raises(EnvelopeError, match="classifier"):
             check_heads(given(tensors, labels), {"t": head})
+    check_heads({}, {})
+    with pytest.raises(EnvelopeError, match="has classifiers, and the coordinator has none"):
+        check_heads(given({"t": right}, {"t": ["no", "yes"]}), {})
 
 
 def without_value(folder: RunFolder) -> list[str]:

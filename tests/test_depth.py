@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from further import further
 from shapes import ARCHITECTURES, LAYERS, chosen, make, randomise
 from test_places import injected, inputs_of, run
 from torch import Tensor, nn
@@ -25,9 +27,10 @@ from fedkeel.model.depth import Patch, kept_blocks, without
 from fedkeel.model.export import cut, save_merged, save_with_base
 from fedkeel.model.lora import Model
 from fedkeel.model.places import StructureError
-from fedkeel.recipe.schema import Exit
+from fedkeel.recipe.schema import Exit, LoraConfig
+from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.scores.damage import damaged
-from fedkeel.types import Forward, Global
+from fedkeel.types import Forward, Global, Head
 
 every = pytest.mark.parametrize("name", chosen(ARCHITECTURES))
 
@@ -257,6 +260,28 @@ def test_which_blocks_are_kept(blocks: int, depth: float, influence: Sequence[fl
     if influence:
         with pytest.raises(ValueError, match="zip"):
             kept_blocks(blocks + 1, depth, influence)
+
+
+def test_what_a_cut_encoder_sees_stands_where_it_is_now(tmp_path: Path) -> None:
+    """Of two blocks the first is left: what was half of the depth is all of it."""
+    model = make("bert", ("no", "yes"), head="analytic", feature_depths=(0.5, 1.0))
+    model.know({"t": Head(("no", "yes"), torch.ones(2, 65), 1.0, torch.ones(2))})
+    cut(model, [0])
+    save_with_base(model, tmp_path)
+    assert json.loads((tmp_path / "fedkeel_classes.json").read_text())["depths"] == [1.0, 1.0]
+
+
+def test_blocks_that_differ_by_number_are_not_written_as_others(tmp_path: Path) -> None:
+    """A base whose first block alone has no experts: without it, its config would make the second one so."""
+    folder = further("qwen3_moe", tmp_path / "base")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.mlp_only_layers = [0]
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for number, save in enumerate((save_with_base, save_merged)):
+        model = Model(ModelConfig(base=str(folder), precision="fp32"), LoraConfig(rank=2), 1)
+        cut(model, [1])
+        with pytest.raises(ModelError, match="its config says by number what a block is"):
+            save(model, tmp_path / str(number))
 
 
 def test_unknown_blocks_are_told() -> None:

@@ -31,10 +31,11 @@ from fedkeel.federation.server import FederationError, Roster, run_round
 from fedkeel.federation.train import Round, train_round
 from fedkeel.method.aggregate.layouts import first_rows, folded, truncated
 from fedkeel.method.structure.branch import left_out
-from fedkeel.method.structure.skip import blocks_out, blocks_with_branches
+from fedkeel.method.structure.skip import blocks_out, blocks_with_branches, hold_blocks
 from fedkeel.model.bases import ModelError
 from fedkeel.model.export import cut
 from fedkeel.model.lora import Model
+from fedkeel.model.places import StructureError
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Federation
 from fedkeel.recipe.settings import ConfigError
@@ -174,6 +175,7 @@ RESUMED = {
     "topk": ["federation.codec_up=topk=0.2+int4", "federation.codec_down=int8"],
     "held": ["structure.branch=0.4", "structure.hold=true"],
     "blocks": ["structure.branch=0.2", "structure.skip=0.6", "structure.hold=true"],
+    "anchored blocks": ["structure.skip=0.9", "structure.hold=true", "evidence.anchor=1", "federation.rounds=4"],
     "ranks": ["federation.rule=svd", "lora.site_ranks=[2, 4]"],
 }
 
@@ -614,6 +616,13 @@ def test_a_site_that_holds_a_block_trains_the_model_written_out_without_it(name:
     sent = open_envelope(reply.payload)[1]
     assert sent
     assert not any(gone in path for path in sent)
+    assert all("forward" not in block.__dict__ for _, block in model.places.stack)
+
+
+def test_blocks_of_another_stack_are_not_silently_run() -> None:
+    model = make("llama")
+    with pytest.raises(StructureError, match=r"encoder\.layers\.1 lies elsewhere"):
+        hold_blocks(model.places, {"encoder.layers.1"})
     assert all("forward" not in block.__dict__ for _, block in model.places.stack)
 
 

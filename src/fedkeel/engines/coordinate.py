@@ -328,8 +328,7 @@ class Away:
                     raise outcome
                 files = {name: t.numpy().tobytes() for name, t in open_envelope(outcome[1])[1].items()}
                 _check_export(files, current)
-                if self.recipe.model.head == "analytic":
-                    check_heads(files, current.heads)
+                check_heads(files, current.heads if self.recipe.model.head == "analytic" else {})
                 config = json.loads(files["adapter_config.json"])
                 config["base_model_name_or_path"] = self.recipe.model.base  # where it lies at a site is that site's business
             except (FedKeelError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
@@ -368,6 +367,8 @@ def _check_export(files: Mapping[str, bytes], current: Global) -> None:
 
 def check_heads(files: Mapping[str, bytes], heads: Mapping[str, Head]) -> None:
     """Raise EnvelopeError unless the classifiers beside an encoder's adapter are these, see `model.features.ByHead`."""
+    if not heads and "label_heads.safetensors" in files:
+        raise EnvelopeError("the PEFT folder has classifiers, and the coordinator has none")
     given = load_tensors(files["label_heads.safetensors"]) if heads else {}
     labels = json.loads(files["fedkeel_classes.json"])["labels"] if heads else {}
     if not (given.keys() == labels.keys() == heads.keys()):

@@ -77,7 +77,10 @@ def _shorten(model: Model, run: Path, depth: Depth) -> str:
             if row.name.startswith("blocks/influence/"):
                 weighed[int(row.name.rpartition("/")[2])] = row.value
         if sorted(weighed) != list(range(blocks)):
-            raise ModelError(f"{measures} says nothing of the influence of {blocks} blocks; first: fedkeel measure {run}")
+            raise ModelError(
+                f"{measures} says nothing of the influence of {blocks} blocks: `fedkeel measure {run}` finds it on "
+                f"validation rows, if the run has some, with the family `depth`"
+            )
     kept = kept_blocks(blocks, depth.share, [weighed[n] for n in sorted(weighed)])
     cut(model, kept)
     gone = ", ".join(str(n) for n in range(blocks) if n not in kept)

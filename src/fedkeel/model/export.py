@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
@@ -77,7 +78,8 @@ def _save_classes(model: Model, folder: Path) -> None:
     head = "linear" if model.label_text is None else "label-text" if model.by_head is None else "analytic"
     about: dict[str, Any] = {"head": head, "classes": model.classes}
     if model.by_head is not None:
-        about["depths"] = [behind / max(1, len(model.places.stack)) for behind in model.depths]
+        blocks = model.kept or range(max(1, len(model.places.stack)))
+        about["depths"] = [sum(n < behind for n in blocks) / len(blocks) for behind in model.depths]
         about["labels"] = {task: [model.classes[n] for n in at.tolist()] for task, (at, _) in model.by_head.parts.items()}
         tensors = {task: weight.cpu().contiguous() for task, (_, weight) in model.by_head.parts.items()}
         save_file(tensors, folder / "label_heads.safetensors")
@@ -99,6 +101,7 @@ def cut(model: Model, kept: Sequence[int]) -> None:
     base = model.net.get_base_model()
     holder, _, name = stack[0][0].rpartition(".")[0].rpartition(".")
     setattr(base.get_submodule(holder), name, nn.ModuleList(stack[n][1] for n in kept))
+    model.kept = tuple(kept)
     for config in {id(c): c for c in (base.config, base.config.get_text_config(decoder=True))}.values():
         sizes = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ("num_hidden_layers",)
         for size in sizes:
@@ -107,6 +110,21 @@ def cut(model: Model, kept: Sequence[int]) -> None:
         for name, value in list(vars(config).items()):  # `layer_types`, `no_rope_layers`: of each block, what it is
             if "layer" in name and isinstance(value, list) and len(value) == len(stack):
                 setattr(config, name, [value[n] for n in kept])
+
+
+def _check_cut(model: Model, net: nn.Module) -> None:
+    """Raise ModelError where the config of a cut model makes another model: one whose blocks differ by number, as experts do in
+    some."""
+    if not model.kept:
+        return
+    with torch.device("meta"):
+        said = {name: t.shape for name, t in type(net)(net.config).state_dict().items()}
+    held = {name: t.shape for name, t in net.state_dict().items()}
+    if odd := sorted(name for name in said.keys() | held.keys() if said.get(name) != held.get(name)):
+        raise ModelError(
+            f"{model.config.base!r}: its config says by number what a block is, and without some of them {odd[0]} is another; "
+            f"leave out the top ones, or none"
+        )
 
 
 def save_with_base(model: Model, folder: Path) -> None:
@@ -126,6 +144,7 @@ def save_with_base(model: Model, folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     _save_classes(model, folder)
     base = net.unload().to(model.stored)
+    _check_cut(model, base)
     base.config.use_cache, base.config.dtype = True, model.stored
     base.save_pretrained(folder / "base")
     for place in (folder, folder / "base"):
@@ -140,6 +159,7 @@ def save_merged(model: Model, folder: Path, ends: Sequence[int] = ()) -> None:
     ends: tokens that end an answer; both configs then say so. `model` is of no further use after it.
     """
     merged = model.merged().to(model.stored)
+    _check_cut(model, merged)
     merged.config.use_cache, merged.config.dtype = True, model.stored
     if ends:
         merged.config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)

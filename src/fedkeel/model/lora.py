@@ -198,6 +198,7 @@ class Model:
         self.label_text = self._embed_labels() if similar else None
 
     by_head: ByHead | None = None  # what scores classes in place of their words
+    kept: tuple[int, ...] = ()  # blocks that are left of a model that was cut, see `export.cut`
 
     def _check_words(self) -> None:
         """Raise ModelError for tokens that the base has no embedding of: the first row with one would end the run."""
@@ -454,8 +455,10 @@ class Model:
                     base = self.net.get_base_model()
                     body = base.get_encoder() if self.kind == "seq2seq" else base.base_model
                     below = self.lower.over(inputs) if self.lower is not None else nullcontext()
-                    with self._looking(inputs) as seen, below:
-                        found = seen(body(**inputs).last_hidden_state)
+                    with self._looking(inputs) as seen:
+                        with below:
+                            last = body(**inputs).last_hidden_state
+                        found = seen(last)  # outside: what is not kept of the lower blocks takes a pass through them
         finally:
             self.train(was)
         parts = []

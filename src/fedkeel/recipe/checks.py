@@ -124,6 +124,11 @@ def cross_check(recipe: Recipe) -> None:
             "train.sam and structure.adversary both ascend before a step, and the adversary would mix the gradients of two "
             "points: set one of them to 0"
         )
+    if recipe.exit.weight and recipe.model.feature_depths and recipe.model.head == "analytic":
+        raise ConfigError(
+            "exit.weight and model.feature_depths under model.head = 'analytic': an early exit has no states of the depths "
+            "above it; set one of the two to nothing"
+        )
     if distill.weight and distill.align == "cka" and 0 < train.micro_batch_size < train.batch_size:
         raise ConfigError(
             "distill.align = 'cka' compares the positions of a whole batch, so train.micro_batch_size would change what is "

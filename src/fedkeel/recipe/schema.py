@@ -37,6 +37,7 @@ class Model:
         "shares of the depth whose states the analytic anchor sees, side by side, such as 0.5, 1; empty: below the first block "
         "that is trained, or the last ones",
         1,
+        above=True,
     )
     chat_template: str = meant(
         "", "`none`, one of several that the tokenizer has, or a Jinja file, whose text a run keeps; empty: the tokenizer's own"

@@ -74,9 +74,9 @@ def number(default: float, low: float, high: float = math.inf, about: str = "", 
     return meant(default, about, **{"low": low, "high": high, "above": False, "infinite": False, **more})
 
 
-def numbers(low: float, about: str, high: float = math.inf) -> Any:
-    """A list of finite numbers from `low` to `high`, empty by default. about: as of `meant`."""
-    return meant((), about, low=low, high=high, above=False, infinite=False)
+def numbers(low: float, about: str, high: float = math.inf, above: bool = False) -> Any:
+    """A list of finite numbers from `low` (above: none equal to it) to `high`, empty by default. about: as of `meant`."""
+    return meant((), about, low=low, high=high, above=above, infinite=False)
 
 
 def needed(what: str) -> Any:

@@ -213,14 +213,14 @@ def in_groups(w: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def base(model: Model, bits: float, seed: int, undo: ExitStack) -> None:
-    """Quantise every frozen matrix of the blocks, whether an adapter is on it or not, see `in_groups`. Embeddings, the output
-    map, norms and the adapter stay."""
+    """Quantise every frozen matrix of the blocks, routers of experts too and whether an adapter is on it or not, see
+    `in_groups`. Embeddings, convolutions, the output map, norms and the adapter stay."""
     if bits not in (4, 8):
         raise DamageError(f"a base is quantised to 4 or 8 bits, not {bits}")
     matrices = [
         (weight, isinstance(module, Conv1D))
         for path, module in model.net.get_base_model().named_modules()
-        if in_block(path) and not isinstance(module, nn.Embedding)
+        if in_block(path) and not isinstance(module, nn.Embedding | nn.Conv1d)
         for weight in module.parameters(recurse=False)
         if weight.dim() > 1 and weight.is_floating_point() and not weight.requires_grad
     ]

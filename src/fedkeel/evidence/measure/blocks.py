@@ -80,9 +80,9 @@ def blocks(run: Finished) -> list[Row]:
     for step, share in enumerate((0.0, *SHARES)):
         kept = kept_blocks(len(stack), 1 - share, weighed)
         gone = [n for n in range(len(stack)) if n not in kept]
-        began = time.perf_counter()
+        served, began = run.served(), time.perf_counter()
         with without([stack[n][1] for n in gone], [forms[n] for n in gone]) if gone else nullcontext():
-            scored = score(run.served(), run.formatter, records, run.recipe.evaluation)
+            scored = score(served, run.formatter, records, run.recipe.evaluation)
         seconds = time.perf_counter() - began
         whole = whole or seconds
         if share:

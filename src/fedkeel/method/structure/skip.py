@@ -9,7 +9,7 @@ from typing import Any
 from fedkeel.method.structure.draw import Draw
 from fedkeel.method.structure.layers import depth_chance
 from fedkeel.model.depth import Patch, passed
-from fedkeel.model.places import Places, in_block
+from fedkeel.model.places import Places, StructureError, in_block
 from fedkeel.rng import derive
 
 
@@ -48,7 +48,7 @@ def blocks_with_branches(paths: Iterable[str]) -> dict[int, str]:
     for at in map(in_block, paths):
         if at is not None:
             stacks.setdefault(at.stack, {})[at.number] = at.block
-    last = max(stacks, key=lambda stack: ("decoder" in stack.split("."), len(stacks[stack])), default=None)
+    last = max(stacks, key=lambda stack: ("decoder" in stack.split("."), len(stacks[stack]), stack), default=None)
     return dict(sorted(stacks[last].items())) if last is not None else {}
 
 
@@ -71,6 +71,11 @@ def hold_blocks(places: Places, out: Collection[str]) -> list[Patch]:
     """
     places.need(places.stack if places.forms else (), "skip")
     found = [(block, form) for (path, block), form in zip(places.stack, places.forms, strict=True) if path in out]
+    if len(found) < len(out):
+        raise StructureError(
+            f"structure.skip under structure.hold leaves out blocks of the stack that predicts, and {min(out)} lies elsewhere: "
+            f"put branches into that stack (lora.targets)"
+        )
     return [Patch(block, partial(passed, block, form)) for block, form in found]
 
 
