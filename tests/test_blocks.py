@@ -130,6 +130,7 @@ def test_a_shorter_model_is_exported_with_what_it_stands_on(merged: bool, folder
     )
     assert told.exit_code == 0, told.output
     assert "1 of 2 blocks are left, without 1 (from 0)" in " ".join(told.output.split())
+    assert "%" not in told.stderr  # no bars of others
     card = (target / "README.md").read_text()
     assert "**1 of 2 blocks are left, without 1 (from 0)**" in card
     load = transformers.AutoModelForCausalLM.from_pretrained

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from fedkeel.files import as_others
 from fedkeel.model.bases import ModelError
 from fedkeel.model.lora import PREFIX, Model
+from fedkeel.model.quiet import quiet
 from fedkeel.types import Adapter
 
 CLASSES = "fedkeel_classes.json"  # beside an adapter, where its base is an encoder
@@ -146,7 +147,8 @@ def save_with_base(model: Model, folder: Path) -> None:
     base = net.unload().to(model.stored)
     _check_cut(model, base)
     base.config.use_cache, base.config.dtype = True, model.stored
-    base.save_pretrained(folder / "base")
+    with quiet():
+        base.save_pretrained(folder / "base")
     for place in (folder, folder / "base"):
         model.tokenizer.save_pretrained(place)
     as_others(folder)
@@ -164,6 +166,7 @@ def save_merged(model: Model, folder: Path, ends: Sequence[int] = ()) -> None:
     if ends:
         merged.config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
         merged.generation_config = _ending(merged.generation_config, merged.config.eos_token_id)
-    merged.save_pretrained(folder)
+    with quiet():
+        merged.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     _save_classes(model, folder)
