@@ -163,6 +163,8 @@ def test_depths_that_cannot_be_seen_are_told() -> None:
         shapes.make("t5", feature_depths=(0.5,))
     with pytest.raises(ConfigError, match=r"model\.feature_depths = 1\.5: must be above 0 and at most 1"):
         load_recipe(None, ["model.feature_depths=[0.5, 1.5]"])
+    with pytest.raises(ConfigError, match="says where the analytic anchor looks, and nothing asks for it"):
+        load_recipe(None, ["model.feature_depths=[0.5, 1]"])
     with pytest.raises(ConfigError, match=r"model\.feature_depths = 0\.0"):
         load_recipe(None, ["model.feature_depths=[0, 1]"])
     with pytest.raises(ConfigError, match="an early exit has no states of the depths above"):
