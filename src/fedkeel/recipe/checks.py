@@ -258,8 +258,8 @@ def _check_anchor(recipe: Recipe) -> None:
     asked = own + (["evaluation.baselines = analytic"] if "analytic" in recipe.evaluation.baselines else [])
     if recipe.model.feature_depths and not asked:
         raise ConfigError(
-            f"model.feature_depths = {list(recipe.model.feature_depths)} says where the analytic anchor looks, and nothing asks "
-            f"for it: set evidence.anchor, serve or serve_from, model.head = 'analytic', or the baseline `analytic`"
+            f"model.feature_depths = {list(recipe.model.feature_depths)} says where the analytic anchor looks, and nothing "
+            f"asks for it: set evidence.anchor, serve or serve_from, model.head = 'analytic', or the baseline `analytic`"
         )
     if asked and recipe.privacy.unit != "none":
         raise ConfigError(
