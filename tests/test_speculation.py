@@ -17,7 +17,7 @@ from fedkeel.data.batches import collate
 from fedkeel.data.format import Example, Formatter
 from fedkeel.evidence.measure.parts import measure
 from fedkeel.evidence.measure.run import Settings
-from fedkeel.evidence.measure.speculation import AHEAD, SHARES, Drafted, drafted
+from fedkeel.evidence.measure.speculation import AHEAD, SHARES, Drafted, drafted, together
 from fedkeel.evidence.report import read_rows
 from fedkeel.evidence.report.run_charts import drafts_table
 from fedkeel.model.depth import without
@@ -103,13 +103,14 @@ def test_counts_are_those_of_a_loop_that_really_drafts(name: str, data: Path, tm
     for share in SHARES:
         kept = int(found[f"speculation/{share:g}/blocks"])
         assert kept == max(1, min(LAYERS - 1, round(share * LAYERS)))
-        totals = Drafted(0, 0, 0)
+        parts = []
         for record in records:
             said, counts = really(model, formatter, record, kept, 6)
             whole, counted = really(model, formatter, record, LAYERS, 6)
             assert said == whole  # drafts change no answer
             assert counted.foretold == counted.tokens
-            totals += counts
+            parts.append(counts)
+        totals = together(parts)
         part = f"speculation/{share:g}"
         assert found[f"{part}/acceptance"] == totals.foretold / totals.tokens
         assert found[f"{part}/tokens_a_pass"] == totals.tokens / totals.passes

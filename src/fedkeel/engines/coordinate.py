@@ -367,10 +367,12 @@ def _check_export(files: Mapping[str, bytes], current: Global) -> None:
 
 def check_heads(files: Mapping[str, bytes], heads: Mapping[str, Head]) -> None:
     """Raise EnvelopeError unless the classifiers beside an encoder's adapter are these, see `model.features.ByHead`."""
-    if not heads and "label_heads.safetensors" in files:
-        raise EnvelopeError("the PEFT folder has classifiers, and the coordinator has none")
-    given = load_tensors(files["label_heads.safetensors"]) if heads else {}
-    labels = json.loads(files["fedkeel_classes.json"])["labels"] if heads else {}
+    if not heads:
+        if "label_heads.safetensors" in files:
+            raise EnvelopeError("the PEFT folder has classifiers, and the coordinator has none")
+        return
+    given = load_tensors(files["label_heads.safetensors"])
+    labels = json.loads(files["fedkeel_classes.json"])["labels"]
     if not (given.keys() == labels.keys() == heads.keys()):
         raise EnvelopeError(f"the PEFT folder has classifiers of {', '.join(sorted(given))}, not of {', '.join(sorted(heads))}")
     for task, head in heads.items():

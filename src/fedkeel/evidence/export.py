@@ -10,6 +10,7 @@ from pathlib import Path
 from fedkeel.data.format import Formatter
 from fedkeel.evidence.card import Made, base_is_away, card, hub_id
 from fedkeel.evidence.report import read_rows
+from fedkeel.evidence.report.run_numbers import measured_of
 from fedkeel.files import whole_folder, write_atomic
 from fedkeel.model.bases import ADAPTER_FILES, ModelError
 from fedkeel.model.depth import kept_blocks
@@ -73,9 +74,8 @@ def _shorten(model: Model, run: Path, depth: Depth) -> str:
     blocks, weighed = len(model.places.stack), dict[int, float]()
     if depth.least:
         measures = run / "measures.jsonl"
-        for row in read_rows(measures) if measures.exists() else ():
-            if row.name.startswith("blocks/influence/"):
-                weighed[int(row.name.rpartition("/")[2])] = row.value
+        found = measured_of(read_rows(measures), "blocks") if measures.exists() else {}
+        weighed = {int(number): value for number, value in found.get("influence", {}).items()}
         if sorted(weighed) != list(range(blocks)):
             raise ModelError(
                 f"{measures} says nothing of the influence of {blocks} blocks: `fedkeel measure {run}` finds it on "

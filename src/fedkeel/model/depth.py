@@ -24,6 +24,12 @@ def passed(block: nn.Module, length: int, states: Tensor, *others: Any, **named:
     return (states, *[*kept, *[None] * length][: length - 1])
 
 
+def states_of(output: Any) -> Tensor:
+    """The hidden states in what a block gives."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
 def kept_blocks(blocks: int, depth: float, influence: Sequence[float] = ()) -> list[int]:
     """Numbers of the blocks that are left at a share `depth` of them: the lowest, or of those with an influence the ones that
     have most. The first stays always: in T5 it makes what the others read of relative positions.

@@ -144,14 +144,23 @@ def save_with_base(model: Model, folder: Path) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in peft.get_peft_model_state_dict(net).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     _save_classes(model, folder)
-    base = net.unload().to(model.stored)
-    _check_cut(model, base)
-    base.config.use_cache, base.config.dtype = True, model.stored
-    with quiet():
-        base.save_pretrained(folder / "base")
-    for place in (folder, folder / "base"):
-        model.tokenizer.save_pretrained(place)
+    _save_whole(model, net.unload(), folder / "base")
+    model.tokenizer.save_pretrained(folder)
     as_others(folder)
+
+
+def _save_whole(model: Model, net: Any, folder: Path, ends: Sequence[int] = ()) -> None:
+    """`net`, made of the model's, in Hugging Face layout and the base's own type of numbers, with the tokenizer. ends: as of
+    `save_merged`."""
+    net = net.to(model.stored)
+    _check_cut(model, net)
+    net.config.use_cache, net.config.dtype = True, model.stored
+    if ends:
+        net.config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+        net.generation_config = _ending(net.generation_config, net.config.eos_token_id)
+    with quiet():
+        net.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
 
 
 def save_merged(model: Model, folder: Path, ends: Sequence[int] = ()) -> None:
@@ -160,13 +169,5 @@ def save_merged(model: Model, folder: Path, ends: Sequence[int] = ()) -> None:
 
     ends: tokens that end an answer; both configs then say so. `model` is of no further use after it.
     """
-    merged = model.merged().to(model.stored)
-    _check_cut(model, merged)
-    merged.config.use_cache, merged.config.dtype = True, model.stored
-    if ends:
-        merged.config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
-        merged.generation_config = _ending(merged.generation_config, merged.config.eos_token_id)
-    with quiet():
-        merged.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+    _save_whole(model, model.merged(), folder, ends)
     _save_classes(model, folder)

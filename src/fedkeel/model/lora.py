@@ -24,7 +24,7 @@ from fedkeel import tables
 from fedkeel.data.batches import Batch
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
-from fedkeel.model.depth import without
+from fedkeel.model.depth import states_of, without
 from fedkeel.model.features import Beside, ByHead, Features
 from fedkeel.model.half import hold_in_bf16
 from fedkeel.model.load import Base, device_of, heads_of, kind_of, load_config, load_tokenizer, uses_bf16
@@ -312,7 +312,7 @@ class Model:
         found: dict[str, Tensor] = {}
 
         def keep(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
-            found[path] = output[0] if isinstance(output, tuple) else output
+            found[path] = states_of(output)
 
         blocks = dict(self.places.stack)
         handles = [blocks[path].register_forward_hook(partial(keep, path)) for path in self.taps]
@@ -396,7 +396,7 @@ class Model:
         kept: dict[str, Any] = {}
 
         def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-            kept[name] = output[0] if name == "states" and isinstance(output, tuple) else output
+            kept[name] = states_of(output) if name == "states" else output
 
         handles = [blocks[exit].register_forward_hook(partial(keep, "states"))]
         if self.kind == "seq2seq":
@@ -491,7 +491,7 @@ class Model:
         found: dict[int, Tensor] = {}
 
         def keep(behind: int, module: nn.Module, given: Any, output: Any) -> None:
-            found[behind] = output[0] if isinstance(output, tuple) else output
+            found[behind] = states_of(output)
 
         def seen(last: Tensor) -> list[Tensor]:
             if self.lower is not None and self.first in self.depths:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedkeel.data.batches import Batch, collate
 from fedkeel.evidence.measure.run import Finished, Settings, UnmeasuredError
-from fedkeel.model.depth import kept_blocks, without
+from fedkeel.model.depth import kept_blocks, states_of, without
 from fedkeel.scores.evaluate import choose, overall, score
 from fedkeel.types import Row
 
@@ -43,8 +43,7 @@ class _Influence:
     def see(self, number: int, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """A hook behind block `number`."""
         x: Tensor = given[0] if given else named["hidden_states"]
-        y: Tensor = output[0] if isinstance(output, tuple) else output
-        alike = nn.functional.cosine_similarity(x.double(), y.double(), dim=-1)
+        alike = nn.functional.cosine_similarity(x.double(), states_of(output).double(), dim=-1)
         self.sums[number] += float((1 - alike)[self._real.to(alike.device)].sum())
 
 

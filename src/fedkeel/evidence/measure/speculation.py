@@ -32,9 +32,10 @@ class Drafted(NamedTuple):
     foretold: int
     passes: int
 
-    def __add__(self, other: object) -> Drafted:
-        """Of both."""
-        return Drafted(*(a + b for a, b in zip(self, other, strict=True))) if isinstance(other, Drafted) else NotImplemented
+
+def together(parts: Sequence[Drafted]) -> Drafted:
+    """Of several answers."""
+    return Drafted(*map(sum, zip(*parts, strict=True)))
 
 
 def drafted(foretold: Sequence[bool], ahead: int = AHEAD) -> Drafted:
@@ -71,18 +72,19 @@ def speculation(run: Finished) -> list[Row]:
     if not records:
         raise MeasureError(f"{run.folder}: its data has no test row")
     drafts = {share: max(1, min(len(stack) - 1, round(share * len(stack)))) for share in SHARES}
-    found, done = dict.fromkeys(drafts.values(), Drafted(0, 0, 0)), 0
+    found: dict[int, list[Drafted]] = {kept: [] for kept in drafts.values()}
+    done = 0
     with model.autocast():
         for batch in answered(model, run.formatter, records, run.recipe.evaluation):
             examples = [_example(run, *one) for one in batch]
             for kept in found:
                 with without([block for _, block in stack[kept:]], forms[kept:]):
-                    found[kept] = sum((drafted(said) for said in foretold(model, examples)), found[kept])
+                    found[kept] += map(drafted, foretold(model, examples))
             done += len(batch)
             run.watch("speculation", done, len(records))
     rows = []
     for share, kept in drafts.items():
-        part, blocks, total = f"speculation/{share:g}", len(stack), found[kept]
+        part, blocks, total = f"speculation/{share:g}", len(stack), together(found[kept])
         rows += [
             run.row(f"{part}/blocks", float(kept), "blocks"),
             run.row(f"{part}/acceptance", total.foretold / total.tokens, "share"),

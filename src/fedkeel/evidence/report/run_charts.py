@@ -14,6 +14,7 @@ from fedkeel.evidence.report.run_numbers import (
     clean_score,
     damage_names,
     last_stage,
+    measured_of,
     own_scores,
     stage_matrix,
     stream_numbers,
@@ -433,11 +434,7 @@ def _stability_words(measures: Sequence[Row], clean: float | None) -> str:
 
 def blocks_table(measures: Sequence[Row]) -> Table:
     """Scores without the blocks of least influence, a line a number of blocks; see `measure.blocks`."""
-    found: dict[str, dict[str, float]] = {}
-    for r in measures:
-        if r.name.startswith("blocks/"):
-            _, share, name = r.name.split("/")
-            found.setdefault(share, {})[name] = r.value
+    found = measured_of(measures, "blocks")
     weighed = found.pop("influence", {})
     lines = [(number(of["kept"], 0), points(of["score"]), number(of["seconds"], 2)) for of in found.values()]
     order = sorted(weighed, key=lambda n: weighed[n])
@@ -452,14 +449,9 @@ def blocks_table(measures: Sequence[Row]) -> Table:
 
 def drafts_table(measures: Sequence[Row]) -> Table:
     """What lower blocks foretell of the whole model's answers, a line a share of the blocks; see `measure.speculation`."""
-    found: dict[str, dict[str, float]] = {}
-    for r in measures:
-        if r.name.startswith("speculation/"):
-            _, share, name = r.name.split("/")
-            found.setdefault(share, {})[name] = r.value
     lines = [
         (number(of["blocks"], 0), points(of["acceptance"]), number(of["tokens_a_pass"], 2), number(of["speed_up"], 2))
-        for of in found.values()
+        for of in measured_of(measures, "speculation").values()
     ]
     header = ("blocks that draft", "tokens foretold, %", "tokens a pass of all blocks", "fewer blocks a token, times")
     note = (

@@ -117,10 +117,15 @@ def measured(rows: Sequence[Row], name: str) -> float | None:
 
 def damage_names(measures: Sequence[Row]) -> dict[str, dict[str, float]]:
     """family -> what was measured of it -> value: `ssi`, `trained`, and `{strength}/score` and its like."""
+    return measured_of(measures, "damage")
+
+
+def measured_of(measures: Sequence[Row], part: str) -> dict[str, dict[str, float]]:
+    """The rows PART/WHAT/NAME of a part of `fedkeel measure`: what -> name -> value."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for r in measures:
         parts = r.name.split("/", 2)
-        if parts[0] == "damage" and len(parts) == 3:
+        if parts[0] == part and len(parts) == 3:
             found[parts[1]][parts[2]] = r.value
     return dict(found)
 
