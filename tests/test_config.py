@@ -22,6 +22,10 @@ from fedkeel.recipe.settings import ConfigError, known_keys, to_toml
 
 def read(recipe: Recipe, key: str) -> Any:
     """The value at a dotted key."""
+    kind, _, rest = key.partition(".")
+    if kind in tables.OWN:
+        entry, _, name = rest.partition(".")
+        return getattr(recipe.options(kind, entry), name)
     value: Any = recipe
     for name in key.split("."):
         value = getattr(value, name)

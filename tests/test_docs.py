@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def test_every_key_is_in_the_reference_once_with_its_meaning_and_default() -> No
     tree = tree_of(Recipe())
     for key in found:
         section, _, name = key.name.rpartition(".")
-        value = (tree[section] if section else tree)[name]
+        kind, _, entry = section.partition(".")
+        held = asdict(Recipe().options(kind, entry)) if entry else tree[section] if section else tree
+        value = held[name]
         assert key.default == toml_value(value), key
         assert len(key.about) >= 3, key
         assert key.kind

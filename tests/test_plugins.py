@@ -167,6 +167,9 @@ def test_a_package_that_fails_is_named(work: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- what a baseline drops
 
 
+SWITCHED = {"structure.mode": "self", "structure.hold": True, "evidence.task": "restricted", "stream.slices": True}
+
+
 # of each two, both cannot be on
 @pytest.mark.parametrize("alone", [{"train.sam", "evidence.serve"}, {"structure.adversary", "evidence.serve_from"}])
 def test_a_baseline_has_every_switch_off_a_strangers_too(alone: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +184,9 @@ def test_a_baseline_has_every_switch_off_a_strangers_too(alone: set[str], monkey
         *parents, leaf = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = {"structure.mode": "self", "structure.hold": True, "evidence.task": "prior"}.get(key, 0.25)
-    recipe = make_recipe(tree | {"stream": {"average": 0.25, "stages": ["a", "b"]}})
+        node[leaf] = SWITCHED.get(key, 0.25)
+    tree["stream"]["stages"] = ["a", "b"]
+    recipe = make_recipe(tree)
     before, after, default = (settings_of(one) for one in (recipe, plain(recipe), Recipe()))
     for key in switches:
         assert before[key] != default.get(key, 0.0), key

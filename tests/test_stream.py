@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,7 @@ from fedkeel.exchange.messages import unpack_global
 from fedkeel.federation.client import Site
 from fedkeel.federation.kept import Kept
 from fedkeel.federation.server import RoundResult
-from fedkeel.federation.train import learning_rate
+from fedkeel.federation.train import Round, learning_rate, train_round
 from fedkeel.method.objective.distill import guidance_weight
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
@@ -402,6 +403,80 @@ def test_what_is_served_is_averaged_along_the_stages(stream: list[str], heard: l
         last = other.read_checkpoint("federated", 6, again.read()).adapter
         assert same_bits(ends[2], last.tensors())
         assert same_bits(ends[2], again.read().tensors())
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_each_stage_trains_its_own_ranks_and_no_others(stream: list[str], codec: str) -> None:
+    stages = ["stream.stages=bank,travel,home+echo", "lora.rank=8", "stream.slices=true", "term.orthogonal.weight=0.5"]
+    _, folder, model = go([*stream, *stages, f"federation.codec_up={codec}"])
+    assert model.initial is not None
+    ends = [model.initial] + [folder.read_checkpoint("federated", 2 * s, model.read()).adapter for s in (1, 2, 3)]
+    for stage, mine in enumerate((range(2), range(2, 5), range(5, 8))):  # of eight ranks, among three stages
+        others = [rank for rank in range(8) if rank not in mine]
+        for path, before in ends[stage].lora.items():
+            after = ends[stage + 1].lora[path]
+            assert torch.equal(after.a[others], before.a[others])
+            assert torch.equal(after.b[:, others], before.b[:, others])
+            assert (after.b[:, mine] != before.b[:, mine]).any()
+            assert (after.a[mine] != before.a[mine]).any()
+
+
+def test_a_stage_of_own_ranks_is_a_pair_of_that_rank_beside_the_frozen_earlier_ones(stream: list[str]) -> None:
+    """The same steps written out: an adapter of the second half's rank alone, on a base that holds the first half."""
+    recipe, folder, model = go([*stream, *GROUPS, "lora.rank=8", "lora.alpha=8", "stream.slices=true", "name=both"])
+    first = folder.read_checkpoint("federated", 2, model.read())
+    end = folder.read_checkpoint("federated", 4, model.read()).adapter
+    prepared = prepare(recipe)
+    small = Model(recipe.model, replace(recipe.lora, rank=4, alpha=4.0), recipe.seed)
+    maps = small.net.get_base_model()
+    with torch.no_grad():
+        for path, pair in first.adapter.lora.items():
+            maps.get_submodule(path).get_base_layer().weight += pair.scale * pair.b[:, :4] @ pair.a[:4]
+    begun = small.read()
+    halves = {f"{path}.a": pair.a[4:] for path, pair in first.adapter.lora.items()}
+    halves |= {f"{path}.b": pair.b[:, 4:] for path, pair in first.adapter.lora.items()}
+    state = replace(first, adapter=begun.with_tensors(halves))
+    alone = replace(recipe, lora=replace(recipe.lora, rank=4, alpha=4.0), stream=replace(recipe.stream, slices=False))
+    formatter = Formatter(small.tokenizer, "causal", recipe.data.max_length)
+    for _ in range(2):
+        changes, weights = [], []
+        for site, held in prepared.stages[1].rows.items():
+            small.write(state.adapter)
+            positions, _ = train_round(small, formatter.encode_all(held["train"]), Round(site, 2, alone, state))
+            changes.append({n: t - state.adapter.tensors()[n] for n, t in small.read().tensors().items()})
+            weights.append(positions)
+        total = sum(weights)
+        now = {
+            name: tensor + sum(w / total * change[name] for w, change in zip(weights, changes, strict=True))
+            for name, tensor in state.adapter.tensors().items()
+        }
+        state = replace(state, round=state.round + 1, adapter=state.adapter.with_tensors(now))
+    for path, pair in state.adapter.lora.items():
+        torch.testing.assert_close(end.lora[path].a[4:], pair.a, rtol=0, atol=2e-4)
+        torch.testing.assert_close(end.lora[path].b[:, 4:], pair.b, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stream.stages=[]", "no stream (set stream.stages or stream.order)"),
+        ("lora.rank=1", "lora.rank = 1 for 2 stages"),
+        ("federation.rule=freeze_a", "federation.rule = 'freeze_a' ('mean' goes)"),
+        ("federation.rule=svd", "federation.rule = 'svd' ('mean' goes)"),
+        ("train.weight_decay=0.1", "train.weight_decay = 0.1, which shrinks all"),
+        ("federation.optimiser=momentum", "federation.optimiser = 'momentum'"),
+    ],
+)
+def test_what_would_move_the_ranks_of_other_stages_is_refused(stream: list[str], override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"it does not go with {told}")):
+        load_recipe(None, [*stream, *GROUPS, "stream.slices=true", override])
+
+
+def test_terms_without_what_gives_them_meaning_are_refused(stream: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"term\.orthogonal\.weight = 0\.5 has no meaning without stream\.slices = True"):
+        load_recipe(None, [*stream, *GROUPS, "term.orthogonal.weight=0.5"])
+    with pytest.raises(ConfigError, match=r"term\.vacant\.weight = 1 has no meaning without evidence\.task = 'restricted'"):
+        load_recipe(None, [*stream, *GROUPS, "term.vacant.weight=1"])
 
 
 def test_without_a_weight_no_memory_travels(stream: list[str], heard: list[Any]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
@@ -119,7 +120,11 @@ def load_plugins() -> None:
 class Weighted:
     """Options of a term that has none of its own: how much it counts."""
 
-    weight: float = 0.0
+    # the metadata of a `recipe.settings.number`, which is a room above
+    weight: float = dataclasses.field(
+        default=0.0,
+        metadata={"low": 0, "high": math.inf, "above": False, "infinite": False, "about": "of the term; 0: it is not taken"},
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,8 @@ class Term(Entry):
     needs: what of a `Forward` it reads beside logits and targets: `teacher`, `again`, `clean`, `anchor`, `exit`. once: it
     reads no position but `types.Parameters`, and is taken once a step, not once a micro-batch. row: the name
     of its mean among a site's numbers. gates: names of the per-position numbers that it returns beside its loss. least: a bound
-    below that the law tests hold it to; −inf for none. couples: it couples the positions of a micro-batch.
+    below that the law tests hold it to; −inf for none. couples: it couples the positions of a micro-batch. asks: (key, value)
+    of the recipe without which it has no meaning.
     """
 
     always: bool = False
@@ -148,6 +154,7 @@ class Term(Entry):
     gates: tuple[str, ...] = ()
     least: float = 0.0
     couples: bool = False
+    asks: tuple[str, Any] | None = None
 
     @property
     def switch(self) -> str:
@@ -218,6 +225,12 @@ TERMS = Table(
             needs=("parameters",),
             once=True,
             weight=f"{_OBJECTIVE}.proximal:proximal_weight",
+        ),
+        "vacant": Term(
+            f"{_OBJECTIVE}.vacant:vacant", needs=("teacher",), row="vacant_loss", asks=("evidence.task", "restricted")
+        ),
+        "orthogonal": Term(
+            f"{_OBJECTIVE}.orthogonal:orthogonal", needs=("parameters",), once=True, asks=("stream.slices", True)
         ),
     },
 )
@@ -302,6 +315,7 @@ MOVES = Table(
         "sam": Move(f"{_OBJECTIVE}.ascent:backward_at_worst", key="train.sam"),
         "average": Move("fedkeel.method.aggregate.common:blend", key="stream.average"),
         "hold": Move(f"{_STRUCTURE}.branch:hold", key="structure.hold"),
+        "slices": Move(f"{_STRUCTURE}.shares:share", key="stream.slices"),
         "serve": Move("fedkeel.model.features:Beside", key="evidence.serve"),
         "serve_from": Move("fedkeel.model.features:Beside", key="evidence.serve_from"),
     },

@@ -204,10 +204,15 @@ class Forward:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a term of weights may look at: the trained tensors now, and as they were when the round began, in one order."""
+    """What a term of weights may look at: the trained tensors now, and as they were when the round began, in one order.
+
+    downs: of each branch A, (r, d_in), as it is now. ranks: those that are trained, of `stream.slices`; else all.
+    """
 
     now: Sequence[Tensor]
     start: Sequence[Tensor]
+    downs: Sequence[Tensor] = ()
+    ranks: range = range(0)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedkeel.method.objective.distill import GOLD, REST, Guidance, distill
 from fedkeel.method.objective.proximal import proximal
 from fedkeel.method.objective.task import task_loss
 from fedkeel.recipe.schema import Exit, Recipe
-from fedkeel.types import Forward, Loss, Soft, Teacher
+from fedkeel.types import Forward, Loss, Offsets, Parameters, Soft, Teacher
 
 Term = Callable[[Forward], Tensor]
 PAIRS = [self_consistency, symmetric_kl]
@@ -50,6 +50,15 @@ def early(forward: Forward) -> Tensor:
     return tables.TERMS["exit"].load()(seen, Exit(teach="self"))
 
 
+def vacant(forward: Forward) -> Tensor:
+    """The term among absent labels: those that the teacher finds unlikely, gold never."""
+    absent = torch.isfinite(forward.teacher.logits) & (forward.teacher.logits < 1)
+    absent[torch.arange(len(absent)), forward.targets] = False
+    place, token = absent.nonzero(as_tuple=True)
+    offsets = Offsets(place, token, torch.full(place.shape, -math.inf))
+    return tables.TERMS["vacant"].load()(replace(forward, offsets=offsets), None)
+
+
 def of_guidance(guidance: Guidance) -> Term:
     return lambda forward: distill(forward, guidance).loss
 
@@ -59,7 +68,7 @@ def of_guidance(guidance: Guidance) -> Term:
 LAWS: dict[str, Term] = (
     {name: of_entry(name) for name, entry in tables.TERMS.items() if not entry.once and not entry.couples}
     | {f"{a}-{b}": of_guidance(Guidance(2.0, gold=a, rest=b, kappa=0.5, beta=0.7)) for a, b in product(GOLD, REST)}
-    | {"anchor": anchored, "exit": early}
+    | {"anchor": anchored, "exit": early, "vacant": vacant}
     | {"cosine": of_guidance(Guidance(align="cosine", align_weight=0.5))}
 )
 ALL_TERMS = pytest.mark.parametrize("term", LAWS.values(), ids=LAWS.keys())
@@ -285,6 +294,32 @@ def test_proximal_by_hand() -> None:
     assert [g.tolist() for g in pull] == [[1.0, -2.0], [[2.5]]]  # w − w0
     assert anchored is None
     assert proximal(weights, [w.detach() for w in weights]).item() == 0
+
+
+def test_guidance_among_absent_labels_by_hand() -> None:
+    # of the entries 0 to 3, 2 and 3 are absent: teacher (1/4, 3/4) among them, student (1/2, 1/2); the second place has one
+    teacher = torch.tensor([[9.0, 0.0, 0.0, math.log(3.0)], [0.0, 0.0, 0.0, 5.0]])
+    student = torch.tensor([[0.0, 7.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    ones = torch.ones(2)
+    offsets = Offsets(torch.tensor([0, 0, 1]), torch.tensor([2, 3, 1]), torch.full((3,), -math.inf))
+    seen = replace(forward_of(student, [1, 0]), teacher=Teacher(teacher, ones, ones), offsets=offsets)
+    wanted = (math.log(0.5) / 4 + 3 * math.log(1.5) / 4) / 2  # a mean over both positions
+    term = tables.TERMS["vacant"].load()
+    assert float(term(seen, None)) == pytest.approx(wanted, rel=1e-6)
+    assert float(term(replace(seen, offsets=None), None)) == 0  # every label is held
+    shifted = replace(offsets, value=torch.tensor([-1.0, -2.0, 0.5]))  # of a prior: nothing is absent
+    assert float(term(replace(seen, offsets=shifted), None)) == 0
+
+
+def test_orthogonality_by_hand() -> None:
+    # rows 0 and 1 were trained before, row 2 is: (3, 4) · (1, 0) = 3, (3, 4) · (1, 1) = 7; row 3 is of a later stage
+    a = torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 4.0], [9.0, 9.0]], requires_grad=True)
+    orthogonal = tables.TERMS["orthogonal"].load()
+    loss = orthogonal(Parameters([a], [a], [a, 2 * a.detach()], range(2, 3)), None)
+    assert loss.item() == 9 + 49 + 16 * (9 + 49)
+    (slope,) = torch.autograd.grad(loss, a)
+    assert slope.tolist() == [[0, 0], [0, 0], [2 * 3 + 2 * 7, 2 * 7], [0, 0]]  # 2 Σ (a_now · a) a
+    assert orthogonal(Parameters([a], [a], [a], range(2)), None).item() == 0  # the first stage
 
 
 def test_proximal_sums_half_precision_in_float32() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedkeel.method.aggregate.layouts import first_rows
 from fedkeel.method.structure.branch import left_out
+from fedkeel.method.structure.shares import only
 from fedkeel.method.structure.skip import blocks_out
 from fedkeel.recipe.schema import LoraConfig, Recipe
 from fedkeel.types import Adapter
@@ -27,6 +28,14 @@ class Kept:
     rank: int = 0
     memory: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     personal: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def forget(self, ranks: range) -> None:
+        """Keep of what is remembered for the next message only what is of these ranks of the branches."""
+        axes = {"a": 0, "b": 1}
+        self.memory = {
+            step: {n: only(ranks, axes[n[-1]], t) if n.endswith((".a", ".b")) else t for n, t in tensors.items()}
+            for step, tensors in self.memory.items()
+        }
 
     def adapter(self, shared: Adapter) -> Adapter:
         """The adapter of this site: `shared`, with the factors that stay here."""

@@ -22,6 +22,7 @@ from fedkeel.method.objective.exits import exit_block
 from fedkeel.method.objective.terms import Active, Moment, terms_of
 from fedkeel.method.structure.draw import Draw
 from fedkeel.method.structure.inject import Injection, strength
+from fedkeel.method.structure.shares import ranks_of, share
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe, Train
 from fedkeel.rng import derive, seed_torch
@@ -64,6 +65,12 @@ class Round:
     def stage(self) -> int:
         """Of the stream, from 0."""
         return self.state.round // self.rounds
+
+    @property
+    def ranks(self) -> range:
+        """Those of the adapter that are trained."""
+        rank, stages = self.recipe.lora.rank, len(self.recipe.stream.stages)
+        return ranks_of(rank, stages, self.stage) if self.recipe.stream.slices else range(rank)
 
     def schedule(self, rows: int) -> range:
         """The round's optimiser steps, counted from the start of the stage, at a site with `rows` training rows."""
@@ -228,13 +235,23 @@ class Lesson:
 
 
 @contextmanager
+def _shared(model: Model, ranks: range) -> Iterator[None]:
+    handles = share(model.places, ranks)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterator[Lesson]:
     """The lesson of this round, with the recipe's structures in the model; whatever goes wrong within it, the next site finds
     the model without gradients and at rest."""
     recipe, terms = round.recipe, terms_of(round.recipe)
     injection = injection_of(model, recipe)
     try:
-        with injection or nullcontext():
+        with injection or nullcontext(), _shared(model, round.ranks) if recipe.stream.slices else nullcontext():
             if injection is not None:
                 injection.begin(recipe.seed, round.site, round.state.round)
             now = model.parameters()
@@ -247,7 +264,9 @@ def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterat
             draw = injection.draw if injection is not None else Draw()
             calibration = calibration_of(examples, recipe.evidence)
             anchor = Anchor(model.features, round.state.heads, recipe.evidence) if recipe.evidence.anchor else None
-            yield Lesson(model, examples, round, terms, guide, injection, draw, Parameters(now, start), calibration, anchor)
+            downs = [branch.a.get_parameter("weight") for branch in model.places.branches] if remembers else []
+            weights = Parameters(now, start, downs, round.ranks)
+            yield Lesson(model, examples, round, terms, guide, injection, draw, weights, calibration, anchor)
     finally:
         for parameter in model.parameters():
             parameter.grad = None

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 
 from fedkeel import tables
@@ -134,6 +135,7 @@ def cross_check(recipe: Recipe) -> None:
             "distill.align = 'cka' compares the positions of a whole batch, so train.micro_batch_size would change what is "
             "minimised: set it to 0, or distill.align = 'cosine'"
         )
+    _check_terms(recipe)
     _check_stream(recipe)
     _check_exchange(recipe)
     _check_privacy(recipe)
@@ -147,11 +149,45 @@ def cross_check(recipe: Recipe) -> None:
         raise ConfigError(f"name = {recipe.name!r}: a plain folder name belongs here")
 
 
+def _check_terms(recipe: Recipe) -> None:
+    for name, entry in tables.TERMS.items():
+        options = recipe.options("term", name)
+        if entry.asks is None or options is None or not options.weight:
+            continue
+        key, value = entry.asks
+        if attrgetter(key)(recipe) != value:
+            raise ConfigError(
+                f"{entry.switch} = {options.weight:g} has no meaning without {key} = {value!r}: set that, or 0 here"
+            )
+
+
 def _check_stream(recipe: Recipe) -> None:
     if recipe.stream.replay and not recipe.stream.stages:
         raise ConfigError(
             f"stream.replay = {recipe.stream.replay} keeps rows of earlier stages, and there is one stage: set "
             f"stream.stages or stream.order, or stream.replay = 0"
+        )
+    if recipe.stream.slices:
+        _check_slices(recipe)
+
+
+def _check_slices(recipe: Recipe) -> None:
+    """What a stage leaves alone must stay as it was, from the first round to the last."""
+    stages, rule = len(recipe.stream.stages), tables.RULES[recipe.federation.rule]
+    fits = rule.keeps_basis and rule.trains == ("ab",) and not rule.shifts
+    wrong = {
+        "no stream (set stream.stages or stream.order)": not stages,
+        f"lora.rank = {recipe.lora.rank} for {stages} stages (at least one each)": stages > recipe.lora.rank,
+        "lora.site_ranks": not recipe.lora.one_rank,
+        f"federation.rule = {rule.name!r} ('mean' goes)": not fits,
+        f"train.weight_decay = {recipe.train.weight_decay:g}, which shrinks all": recipe.train.weight_decay,
+        f"federation.optimiser = {recipe.federation.optimiser!r}": recipe.federation.optimiser != "average",
+        f"privacy.unit = {recipe.privacy.unit!r}, whose noise moves all": recipe.privacy.unit != "none",
+    }
+    found = [what for what, so in wrong.items() if so]
+    if found:
+        raise ConfigError(
+            f"stream.slices = true trains a share of the ranks in each stage; it does not go with {', '.join(found)}"
         )
 
 

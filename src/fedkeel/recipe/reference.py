@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from fedkeel import tables
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import fields_of, toml_value
 
@@ -36,7 +37,7 @@ class Section:
 
 
 def sections() -> list[Section]:
-    """All keys that FedKeel itself has, in the order of the schema."""
+    """All keys, in the order of the schema; then those of entries of tables that have some of their own."""
     top = [(f, hint) for f, hint in fields_of(Recipe) if "own" not in f.metadata]
     own = [(f, hint) for f, hint in top if not dataclasses.is_dataclass(hint)]
     found = [Section("", "Of the whole run.", tuple(key for f, hint in own for key in _keys(f, hint, "")))]
@@ -44,7 +45,15 @@ def sections() -> list[Section]:
         if dataclasses.is_dataclass(hint):
             keys = tuple(key for g, of in fields_of(hint) for key in _keys(g, of, f"{f.name}."))
             found.append(Section(f.name, _paragraph(cast(type, hint)), keys))
-    return found
+    return found + [
+        _of_entry(kind, entry) for kind, table in tables.OWN.items() for entry in table.values() if entry.settings()
+    ]
+
+
+def _of_entry(kind: str, entry: tables.Entry) -> Section:
+    name, asked = f"{kind}.{entry.name}", getattr(entry, "asks", None)
+    about = f"Of the {kind} `{entry.name}`" + (f", which needs `{asked[0]} = {toml_value(asked[1])}`." if asked else ".")
+    return Section(name, about, tuple(key for f, of in fields_of(entry.settings()) for key in _keys(f, of, f"{name}.")))
 
 
 def _paragraph(cls: type) -> str:

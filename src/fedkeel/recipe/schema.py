@@ -187,6 +187,9 @@ class Stream:
     average: float = number(
         0.0, 0, 0.99, "of what was served after the stage before, in what is served after this one", unit="share"
     )
+    slices: bool = meant(
+        False, "each stage trains its own share of the ranks, and those of the others stay as they are (O-LoRA)"
+    )
 
 
 @dataclass(frozen=True)

@@ -144,17 +144,23 @@ def along(
     return found
 
 
-def kl_to_soft(logits: Tensor, soft: Soft) -> Tensor:
-    """Σ_n w_n KL(t_n ‖ q_n) / N, q being the softmax of the listed entries of a position alone. logits: (N, V)."""
+def listed_log_softmax(logits: Tensor, place: Tensor, token: Tensor) -> Tensor:
+    """(M,) log softmax over the listed entries of a position alone: entry `token[m]` of position `place[m]`. logits: (N, V)."""
     values = wide(logits)
-    place, token, chance = (t.to(values.device) for t in (soft.place, soft.token, soft.value.to(values)))
     listed = values[place, token]
     most = torch.full((len(values),), -math.inf, device=values.device, dtype=values.dtype)
     most = most.scatter_reduce(0, place, listed.detach(), "amax")
     total = torch.zeros_like(most).index_add(0, place, (listed - most[place]).exp())
-    log_q = listed - most[place] - total.log()[place]
+    return listed - most[place] - total.log()[place]
+
+
+def kl_to_soft(logits: Tensor, soft: Soft) -> Tensor:
+    """Σ_n w_n KL(t_n ‖ q_n) / N, q being the softmax of the listed entries of a position alone. logits: (N, V)."""
+    place, token = soft.place.to(logits.device), soft.token.to(logits.device)
+    log_q = listed_log_softmax(logits, place, token)
+    chance = soft.value.to(log_q)
     each = torch.special.xlogy(chance, chance) - chance * log_q
-    return (soft.weight.to(values)[place] * each).sum() / len(values)
+    return (soft.weight.to(log_q)[place] * each).sum() / len(logits)
 
 
 def to_anchor(forward: Forward, options: Any) -> Tensor:
