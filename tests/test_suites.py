@@ -94,7 +94,7 @@ def test_the_suites_that_come_with_fedkeel_resolve(tmp_path: Path) -> None:
         plan = load_plan(name)
         for stream in plan.streams.values():
             for key in ("data.files", "data.tasks_file"):  # so that every key is right but what is on this machine
-                found = [o.partition("=")[2] for o in stream.set if o.startswith(f"{key}=")]
+                found = [o.partition("=")[2] for o in (*plan.set, *stream.set) if o.startswith(f"{key}=")]
                 for path in json.loads(found[0]) if found and key == "data.files" else found:
                     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
                     (tmp_path / path).write_text("{}")
