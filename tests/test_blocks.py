@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from typer.testing import CliRunner
 
 from fedkeel.cli import app
 from fedkeel.data.batches import collate
+from fedkeel.evidence.measure.blocks import Weighed, order_of
 from fedkeel.evidence.measure.parts import measure
-from fedkeel.evidence.measure.run import Settings
+from fedkeel.evidence.measure.run import Finished, Settings
 from fedkeel.evidence.report import read_rows
 from fedkeel.evidence.report.run_charts import blocks_table
 from fedkeel.model.depth import without
@@ -59,8 +61,8 @@ def loaded(folder: Path) -> tuple[Model, Prepared]:
 
 
 @torch.no_grad()
-def one_by_one(model: Model, prepared: Prepared, rows: int) -> list[float]:
-    """1 − cos of what each block is given and gives, over every position of every row by itself."""
+def one_by_one(model: Model, prepared: Prepared, rows: int, gone: Sequence[int] = ()) -> list[float]:
+    """1 − cos of what each block is given and gives, over every position of every row by itself, without those of `gone`."""
     apart: list[list[float]] = [[] for _ in range(LAYERS)]
 
     def see(number: int, given: tuple[Any, ...], output: Any) -> None:
@@ -73,7 +75,9 @@ def one_by_one(model: Model, prepared: Prepared, rows: int) -> list[float]:
     ]
     formatter = formatter_of(model, prepared)
     for record in choose(prepared.stages[-1].all("validation"), "validation", rows):
-        model.forward(collate([formatter.encode(record)], model.kind, model.tokenizer.pad_token_id, len(model.classes)))
+        batch = collate([formatter.encode(record)], model.kind, model.tokenizer.pad_token_id, len(model.classes))
+        with without([model.places.stack[n][1] for n in gone], [model.places.forms[n] for n in gone]):
+            model.forward(batch)
     for hook in hooks:
         hook.remove()
     return [sum(values) / len(values) for values in apart]
@@ -89,6 +93,31 @@ def test_influence_is_that_of_one_row_at_a_time(name: str, held: Path, tmp_path:
     assert told == pytest.approx(expected, rel=1e-4)
     assert min(told) > 0
     assert told[0] != pytest.approx(told[1], rel=1e-2)
+
+
+def test_influence_is_weighed_anew_when_a_block_has_gone(folder: Path) -> None:
+    model, prepared = loaded(folder)
+    run = Finished(folder, prepared, model, DEPTH, lambda *_: None)
+    assert Weighed(run).influence([0]) == pytest.approx([0.0, one_by_one(model, prepared, 6, [0])[1]], rel=1e-4, abs=1e-9)
+    assert one_by_one(model, prepared, 6, [0])[1] != pytest.approx(one_by_one(model, prepared, 6)[1], rel=1e-2)
+
+
+def test_blocks_go_one_after_the_other_each_the_least_of_what_is_left() -> None:
+    """Blocks 2 and 3 do the same: each is idle beside the other, and needed without it."""
+    asked: list[list[int]] = []
+
+    def influence(gone: Sequence[int]) -> list[float]:
+        asked.append(list(gone))
+        weighed = [0.0, 0.3, 0.1, 0.1, 0.2, 0.4, 0.9]
+        if {2, 3} & {*gone}:
+            weighed[2] = weighed[3] = 0.8
+        return [0.0 if n in gone else value for n, value in enumerate(weighed)]
+
+    # of equal ones the higher; then as weighed; the fourth and on by what they have when half of the seven have gone
+    assert order_of(7, influence) == [3, 4, 1, 5, 2, 6]
+    assert asked == [[], [3], [3, 4], [1, 3, 4]]
+    assert order_of(2, lambda gone: [0.5, 0.5]) == [1]
+    assert order_of(1, influence) == []
 
 
 def test_scores_are_those_without_the_least(folder: Path) -> None:
@@ -110,7 +139,7 @@ def test_without_validation_rows_nothing_is_weighed(data: Path, tmp_path: Path) 
     assert "blocks not measured, as there are no validation rows to weigh blocks by" in " ".join(found.notes)
     assert not [r for r in found.rows if r.name.startswith("blocks/")]
     told = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "short"), "--depth", "0.5", "--least"])
-    assert "says nothing of the influence of 2 blocks: `fedkeel measure" in str(told.exception)
+    assert "says nothing of the order in which 2 blocks may go: `fedkeel measure" in str(told.exception)
     assert not (tmp_path / "short").exists()
 
 
@@ -162,9 +191,8 @@ def test_the_rows_are_in_the_runs_measures_and_its_report(folder: Path) -> None:
     measure([folder], DEPTH)
     table, found = blocks_table(read_rows(folder / "measures.jsonl")), values(read_rows(folder / "measures.jsonl"))
     assert table.lines[-1][:2] == ("1", f"{100 * found['blocks/0.3/score']:.1f}")
-    first, second = (found[f"blocks/influence/{n}"] for n in range(LAYERS))
-    least, other = sorted([(first, 0), (second, 1)])
-    assert f"From the least: {least[1]} ({least[0]:.3f}), {other[1]} ({other[0]:.3f})." in table.notes[0]
+    assert found["blocks/turn/1"] == 1  # the first, block 0, has no turn
+    assert f"while all are there: 1 ({found['blocks/influence/1']:.3f})." in table.notes[0]
     assert CliRunner().invoke(app, ["report", str(folder)]).exit_code == 0
     assert table.title in (folder / "report.html").read_text()
     assert {r.split for r in read_rows(folder / "measures.jsonl") if r.name.startswith("blocks/influence/")} == {"validation"}

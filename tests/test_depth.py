@@ -244,22 +244,22 @@ def test_an_adapter_comes_with_the_base_that_it_fits(name: str, layers: tuple[st
 
 
 @pytest.mark.parametrize(
-    ("blocks", "depth", "influence", "kept"),
+    ("blocks", "depth", "order", "kept"),
     [
         (30, 0.9, (), range(27)),
         (15, 0.9, (), range(13)),  # 1.5 blocks, rounded to even: 2, as 0.1 of the damage family
         (4, 0.05, (), [0]),
-        (5, 1.0, (1, 2, 3, 4, 5), range(5)),
-        (5, 0.6, (0.0, 0.1, 0.4, 0.2, 0.3), [0, 2, 4]),  # the first stays whatever it does
-        (4, 0.5, (0.0, 0.5, 0.5, 0.5), [0, 1]),  # of equal ones the lowest
-        (3, 0.01, (0.0, 1.0, 2.0), [0]),
+        (5, 1.0, (1, 2, 3, 4), range(5)),
+        (5, 0.6, (1, 3, 4, 2), [0, 2, 4]),  # the first stays always
+        (4, 0.5, (3, 2, 1), [0, 1]),
+        (3, 0.01, (1, 2), [0]),
     ],
 )
-def test_which_blocks_are_kept(blocks: int, depth: float, influence: Sequence[float], kept: Sequence[int]) -> None:
-    assert kept_blocks(blocks, depth, influence) == list(kept)
-    if influence:
-        with pytest.raises(ValueError, match="zip"):
-            kept_blocks(blocks + 1, depth, influence)
+def test_which_blocks_are_kept(blocks: int, depth: float, order: Sequence[int], kept: Sequence[int]) -> None:
+    assert kept_blocks(blocks, depth, order) == list(kept)
+    if order:
+        with pytest.raises(ValueError, match=rf"is no order of the blocks 1 to {blocks}"):
+            kept_blocks(blocks + 1, depth, order)
 
 
 def test_what_a_cut_encoder_sees_stands_where_it_is_now(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from fedkeel.types import Record
 
 @dataclass(frozen=True)
 class Depth:
-    """How much of a model is written. share: of its blocks. least: those of least influence are left out, by what
-    `fedkeel measure` found of the run, in place of the top ones."""
+    """How much of a model is written. share: of its blocks. least: those of least influence are left out, in the order that
+    `fedkeel measure` found for the run, in place of the top ones."""
 
     share: float = 1.0
     least: bool = False
@@ -71,17 +71,18 @@ def export(
 
 def _shorten(model: Model, run: Path, depth: Depth) -> str:
     """Take blocks off the model; says which. Raises ModelError."""
-    blocks, weighed = len(model.places.stack), dict[int, float]()
+    blocks, order = len(model.places.stack), list[int]()
     if depth.least:
         measures = run / "measures.jsonl"
         found = measured_of(read_rows(measures), "blocks") if measures.exists() else {}
-        weighed = {int(number): value for number, value in found.get("influence", {}).items()}
-        if sorted(weighed) != list(range(blocks)):
+        turns = {int(number): turn for number, turn in found.get("turn", {}).items()}
+        order = sorted(turns, key=lambda n: turns[n])
+        if sorted(order) != list(range(1, blocks)):
             raise ModelError(
-                f"{measures} says nothing of the influence of {blocks} blocks: `fedkeel measure {run}` finds it on "
+                f"{measures} says nothing of the order in which {blocks} blocks may go: `fedkeel measure {run}` finds it on "
                 f"validation rows, if the run has some, with the family `depth`"
             )
-    kept = kept_blocks(blocks, depth.share, [weighed[n] for n in sorted(weighed)])
+    kept = kept_blocks(blocks, depth.share, order)
     cut(model, kept)
     gone = ", ".join(str(n) for n in range(blocks) if n not in kept)
     return f"{len(kept)} of {blocks} blocks are left" + (f", without {gone} (from 0)" if gone else "")

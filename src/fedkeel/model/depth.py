@@ -30,17 +30,18 @@ def states_of(output: Any) -> Tensor:
     return found
 
 
-def kept_blocks(blocks: int, depth: float, influence: Sequence[float] = ()) -> list[int]:
-    """Numbers of the blocks that are left at a share `depth` of them: the lowest, or of those with an influence the ones that
-    have most. The first stays always: in T5 it makes what the others read of relative positions.
+def kept_blocks(blocks: int, depth: float, order: Sequence[int] = ()) -> list[int]:
+    """Numbers of the blocks that are left at a share `depth` of them: the lowest, or what is left when those that `order` names
+    first have gone. The first block stays always: in T5 it makes what the others read of relative positions.
 
-    Raises ValueError for another number of influences.
+    Raises ValueError for an order that is not one of all blocks but the first.
     """
     left = blocks - min(round(round((1 - depth) * blocks, 9)), blocks - 1)  # 0.9 is no tenth short of 1 in binary
-    if not influence:
+    if not order:
         return list(range(left))
-    _, *others = (n for n, _ in zip(range(blocks), influence, strict=True))
-    return sorted([0, *sorted(others, key=lambda n: -influence[n])[: left - 1]])
+    if sorted(order) != list(range(1, blocks)):
+        raise ValueError(f"{list(order)} is no order of the blocks 1 to {blocks - 1}")
+    return sorted({*range(blocks)} - {*order[: blocks - left]})
 
 
 class Patch:

@@ -435,12 +435,12 @@ def _stability_words(measures: Sequence[Row], clean: float | None) -> str:
 def blocks_table(measures: Sequence[Row]) -> Table:
     """Scores without the blocks of least influence, a line a number of blocks; see `measure.blocks`."""
     found = measured_of(measures, "blocks")
-    weighed = found.pop("influence", {})
+    weighed, turns = found.pop("influence", {}), found.pop("turn", {})
     lines = [(number(of["kept"], 0), points(of["score"]), number(of["seconds"], 2)) for of in found.values()]
-    order = sorted(weighed, key=lambda n: weighed[n])
     note = (
-        "Influence: 1 − cos of what a block is given and gives, on validation rows. From the least: "
-        + ", ".join(f"{n} ({number(weighed[n], 3)})" for n in order)
+        "Influence: 1 − cos of what a block is given and gives, on validation rows, weighed anew whenever one has gone. In the "
+        "order in which they go, each with its influence while all are there: "
+        + ", ".join(f"{n} ({number(weighed[n], 3)})" for n in sorted(turns, key=lambda n: turns[n]))
         + ". The first block, 0, stays always."
     )
     header = ("blocks left", "score", "seconds, as a share")
