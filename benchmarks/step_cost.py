@@ -5,7 +5,8 @@ run, as ratios.
 
 Each variant is `train.train_round` itself, on the same rows with the same batches; variants take turns, so that a machine
 whose speed drifts does not favour one. Ratios are medians over the repeats of (variant / plain of the same repeat). Peak
-memory is measured in a process of its own for each variant: the most resident memory, or on CUDA the most allocated.
+memory is measured in processes of their own, the median of PEAKS for each variant: the most resident memory, which differs by a
+hundredth from process to process, or on CUDA the most allocated.
 "joint, cached" makes three local epochs; its plain is plain with three local epochs. Rows are classified, by one of eight
 labels; the anchor's features are worked out beforehand, as they are once in a federation and not once a round.
 """
@@ -56,6 +57,7 @@ VARIANTS = {
     "plain, 3 epochs": EPOCHS,
     "joint, cached": [*EPOCHS, *DISTILL, *STRUCTURES, "structure.mode=anchored"],
 }
+PEAKS = 3
 AGAINST = {"joint, cached": "plain, 3 epochs"}
 # hidden, intermediate, layers, heads, KV heads, vocabulary
 SHAPES = {
@@ -197,7 +199,7 @@ def main() -> None:
                     if repeat:  # the first repeat warms caches and allocator
                         taken[name].append(seconds)
             del bench
-            memory = {name: peak(base, args.device, name, sizes) for name in variants}
+            memory = {n: statistics.median(peak(base, args.device, n, sizes) for _ in range(PEAKS)) for n in variants}
         for name, seconds in taken.items():
             plain = AGAINST.get(name, "plain")
             row = {
