@@ -68,7 +68,7 @@ def read(recipe: Recipe, key: str) -> Any:
         (
             "federation.rule=meen",
             "federation.rule = 'meen': one of mean, freeze_a, alternate, svd, stack, residual, share_a, share_b, median, "
-            "trimmed, centred, krum belongs here; did you mean 'mean'?",
+            "trimmed, clipped, centred, krum belongs here; did you mean 'mean'?",
         ),
         (
             "federation.codec_up=zip",

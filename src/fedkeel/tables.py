@@ -387,6 +387,7 @@ RULES = Table(
         "share_b": Rule(f"{_AGGREGATE}.one_factor:share_b", keeps="a", keeps_basis=True, apart=False),
         "median": Rule(f"{_AGGREGATE}.robust:median", mixed=True, apart=False, even=True),
         "trimmed": Rule(f"{_AGGREGATE}.robust:trimmed", mixed=True, apart=False, counts=(2, 1), withstands=True, even=True),
+        "clipped": Rule(f"{_AGGREGATE}.centred:clipped", mixed=True, apart=False, even=True),
         "centred": Rule(f"{_AGGREGATE}.centred:centred", mixed=True, apart=False, even=True),
         "krum": Rule(
             f"{_AGGREGATE}.krum:krum", mixed=True, keeps_basis=True, apart=False, counts=(2, 3), withstands=True, even=True

@@ -24,7 +24,7 @@ from fedkeel.tables import WEIGHTINGS
 from fedkeel.types import Adapter, Lora, Update
 
 RULES = pytest.mark.parametrize("rule", AGGREGATORS.values(), ids=AGGREGATORS.keys())
-ROBUST = ("median", "trimmed", "centred", "krum")  # they count every site the same
+ROBUST = ("median", "trimmed", "clipped", "centred", "krum")  # they count every site the same
 WEIGHING = pytest.mark.parametrize("name", [name for name in AGGREGATORS if name not in ROBUST])
 MIXED_RANKS = (1, 4, 2)
 # α/r and, for rsLoRA, α/√r, of the ranks above with α = 8

@@ -18,7 +18,7 @@ from fedkeel.method.aggregate.rule import Options
 from fedkeel.method.aggregate.weighting import weights
 from fedkeel.types import Adapter, Lora, Update
 
-ROBUST = ("median", "trimmed", "centred", "krum")
+ROBUST = ("median", "trimmed", "clipped", "centred", "krum")
 FULL = 12  # min(d_out, d_in) of no module is larger: nothing is cut off
 MIXED_RANKS, MIXED_SCALES = (1, 4, 2), (8 / 1, 8 / 4, 8 / math.sqrt(2))
 
@@ -50,6 +50,10 @@ def combined(name: str, values: Sequence[float], hostile: int = 0) -> tuple[floa
         # f = 1, two nearest of five: 4 is nearest to its own (1 + 1), 1e30 and 1e30 + … only to one another
         ("krum", [1e30, 3.0, 4.0, 5.0, -1e30], 1, 4.0),
         ("krum", [0.0, 1.0, 1.5, 3.0, 9.0], 1, 1.0),  # sums of two: 3.25, 1.25, 2.5, 6.25, …
+        # from 0, the first site's: τ = 1, so 0, 1 and 1 over 3; all as they are where none is longer than the middle
+        ("clipped", [0.0, 1.0, 1e30], 0, 2 / 3),
+        ("clipped", [0.0, 1.0, 5.0], 0, 2 / 3),
+        ("clipped", [7.0], 0, 7.0),
         ("centred", [7.0], 0, 7.0),
         # from 0, the first site's, the pulls are 0, 1 and 1 (of 5, cut to τ = 1) over 3, and so on: 2/3, 7/9, 23/27, 73/81
         ("centred", [0.0, 1.0, 5.0], 0, 227 / 243),
@@ -257,7 +261,7 @@ def test_krum_is_the_twins(count: int, hostile: int) -> None:
     assert flat(result.adapter) == flat(updates[int(np.argmin(scores))].adapter)
 
 
-def centred_twin(updates: Sequence[Update], begin: Adapter) -> dict[str, np.ndarray]:
+def centred_twin(updates: Sequence[Update], begin: Adapter, steps: int) -> dict[str, np.ndarray]:
     """The steps of the paper on whole vectors of products and dense parameters."""
     paths = [*SHAPES]
 
@@ -266,7 +270,7 @@ def centred_twin(updates: Sequence[Update], begin: Adapter) -> dict[str, np.ndar
         return np.concatenate([*(dense_of(adapter.lora[p]).ravel() for p in paths), *heads])
 
     sites, v = [vector(u.adapter) for u in updates], vector(begin)
-    for _ in range(5):
+    for _ in range(steps):
         far = [np.linalg.norm(w - v) for w in sites]
         tau = np.median(far)
         v = v + sum((w - v) * min(1.0, tau / d) if d else 0 * v for w, d in zip(sites, far, strict=True)) / len(sites)
@@ -280,15 +284,16 @@ def centred_twin(updates: Sequence[Update], begin: Adapter) -> dict[str, np.ndar
 
 @pytest.mark.parametrize("hostile", [0, 2])
 @pytest.mark.parametrize("count", [3, 4, 5])
-def test_centred_is_the_twins(count: int, hostile: int) -> None:
+@pytest.mark.parametrize(("name", "steps"), [("clipped", 1), ("centred", 5)])
+def test_clipping_is_the_twins(name: str, steps: int, count: int, hostile: int) -> None:
     reference = make_adapter(0, FULL)
     updates = [*make_updates(count, MIXED_RANKS, MIXED_SCALES), *hostile_sites(hostile, alike=False)]
     small = {name: 1e-9 * t for name, t in (updates[-1].adapter.tensors().items() if hostile else ())}
     if hostile:  # 1e6 times the honest ones in each factor: what float64 can still add up in the twin
         updates[-1] = Update("hostile-1", updates[-1].adapter.with_tensors(small), 1)
         updates[-2] = Update("hostile-0", updates[-1].adapter, 1)
-    result = AGGREGATORS["centred"](reference, updates, weights(updates, "positions"))
-    twin = centred_twin(updates, reference)
+    result = AGGREGATORS[name](reference, updates, weights(updates, "positions"))
+    twin = centred_twin(updates, reference, steps)
     for path, factors in result.adapter.lora.items():
         np.testing.assert_allclose(dense_of(factors), twin[path], atol=2e-6 * np.linalg.norm(twin[path]))
     heads = np.concatenate([result.adapter.dense[n].double().numpy().ravel() for n in sorted(result.adapter.dense)])
