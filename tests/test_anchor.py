@@ -23,6 +23,7 @@ from fedkeel.exchange.sums import pack_foretold, pack_sums, pack_trial, read_for
 from fedkeel.federation.evidence import Anchor, known_sums, tried
 from fedkeel.federation.server import FederationError
 from fedkeel.method.objective import anchor
+from fedkeel.method.structure.skip import hold_blocks
 from fedkeel.model.features import Beside, chances
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe, plain
@@ -240,6 +241,13 @@ def test_features_do_not_depend_on_the_batch_and_are_the_bases(name: str) -> Non
     model.features._held.clear()
     shapes.randomise(model, 11)
     assert torch.equal(model.features(prompts), together)  # whatever the adapter
+    model.features._held.clear()
+    last = model.places.stack[-1][0]
+    patches = hold_blocks(model.places, {last})
+    assert torch.equal(model.features(prompts), together)  # and whatever is held out of the site's round
+    assert all("forward" in block.__dict__ for path, block in model.places.stack if path == last)
+    for patch in patches:
+        patch.remove()
 
 
 def test_a_position_is_told_the_classifiers_chances_and_counts_its_trust() -> None:

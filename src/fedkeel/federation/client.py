@@ -81,8 +81,6 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     sent = trained & names_of(like, rule.shared)
     examples = site.stages[round.stage]
     blocks = blocks_left_out(recipe, like.lora)(site.name, round.state.round)
-    if blocks and recipe.evidence.anchor:  # features are kept, and are those of the whole base
-        model.features([example.prompt for example in examples if example.label])
     with _held(model, recipe, out, blocks), model.training_only(trained):
         positions, stats = train_round(model, examples, round, site.tick)
     after = model.read()

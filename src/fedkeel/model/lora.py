@@ -24,7 +24,7 @@ from fedkeel import tables
 from fedkeel.data.batches import Batch
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
-from fedkeel.model.depth import states_of, without
+from fedkeel.model.depth import states_of, whole, without
 from fedkeel.model.features import Beside, ByHead, Features
 from fedkeel.model.half import hold_in_bf16
 from fedkeel.model.load import Base, device_of, heads_of, kind_of, load_config, load_tokenizer, uses_bf16
@@ -447,7 +447,8 @@ class Model:
         was = self.net.training
         self.train(False)
         try:
-            with self.swapped(self.park(self.initial)), self.autocast():
+            # of the whole base, in a round too for which a site holds blocks out
+            with whole(block for _, block in self.places.stack), self.swapped(self.park(self.initial)), self.autocast():
                 inputs = {"input_ids": ids, "attention_mask": mask}
                 if self.lower is not None and not self.depths:
                     found = [self.lower.states(inputs)]
