@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkeel.files import DiskError, append_lines, whole_folder, write_atomic
+from fedkeel.files import DiskError, append_lines, replaced_folder, whole_folder, write_atomic
 
 
 @pytest.fixture
@@ -119,3 +119,27 @@ def test_weights_are_as_readable_as_the_config_beside_them(tmp_path: Path) -> No
         "model.safetensors": 0o640,
         "config.json": 0o640,
     }
+
+
+def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    target, killed = tmp_path / "runs" / "adapter", tmp_path / "runs" / "adapter.partial"
+    killed.mkdir(parents=True)
+    (killed / "half").write_text("of one that was killed")
+    for content in ("first", "second"):
+        with replaced_folder(target) as partial:
+            (partial / content).write_text(content)
+            assert not (target / content).exists()
+        assert [path.name for path in target.iterdir()] == [content]
+
+    def broken() -> None:
+        with replaced_folder(target) as partial:
+            (partial / "third").write_text("third")
+            raise ValueError("not today")
+
+    with pytest.raises(ValueError, match="not today"):
+        broken()
+    assert [path.name for path in target.iterdir()] == ["second"]
+    assert [path.name for path in target.parent.iterdir()] == ["adapter"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"adapter could not be written"), replaced_folder(tmp_path / "file" / "adapter"):
+        pass

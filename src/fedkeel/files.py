@@ -63,6 +63,25 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """As `replaced`, of a folder: what stood at `folder` before goes when the new one is whole.
+
+    Raises DiskError for what the system refuses.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise _told(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def filled_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, of mode 0700, that takes its name at the end, or is removed if anything is raised.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from fedkeel import tables
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope
 from fedkeel.exchange.messages import MEMORY, pack_global
 from fedkeel.federation.server import FederationError
-from fedkeel.files import write_atomic
+from fedkeel.files import replaced_folder, write_atomic
 from fedkeel.model.bases import ADAPTER_FILES
 from fedkeel.model.digest import digest_of
 from fedkeel.model.features import by_label
@@ -335,19 +334,11 @@ class Away:
                 told.append(f"\n--- {site}: {error}")
                 continue
             files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-            _write_folder(self.folder.path / name, files)
+            with replaced_folder(self.folder.path / name) as partial:
+                for inside, content in files.items():
+                    write_atomic(partial / Path(inside).name, content)
             return
         raise FederationError(f"no site could write the adapter; the last checkpoint holds it.{''.join(told)}")
-
-
-def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    """A folder of files, whole or not at all."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, content in files.items():
-        write_atomic(partial / Path(name).name, content)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
 
 
 def _check_export(files: Mapping[str, bytes], current: Global) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from fedkeel.federation.client import Site
 from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.train import injection_of
+from fedkeel.files import replaced_folder
 from fedkeel.method.aggregate.layouts import folded
 from fedkeel.model.digest import base_digest, tokenizer_digest
 from fedkeel.model.export import save_adapter
@@ -278,18 +278,14 @@ class Here:
             self.folder.write_answers(who, rows, {s.record.id: s.prediction for s in found})
 
     def _write(self, name: str, leg: Leg, current: Global) -> None:
-        target = self.folder.path / name
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        if tables.RULES[leg.stages[-1].recipe.federation.rule].personal:
-            for name in sorted(self.prepared.sites.rows):  # also of a site that was never asked: it has what is shared
-                self.model.write(self.kept.get(name, Kept()).adapter(current.adapter))
-                save_adapter(self.model, partial / name)
-        else:
-            self.model.write(current.adapter)
-            save_adapter(self.model, partial, folded(self.model.read(), current.shifts) if current.shifts else None)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        with replaced_folder(self.folder.path / name) as partial:
+            if tables.RULES[leg.stages[-1].recipe.federation.rule].personal:
+                for site in sorted(self.prepared.sites.rows):  # also of a site that was never asked: it has what is shared
+                    self.model.write(self.kept.get(site, Kept()).adapter(current.adapter))
+                    save_adapter(self.model, partial / site)
+            else:
+                self.model.write(current.adapter)
+                save_adapter(self.model, partial, folded(self.model.read(), current.shifts) if current.shifts else None)
 
 
 def own_code() -> dict[str, str]:
