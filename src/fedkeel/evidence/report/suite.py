@@ -46,7 +46,8 @@ class SuiteRun:
 
 @dataclass(frozen=True)
 class Suite:
-    """See `runs.describe`, which wrote it. majority: stream -> task -> (majority share, test rows), where it is known."""
+    """See `runs.describe`, which wrote it. majority: stream -> task -> (majority share, test rows), where it is known. twins:
+    stream -> the same rows dealt evenly."""
 
     name: str
     title: str
@@ -60,6 +61,7 @@ class Suite:
     knobs: Mapping[str, Mapping[str, str]]
     runs: tuple[SuiteRun, ...]
     majority: Mapping[str, Majority]
+    twins: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def read_suite(folder: Path) -> Suite:
             square=tuple(told["square"]),
             knobs=dict(told["knobs"]),
             runs=tuple(_run(files, SuiteRun(r["name"], r["stream"], r["method"], r["seed"], "")) for r in told["runs"]),
+            twins=dict(told.get("twins", {})),  # of an earlier version: none
             majority={s: {t: (float(v["majority"]), int(v["rows"])) for t, v in tasks.items()} for s, tasks in held.items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -16,6 +16,7 @@ from fedkeel.evidence.report.results import Result, results_of
 from fedkeel.evidence.report.styles import styles_of
 from fedkeel.evidence.report.suite import BASELINES, Suite, chances_of, lines_of, read_suite, streams_of
 from fedkeel.evidence.report.tables import METHODS, Table, escape
+from fedkeel.evidence.report.twins import twin_table
 from fedkeel.files import write_atomic
 from fedkeel.types import FedKeelError
 
@@ -66,10 +67,17 @@ def _judged(suite: Suite, name: str) -> _Stream:
     return _Stream(name, results_of(suite, name, [task for task, c in chances.items() if c.out]), chances)
 
 
-def _tables(suite: Suite, stream: _Stream) -> list[Table]:
+def _beside(suite: Suite, stream: _Stream, streams: Sequence[_Stream]) -> Table:
+    """The stream against its even twin; without a line where it has none."""
+    twin = next((s.results for s in streams if s.name == suite.twins.get(stream.name)), ())
+    return twin_table(suite, stream.name, stream.results, twin)
+
+
+def _tables(suite: Suite, stream: _Stream, streams: Sequence[_Stream]) -> list[Table]:
     """All tables of a stream that have a line, the score table first."""
     found = [
         tables.score_table(suite, stream.name, stream.results, stream.chances),
+        _beside(suite, stream, streams),
         tables.task_table(stream.name, stream.results, stream.chances),
         tables.chance_table(stream.name, stream.chances),
         tables.retention_table(stream.name, stream.results),
@@ -85,7 +93,7 @@ def _sections(suite: Suite, streams: Sequence[_Stream]) -> str:
     for stream in streams:
         text = suite.streams.get(stream.name, "")
         parts.append(f"## {escape(stream.name)}\n" + (f"\n{escape(text)}\n" if text else ""))
-        parts += [table.markdown(level=3) for table in _tables(suite, stream)]
+        parts += [table.markdown(level=3) for table in _tables(suite, stream, streams)]
         parts.append(tables.method_list(suite, stream.name, stream.results).markdown(level=3))
     return "\n".join(parts)
 
@@ -109,14 +117,14 @@ def _page(suite: Suite, streams: Sequence[_Stream]) -> Page:
         *(tables.method_list(suite, s.name, s.results) for s in streams),
     ]
     sections = [Section("compared", "What is compared", tuple(t for t in compared if t.lines))]
-    sections += [_stream_section(suite, stream, n) for n, stream in enumerate(streams, 1)]
+    sections += [_stream_section(suite, stream, n, _beside(suite, stream, streams)) for n, stream in enumerate(streams, 1)]
     runs = tables.run_table(suite)
     sections.append(Section("runs", "Runs", (Folded(runs),)))
     source = f"Suite {suite.name}, recipe.toml in each run's folder, {told}"
     return Page(suite.title, "FedKeel · report of a suite", tuple(lead), source, tuple(sections))
 
 
-def _stream_section(suite: Suite, stream: _Stream, number: int) -> Section:
+def _stream_section(suite: Suite, stream: _Stream, number: int, beside: Table) -> Section:
     results, name = stream.results, stream.name
     methods = [m for m in suite.methods if m != BASELINES]
     styles = styles_of([*METHODS.values(), *methods], suite.reference)
@@ -131,6 +139,7 @@ def _stream_section(suite: Suite, stream: _Stream, number: int) -> Section:
     knobs = [block for n, key in enumerate(suite.knobs, 1) for block in figure(charts.knob(suite, name, results, key, n))]
     found: list[tuple[str, str, tuple[Block, ...]]] = [
         ("scores", "Scores", table(tables.score_table(suite, name, results, stream.chances))),
+        ("skew", "Against its even twin", table(beside)),
         ("differences", "Differences", figure(charts.differences(suite, results))),
         ("square", "Two by two", figure(charts.square(suite, name, results))),
         (

@@ -41,6 +41,7 @@ class Stream:
     """Data, task stream and model that methods are compared on. text: one sentence. set: overrides of every run on it.
 
     needs: keys that have no default that could work, such as data.root; the stream is left out while one is not given.
+    twin: another stream of the same rows, dealt evenly, that shows what skew costs; empty: none.
     tuned: method -> overrides that tuning chose for it here. trial: overrides of a trial of tuning, such as fewer stages.
     grid: key -> the values that tuning tries, every combination of them for every method: the same effort for each.
     """
@@ -48,6 +49,7 @@ class Stream:
     text: str = ""
     set: tuple[str, ...] = checked((), _overrides)
     needs: tuple[str, ...] = ()
+    twin: str = ""
     tuned: Mapping[str, tuple[str, ...]] = field(default_factory=Frozen, metadata={"check": _overrides})
     trial: tuple[str, ...] = checked((), _overrides)
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=Frozen, metadata={"filled": True})
@@ -220,6 +222,7 @@ def _names(file: _File, methods: Mapping[str, Method]) -> Iterator[tuple[str, It
     yield "square", file.square, methods
     for name, stream in file.streams.items():
         yield f"streams.{name}.tuned", stream.tuned, methods
+        yield f"streams.{name}.twin", filter(None, [stream.twin]), file.streams
     for name, method in file.methods.items():
         yield f"methods.{name}.streams", method.streams, file.streams
         yield f"methods.{name}.tuned_as", filter(None, [method.tuned_as]), methods

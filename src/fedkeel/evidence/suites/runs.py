@@ -147,6 +147,7 @@ def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, 
         "note": plan.note,
         "reference": plan.reference,
         "streams": {name: s.text for name, s in plan.streams.items() if name in streams},
+        "twins": {name: s.twin for name, s in plan.streams.items() if name in streams and s.twin in streams},
         "methods": {name: m.text for name, m in plan.methods.items() if name in shown},
         "trials": {
             name: {m: 0 if plan.methods[m].untuned else len(s.settings()) for m in plan.methods if m in shown}
