@@ -27,8 +27,8 @@ def per_row(right: int) -> list[dict[str, object]]:
 
 
 def suite_of(folder: Path, evenly: int) -> Suite:
-    """`plain` has 20 of 40 rows right, 10 under its other seed, and `evenly` on the even twin under the first seed alone; `keel`
-    ran on the stream alone, and `quiet` noted no drift on the twin."""
+    """`plain` has 20 of 40 rows right, 10 under its other seed, and `evenly` on the even twin, under the first seed alone;
+    `keel` ran on the stream alone, and `quiet` noted no drift on the twin."""
     runs = [("p1", "s", "plain", 1), ("p2", "s", "plain", 2), ("k1", "s", "keel", 1), ("q1", "s", "quiet", 1)]
     runs += [("e1", "s-iid", "plain", 1), ("e2", "s-iid", "quiet", 1)]
     streams, methods = {"s": "skewed", "s-iid": "dealt evenly"}, {"plain": "", "keel": "", "quiet": ""}
