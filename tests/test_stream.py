@@ -405,10 +405,19 @@ def test_what_is_served_is_averaged_along_the_stages(stream: list[str], heard: l
         assert same_bits(ends[2], again.read().tensors())
 
 
-@pytest.mark.parametrize("codec", ["fp32", "int8"])
-def test_each_stage_trains_its_own_ranks_and_no_others(stream: list[str], codec: str) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["federation.codec_up=int8", "federation.codec_down=int4"],
+        ["structure.branch=0.3", "structure.skip=0.5", "structure.hold=true"],
+        ["attack.kind=gaussian", "attack.share=0.4"],
+    ],
+    ids=["exact", "lossy", "held", "attacked"],
+)
+def test_each_stage_trains_its_own_ranks_and_no_others(stream: list[str], more: list[str]) -> None:
     stages = ["stream.stages=bank,travel,home+echo", "lora.rank=8", "stream.slices=true", "term.orthogonal.weight=0.5"]
-    _, folder, model = go([*stream, *stages, f"federation.codec_up={codec}"])
+    _, folder, model = go([*stream, *stages, *more])
     assert model.initial is not None
     ends = [model.initial] + [folder.read_checkpoint("federated", 2 * s, model.read()).adapter for s in (1, 2, 3)]
     for stage, mine in enumerate((range(2), range(2, 5), range(5, 8))):  # of eight ranks, among three stages
@@ -459,10 +468,9 @@ def test_a_stage_of_own_ranks_is_a_pair_of_that_rank_beside_the_frozen_earlier_o
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("stream.stages=[]", "no stream (set stream.stages or stream.order)"),
         ("lora.rank=1", "lora.rank = 1 for 2 stages"),
-        ("federation.rule=freeze_a", "federation.rule = 'freeze_a' ('mean' goes)"),
-        ("federation.rule=svd", "federation.rule = 'svd' ('mean' goes)"),
+        ("federation.rule=freeze_a", "federation.rule = 'freeze_a' (mean, krum go)"),
+        ("federation.rule=svd", "federation.rule = 'svd' (mean, krum go)"),
         ("train.weight_decay=0.1", "train.weight_decay = 0.1, which shrinks all"),
         ("federation.optimiser=momentum", "federation.optimiser = 'momentum'"),
     ],
@@ -470,12 +478,14 @@ def test_a_stage_of_own_ranks_is_a_pair_of_that_rank_beside_the_frozen_earlier_o
 def test_what_would_move_the_ranks_of_other_stages_is_refused(stream: list[str], override: str, told: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"it does not go with {told}")):
         load_recipe(None, [*stream, *GROUPS, "stream.slices=true", override])
+    with pytest.raises(ConfigError, match="deals ranks to stages, and there is one"):
+        load_recipe(None, [*stream, "stream.slices=true"])
 
 
 def test_terms_without_what_gives_them_meaning_are_refused(stream: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"term\.orthogonal\.weight = 0\.5 has no meaning without stream\.slices = True"):
+    with pytest.raises(ConfigError, match=r"term\.orthogonal\.weight has no meaning without stream\.slices = true: set that"):
         load_recipe(None, [*stream, *GROUPS, "term.orthogonal.weight=0.5"])
-    with pytest.raises(ConfigError, match=r"term\.vacant\.weight = 1 has no meaning without evidence\.task = 'restricted'"):
+    with pytest.raises(ConfigError, match=r"term\.vacant\.weight has no meaning without evidence\.task = \"restricted\""):
         load_recipe(None, [*stream, *GROUPS, "term.vacant.weight=1"])
 
 

@@ -136,10 +136,11 @@ class Term(Entry):
     (options, moment) -> the weight at a step (`terms.Moment`); empty: the options' `weight`. mode: it is taken in this
     structure.mode only.
     needs: what of a `Forward` it reads beside logits and targets: `teacher`, `again`, `clean`, `anchor`, `exit`. once: it
-    reads no position but `types.Parameters`, and is taken once a step, not once a micro-batch. row: the name
+    reads no position but `types.Parameters` (`parameters`), and is taken once a step, not once a micro-batch. row: the name
     of its mean among a site's numbers. gates: names of the per-position numbers that it returns beside its loss. least: a bound
-    below that the law tests hold it to; −inf for none. couples: it couples the positions of a micro-batch. asks: (key, value)
-    of the recipe without which it has no meaning.
+    below that the law tests hold it to; −inf for none. couples: it couples the positions of a micro-batch. tail: it looks at
+    what a teacher finds least likely, which is not kept of a row (`distill.cache`): the teacher is asked anew each time. asks:
+    (key, value) of the schema without which it has no meaning.
     """
 
     always: bool = False
@@ -154,6 +155,7 @@ class Term(Entry):
     gates: tuple[str, ...] = ()
     least: float = 0.0
     couples: bool = False
+    tail: bool = False
     asks: tuple[str, Any] | None = None
 
     @property
@@ -227,10 +229,18 @@ TERMS = Table(
             weight=f"{_OBJECTIVE}.proximal:proximal_weight",
         ),
         "vacant": Term(
-            f"{_OBJECTIVE}.vacant:vacant", needs=("teacher",), row="vacant_loss", asks=("evidence.task", "restricted")
+            f"{_OBJECTIVE}.vacant:vacant",
+            needs=("teacher",),
+            row="vacant_loss",
+            tail=True,
+            asks=("evidence.task", "restricted"),
         ),
         "orthogonal": Term(
-            f"{_OBJECTIVE}.orthogonal:orthogonal", needs=("parameters",), once=True, asks=("stream.slices", True)
+            f"{_OBJECTIVE}.orthogonal:orthogonal",
+            needs=("parameters",),
+            once=True,
+            row="orthogonal_loss",
+            asks=("stream.slices", True),
         ),
     },
 )
@@ -315,7 +325,7 @@ MOVES = Table(
         "sam": Move(f"{_OBJECTIVE}.ascent:backward_at_worst", key="train.sam"),
         "average": Move("fedkeel.method.aggregate.common:blend", key="stream.average"),
         "hold": Move(f"{_STRUCTURE}.branch:hold", key="structure.hold"),
-        "slices": Move(f"{_STRUCTURE}.shares:share", key="stream.slices"),
+        "slices": Move(f"{_STRUCTURE}.shares:shared", key="stream.slices"),
         "serve": Move("fedkeel.model.features:Beside", key="evidence.serve"),
         "serve_from": Move("fedkeel.model.features:Beside", key="evidence.serve_from"),
     },

@@ -307,6 +307,8 @@ def test_guidance_among_absent_labels_by_hand() -> None:
     term = tables.TERMS["vacant"].load()
     assert float(term(seen, None)) == pytest.approx(wanted, rel=1e-6)
     assert float(term(replace(seen, offsets=None), None)) == 0  # every label is held
+    nothing = torch.tensor([[0.0] + [-math.inf] * 3, [0.0, -math.inf, 0.0, 0.0]])  # a teacher that gives all of them 0
+    assert math.isfinite(float(term(replace(seen, teacher=Teacher(nothing, ones, ones)), None)))
     shifted = replace(offsets, value=torch.tensor([-1.0, -2.0, 0.5]))  # of a prior: nothing is absent
     assert float(term(replace(seen, offsets=shifted), None)) == 0
 
@@ -316,9 +318,9 @@ def test_orthogonality_by_hand() -> None:
     a = torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 4.0], [9.0, 9.0]], requires_grad=True)
     orthogonal = tables.TERMS["orthogonal"].load()
     loss = orthogonal(Parameters([a], [a], [a, 2 * a.detach()], range(2, 3)), None)
-    assert loss.item() == 9 + 49 + 16 * (9 + 49)
+    assert loss.item() == 3 + 7 + 4 * (3 + 7)
     (slope,) = torch.autograd.grad(loss, a)
-    assert slope.tolist() == [[0, 0], [0, 0], [2 * 3 + 2 * 7, 2 * 7], [0, 0]]  # 2 Σ (a_now · a) a
+    assert slope.tolist() == [[0, 0], [0, 0], [2, 1], [0, 0]]  # Σ sign (a_now · a) a
     assert orthogonal(Parameters([a], [a], [a], range(2)), None).item() == 0  # the first stage
 
 

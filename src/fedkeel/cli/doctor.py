@@ -26,14 +26,16 @@ def keys(section: Annotated[str, typer.Argument(help="One of them, such as train
     from rich.table import Table
 
     from fedkeel.recipe.reference import sections
+    from fedkeel.tables import load_plugins
 
+    load_plugins()
     found = sections()
     names = [one.name for one in found if one.name]
     if section and section not in names:
         raise FedKeelError(f"there is no section {section!r}; there are {', '.join(names)}")
     table = Table(show_lines=False)
     for heading in ("key", "type", "default", "unit", "meaning"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "key")
     for one in found:
         for key in one.keys if section in ("", one.name) else ():
             kind = key.kind if not key.allowed else f"{key.kind}: {key.allowed}".replace("`", "")

@@ -26,6 +26,7 @@ from fedkeel.method.aggregate.layouts import truncated
 from fedkeel.method.aggregate.optimise import Rates, step
 from fedkeel.method.aggregate.rule import Aggregator, Options
 from fedkeel.method.aggregate.weighting import weights
+from fedkeel.method.structure.shares import within
 from fedkeel.recipe.schema import Evidence, Federation, Privacy
 from fedkeel.rng import derive, numpy_generator
 from fedkeel.types import Adapter, FedKeelError, Global, Reply, Request, Transport, Update
@@ -49,7 +50,7 @@ class Roster:
     layouts: what the adapter of a site looks like whose rank is not that of the global one. hold: (site, round) -> the modules
     that the site leaves out of this round. own: the rule's own options. privacy: what is hidden of a site, and who hides it.
     evidence: what is made of sums of rows. by_head: whether sites score classes by the analytic classifiers. moves: what a
-    number can change by in a stage's first round.
+    number can change by in a stage's first round. ranks: of the branches, that may change; None: all.
     """
 
     sites: Sequence[str]
@@ -62,6 +63,7 @@ class Roster:
     evidence: Evidence = field(default_factory=Evidence)
     by_head: bool = False
     moves: float = 0.03
+    ranks: range | None = None
 
     @property
     def rule(self) -> tables.Rule:
@@ -308,6 +310,8 @@ def aggregated(
                 f"round {round + 1}: {name} is not finite once the updates are combined; a smaller "
                 f"federation.max_update_norm keeps out what grew too large. The round before can be resumed"
             )
+    if roster.ranks is not None:  # neither what codec_down rounds nor what a site sends moves the others
+        adapter = within(roster.ranks, state.adapter, adapter)
     return replace(result, adapter=adapter), kept
 
 

@@ -52,7 +52,7 @@ class Guide:
     ) -> None:
         """state: as it came down. total: supervised positions held by all sites, by what they are `counted_as`."""
         self._model, self._config = model, config
-        self.states = config.align != "off" and config.align_weight > 0
+        self.states = bool(config.weight) and config.align != "off" and config.align_weight > 0
         self._adapters: list[tuple[float, list[Tensor]]] = []
         memory = config.memory if state.memory is not None else 0.0
         parts: tuple[tuple[float, Adapter | None], ...] = ((1.0 - memory, state.adapter), (memory, state.memory))

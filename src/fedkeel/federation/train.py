@@ -22,7 +22,7 @@ from fedkeel.method.objective.exits import exit_block
 from fedkeel.method.objective.terms import Active, Moment, terms_of
 from fedkeel.method.structure.draw import Draw
 from fedkeel.method.structure.inject import Injection, strength
-from fedkeel.method.structure.shares import ranks_of, share
+from fedkeel.method.structure.shares import shared, trained_ranks
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe, Train
 from fedkeel.rng import derive, seed_torch
@@ -69,8 +69,7 @@ class Round:
     @property
     def ranks(self) -> range:
         """Those of the adapter that are trained."""
-        rank, stages = self.recipe.lora.rank, len(self.recipe.stream.stages)
-        return ranks_of(rank, stages, self.stage) if self.recipe.stream.slices else range(rank)
+        return trained_ranks(self.recipe, self.stage)
 
     def schedule(self, rows: int) -> range:
         """The round's optimiser steps, counted from the start of the stage, at a site with `rows` training rows."""
@@ -180,7 +179,10 @@ class Lesson:
                     log.gate(name, found.gates[name])
             (loss * (n_micro / n_step)).backward()  # type: ignore[union-attr]
         for term in (term for term in taken if term.entry.once):  # a function of the parameters, not of rows
-            (weights[term.entry.name] * term(self.parameters).value).backward()
+            value = term(self.parameters).value
+            (weights[term.entry.name] * value).backward()
+            if term.entry.row:
+                log.add(term.entry.row, value, 1)
         return nats
 
     def of_rows(self, moment: Moment, log: Log, indices: Sequence[int]) -> float:
@@ -235,23 +237,13 @@ class Lesson:
 
 
 @contextmanager
-def _shared(model: Model, ranks: range) -> Iterator[None]:
-    handles = share(model.places, ranks)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterator[Lesson]:
     """The lesson of this round, with the recipe's structures in the model; whatever goes wrong within it, the next site finds
     the model without gradients and at rest."""
     recipe, terms = round.recipe, terms_of(round.recipe)
     injection = injection_of(model, recipe)
     try:
-        with injection or nullcontext(), _shared(model, round.ranks) if recipe.stream.slices else nullcontext():
+        with injection or nullcontext(), shared(model.places, round.ranks) if recipe.stream.slices else nullcontext():
             if injection is not None:
                 injection.begin(recipe.seed, round.site, round.state.round)
             now = model.parameters()
@@ -259,7 +251,8 @@ def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterat
             guide = None
             if any("teacher" in term.entry.needs for term in terms):
                 again = len(round.schedule(len(examples))) > batches_per_epoch(len(examples), recipe.train.batch_size)
-                guide = Guide(model, round.state, examples, round.total, recipe.distill, keep=again)
+                keep = again and not any(term.entry.tail for term in terms)
+                guide = Guide(model, round.state, examples, round.total, recipe.distill, keep)
             start = [p.detach().clone() for p in now] if remembers else []
             draw = injection.draw if injection is not None else Draw()
             calibration = calibration_of(examples, recipe.evidence)

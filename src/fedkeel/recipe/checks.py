@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedkeel import tables
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError
+from fedkeel.recipe.settings import ConfigError, toml_value
 
 ORDERS = ("task_orders", "streams")  # where data.tasks_file keeps orders of tasks: name -> tasks
 
@@ -150,14 +150,13 @@ def cross_check(recipe: Recipe) -> None:
 
 
 def _check_terms(recipe: Recipe) -> None:
-    for name, entry in tables.TERMS.items():
-        options = recipe.options("term", name)
-        if entry.asks is None or options is None or not options.weight:
+    for entry in tables.TERMS.values():
+        if entry.asks is None or not recipe.takes(entry):
             continue
         key, value = entry.asks
         if attrgetter(key)(recipe) != value:
             raise ConfigError(
-                f"{entry.switch} = {options.weight:g} has no meaning without {key} = {value!r}: set that, or 0 here"
+                f"{entry.switch} has no meaning without {key} = {toml_value(value)}: set that, or leave {entry.switch} at 0"
             )
 
 
@@ -174,12 +173,13 @@ def _check_stream(recipe: Recipe) -> None:
 def _check_slices(recipe: Recipe) -> None:
     """What a stage leaves alone must stay as it was, from the first round to the last."""
     stages, rule = len(recipe.stream.stages), tables.RULES[recipe.federation.rule]
-    fits = rule.keeps_basis and rule.trains == ("ab",) and not rule.shifts
+    fits = _steady(rule)
+    if not stages:
+        raise ConfigError("stream.slices = true deals ranks to stages, and there is one: set stream.stages or stream.order")
     wrong = {
-        "no stream (set stream.stages or stream.order)": not stages,
         f"lora.rank = {recipe.lora.rank} for {stages} stages (at least one each)": stages > recipe.lora.rank,
         "lora.site_ranks": not recipe.lora.one_rank,
-        f"federation.rule = {rule.name!r} ('mean' goes)": not fits,
+        f"federation.rule = {rule.name!r} ({_rules(_steady)} go)": not fits,
         f"train.weight_decay = {recipe.train.weight_decay:g}, which shrinks all": recipe.train.weight_decay,
         f"federation.optimiser = {recipe.federation.optimiser!r}": recipe.federation.optimiser != "average",
         f"privacy.unit = {recipe.privacy.unit!r}, whose noise moves all": recipe.privacy.unit != "none",
@@ -345,6 +345,11 @@ def _check_row_privacy(recipe: Recipe) -> None:
             f"privacy.unit = 'row' takes each row's gradient by itself, which {', '.join(found)} would couple to other rows or "
             f"spend twice; leave it out"
         )
+
+
+def _steady(rule: tables.Rule) -> bool:
+    """Whether a rank of both factors is the same from round to round, on a base that stays."""
+    return rule.keeps_basis and rule.trains == ("ab",) and not rule.shifts and not rule.personal
 
 
 def _rules(having: Callable[[tables.Rule], bool]) -> str:

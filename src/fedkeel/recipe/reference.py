@@ -68,7 +68,9 @@ def _keys(field: dataclasses.Field[Any], hint: Any, prefix: str) -> Iterator[Key
             unit = "probability" if entry.chance else ""
             yield Key(prefix + name, "number", "0.0", _allowed(bounds), unit, entry.about)
     else:
-        default = toml_value(field.default)
+        # an entry's own options may be any dataclass
+        made = field.default if field.default is not dataclasses.MISSING else cast(Any, field.default_factory)()
+        default = toml_value(made)
         yield Key(prefix + field.name, _kind(hint), default, _allowed(told), told.get("unit", ""), told.get("about", ""))
 
 

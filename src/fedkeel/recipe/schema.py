@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from fedkeel import tables
@@ -226,7 +227,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Distill:
-    """Guidance by the global model as it stood when the round began (docs/method.md). weight = 0: none of it runs."""
+    """Guidance by the global model as it stood when the round began (docs/method.md). weight = 0: no such guidance."""
 
     weight: float = number(0.0, 0, about="λ_d, of the whole term; 0: none of it runs")
     temperature: float = number(1.0, 0, about="τ, that softens both distributions", above=True)
@@ -457,3 +458,13 @@ class Recipe:
         """The options of an entry of `tables.OWN[kind]`: as set here, else its defaults; None where it has none."""
         settings = tables.OWN[kind][name].settings()
         return self.own.get(f"{kind}.{name}", settings() if settings else None)
+
+    def takes(self, term: tables.Term) -> bool:
+        """Whether it is part of a site's objective."""
+        if term.always:
+            return True
+        if term.mode:
+            return self.structure.mode == term.mode
+        if term.key:
+            return bool(attrgetter(term.key)(self))
+        return bool(self.options("term", term.name).weight)

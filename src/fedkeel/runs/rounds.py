@@ -23,6 +23,7 @@ from fedkeel.federation.masked import run_masked_round
 from fedkeel.federation.server import Roster, run_round
 from fedkeel.federation.train import steps_a_round
 from fedkeel.method.aggregate.common import blend
+from fedkeel.method.structure.shares import trained_ranks
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
@@ -198,7 +199,7 @@ class Loop:
 
     def _roster(self, leg: Leg, stage: int, sites: Sequence[str]) -> Roster:
         of = leg.stages[stage]
-        return roster_of(of.recipe, self.parties.initial, sites, self._everyone(leg), of.rows)
+        return roster_of(of.recipe, stage, self.parties.initial, sites, self._everyone(leg), of.rows)
 
     @staticmethod
     def _everyone(leg: Leg) -> list[str]:
@@ -389,7 +390,7 @@ def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:
 
 
 def roster_of(
-    recipe: Recipe, initial: Adapter, sites: Sequence[str], everyone: Sequence[str], rows: Mapping[str, int]
+    recipe: Recipe, stage: int, initial: Adapter, sites: Sequence[str], everyone: Sequence[str], rows: Mapping[str, int]
 ) -> Roster:
     """What the rounds of a stage go by. sites: those asked. everyone: the sites of all stages. rows: of the stage, by site."""
     layouts = {name: layout_of(initial, recipe.lora, rank) for name, rank in recipe.lora.ranks(everyone).items()}
@@ -406,6 +407,7 @@ def roster_of(
         recipe.evidence,
         by_head=recipe.model.head == "analytic",
         moves=recipe.train.lr * steps,  # AdamW moves a number by about its rate in a step
+        ranks=trained_ranks(recipe, stage) if recipe.stream.slices else None,
     )
 
 

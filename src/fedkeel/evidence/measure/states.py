@@ -130,5 +130,5 @@ def _once_more(run: Finished, final: Global, examples: Mapping[str, Sequence[Exa
     before: list[Sequence[Example]] = [()] * (stages - 1)
     sites = {n: Site(n, [*before, encoded], recipe.federation.rounds, recipe) for n, encoded in examples.items()}
     rows = {name: len(encoded) for name, encoded in examples.items()}
-    roster = roster_of(recipe, model.initial, list(examples), list(run.prepared.sites.rows), rows)
+    roster = roster_of(recipe, stages - 1, model.initial, list(examples), list(run.prepared.sites.rows), rows)
     run_round(replace(final, round=final.round - 1), LocalTransport(model, sites, kept, look), roster)

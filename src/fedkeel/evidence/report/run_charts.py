@@ -435,7 +435,8 @@ def _stability_words(measures: Sequence[Row], clean: float | None) -> str:
 def blocks_table(measures: Sequence[Row]) -> Table:
     """Scores without the blocks of least influence, a line a number of blocks; see `measure.blocks`."""
     found = measured_of(measures, "blocks")
-    weighed, turns = found.pop("influence", {}), found.pop("turn", {})
+    weighed = found.pop("influence", {})
+    turns = found.pop("turn", {n: value for n, value in weighed.items() if n != "0"})  # earlier versions weighed once
     lines = [(number(of["kept"], 0), points(of["score"]), number(of["seconds"], 2)) for of in found.values()]
     note = (
         "Influence: 1 − cos of what a block is given and gives, on validation rows, weighed anew whenever one has gone. In the "

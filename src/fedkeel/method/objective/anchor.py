@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedkeel.method.objective.calibrate import nodes
-from fedkeel.method.objective.logits import wide
+from fedkeel.method.objective.logits import HIDDEN, wide
 from fedkeel.method.objective.terms import Moment
 from fedkeel.types import Forward, Head, Soft, Sums
 
@@ -147,7 +147,7 @@ def along(
 def listed_log_softmax(logits: Tensor, place: Tensor, token: Tensor) -> Tensor:
     """(M,) log softmax over the listed entries of a position alone: entry `token[m]` of position `place[m]`. logits: (N, V)."""
     values = wide(logits)
-    listed = values[place, token]
+    listed = values[place, token].clamp_min(HIDDEN)
     most = torch.full((len(values),), -math.inf, device=values.device, dtype=values.dtype)
     most = most.scatter_reduce(0, place, listed.detach(), "amax")
     total = torch.zeros_like(most).index_add(0, place, (listed - most[place]).exp())

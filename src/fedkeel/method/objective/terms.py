@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -50,17 +49,7 @@ class Active:
 
 def terms_of(recipe: Recipe) -> list[Active]:
     """The terms that the recipe asks for, in the order of the table, which is that of their sum."""
-    return [_active(entry, recipe) for entry in tables.TERMS.values() if _asked(entry, recipe)]
-
-
-def _asked(entry: tables.Term, recipe: Recipe) -> bool:
-    if entry.always:
-        return True
-    if entry.mode:
-        return recipe.structure.mode == entry.mode
-    if entry.key:
-        return bool(attrgetter(entry.key)(recipe))
-    return bool(recipe.options("term", entry.name).weight)
+    return [_active(entry, recipe) for entry in tables.TERMS.values() if recipe.takes(entry)]
 
 
 def _active(entry: tables.Term, recipe: Recipe) -> Active:
