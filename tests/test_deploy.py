@@ -871,7 +871,14 @@ def test_a_stream_travels_as_stages(recipe_file: Path, tmp_path: Path) -> None:
     recipe, base, _ = app_recipe(recipe_file, asked)
     init(tmp_path / "d", recipe, ["x"], ["localhost"], base=base)
     tree = tomllib.loads((tmp_path / "d/app/recipe.toml").read_text())
-    assert tree["stream"] == {"stages": ["c + a", "b"], "order": "", "tasks_a_stage": 1, "replay": 3, "average": 0.0}
+    assert tree["stream"] == {
+        "stages": ["c + a", "b"],
+        "order": "",
+        "tasks_a_stage": 1,
+        "replay": 3,
+        "average": 0.0,
+        "slices": False,
+    }
     assert make_recipe(tree, data=False) == recipe
     for missing in (["stream.order=one"], ["stream.order=one", 'data.tasks_file=""']):
         with pytest.raises(ConfigError, match=r"or write stream\.stages out"):

@@ -252,7 +252,7 @@ def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterat
             if any("teacher" in term.entry.needs for term in terms):
                 again = len(round.schedule(len(examples))) > batches_per_epoch(len(examples), recipe.train.batch_size)
                 keep = again and not any(term.entry.tail for term in terms)
-                guide = Guide(model, round.state, examples, round.total, recipe.distill, keep)
+                guide = Guide(model, round.state, examples, round.total, recipe.distill, keep=keep)
             start = [p.detach().clone() for p in now] if remembers else []
             draw = injection.draw if injection is not None else Draw()
             calibration = calibration_of(examples, recipe.evidence)
