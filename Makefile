@@ -5,6 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# What is installed is compiled when it is first imported: most of it never is.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: run test slow docs faults check format lint types clean
 
@@ -20,7 +23,7 @@ slow: .venv/installed-dev .venv/llama-cpp
 
 # Without it the tests that need it skip, and say so.
 .venv/llama-cpp: | .venv/installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama-cpp]' \
+	$(INSTALL) -e '.[llama-cpp]' \
 	  && touch $@ || echo "llama-cpp-python could not be built: GGUF files are not compared with llama.cpp"
 
 docs: .venv/installed-docs
@@ -28,7 +31,7 @@ docs: .venv/installed-docs
 	@echo "site: build/site/html/index.html"
 
 .venv/installed-docs: pyproject.toml constraints.txt | .venv/installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
 	@touch $@ .venv/installed .venv/installed-dev
 
 faults: .venv/installed-dev
@@ -51,11 +54,11 @@ types: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(INSTALL) -e .
 	@touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub,flower]'
+	$(INSTALL) -e '.[dev,hub,flower]'
 	@touch $@ .venv/installed
 
 clean:

@@ -193,6 +193,9 @@ def test_the_rows_are_in_the_runs_measures_and_its_report(folder: Path) -> None:
     assert table.lines[-1][:2] == ("1", f"{100 * found['blocks/0.3/score']:.1f}")
     assert found["blocks/turn/1"] == 1  # the first, block 0, has no turn
     assert f"while all are there: 1 ({found['blocks/influence/1']:.3f})." in table.notes[0]
+    earlier = [r for r in read_rows(folder / "measures.jsonl") if "/turn/" not in r.name]  # of a version that had no turns
+    assert "weighed once" in blocks_table(earlier).notes[0]
+    assert f": 1 ({found['blocks/influence/1']:.3f})." in blocks_table(earlier).notes[0]
     assert CliRunner().invoke(app, ["report", str(folder)]).exit_code == 0
     assert table.title in (folder / "report.html").read_text()
     assert {r.split for r in read_rows(folder / "measures.jsonl") if r.name.startswith("blocks/influence/")} == {"validation"}

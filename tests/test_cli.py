@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -156,7 +157,7 @@ def test_smollm2_recipe_with_local_stand_ins(fedkeel: Command, tiny_base: Path, 
 
 def test_run_evaluate_export(fedkeel: Command, tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
     """From text to a merged model: the table, the report, the scores of `evaluate`, and logits of what `export` wrote."""
-    done = fedkeel("run", *tiny_overrides)
+    done = fedkeel("run", *tiny_overrides, tiny.BASELINES)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny"
     for part in ("base", "local", "federated", "centralised", "report.html", "adapter"):
@@ -242,12 +243,11 @@ def test_a_process_stops_and_resumes_from_the_command_line(tiny_overrides: list[
 
 def test_names_with_brackets_are_shown_as_they_are(here: Command, tiny_overrides: list[str], tmp_path: Path) -> None:
     """In tables, notes, errors and a live line; nothing of a name is markup."""
-    import tiny
-
     odd = {"ward-0": "[red]Ward[x]", "ward-1": "bold]", "ward-2": "[link=x]b"}
     rows = [{**r, "department": odd[r["department"]], "task": f"[{r['task']}]"} for r in tiny.tiny_rows()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    overrides = [*tiny_overrides, f"data.root={tmp_path}", 'data.tasks_file=""', "name=[x]", "federation.rounds=1"]
+    rest = ['data.tasks_file=""', "name=[x]", "federation.rounds=1", tiny.BASELINES]
+    overrides = [*tiny_overrides, f"data.root={tmp_path}", *rest]
     dry = here("run", "--dry-run", *overrides)
     done = here("run", *overrides)
     for told in (dry, done):

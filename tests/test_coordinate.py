@@ -90,7 +90,7 @@ EARLY = ["federation.rounds=6", "train.lr=0.1", "federation.patience=1"]
     "rule",
     [
         pytest.param([], id="mean", marks=pytest.mark.slow),
-        pytest.param([KEPT], id="kept"),
+        pytest.param([KEPT], id="kept", marks=pytest.mark.slow),
         pytest.param(["federation.rule=residual"], id="shifts", marks=pytest.mark.slow),
         pytest.param(EARLY, id="early", marks=pytest.mark.slow),
     ],
@@ -135,7 +135,7 @@ def test_the_doctor_says_where_the_rows_of_a_coordinators_run_are(
     assert "coordinator's run" not in told.output
 
 
-STREAM = ["stream.stages=colour,echo", "evaluation.baselines=base,local"]
+STREAM = ["stream.stages=colour,echo", "evaluation.baselines=base,local", "federation.rounds=2"]
 METHOD = ["distill.weight=1", "distill.memory=0.4", "structure.heads=0.2", "structure.rank=0.1", "train.proximal=0.1"]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_run import go
-from tiny import tiny_rows
+from tiny import BASELINES, overrides, tiny_rows
 
 from fedkeel.data.format import Formatter
 from fedkeel.evidence.doctor import at_chance, keep, of_recipe, of_run
@@ -134,16 +135,22 @@ def test_the_order_of_base_local_federated_and_centralised() -> None:
     assert levels(base=3) == {}
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with its baselines, for tests that leave it as it is."""
+    out = tmp_path_factory.mktemp("whole")
+    return go([*overrides(tiny_base, tiny_data, out), BASELINES, "federation.rounds=4"])[1].path
+
+
 def test_a_whole_run_and_the_command(
-    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    whole: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from fedkeel.cli import main
 
-    folder = go([*tiny_overrides, "federation.rounds=4"])[1].path
-    found = of_run(folder)
+    found = of_run(whole)
     assert any("training loss" in v.told for v in found)
     assert any("federated" in v.told for v in found)
-    monkeypatch.setattr("sys.argv", ["fedkeel", "doctor", str(folder)])
+    monkeypatch.setattr("sys.argv", ["fedkeel", "doctor", str(whole)])
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
@@ -151,7 +158,7 @@ def test_a_whole_run_and_the_command(
     for verdict in [*found, *of_recipe(ready(tiny_overrides))][:3]:
         assert " ".join(verdict.told.split()[:3]) in said
     # without the rows, what the run measured is judged all the same
-    monkeypatch.setattr("sys.argv", ["fedkeel", "doctor", str(folder), f"data.root={tmp_path / 'gone'}"])
+    monkeypatch.setattr("sys.argv", ["fedkeel", "doctor", str(whole), f"data.root={tmp_path / 'gone'}"])
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
@@ -188,11 +195,10 @@ def test_tasks_at_chance_by_hand(tiny_overrides: list[str], tmp_path: Path) -> N
     assert list(at_chance(prepared, {})) == []
 
 
-def test_the_report_has_the_same_verdicts_on_top(tiny_overrides: list[str]) -> None:
+def test_the_report_has_the_same_verdicts_on_top(whole: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
     """Also where the rows of text are gone, as on another machine."""
-    given = [*tiny_overrides, "federation.rounds=4"]
-    folder = go(given)[1].path
-    prepared = ready(given)
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    prepared = ready([*tiny_overrides, BASELINES, "federation.rounds=4"])
     keep(prepared, folder, of_recipe(prepared))
     found = of_run(folder, prepared)
     assert sorted(of_run(folder), key=str) == sorted(found, key=str)
@@ -209,7 +215,7 @@ def test_the_report_has_the_same_verdicts_on_top(tiny_overrides: list[str]) -> N
 
 @pytest.mark.slow
 def test_sample_answers_are_of_each_task_in_turn_and_not_picked(tiny_overrides: list[str]) -> None:
-    folder = go([*tiny_overrides, "evaluation.samples=5"])[1].path
+    folder = go([*tiny_overrides, "evaluation.baselines=base", "evaluation.samples=5"])[1].path
     kept = json.loads((folder / "answers.json").read_text())
     prepared = ready(tiny_overrides)
     by_task = {

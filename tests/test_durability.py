@@ -69,7 +69,7 @@ def test_a_run_that_died_at_its_first_file_is_begun_again(tiny_overrides: list[s
     assert not (folder / "recipe.toml.partial").exists()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_write_it_ends_in_the_same_bits(
     kills: int, tiny_overrides: list[str], whole: RunFolder, tmp_path: Path
 ) -> None:

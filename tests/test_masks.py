@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import quickly
 from test_run import Silent, adapter_of, go, rows_of, same
 
 pytest.importorskip("cryptography", reason="the extra fedkeel[privacy] is not installed")
@@ -259,7 +260,7 @@ def test_a_masked_run_is_the_plain_one_in_steps_of_the_grid(overrides: list[str]
     assert all(r["value"] == 1 for r in rows_of(first) if r["name"] == "positions")
 
 
-@pytest.mark.parametrize("gone", ["keys", "shares", "global", "unmask"])
+@pytest.mark.parametrize("gone", quickly(("keys", "unmask"), ["keys", "shares", "global", "unmask"]))
 def test_a_site_that_goes_at_any_point_is_left_out(overrides: list[str], gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum is that of the others: of all three where the one that goes has sent its change already."""
     rounds = ["federation.rounds=1", "federation.quorum=0.6"]

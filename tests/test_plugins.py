@@ -38,7 +38,7 @@ scheme = "alternating"
 [scheme.alternating]
 names = ["here", "there", "beyond"]
 [train]
-local_steps = 20
+local_steps = 10
 lr = 0.02
 batch_size = 4
 [structure]

@@ -98,7 +98,7 @@ def without_time(rows: list[dict]) -> list[dict]:
 @pytest.fixture(scope="module")
 def uncut(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """The tiny federation with all its legs, whole, for many tests to read."""
-    return go(tiny.overrides(tiny_base, tiny_data, tmp_path_factory.mktemp("uncut")))[1]
+    return go([*tiny.overrides(tiny_base, tiny_data, tmp_path_factory.mktemp("uncut")), tiny.BASELINES])[1]
 
 
 def assert_ends_as(resumed: RunFolder, whole: RunFolder) -> None:
@@ -130,7 +130,7 @@ def test_one_site_is_plain_lora_training(tiny_overrides: list[str], tiny_base: P
     trained = [p for p in plain.parameters() if p.requires_grad]
     for round in range(3):
         optimiser = torch.optim.AdamW(trained, weight_decay=0.0)
-        for step in range(3 * round, 3 * round + 3):
+        for step in range(2 * round, 2 * round + 2):
             (chosen,) = batch_indices([e.length for e in examples], 4, recipe.seed, "site-0", range(step, step + 1))
             width = max(len(examples[i].ids) for i in chosen)
             ids, labels = torch.zeros(len(chosen), width, dtype=torch.long), torch.full((len(chosen), width), -100)
@@ -141,7 +141,7 @@ def test_one_site_is_plain_lora_training(tiny_overrides: list[str], tiny_base: P
             mask = (torch.arange(width) < torch.tensor([[len(examples[i].ids)] for i in chosen])).long()
             plain(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimiser.param_groups[0]["lr"] = learning_rate(recipe.train, step, 9)
+            optimiser.param_groups[0]["lr"] = learning_rate(recipe.train, step, 6)
             optimiser.step()
             optimiser.zero_grad()
     expected = peft.get_peft_model_state_dict(plain)
@@ -219,10 +219,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tiny_overrides: list[str], 
         if (at, done) == (leg, after):
             raise KeyboardInterrupt
 
+    given = [*tiny_overrides, tiny.BASELINES]
     with pytest.raises(KeyboardInterrupt):
-        go(tiny_overrides, Silent(interrupt))
+        go(given, Silent(interrupt))
     watch = Silent()
-    _, resumed, _ = go(tiny_overrides, watch, resume=True)
+    _, resumed, _ = go(given, watch, resume=True)
     assert watch.work == pytest.approx(watch.total)
     assert_ends_as(resumed, uncut)
     assert resumed.state()["finished"]
@@ -298,7 +299,7 @@ def test_the_adapter_loads_in_peft(tiny_overrides: list[str], tiny_base: Path) -
 
 def test_rows_of_a_run(tiny_overrides: list[str], uncut: RunFolder) -> None:
     """Every leg is scored on the same rows, bytes are those of real messages, and svd states a smaller error than mean."""
-    recipe = load_recipe(None, tiny_overrides)
+    recipe = load_recipe(None, [*tiny_overrides, tiny.BASELINES])
     rows = rows_of(uncut)
     test = [r for r in rows if r["split"] == "test" and r["name"] == "rows"]
     counts = {(r["method"], r["site"]): {} for r in test}
@@ -341,15 +342,15 @@ def test_svd_at_full_rank_is_the_dense_sum(tiny_overrides: list[str], monkeypatc
 
 
 def test_budgets_of_the_legs(tiny_overrides: list[str]) -> None:
-    prepared = prepare(load_recipe(None, tiny_overrides))
+    prepared = prepare(load_recipe(None, [*tiny_overrides, tiny.BASELINES]))
     legs = {leg.name: leg for leg in legs_of(prepared.cast)}
     assert list(legs) == ["base", "federated", "local/ward-0", "local/ward-1", "local/ward-2", "centralised"]
     assert legs["base"].rounds == 0
     stages = {name: leg.stages[0] for name, leg in legs.items()}
     assert all(len(leg.stages) == 1 for leg in legs.values())
-    assert legs["federated"].rounds * stages["federated"].recipe.train.local_steps == 9
-    assert (legs["local/ward-1"].rounds, stages["local/ward-1"].recipe.train.local_steps) == (1, 9)
-    assert (legs["centralised"].rounds, stages["centralised"].recipe.train.local_steps) == (1, 27)
+    assert legs["federated"].rounds * stages["federated"].recipe.train.local_steps == 6
+    assert (legs["local/ward-1"].rounds, stages["local/ward-1"].recipe.train.local_steps) == (1, 6)
+    assert (legs["centralised"].rounds, stages["centralised"].recipe.train.local_steps) == (1, 18)
     assert stages["centralised"].rows == {"all": sum(len(held["train"]) for held in prepared.sites.rows.values())}
     assert stages["local/ward-1"].rows == {"ward-1": len(prepared.sites.rows["ward-1"]["train"])}
 
@@ -438,10 +439,11 @@ def test_full_disk_leaves_a_run_that_resumes(
         real(descriptor)
 
     monkeypatch.setattr(fedkeel.files.os, "fsync", fsync)
+    given = [*tiny_overrides, tiny.BASELINES]
     with pytest.raises(DiskError, match="No space left on device"):
-        go(tiny_overrides)
+        go(given)
     monkeypatch.setattr(fedkeel.files.os, "fsync", real)
-    _, resumed, _ = go(tiny_overrides, resume=True)
+    _, resumed, _ = go(given, resume=True)
     assert_ends_as(resumed, uncut)
     assert not list(resumed.path.rglob("*.partial"))
 
@@ -510,7 +512,7 @@ def test_prepared_is_cheap_to_change(tiny_overrides: list[str]) -> None:
     prepared: Prepared = prepare(recipe)
     for update in watch.results[0][1].updates:
         examples = Formatter(model.tokenizer, "causal", 128).encode_all(prepared.sites.rows[update.site]["train"])
-        batches = batch_indices([e.length for e in examples], 4, recipe.seed, update.site, range(3))
+        batches = batch_indices([e.length for e in examples], 4, recipe.seed, update.site, range(2))
         counted = sum(len(collate([examples[i] for i in b], "causal", 0).targets) for b in batches)
         assert update.positions == counted
 
@@ -692,5 +694,6 @@ def test_the_order_of_rows_files_and_sites_changes_no_score(
     for number in range(3):
         rows = [json.dumps(row) + "\n" for row in reversed(tiny.tiny_rows()) if row["department"] == f"ward-{number}"]
         (folder / f"{'cab'[number]}.jsonl").write_text("".join(rows))
-    _, other, _ = go([*tiny_overrides, f"data.root={folder}", 'data.files=["*.jsonl"]', "name=tiny", f"out={tmp_path}"])
+    given = [*tiny_overrides, tiny.BASELINES, f"data.root={folder}", 'data.files=["*.jsonl"]']
+    _, other, _ = go([*given, "name=tiny", f"out={tmp_path}"])
     assert_ends_as(other, uncut)

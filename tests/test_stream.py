@@ -411,7 +411,7 @@ def test_what_is_served_is_averaged_along_the_stages(stream: list[str], heard: l
         [],
         ["federation.codec_up=int8", "federation.codec_down=int4"],
         ["structure.branch=0.3", "structure.skip=0.5", "structure.hold=true"],
-        ["attack.kind=gaussian", "attack.share=0.4"],
+        pytest.param(["attack.kind=gaussian", "attack.share=0.4"], marks=pytest.mark.slow),
     ],
     ids=["exact", "lossy", "held", "attacked"],
 )

@@ -307,7 +307,7 @@ def tiny_plan(tiny_overrides: list[str], tmp_path: Path) -> Path:
     common = [o for o in tiny_overrides if not o.startswith(("name=", "out="))]
     methods = {"plain": [], "near": ["train.proximal=0.1"], "broken": ["train.lr=1e30", "train.clip_norm=1e30"]}
     lines = [
-        f"seeds = [1]\nset = {json.dumps([*common, 'evaluation.baselines=[]'])}\n[streams.tiny]",
+        f"seeds = [1]\nset = {json.dumps([*common, 'train.local_steps=1'])}\n[streams.tiny]",
         *(f"[methods.{name}]\nset = {json.dumps(given)}" for name, given in methods.items()),
     ]
     path = tmp_path / "tiny.toml"

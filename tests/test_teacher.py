@@ -334,6 +334,10 @@ def test_one_epoch_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for epochs in (1, 2):
         train(model, examples, recipe_of("distill.weight=1", "train.local_steps=0", f"train.local_epochs={epochs}"))
     assert keeps == [False, True]
+    # a term that looks at what is least likely has the teacher asked anew
+    absent = ["evidence.task=restricted", "term.vacant.weight=1"]
+    train(model, examples, recipe_of(*absent, "train.local_steps=0", "train.local_epochs=2"))
+    assert keeps[2:] == [False]
 
 
 # ------------------------------------------------------------------------------------------------------------------- trusts

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from test_run import Silent, go
+from tiny import BASELINES
 
 from fedkeel.runs.watch import Left, Lines
 
@@ -60,12 +61,12 @@ class Steps(Silent):
 
 
 def test_every_step_of_a_site_is_heard_of(tiny_overrides: list[str]) -> None:
-    """One site of 3 rounds × 3 steps of 4 rows, a training row as three scored ones; the bar ends where it should."""
+    """One site of 3 rounds × 2 steps of 4 rows, a training row as three scored ones; the bar ends where it should."""
     watch = Steps()
     one = ["partition.scheme=iid", "partition.sites=1", "evaluation.baselines=[]", "train.batch_size=4"]
     go([*tiny_overrides, *one], watch)
     steps = [part for part in watch.parts if part == pytest.approx(3.0 * 4)]
-    assert len(steps) == 9
+    assert len(steps) == 6
     assert watch.work == pytest.approx(watch.total)
 
 
@@ -86,7 +87,7 @@ def test_a_resumed_run_skips_what_was_done(tiny_overrides: list[str]) -> None:
 
 def test_lines_tell_it_with_each_round(tiny_overrides: list[str]) -> None:
     told: list[str] = []
-    go(tiny_overrides, Lines(told.append))  # type: ignore[arg-type]
+    go([*tiny_overrides, BASELINES], Lines(told.append))  # type: ignore[arg-type]
     rounds = [line for line in told if "federated round" in line]
     assert len(rounds) == 3
     assert all(re.search(r"bytes, about \d+ s left$", line) for line in rounds), rounds

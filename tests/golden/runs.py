@@ -139,7 +139,8 @@ def given(name: str, folder: Path) -> list[str]:
         data.mkdir()
         tiny.write_base(base)
         tiny.write_data(data)
-    return [*tiny.overrides(base, data, folder / "runs"), *CASES[name], f"name={name}"]
+    first = ["train.local_steps=3", tiny.BASELINES]  # as tiny federations were when these were kept
+    return [*tiny.overrides(base, data, folder / "runs"), *first, *CASES[name], f"name={name}"]
 
 
 def main() -> None:

@@ -91,7 +91,9 @@ def answer(payload: bytes, model: Model, site: Site, kept: Kept, clock: Callable
     # Of fixed width, so that the bytes of a message do not depend on how fast the machine was.
     seconds = f"{clock() - begin:012.3f}"
     key = derive(recipe.seed, "up", site.name, round.state.round)
-    if recipe.stream.slices:  # what an earlier stage left unsent would move what that stage ended in
+    if (
+        recipe.stream.slices
+    ):  # what an earlier stage left unsent moves nothing any more, and would crowd out what is trained now
         kept.forget(round.ranks)
     recipe = replace(recipe, privacy=quantile.as_now(recipe.privacy, round.state.clip))
     spoils = derive(recipe.seed, "attack", site.name, round.state.round)

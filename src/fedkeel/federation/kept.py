@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkeel.method.aggregate.layouts import first_rows
 from fedkeel.method.structure.branch import left_out
-from fedkeel.method.structure.shares import only
+from fedkeel.method.structure.shares import AXES, only
 from fedkeel.method.structure.skip import blocks_out
 from fedkeel.recipe.schema import LoraConfig, Recipe
 from fedkeel.types import Adapter
@@ -31,9 +31,8 @@ class Kept:
 
     def forget(self, ranks: range) -> None:
         """Keep of what is remembered for the next message only what is of these ranks of the branches."""
-        axes = {"a": 0, "b": 1}
         self.memory = {
-            step: {n: only(ranks, axes[n[-1]], t) if n.endswith((".a", ".b")) else t for n, t in tensors.items()}
+            step: {n: only(ranks, AXES[n[-1]], t) if n.endswith((".a", ".b")) else t for n, t in tensors.items()}
             for step, tensors in self.memory.items()
         }
 

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fedkeel.files import as_others
@@ -30,32 +30,34 @@ def save_adapter(model: Model, folder: Path, adapter: Adapter | None = None) -> 
     An encoder's classes are written beside it, and with the `label-text` head their frozen embeddings, with the `analytic` one
     its classifiers, without which the adapter's hidden states could not be turned into class scores.
     """
+    config = copy.deepcopy(model.net.peft_config["default"])
+    config.inference_mode = True
+    tensors = peft.get_peft_model_state_dict(model.net)
     if adapter is None:
-        own, room = model.read(), model.net.peft_config["default"].r
-        if any(factors.a.shape[0] < room for factors in own.lora.values()):
+        own = model.read()
+        if any(factors.a.shape[0] < config.r for factors in own.lora.values()):
             adapter = own  # a site of a lower rank: its padding stays here
-    if adapter is None:
-        model.net.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model-card template
-    else:
-        _save_given(model, folder, adapter)
+    if adapter is not None:
+        tensors |= _evened(config, adapter)
+    # `save_pretrained` of the model writes the same two files, and most of its time a card, which says nothing
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
     _save_classes(model, folder)
     as_others(folder)
 
 
-def _save_given(model: Model, folder: Path, adapter: Adapter) -> None:
-    """One rank and scale for all maps, as servers of adapters expect: rows of 0 fill up, scales go into B."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.net.peft_config["default"])
+def _evened(config: peft.LoraConfig, adapter: Adapter) -> dict[str, Tensor]:
+    """One rank and scale for all maps, as servers of adapters expect: rows of 0 fill up, scales go into B. `config` says so."""
     config.r = max(m.a.shape[0] for m in adapter.lora.values())
-    config.use_rslora, config.lora_alpha, config.inference_mode = False, config.r, True
-    config.save_pretrained(folder)
-    tensors = peft.get_peft_model_state_dict(model.net)
+    config.use_rslora, config.lora_alpha = False, config.r
+    tensors = {}
     for path, factors in adapter.lora.items():
         more, where = config.r - factors.a.shape[0], f"{PREFIX}{path}.lora"
         tensors[f"{where}_A.weight"] = nn.functional.pad(factors.a, (0, 0, 0, more))
         tensors[f"{where}_B.weight"] = nn.functional.pad(factors.scale * factors.b, (0, more))
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    return tensors
 
 
 def _ending(settings: GenerationConfig, end: int | list[int]) -> GenerationConfig:

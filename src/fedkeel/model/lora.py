@@ -615,7 +615,8 @@ class Model:
 
     def train(self, mode: bool = True) -> None:
         """Training mode (dropout on), or evaluation mode."""
-        self.net.train(mode)
+        if self.net.training != mode:  # all modules follow it, and to go through them takes as long as a small batch
+            self.net.train(mode)
 
     def read(self) -> Adapter:
         """A copy of the adapter, float32, on the CPU; of the rank of what was last written."""

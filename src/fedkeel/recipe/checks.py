@@ -173,13 +173,12 @@ def _check_stream(recipe: Recipe) -> None:
 def _check_slices(recipe: Recipe) -> None:
     """What a stage leaves alone must stay as it was, from the first round to the last."""
     stages, rule = len(recipe.stream.stages), tables.RULES[recipe.federation.rule]
-    fits = _steady(rule)
     if not stages:
         raise ConfigError("stream.slices = true deals ranks to stages, and there is one: set stream.stages or stream.order")
     wrong = {
         f"lora.rank = {recipe.lora.rank} for {stages} stages (at least one each)": stages > recipe.lora.rank,
         "lora.site_ranks": not recipe.lora.one_rank,
-        f"federation.rule = {rule.name!r} ({_rules(_steady)} go)": not fits,
+        f"federation.rule = {rule.name!r} ({_rules(_holds_ranks)} go)": not _holds_ranks(rule),
         f"train.weight_decay = {recipe.train.weight_decay:g}, which shrinks all": recipe.train.weight_decay,
         f"federation.optimiser = {recipe.federation.optimiser!r}": recipe.federation.optimiser != "average",
         f"privacy.unit = {recipe.privacy.unit!r}, whose noise moves all": recipe.privacy.unit != "none",
@@ -347,7 +346,7 @@ def _check_row_privacy(recipe: Recipe) -> None:
         )
 
 
-def _steady(rule: tables.Rule) -> bool:
+def _holds_ranks(rule: tables.Rule) -> bool:
     """Whether a rank of both factors is the same from round to round, on a base that stays."""
     return rule.keeps_basis and rule.trains == ("ab",) and not rule.shifts and not rule.personal
 

@@ -435,13 +435,14 @@ def _stability_words(measures: Sequence[Row], clean: float | None) -> str:
 def blocks_table(measures: Sequence[Row]) -> Table:
     """Scores without the blocks of least influence, a line a number of blocks; see `measure.blocks`."""
     found = measured_of(measures, "blocks")
-    weighed = found.pop("influence", {})
-    turns = found.pop("turn", {n: value for n, value in weighed.items() if n != "0"})  # earlier versions weighed once
+    weighed, turns = found.pop("influence", {}), found.pop("turn", {})
+    how = "weighed anew whenever one has gone" if turns else "weighed once, as earlier versions did"
+    order = turns or {n: value for n, value in weighed.items() if n != "0"}
     lines = [(number(of["kept"], 0), points(of["score"]), number(of["seconds"], 2)) for of in found.values()]
     note = (
-        "Influence: 1 − cos of what a block is given and gives, on validation rows, weighed anew whenever one has gone. In the "
+        f"Influence: 1 − cos of what a block is given and gives, on validation rows, {how}. In the "
         "order in which they go, each with its influence while all are there: "
-        + ", ".join(f"{n} ({number(weighed[n], 3)})" for n in sorted(turns, key=lambda n: turns[n]))
+        + ", ".join(f"{n} ({number(weighed[n], 3)})" for n in sorted(order, key=lambda n: order[n]))
         + ". The first block, 0, stays always."
     )
     header = ("blocks left", "score", "seconds, as a share")

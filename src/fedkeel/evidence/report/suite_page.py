@@ -28,7 +28,7 @@ def write_suite_report(folder: Path) -> Path:
     so. Raises FedKeelError, naming the file, if something there is malformed.
     """
     suite = read_suite(folder)
-    streams = [_judged(suite, stream) for stream in streams_of(suite)]
+    streams = _all_judged(suite)
     scores = [tables.score_table(suite, s.name, s.results, s.chances).markdown() for s in streams]
     write_atomic(folder / "table.md", "\n".join(scores))
     write_atomic(folder / "report.md", _markdown(suite, streams))
@@ -51,11 +51,14 @@ def kept_picture(folder: Path, stream: str, path: Path) -> None:
 def suite_markdown(folder: Path) -> str:
     """The tables of the suite in `folder` as sections of Markdown, a second-level heading a stream. Raises FedKeelError."""
     suite = read_suite(folder)
-    return _sections(suite, [_judged(suite, stream) for stream in streams_of(suite)])
+    return _sections(suite, _all_judged(suite))
 
 
 class _Stream:
-    """A stream's lines with their numbers, averages without the tasks at chance."""
+    """A stream's lines with their numbers, averages without the tasks at chance. beside: the stream against its even twin,
+    without a line where it has none."""
+
+    beside = Table("", (), ())
 
     def __init__(self, name: str, results: list[Result], chances: dict[str, Chance]) -> None:
         self.name, self.results, self.chances = name, results, chances
@@ -67,17 +70,19 @@ def _judged(suite: Suite, name: str) -> _Stream:
     return _Stream(name, results_of(suite, name, [task for task, c in chances.items() if c.out]), chances)
 
 
-def _beside(suite: Suite, stream: _Stream, streams: Sequence[_Stream]) -> Table:
-    """The stream against its even twin; without a line where it has none."""
-    twin = next((s.results for s in streams if s.name == suite.twins.get(stream.name)), ())
-    return twin_table(suite, stream.name, stream.results, twin)
+def _all_judged(suite: Suite) -> list[_Stream]:
+    found = {name: _judged(suite, name) for name in streams_of(suite)}
+    for name, twin in suite.twins.items():
+        if name in found and twin in found:
+            found[name].beside = twin_table(suite, name, found[name].results, found[twin].results)
+    return list(found.values())
 
 
-def _tables(suite: Suite, stream: _Stream, streams: Sequence[_Stream]) -> list[Table]:
+def _tables(suite: Suite, stream: _Stream) -> list[Table]:
     """All tables of a stream that have a line, the score table first."""
     found = [
         tables.score_table(suite, stream.name, stream.results, stream.chances),
-        _beside(suite, stream, streams),
+        stream.beside,
         tables.task_table(stream.name, stream.results, stream.chances),
         tables.chance_table(stream.name, stream.chances),
         tables.retention_table(stream.name, stream.results),
@@ -93,7 +98,7 @@ def _sections(suite: Suite, streams: Sequence[_Stream]) -> str:
     for stream in streams:
         text = suite.streams.get(stream.name, "")
         parts.append(f"## {escape(stream.name)}\n" + (f"\n{escape(text)}\n" if text else ""))
-        parts += [table.markdown(level=3) for table in _tables(suite, stream, streams)]
+        parts += [table.markdown(level=3) for table in _tables(suite, stream)]
         parts.append(tables.method_list(suite, stream.name, stream.results).markdown(level=3))
     return "\n".join(parts)
 
@@ -117,14 +122,14 @@ def _page(suite: Suite, streams: Sequence[_Stream]) -> Page:
         *(tables.method_list(suite, s.name, s.results) for s in streams),
     ]
     sections = [Section("compared", "What is compared", tuple(t for t in compared if t.lines))]
-    sections += [_stream_section(suite, stream, n, _beside(suite, stream, streams)) for n, stream in enumerate(streams, 1)]
+    sections += [_stream_section(suite, stream, n) for n, stream in enumerate(streams, 1)]
     runs = tables.run_table(suite)
     sections.append(Section("runs", "Runs", (Folded(runs),)))
     source = f"Suite {suite.name}, recipe.toml in each run's folder, {told}"
     return Page(suite.title, "FedKeel · report of a suite", tuple(lead), source, tuple(sections))
 
 
-def _stream_section(suite: Suite, stream: _Stream, number: int, beside: Table) -> Section:
+def _stream_section(suite: Suite, stream: _Stream, number: int) -> Section:
     results, name = stream.results, stream.name
     methods = [m for m in suite.methods if m != BASELINES]
     styles = styles_of([*METHODS.values(), *methods], suite.reference)
@@ -139,7 +144,7 @@ def _stream_section(suite: Suite, stream: _Stream, number: int, beside: Table) -
     knobs = [block for n, key in enumerate(suite.knobs, 1) for block in figure(charts.knob(suite, name, results, key, n))]
     found: list[tuple[str, str, tuple[Block, ...]]] = [
         ("scores", "Scores", table(tables.score_table(suite, name, results, stream.chances))),
-        ("skew", "Against its even twin", table(beside)),
+        ("skew", "Against its even twin", table(stream.beside)),
         ("differences", "Differences", figure(charts.differences(suite, results))),
         ("square", "Two by two", figure(charts.square(suite, name, results))),
         (

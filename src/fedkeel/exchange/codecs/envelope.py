@@ -58,7 +58,7 @@ class _Entry(NamedTuple):
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, without a temporary of the tensor's size (NaN goes through min and max)."""
     low, high = tensor.aminmax()
-    return bool(low.isfinite()) and bool(high.isfinite())
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def mismatch(found: Wire, promised: Wire) -> str:

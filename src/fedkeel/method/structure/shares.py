@@ -7,11 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fedkeel.model.places import Places
 from fedkeel.recipe.schema import Recipe
 from fedkeel.types import Adapter
+
+AXES = {"a": 0, "b": 1}  # of a factor, the one that counts ranks
 
 
 def ranks_of(rank: int, stages: int, stage: int) -> range:
@@ -35,26 +38,24 @@ def shared(places: Places, ranks: range) -> Iterator[None]:
     places.need(places.branches, "slices")
     with ExitStack() as undo:
         for branch in places.branches:
-            for module, axis in ((branch.a, 0), (branch.b, 1)):
-                weight = module.get_parameter("weight")
+            for factor, axis in AXES.items():
+                weight = getattr(branch, factor).get_parameter("weight")
                 if weight.requires_grad:  # not of a branch that is held out of the round
                     undo.callback(weight.register_hook(partial(only, ranks, axis)).remove)
         yield
 
 
-def only(ranks: range, axis: int, tensor: Tensor) -> Tensor:
-    """`tensor` where it is of these ranks, which `axis` counts, and 0 elsewhere."""
-    kept = tensor.new_zeros(tensor.shape)
-    kept.narrow(axis, ranks.start, len(ranks)).copy_(tensor.narrow(axis, ranks.start, len(ranks)))
-    return kept
+def only(ranks: range, axis: int, tensor: Tensor, others: Tensor | None = None) -> Tensor:
+    """`tensor` where it is of these ranks, which `axis` counts, and `others` elsewhere; without them 0."""
+    mixed = torch.zeros_like(tensor) if others is None else others.clone()
+    mixed.narrow(axis, ranks.start, len(ranks)).copy_(tensor.narrow(axis, ranks.start, len(ranks)))
+    return mixed
 
 
 def within(ranks: range, before: Adapter, after: Adapter) -> Adapter:
     """`after` in these ranks of every branch, and `before` in the others."""
     lora = {}
     for path, old in before.lora.items():
-        a, b = old.a.clone(), old.b.clone()
-        a[ranks.start : ranks.stop] = after.lora[path].a[ranks.start : ranks.stop]
-        b[:, ranks.start : ranks.stop] = after.lora[path].b[:, ranks.start : ranks.stop]
-        lora[path] = replace(old, a=a, b=b)
+        new = after.lora[path]
+        lora[path] = replace(old, a=only(ranks, AXES["a"], new.a, old.a), b=only(ranks, AXES["b"], new.b, old.b))
     return replace(after, lora=lora)
