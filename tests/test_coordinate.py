@@ -27,7 +27,8 @@ from tiny import tiny_rows
 from typer.testing import CliRunner
 
 from fedkeel.cli import app as cli
-from fedkeel.engines.coordinate import check_heads, meanings_of, reference_of
+from fedkeel.engines.coordinate import meanings_of, reference_of
+from fedkeel.engines.exported import check_heads
 from fedkeel.engines.flower.apps import OneSentence, client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
 from fedkeel.engines.work import handle

@@ -4,7 +4,7 @@ It holds adapters, not models: no base weights, no GPU, no rows. What the federa
 the recipe's seed and its own copy of the base, and must have one hash everywhere. The legs and their loop are those of
 `run.rounds`; baselines on pooled data are what a deployment exists to avoid. Held-out scores are sums and counts that the sites
 report of their own rows; a local-only model is scored by the site that trained it, and by no other. The adapter's PEFT folder
-is written by one site and compared with the coordinator's tensors.
+is written by two sites, compared with the coordinator's tensors, and with one another.
 """
 
 from __future__ import annotations
@@ -17,19 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from torch import Tensor
 
 from fedkeel import tables
+from fedkeel.engines.exported import differing, read_folder
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope
 from fedkeel.exchange.messages import MEMORY, pack_global
 from fedkeel.federation.server import FederationError
 from fedkeel.files import replaced_folder, write_atomic
-from fedkeel.model.bases import ADAPTER_FILES
 from fedkeel.model.digest import digest_of
-from fedkeel.model.features import by_label
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
@@ -39,7 +35,7 @@ from fedkeel.runs.rounds import Carrier, Loop, Memory, Progress, check_curve
 from fedkeel.runs.rows import Sums, pooled_rows
 from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
-from fedkeel.types import Adapter, FedKeelError, Global, Head, Lora, Reply, Row
+from fedkeel.types import Adapter, FedKeelError, Global, Lora, Reply, Row
 
 # what must be one at all sites, and how a person would say it
 ONE = {
@@ -50,6 +46,7 @@ ONE = {
     "layout": "adapter layout",
     "initial": "initial adapter",
 }
+ASKED = 3  # sites for the adapter's folder, until two agree
 Answers = Mapping[str, "tuple[dict[str, Any], bytes] | FedKeelError"]
 
 
@@ -317,58 +314,34 @@ class Away:
                 self._export("best", best)
 
     def _export(self, name: str, current: Global) -> None:
-        """The PEFT folder, from the first site whose files hold the coordinator's tensors. Raises FederationError."""
-        told = []
+        """The PEFT folder, as two sites write it; where no two of the first ASKED agree, the first one's, and that is said.
+        Raises FederationError if no site's files hold the coordinator's tensors."""
+        told, wrote, agreed = list[str](), dict[str, dict[str, bytes]](), ""
+        heads = current.heads if self.recipe.model.head == "analytic" else {}
         payload = pack_global("checkpoint", current, since=0)
         for site in self.fine():
             outcome = self.sites.ask("export", {site: ({"kept": ""}, payload)}, self.recipe.federation.deadline)[site]
             try:
                 if isinstance(outcome, FedKeelError):
                     raise outcome
-                files = {name: t.numpy().tobytes() for name, t in open_envelope(outcome[1])[1].items()}
-                _check_export(files, current)
-                check_heads(files, current.heads if self.recipe.model.head == "analytic" else {})
-                config = json.loads(files["adapter_config.json"])
-                config["base_model_name_or_path"] = self.recipe.model.base  # where it lies at a site is that site's business
+                files = read_folder(outcome[1], current, heads, self.recipe.model.base)
             except (FedKeelError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
                 told.append(f"\n--- {site}: {error}")
                 continue
-            files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-            with replaced_folder(self.folder.path / name) as partial:
-                for inside, content in files.items():
-                    write_atomic(partial / Path(inside).name, content)
-            return
-        raise FederationError(f"no site could write the adapter; the last checkpoint holds it.{''.join(told)}")
-
-
-def _check_export(files: Mapping[str, bytes], current: Global) -> None:
-    """Raise EnvelopeError unless the files hold the adapter that was asked for; where its rank changes on the way (base
-    shifts), unless they hold its maps."""
-    if odd := sorted(files.keys() - set(ADAPTER_FILES)):
-        raise EnvelopeError(f"{odd[0]!r} is no file of a PEFT folder; {', '.join(sorted(ADAPTER_FILES))} are")
-    given = load_tensors(files["adapter_model.safetensors"])
-    expected: dict[str, Tensor] = {}
-    for path, factors in current.adapter.lora.items():
-        expected |= {f"{path}.lora_A.weight": factors.a, f"{path}.lora_B.weight": factors.b}
-    for name, tensor in (expected | dict(current.adapter.dense)).items():
-        found = given.get(f"base_model.model.{name}")
-        if found is None or (not current.shifts and not torch.equal(found, tensor)):
-            raise EnvelopeError(f"{name} in the PEFT folder is not the coordinator's")
-
-
-def check_heads(files: Mapping[str, bytes], heads: Mapping[str, Head]) -> None:
-    """Raise EnvelopeError unless the classifiers beside an encoder's adapter are these, see `model.features.ByHead`."""
-    if not heads:
-        if "label_heads.safetensors" in files:
-            raise EnvelopeError("the PEFT folder has classifiers, and the coordinator has none")
-        return
-    given = load_tensors(files["label_heads.safetensors"])
-    labels = json.loads(files["fedkeel_classes.json"])["labels"]
-    if not (given.keys() == labels.keys() == heads.keys()):
-        raise EnvelopeError(f"the PEFT folder has classifiers of {', '.join(sorted(given))}, not of {', '.join(sorted(heads))}")
-    for task, head in heads.items():
-        if labels[task] != list(head.labels) or not torch.equal(given[task], by_label(head)):
-            raise EnvelopeError(f"the classifier of {task} in the PEFT folder is not the coordinator's")
+            agreed = site if any(not differing(files, its) for its in wrote.values()) else ""
+            wrote[site] = files
+            if agreed or len(wrote) == ASKED:
+                break
+        if not wrote:
+            raise FederationError(f"no site could write the adapter; the last checkpoint holds it.{''.join(told)}")
+        kept = agreed or next(iter(wrote))
+        told += [f"\n--- {site}: another {', '.join(odd)}" for site in wrote if (odd := differing(wrote[kept], wrote[site]))]
+        if told:
+            alike = "two sites" if agreed else "no other site"
+            self.watch.note(f"{name}/ is as site {kept} wrote it, and {alike} alike:{''.join(told)}")
+        with replaced_folder(self.folder.path / name) as partial:
+            for inside, content in wrote[kept].items():
+                write_atomic(partial / Path(inside).name, content)
 
 
 def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]) -> None:
