@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 import transformers
+import typer
 
-from fedkeel.cli import main
+from fedkeel.cli import app, main
 from fedkeel.display import Display
 from fedkeel.recipe.load import load_recipe
 
@@ -66,6 +68,28 @@ def test_help_and_typos_import_nothing_heavy(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert "HEAVY []" in done.stdout, done.stdout + done.stderr
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Path and command, of those that are no group of others."""
+    for name, one in group.commands.items():
+        yield from commands(one, (*path, name)) if hasattr(one, "commands") else [((*path, name), one)]
+
+
+def test_help_says_what_every_argument_is(here: Command) -> None:
+    """As typer and click of these releases show it together."""
+
+    def plain(text: str) -> str:
+        return "".join(text.replace("│", "").split())
+
+    seen = 0
+    for path, command in commands(typer.main.get_command(app)):
+        shown = plain(here(*path, "--help").stdout)
+        for parameter in command.params:
+            assert parameter.help, (path, parameter.name)
+            assert plain(parameter.help) in shown, (path, parameter.name)
+            seen += parameter.param_type_name == "argument"
+    assert seen >= 20
 
 
 def assert_one_paragraph(done: Done, told: str) -> None:

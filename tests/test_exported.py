@@ -106,9 +106,7 @@ def test_no_folder_is_better_than_another_adapters(written: tuple[Files, Global]
     files, current = written
     moved = {n: t + 1 for n, t in load(files["adapter_model.safetensors"]).items()}
     away, _, _ = seat([lambda files: {**files, "adapter_model.safetensors": save(moved)}, broken], files, tmp_path)
-    with pytest.raises(
-        FederationError, match=r"no site could write the adapter(.|\n)*is not the coordinator's\n--- b"
-    ):
+    with pytest.raises(FederationError, match=r"no site could write the adapter(.|\n)*is not the coordinator's\n--- b"):
         Away._export(away, "adapter", current)
     assert not (tmp_path / "adapter").exists()
 
