@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -372,6 +373,35 @@ def test_what_went_wrong_in_a_private_round_stays_at_the_site(
     assert "loss" not in answers["private"]
     assert "stands in the log of that site" in answers["private"]
     assert "the loss became" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("more", [PRIVATE, ["privacy.unit=row", "privacy.noise=1.1"], ["privacy.masks=true"]])
+def test_why_rows_cannot_be_read_stays_at_the_site_and_how_long_it_took(
+    more: list[str], tiny_overrides: list[str], tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An error names the file and the line, a duration says how many rows there are; what is wrong with the request is told."""
+    from fedkeel.engines.work import handle
+    from fedkeel.recipe.settings import to_toml
+
+    shutil.copytree(tiny_data, tmp_path / "data")
+    rows = tmp_path / "data" / "rows.jsonl"
+    answers = {}
+    for name, keys in (("open", []), ("hides", [*more, "federation.weighting=uniform"])):
+        recipe = load_recipe(None, [*tiny_overrides, *keys, f"data.root={tmp_path / 'data'}"])
+        asked = {"run": name, "id": "1", "site": "", "recipe": to_toml(recipe), "kind": "hello"}
+        found = handle(asked, b"", state=tmp_path)[0]
+        answers[name, "times"] = [found["hello"]["load_seconds"] > 0, found["cpu"] > 0]
+        answers[name, "another"] = handle({**asked, "site": "ward-9"}, b"", state=tmp_path)[0]["error"]
+        whole = rows.read_text()
+        rows.write_text(whole + '{"secret": "a name"}\n')
+        answers[name, "broken"] = handle(asked, b"", state=tmp_path)[0]["error"]
+        rows.write_text(whole)
+    assert "rows.jsonl:73" in answers["open", "broken"]
+    assert answers["hides", "broken"] == "it failed; what went wrong stands in the log of that site, as its rows are private"
+    assert "rows.jsonl:73" in capfd.readouterr().err
+    assert "the message is for site 'ward-9'" in answers["open", "another"]
+    assert answers["hides", "another"] == answers["open", "another"]
+    assert (answers["open", "times"], answers["hides", "times"]) == ([True, True], [False, False])
 
 
 ROWS = ["privacy.unit=row", "privacy.clip=0.1", "privacy.noise=1.1", "federation.weighting=uniform"]

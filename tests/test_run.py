@@ -267,10 +267,11 @@ def killed_while_saving(overrides: list[str]) -> None:
 @pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], uncut: RunFolder, tmp_path: Path) -> None:
     """kill -9 while rows of an unfinished unit are already in the file: they are cut off again."""
-    killed_while_saving(tiny_overrides)
+    given = [*tiny_overrides, tiny.BASELINES]
+    killed_while_saving(given)
     folder = RunFolder(tmp_path / "tiny")
     assert len(folder.rows_file.read_bytes()) > folder.state()["rows_bytes"]
-    _, resumed, _ = go(tiny_overrides, resume=True)
+    _, resumed, _ = go(given, resume=True)
     assert_ends_as(resumed, uncut)
 
 

@@ -110,7 +110,8 @@ class Work:
     def hello(self, site: str) -> dict[str, Any]:
         """What a coordinator checks before round 1: that this site would train the same thing as the others."""
         versions = {name: metadata.version(name) for name in ("fedkeel", "torch", "transformers", "peft")}
-        most = 1 if self.recipe.privacy.unit == "site" else 2**63  # how many rows there are is a number about them
+        privacy = self.recipe.privacy
+        most = 1 if privacy.unit == "site" else 2**63  # how many rows there are is a number about them, and so is the time
         rows = [{split: min(most, len(held)) for split, held in stage.rows[site].items()} for stage in self.prepared.stages]
         return {
             "site": site,
@@ -124,7 +125,7 @@ class Work:
             "tasks": self._meanings(),
             "rows": rows,
             "encoded": [min(most, len(stage)) for stage in self.examples(site)],
-            "load_seconds": self.seconds,
+            "load_seconds": 0.0 if privacy.hides else self.seconds,
         }
 
     def _meanings(self) -> dict[str, str]:
@@ -242,13 +243,14 @@ def present(recipe: Recipe, alone: str) -> Work:
 
 
 def _told(error: Exception, private: bool, site_file: SiteFile | None) -> str:
-    """What a coordinator hears of a failure. private: losses and tracebacks tell of rows, and stay in the site's log."""
+    """What a coordinator hears of a failure. private: what is not about the request itself tells of rows, by a loss, a label or
+    the line of a file, and stays in the site's log."""
     text = str(error) if isinstance(error, FedKeelError) else traceback.format_exc()
     text = text if site_file is None else for_a_part(text)
-    if not private:
+    if not private or isinstance(error, WorkError):
         return text
-    print(f"{time.strftime('%F %T')} a round failed: {text}", file=sys.stderr, flush=True)
-    return "its round failed; what went wrong stands in the log of that site, as its rows are private"
+    print(f"{time.strftime('%F %T')} a request failed: {text}", file=sys.stderr, flush=True)
+    return "it failed; what went wrong stands in the log of that site, as its rows are private"
 
 
 def _agreed(text: str, site_file: SiteFile) -> str:
@@ -276,16 +278,16 @@ def handle(
     private = False
     try:
         text, run, kind = str(header["recipe"]), checked_name(header["run"]), header["kind"]
+        recipe = make_recipe(tomllib.loads(text)) if site_file is None else localised(_agreed(text, site_file), site_file)
+        private = recipe.privacy.hides
+        work = present(recipe, "" if site_file is None else site_file.name)
         if site_file is not None:
-            work = present(localised(_agreed(text, site_file), site_file), site_file.name)
             site, root = site_file.name, site_file.state
         else:
-            work = present(make_recipe(tomllib.loads(text)), "")
             if not 0 <= partition < len(work.names):
                 raise WorkError(f"partition {partition} of {len(work.names)} sites")
             site, root = work.names[partition], state or Path()
         told["site"] = site
-        private = work.recipe.privacy.unit != "none" and kind == "train"
         if header["site"] not in ("", site):
             raise WorkError(f"the message is for site {header['site']!r}; this is {site!r}")
         folder = root / run
@@ -321,4 +323,5 @@ def handle(
         return {**told, "error": str(error), "lost": True}, b""
     except Exception as error:  # whatever it is, it is this site's failure, and the coordinator repeats the text
         return {**told, "error": _told(error, private, site_file)}, b""
-    return {**told, **more, "cpu": time.process_time() - begin}, out
+    # how long a site took tells how many rows it has
+    return {**told, **more, "cpu": 0.0 if private else time.process_time() - begin}, out

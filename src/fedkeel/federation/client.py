@@ -128,8 +128,7 @@ def _knowing(payload: bytes, asked: Mapping[str, Any], model: Model, site: Site)
     round, stage = asked.get("round"), asked.get("stage")
     if type(round) is not int or type(stage) is not int or not 0 <= stage < len(site.stages):
         raise SiteError(f"site {site.name}: asked for what its rows of stage {stage!r} say; it has {len(site.stages)} stages")
-    private = site.recipe.privacy.unit != "none" or site.recipe.privacy.masks
-    if asked.get("layout") != layout(model.initial) or private:
+    if asked.get("layout") != layout(model.initial) or site.recipe.privacy.hides:
         raise SiteError(f"site {site.name}: sums of its rows are asked for by another model, or its rows are private")
     examples = site.stages[stage]
     if asked["kind"] == "gather":

@@ -383,6 +383,11 @@ class Privacy:
     delta: float = number(1e-5, 0, 0.5, "δ, at which ε is stated", above=True, unit="probability")
     epsilon: float = number(0.0, 0, about="most that the run may come to: one that would is refused; 0: any")
 
+    @property
+    def hides(self) -> bool:
+        """Whether a site keeps numbers about its own rows to itself."""
+        return self.unit != "none" or self.masks
+
 
 @dataclass(frozen=True)
 class Audit:
