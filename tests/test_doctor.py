@@ -68,7 +68,7 @@ def test_labels_that_sites_lack(tiny_overrides: list[str], tmp_path: Path) -> No
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     own = [*tiny_overrides, f"data.root={tmp_path}", 'data.tasks_file=""']
     verdict = about(of_recipe(ready(own)), "colour")
-    assert verdict.told == "colour: a site holds no row of 33% of its 3 labels, 1 are at one site only"
+    assert verdict.told == "colour: a site lacks 33% of its 3 labels, on average; 1 are at one site only"
     assert (verdict.level, "restricted" in verdict.change) == (LOOK, True)
     assert about(of_recipe(ready([*own, "evidence.task=restricted"])), "colour").level == GOOD
 

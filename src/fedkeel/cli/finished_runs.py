@@ -203,7 +203,11 @@ def export(
         float, typer.Option("--depth", min=0.05, max=1, help="The share of blocks to keep; an adapter brings its base along.")
     ] = 1.0,
     least: Annotated[
-        bool, typer.Option("--least", help="Of --depth: leave out the blocks of least influence, not the top ones.")
+        bool,
+        typer.Option(
+            "--least",
+            help="Of --depth: leave out the blocks of least influence, as `fedkeel measure` found it, not the top ones.",
+        ),
     ] = False,
     best: BestOption = False,
     base: BaseOption = "",

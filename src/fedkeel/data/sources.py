@@ -262,7 +262,11 @@ def whole(found: list[Record], config: Data, seed: int, splits: bool = False, pa
     if config.tasks:
         missing = set(config.tasks) - {r.task for r in found}
         if missing and not partly:
-            raise DataError(f"data.tasks names {sorted(missing)}, but no row is of that task")
+            there = ", ".join(sorted({r.task for r in found})[:10]) or "none"
+            raise DataError(
+                f"data.tasks names {sorted(missing)}, but no row is of that task; rows' tasks: {there}; name some of these, "
+                f"or leave data.tasks empty to take all"
+            )
         found = [r for r in found if r.task in config.tasks]
     if not any(r.split == "train" for r in found):
         where = config.dataset or config.root or config.source

@@ -178,7 +178,7 @@ def _rows(recipe: Recipe, site: str) -> str:
             f"subset = {toml_value(data.subset)}"
         )
     files = toml_value(data.files or ("rows.jsonl",))
-    lines = [f"root = {root}", f"files = {files}  # JSON Lines, relative to root; docs/recipes.md has the forms"]
+    lines = [f"root = {root}", f"files = {files}  # relative to root; docs/recipes.md has the forms"]
     if data.tasks_file:
         lines.append(f"tasks_file = {toml_value(data.tasks_file)}  # relative to root; the same content at every site")
     return "\n".join(lines)

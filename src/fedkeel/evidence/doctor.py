@@ -86,7 +86,7 @@ def labels(prepared: Prepared) -> Iterator[Verdict]:
         (all_of,) = known[task]
         lonely = sorted(label for label, names in by_label.items() if len(names) == 1)
         absent = sum(len(sites) - len(by_label.get(label, ())) for label in all_of) / (len(all_of) * len(sites))
-        told = f"{task}: a site holds no row of {absent:.0%} of its {len(all_of)} labels, {len(lonely)} are at one site only"
+        told = f"{task}: a site lacks {absent:.0%} of its {len(all_of)} labels, on average; {len(lonely)} are at one site only"
         restricted = prepared.recipe.evidence.task != "plain"
         if absent > 0.2 and not restricted:
             yield Verdict(LOOK, told, "try evidence.task = 'restricted': labels that a site lacks then leave its softmax")
@@ -116,7 +116,11 @@ def payload(recipe: Recipe) -> Verdict:
     """Whether updates travel in more bytes than they need."""
     told = f"updates travel as federation.codec_up = {recipe.federation.codec_up!r}"
     if recipe.federation.codec_up == "fp32":
-        return Verdict(LOOK, told, "int8 sends a quarter, and cost nothing that we could measure (docs/exchange.md)")
+        return Verdict(
+            LOOK,
+            told,
+            "int8 sends a quarter, and cost nothing that we could measure (docs/results-all.md, score against bytes)",
+        )
     return Verdict(GOOD, told)
 
 

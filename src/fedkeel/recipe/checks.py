@@ -268,7 +268,8 @@ def _check_masks(recipe: Recipe) -> None:
     if found:
         raise ConfigError(
             f"privacy.masks shows the coordinator the sum of the sites' changes alone, and {', '.join(found)} would need more: "
-            f"federation.rule = 'mean' or 'freeze_a', weighting = 'uniform' and codec_up of {', '.join(added)} go with it"
+            f"federation.rule = 'mean' or 'freeze_a', weighting = 'uniform' and codec_up of {', '.join(added)} go with it, "
+            f"and what is not among these has to be left out"
         )
     if federation.codec_up != "fp32" and privacy.unit == "site" and privacy.together > 1:
         raise ConfigError(
@@ -395,7 +396,9 @@ def _check_exchange(recipe: Recipe) -> None:
         )
     if federation.hostile and not rule.withstands:
         told = " and ".join(repr(n) for n, r in tables.RULES.items() if r.withstands)
-        raise ConfigError(f"federation.hostile = {federation.hostile} says nothing to rule {name!r}; only to {told}")
+        raise ConfigError(
+            f"federation.hostile = {federation.hostile} is not read by rule {name!r}, but by {told}: leave it at 0"
+        )
     _check_held(recipe, rule)
 
 

@@ -53,8 +53,8 @@ def blocks_with_branches(paths: Iterable[str]) -> dict[int, str]:
 
 
 def blocks_out(paths: Iterable[str], amount: float, seed: int, site: str, round: int) -> frozenset[str]:
-    """Paths of the blocks that a site leaves out for the whole of a round, each with the chance that `skip` gives it, where the
-    stack ends with the topmost block that has branches. At least one block with branches stays in.
+    """Paths of the blocks that a site leaves out for the whole of a round, each with its `depth_chance` in a stack from the
+    bottom to the topmost block that has branches, which is all that a coordinator knows. One block with branches stays in.
 
     Both ends work it out from the run's seed, as with `branch.left_out`.
     """
