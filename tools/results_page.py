@@ -6,7 +6,7 @@ hand.
 In docs/results-all.md a table stands between `<!-- table: SOURCE TITLE -->` and `<!-- end -->`, as `tables_in` finds it: of a
 packed suite, by the title it has in the suite's tables.md, which is made anew from the suite's rows first; of a run of the main
 job; or of a benchmark's output. A note below a table is printed once on the page, where it first applies. The tables of the
-README stand between `<!-- NAME -->` and `<!-- end of NAME -->`, and in docs/results.md a part of one between
+README stand between `<!-- NAME -->` and `<!-- end of NAME -->`, and a part of one, on either page, between
 `<!-- part: SOURCE TITLE | COLUMN, … | LINE, … -->` and `<!-- end -->`. `tests/test_results.py` fails where page and
 results disagree.
 """
@@ -132,7 +132,7 @@ BENCHMARKS = {
 
 
 def filled(text: str) -> str:
-    """A page with every marked table as the results have it."""
+    """A page with every marked table, or part of one, as the results have it."""
     told: set[str] = set()
 
     def one(found: re.Match[str]) -> str:
@@ -142,7 +142,7 @@ def filled(text: str) -> str:
         table = "\n".join(new).strip("\n")
         return f"<!-- table: {found[1]} {found[2]} -->\n\n{table}\n\n<!-- end -->"
 
-    return MARK.sub(one, text)
+    return short(MARK.sub(one, text))
 
 
 def _selected(table: str, columns: Sequence[str], lines: Sequence[str] = ()) -> str:
@@ -157,7 +157,7 @@ PART = re.compile(r"<!-- part: (\S+) ([^|]+?) \| ([^|]+?) \| ([^|]+?) -->\n.*?<!
 
 
 def short(text: str) -> str:
-    """The short page with every marked part of a table as the results have it."""
+    """A page with every marked part of a table as the results have it."""
 
     def one(found: re.Match[str]) -> str:
         source, title, columns, lines = found.groups()
