@@ -38,9 +38,10 @@ from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.served import trained_model
 from fedkeel.scores.evaluate import choose, score
-from fedkeel.types import Global, Head
+from fedkeel.types import Adapter, Global, Head
 
 WEIGHTS = (0.0, 0.25, 4.0)
+SHARES = (0.25, 0.0, 0.75)
 
 
 def known(model: Model, examples: Sequence[Example]) -> dict[str, Head]:
@@ -251,11 +252,12 @@ def test_what_is_exported_scores_in_plain_peft(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def encoder(stream_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], RunFolder]:  # noqa: F811
-    """A stream of a growing label set on an encoder, scored by the classifiers, with the weight of the served one chosen."""
+    """A stream of a growing label set on an encoder, scored by the classifiers; the weight of the served one is chosen, and the
+    share of the stage before."""
     given = [
         *tiny.overrides(Path(shapes.base("bert")), stream_data, tmp_path_factory.mktemp("by_head")),
         "data.site_column=ward", "federation.rounds=2", "train.local_steps=2", "evaluation.validation_rows=4",
-        "model.head=analytic", f"evidence.serve_from={list(WEIGHTS)}", "stream.average=0.25",
+        "model.head=analytic", f"evidence.serve_from={list(WEIGHTS)}", f"stream.average_from={list(SHARES)}",
         'evaluation.baselines=["base", "analytic", "local", "centralised"]', *GROUPS,
     ]  # fmt: skip
     return given, go(given)[1]
@@ -329,9 +331,61 @@ def test_the_weight_is_the_one_that_validation_rows_prefer(encoder: tuple[list[s
     assert trained_model(recipe, folder.path).beside.weight == chosen
 
 
+def test_the_share_is_the_one_that_validation_rows_prefer(encoder: tuple[list[str], RunFolder]) -> None:
+    """Each as if the recipe had said it, beside the head's weight of the stage before; the first has nothing to choose."""
+    overrides, folder = encoder
+    told = [r for r in rows_of(folder) if r["method"] == "federated"]
+    (before,) = [r["value"] for r in told if (r["name"], r["stage"]) == ("serve", 0)]
+    recipe = load_recipe(None, overrides)
+    validation = choose(prepare(recipe).stages[1].all("validation"), "validation", recipe.evaluation.validation_rows)
+    formatter = Formatter(load_tokenizer(recipe.model), "classifier", recipe.data.max_length, classes=tuple(sorted(LABELS)))
+    found, adapters = [], []
+    for share in SHARES:
+        said = [f"stream.average={share}", "stream.average_from=[]", f"evidence.serve={before}", "evidence.serve_from=[]"]
+        model = trained_model(load_recipe(None, [*overrides, *said]), folder.path)
+        adapters.append(model.read().tensors())
+        scored = score(model, formatter, validation, recipe.evaluation)
+        found.append(sum(s.score for s in scored) / len(scored))
+        (row,) = [r for r in told if r["name"] == f"score_at_average_{share:g}"]
+        assert row["value"] == pytest.approx(found[-1])
+    (chosen,) = [r for r in told if r["name"] == "average"]
+    assert (chosen["stage"], chosen["value"]) == (1, SHARES[found.index(max(found))])
+    served = trained_model(recipe, folder.path).read().tensors()
+    assert same(dict(served), dict(adapters[SHARES.index(chosen["value"])]))
+    assert not same(dict(adapters[0]), dict(adapters[1]))
+    exact = load_recipe(None, [*overrides, f"stream.average={chosen['value']}", "stream.average_from=[]"])
+    best = [dict(trained_model(one, folder.path, "best").read().tensors()) for one in (recipe, exact)]
+    assert same(*best)
+
+
+def test_what_is_chosen_goes_into_the_next_stage_and_no_other(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """Three stages, whose shares the checkpoints of their ends tell; blended by hand."""
+    from fedkeel.runs.served import served
+
+    like = load_recipe(None, [*tiny_overrides, "stream.average_from=0.5,0.75"])
+    ends = [Adapter({}, {"x": torch.full((2,), float(value))}) for value in (1, 2, 4)]
+    folder = RunFolder(tmp_path / "run")
+    for stage, (end, share) in enumerate(zip(ends, (None, 0.75, 0.25), strict=True), 1):
+        folder.write_checkpoint("federated", Global(2 * stage, end, average=share), {})
+
+    def at(stage: int, *more: str) -> float:
+        stream = load_recipe(None, [*tiny_overrides, "stream.average_from=0.5,0.75", *more]).stream
+        return float(served(folder, "federated", 2, stage, stream, ends[0]).dense["x"][0])
+
+    assert like.stream.averages
+    assert at(0) == 1
+    assert at(1) == 0.75 * 1 + 0.25 * 2
+    assert at(2) == 0.25 * 1.25 + 0.75 * 4
+    assert at(2, "stream.average_from=[]", "stream.average=0.5") == 0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 4
+    assert at(2, "stream.average_from=[]") == 4
+
+
 def test_of_a_run_that_chose_no_weight_none_is_guessed(encoder: tuple[list[str], RunFolder], tmp_path: Path) -> None:
     overrides = [*encoder[0], f"out={tmp_path}", "evidence.serve_from=[]", "federation.rounds=1", "evaluation.baselines=[]"]
+    overrides.append("stream.average_from=[]")
     folder = go(overrides)[1]
+    with pytest.raises(RunError, match=r"stream\.average_from = \[0\.5\]: .* chose no share .* as in stream\.average = 0\.25"):
+        trained_model(load_recipe(None, [*overrides, "stream.average_from=[0.5]"]), folder.path)
     with pytest.raises(RunError, match=r"evidence\.serve_from = \[0\.5\]: .* chose no weight .* as in evidence\.serve = 1"):
         trained_model(load_recipe(None, [*overrides, "evidence.serve_from=[0.5]"]), folder.path)
     assert trained_model(load_recipe(None, [*overrides, "evidence.serve=2"]), folder.path).beside.weight == 2
@@ -344,9 +398,12 @@ def test_the_chosen_weight_travels_with_what_is_scored_and_not_with_what_is_trai
     _, back = unpack_global(pack_global("checkpoint", Global(3, like, serve=0.25)), "checkpoint", like)
     assert back.serve == 0.25
     assert unpack_global(pack_global("checkpoint", Global(3, like)), "checkpoint", like)[1].serve is None
+    assert unpack_global(pack_global("checkpoint", Global(3, like, average=0.75)), "checkpoint", like)[1].average == 0.75
     header, tensors = open_envelope(pack_global("checkpoint", Global(3, like, serve=0.25)))
+    with pytest.raises(EnvelopeError, match=r"reports average = 1\.0"):
+        unpack_global(seal({**header, "average": 1.0}, tensors), "checkpoint", like)
     for wrong in (-1.0, 1, "2", True):
-        with pytest.raises(EnvelopeError, match="a served weight of"):
+        with pytest.raises(EnvelopeError, match="reports serve = "):
             unpack_global(seal({**header, "serve": wrong}, tensors), "checkpoint", like)
 
 
@@ -355,6 +412,9 @@ def test_the_chosen_weight_travels_with_what_is_scored_and_not_with_what_is_trai
     [
         (["model.head=analytic", "federation.rule=residual"], "model.head = 'analytic': the anchor looks through the frozen"),
         (["evidence.serve_from=[1, 2]", "evidence.serve=1"], "one of the two says what is served"),
+        (["stream.average_from=[0.5]", "stream.average=0.5"], "one of the two says what is served"),
+        (["stream.average_from=[1]"], "at most 0.99"),
+        (["stream.average_from=[0.5]", "federation.rule=svd"], "stream.average_from averages factors of several rounds"),
         (["evidence.serve_from=[-1]"], "must be at least 0"),
         (["evidence.serve_from=0.5,x"], "evidence.serve_from = '0.5,x': a list of numbers belongs here"),
         (

@@ -171,12 +171,25 @@ SWITCHED = {"structure.mode": "self", "structure.hold": True, "evidence.task": "
 
 
 # of each two, both cannot be on
-@pytest.mark.parametrize("alone", [{"train.sam", "evidence.serve"}, {"structure.adversary", "evidence.serve_from"}])
+@pytest.mark.parametrize(
+    "alone",
+    [
+        {"train.sam", "evidence.serve", "stream.average"},
+        {"structure.adversary", "evidence.serve_from", "stream.average_from"},
+    ],
+)
 def test_a_baseline_has_every_switch_off_a_strangers_too(alone: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tables.TERMS, "flat", tables.Term("stranger:flat"))
     monkeypatch.setitem(tables.STRUCTURES, "blink", tables.Structure("stranger:blink"))
     tree: dict[str, Any] = {}
-    pairs = {"train.sam", "structure.adversary", "evidence.serve", "evidence.serve_from"}
+    pairs = {
+        "train.sam",
+        "structure.adversary",
+        "evidence.serve",
+        "evidence.serve_from",
+        "stream.average",
+        "stream.average_from",
+    }
     switches = {*tables.switches()} - pairs | alone
     assert {"term.flat.weight", "structure.blink"} <= switches
     for key in switches:

@@ -324,6 +324,7 @@ MOVES = Table(
     {
         "sam": Move(f"{_OBJECTIVE}.ascent:backward_at_worst", key="train.sam"),
         "average": Move("fedkeel.method.aggregate.common:blend", key="stream.average"),
+        "average_from": Move("fedkeel.method.aggregate.common:blend", key="stream.average_from"),
         "hold": Move(f"{_STRUCTURE}.branch:hold", key="structure.hold"),
         "slices": Move(f"{_STRUCTURE}.shares:shared", key="stream.slices"),
         "serve": Move("fedkeel.model.features:Beside", key="evidence.serve"),

@@ -123,7 +123,8 @@ class Global:
     the sites disagreed in the last round, by block of the model, see `aggregate.drift`; empty before the first. shifts: the
     log of base shifts, one entry a round under the rules that make them. held: entries of it that each site held when it
     last answered. optimiser: what the server's optimiser keeps, by name. heads: the analytic classifiers so far, by task.
-    serve: their weight beside the adapter, where validation rows have chosen one.
+    serve: their weight beside the adapter, and average: the share of what was served before the last stage that ended, each
+    where validation rows have chosen one.
     clip: C of the next round where it follows a quantile, see `exchange.quantile`; 0: the recipe's. reach: of the rows of each
     tensor in the next round, where changes add up in few bits, see `exchange.summands`.
     """
@@ -138,6 +139,7 @@ class Global:
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
     heads: Mapping[str, Head] = field(default_factory=dict)
     serve: float | None = None
+    average: float | None = None
     clip: float = 0.0
     reach: Mapping[str, Tensor] = field(default_factory=dict)
 

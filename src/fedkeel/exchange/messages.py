@@ -26,6 +26,7 @@ from fedkeel.types import Adapter, Global, Shift
 SCHEMA = 3
 MOST_TASKS, MOST_LETTERS = 4096, 2**18  # of one site's counts
 MEMORY = "memory/"  # before the names of the adapter that ended the previous stage
+CHOSEN = {"serve": math.inf, "average": 1.0}  # fields of a Global that validation rows choose -> below what
 REACH = "reach/"  # before the name of a tensor: of its rows
 SHIFT = "shift/"  # before the number of an entry of the log of base shifts, and a module path
 
@@ -139,8 +140,7 @@ def pack_global(kind: str, state: Global, way: Way = Way(), since: int | None = 
     remembers = state.memory is not None
     encoded = make_codec(way.codec).encode(tensors, way.key) | plain
     told = {"drift": dict(state.drift), "memory": remembers, "shifts": log, "heads": heads, **more}
-    if state.serve is not None:
-        told["serve"] = state.serve
+    told |= {name: value for name in CHOSEN if (value := getattr(state, name)) is not None}
     told |= ({"clip": state.clip} if state.clip else {}) | ({"reach": sorted(state.reach)} if state.reach else {})
     return pack(kind, state.round, state.adapter, encoded, way.codec, **told)
 
@@ -189,10 +189,11 @@ def unpack_global(
         for n, ranks in enumerate(header["shifts"]["ranks"], first)
     ]
     heads = heads_unpacked(header.get("heads", []), sent)  # a checkpoint from before there were any names none
-    serve = header.get("serve")
-    if serve is not None and not (type(serve) is float and 0 <= serve < math.inf):
-        raise EnvelopeError(f"the message reports a served weight of {serve!r}")
-    found = Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts, heads=heads, serve=serve)
+    chosen: dict[str, Any] = {name: header.get(name) for name in CHOSEN}
+    for name, most in CHOSEN.items():
+        if chosen[name] is not None and not (type(chosen[name]) is float and 0 <= chosen[name] < most):
+            raise EnvelopeError(f"the message reports {name} = {chosen[name]!r}")
+    found = Global(round, like.with_tensors(current), memory, drift=drift, shifts=shifts, heads=heads, **chosen)
     reach = {name: sent[REACH + name].clone() for name in header.get("reach", [])}
     if not all(bool((r > 0).all()) for r in reach.values()):
         raise EnvelopeError("the message tells a reach of rows that is not above 0")

@@ -225,7 +225,7 @@ def message(state: Global, roster: Roster, tasks: Mapping[str, int], held: int, 
     now = max((head.stage for head in state.heads.values()), default=0)
     teaches = roster.evidence.anchor
     heads = {task: head for task, head in state.heads.items() if roster.by_head or (teaches and head.stage == now)}
-    sent = replace(state, heads=heads, serve=None)
+    sent = replace(state, heads=heads, serve=None, average=None)
     payload = pack_global("global", sent, way, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule), **more)
     # The bytes are read back, not the tensors kept: what a site starts from is what the codec left of the global adapter.
     _, back = unpack_global(payload, "global", adapter, way.names, way.codec)

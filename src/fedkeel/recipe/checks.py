@@ -311,7 +311,12 @@ def _check_anchor(recipe: Recipe) -> None:
 
 def _check_choice(recipe: Recipe) -> None:
     """A weight to serve is one thing, or the other."""
-    evidence = recipe.evidence
+    evidence, stream = recipe.evidence, recipe.stream
+    if stream.average_from and stream.average:
+        raise ConfigError(
+            f"stream.average_from = {list(stream.average_from)} beside stream.average = {stream.average:g}: one of the two "
+            f"says what is served; leave one out"
+        )
     if evidence.serve_from and evidence.serve:
         raise ConfigError(
             f"evidence.serve_from = {list(evidence.serve_from)} beside evidence.serve = {evidence.serve:g}: one of the two "
@@ -361,20 +366,21 @@ def _check_exchange(recipe: Recipe) -> None:
     federation, stream, lora = recipe.federation, recipe.stream, recipe.lora
     rule, name = tables.RULES[federation.rule], federation.rule
     steady = rule.keeps_basis and lora.one_rank
-    if rule.shifts and (stream.average or (recipe.distill.weight and recipe.distill.memory)):
+    if rule.shifts and (stream.averages or (recipe.distill.weight and recipe.distill.memory)):
         raise ConfigError(
             f"federation.rule = {name!r} moves the base itself, so what was served before is no adapter of today's base: set "
-            f"stream.average = 0 and distill.memory = 0, or a rule such as 'mean'"
+            f"stream.average = 0, stream.average_from = [] and distill.memory = 0, or a rule such as 'mean'"
         )
     if federation.keep == "best" and (rule.shifts or rule.personal):
         raise ConfigError(
             f"federation.keep = 'best' goes back to the adapter of an earlier round, and federation.rule = {name!r} "
             f"{'moves the base' if rule.shifts else 'leaves a factor at each site'}, which does not go back with it: set 'last'"
         )
-    if stream.average and not steady:
+    if stream.averages and not steady:
+        key = "average_from" if stream.average_from else "average"
         raise ConfigError(
-            f"stream.average = {stream.average:g} averages factors of several rounds, and rule {name!r} finds them anew each "
-            f"round, in another basis: set it to 0, or use rule 'mean', 'freeze_a' or 'krum' with one rank for all sites"
+            f"stream.{key} averages factors of several rounds, and rule {name!r} finds them anew each round, in another basis: "
+            f"leave it out, or use rule 'mean', 'freeze_a' or 'krum' with one rank for all sites"
         )
     if (federation.optimiser != "average" or federation.server_lr != 1.0) and not steady:
         raise ConfigError(

@@ -188,9 +188,19 @@ class Stream:
     average: float = number(
         0.0, 0, 0.99, "of what was served after the stage before, in what is served after this one", unit="share"
     )
+    average_from: tuple[float, ...] = numbers(
+        0,
+        "in place of average: after each stage but the first, the one of these with which validation rows score best",
+        high=0.99,
+    )
     slices: bool = meant(
         False, "each stage trains its own share of the ranks, and those of the others stay as they are (O-LoRA)"
     )
+
+    @property
+    def averages(self) -> bool:
+        """Whether what is served after a stage has a share of what was served before it."""
+        return bool(self.average or self.average_from)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def data_view(recipe: Recipe) -> Recipe:
         model=recipe.model,
         data=recipe.data,
         partition=recipe.partition,
-        stream=dataclasses.replace(recipe.stream, average=default.stream.average),
+        stream=dataclasses.replace(recipe.stream, average=default.stream.average, average_from=default.stream.average_from),
         audit=recipe.audit,
         evaluation=dataclasses.replace(default.evaluation, unseen_sites=recipe.evaluation.unseen_sites),
         own=Frozen(own),

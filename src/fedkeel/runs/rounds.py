@@ -30,10 +30,15 @@ from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Cast, Leg, Stage
 from fedkeel.runs.privacy import spending
 from fedkeel.runs.rows import gathered_rows, round_rows
-from fedkeel.runs.served import served
+from fedkeel.runs.served import served, share_of
 from fedkeel.runs.watch import Watch, tell_failures
 from fedkeel.types import Adapter, Global, Reply, Row, Transport
 
+# what validation rows may choose at the end of a stage: field of Global -> the key that sets it otherwise, and what it is
+CHOICES = {
+    "average": ("stream.average", "the share of what was served before"),
+    "serve": ("evidence.serve", "the weight of the analytic head"),
+}
 TRAIN_COST = 3.0  # a training row against a scored row, in forward passes: forward, and backward about twice that
 
 
@@ -214,7 +219,7 @@ class Loop:
         remembers = bool(stage and recipe.distill.weight and recipe.distill.memory)
         if not done:  # a new stage: what the sites reported of the last one, whose rate fell, says nothing about this one
             # and if the memory is the global adapter itself, it need not travel twice
-            apart = remembers and recipe.stream.average
+            apart = remembers and recipe.stream.averages
             current = replace(current, counts={}, reach={}, memory=self._served(leg, stage - 1) if apart else None)
         self._release(roster, current.round)
         bound = roster.now(current).privacy.clip
@@ -267,12 +272,12 @@ class Loop:
 
     def _served(self, leg: Leg, stage: int) -> Adapter:
         """What is served after `stage`, from the checkpoints of the stages' ends."""
-        share = leg.stages[stage].recipe.stream.average
-        return served(self.folder, leg.name, leg.rounds, stage, share, self.parties.initial)
+        stream = leg.stages[stage].recipe.stream
+        return served(self.folder, leg.name, leg.rounds, stage, stream, self.parties.initial)
 
     def _as_served(self, leg: Leg, stage: int, current: Global) -> Global:
         """`current` with the adapter that would be served if the stage ended now."""
-        share = leg.stages[stage].recipe.stream.average if stage and leg.rounds else 0.0
+        share = share_of(leg.stages[stage].recipe.stream, current) if stage and leg.rounds else 0.0
         return replace(current, adapter=blend(self._served(leg, stage - 1), current.adapter, share)) if share else current
 
     def _curve_point(self, leg: Leg, round: int) -> bool:
@@ -299,12 +304,14 @@ class Loop:
         else:
             self.state["best"] = {**best, "waited": best["waited"] + 1}
 
-    def _best_served(self, leg: Leg, stage: int) -> Global | None:
-        """What would be served of the best point of a stage's curve; None where there is no such one adapter."""
+    def _best_served(self, leg: Leg, stage: int, end: Global) -> Global | None:
+        """What would be served of the best point of the curve of a stage that ended in `end`; None where there is no such one
+        adapter."""
         best, rule = self._best(leg, stage), tables.RULES[leg.stages[stage].recipe.federation.rule]
         if not best or rule.shifts or rule.personal:
             return None
-        return self._as_served(leg, stage, self.folder.read_checkpoint(leg.name, best["round"], self.parties.initial))
+        kept = self.folder.read_checkpoint(leg.name, best["round"], self.parties.initial)
+        return self._as_served(leg, stage, replace(kept, average=end.average))
 
     def _test(self, leg: Leg, stage: int, current: Global) -> None:
         """Score the held-out rows of all stages so far."""
@@ -326,26 +333,29 @@ class Loop:
             for name, value in (("last_round", self.state["last"]), ("best_round", best["round"])):
                 rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, name, value, "rounds", stage=stage))
         if last:
-            self.parties.close(leg, as_served, self._best_served(leg, stage))
+            self.parties.close(leg, as_served, self._best_served(leg, stage, current))
         self._save(leg, current, rows, tested=stage + 1)  # also of a stage in which nobody learnt
 
     def _choose(self, leg: Leg, stage: int, current: Global) -> tuple[Global, list[Row]]:
-        """`current` with the weight of `evidence.serve_from` with which it serves validation rows of the stages so far best, of
-        equal ones the first, and how each did; as it is where there is nothing to choose by."""
-        weights = leg.stages[stage].recipe.evidence.serve_from
-        if not weights or not self.parties.size(leg, stage, "validation"):
-            return current, []
-        self.watch.leg(leg.name, "choosing the weight of the analytic head")
-        as_served, tried = self._as_served(leg, stage, current), dict[float, float]()
-        for weight in weights:
-            score = _score_in(self.parties.score(leg, stage, replace(as_served, serve=weight), "validation"))
-            tried |= {} if score is None else {weight: score}  # no site answered
-        best = max(tried, key=tried.__getitem__, default=weights[0])
-        told = {f"score_at_serve_{weight:g}": (value, "share") for weight, value in tried.items()}
-        told["serve"] = (best, "weight")
-        about = self.recipe.name, leg.method, leg.seed, current.round
-        rows = [Row(*about, name, v, unit, stage=stage, split="validation") for name, (v, unit) in told.items()]
-        return replace(current, serve=best), rows
+        """`current` with the share of `stream.average_from`, and then the weight of `evidence.serve_from`, with which it serves
+        validation rows of the stages so far best, of equal ones the first, and how each did; as it is where there is nothing to
+        choose by."""
+        rows = list[Row]()
+        if not self.parties.size(leg, stage, "validation"):
+            return current, rows
+        for name, choice in _choices(leg, stage).items():
+            self.watch.leg(leg.name, f"choosing {CHOICES[name][1]}")
+            tried = dict[float, float]()
+            for value in choice:
+                as_served = self._as_served(leg, stage, _choosing(current, name, value))
+                score = _score_in(self.parties.score(leg, stage, as_served, "validation"))
+                tried |= {} if score is None else {value: score}  # no site answered
+            best = max(tried, key=tried.__getitem__, default=choice[0])
+            current = _choosing(current, name, best)
+            told = {f"score_at_{name}_{value:g}": (score, "share") for value, score in tried.items()} | {name: (best, "weight")}
+            about = self.recipe.name, leg.method, leg.seed, current.round
+            rows += [Row(*about, row, v, unit, stage=stage, split="validation") for row, (v, unit) in told.items()]
+        return current, rows
 
     def _work(self, leg: Leg, stage: int) -> tuple[float, float, float]:
         """(work of one round without its scoring, of all rounds of a stage with theirs and the anchor's making, of scoring its
@@ -354,7 +364,7 @@ class Loop:
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
         curve = points * size(leg, stage, "validation") if points else 0
         judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
-        again = judged + len(leg.stages[stage].recipe.evidence.serve_from)
+        again = judged + sum(map(len, _choices(leg, stage).values()))
         tested = size(leg, stage, "test") + size(leg, stage, "unseen-sites") + again * size(leg, stage, "validation")
         return one, leg.rounds * one + curve + gather_work(leg, stage), tested
 
@@ -363,17 +373,31 @@ class Loop:
         return sum(sum(self._work(leg, stage)[1:]) for leg in legs for stage in range(len(leg.stages)))
 
 
+def _choices(leg: Leg, stage: int) -> dict[str, tuple[float, ...]]:
+    """What is chosen by validation rows at the end of a stage: field of Global -> its candidates."""
+    recipe = leg.stages[stage].recipe
+    found = {"average": recipe.stream.average_from if stage and leg.rounds else (), "serve": recipe.evidence.serve_from}
+    return {name: choice for name, choice in found.items() if choice}
+
+
+def _choosing(current: Global, name: str, value: float) -> Global:
+    more: dict[str, Any] = {name: value}
+    return replace(current, **more)
+
+
 def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:
     """Raise ConfigError where a leg goes by validation rows, or points of a curve of them, that it will not have. every: rounds
     between them."""
     for leg in legs:
         federation, points = leg.stages[0].recipe.federation, leg.rounds // every
-        choice = leg.stages[0].recipe.evidence.serve_from
-        if choice and not all(parties.size(leg, stage, "validation") for stage in range(len(leg.stages))):
-            raise ConfigError(
-                f"evidence.serve_from = {list(choice)}: a stage has no validation row to choose by; set data.validation_share "
-                f"above 0, or evidence.serve in its place"
-            )
+        for stage in range(len(leg.stages)):
+            for name, choice in _choices(leg, stage).items():
+                if not parties.size(leg, stage, "validation"):
+                    key, _ = CHOICES[name]
+                    raise ConfigError(
+                        f"{key}_from = {list(choice)}: a stage has no validation row to choose by; set data.validation_share "
+                        f"above 0, or {key} in its place"
+                    )
         if not leg.rounds or (federation.keep != "best" and not federation.patience):
             continue
         if not all(parties.size(leg, stage, "validation") for stage in range(len(leg.stages))):

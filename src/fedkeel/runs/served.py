@@ -13,19 +13,28 @@ from fedkeel.model.export import CLASSES
 from fedkeel.model.features import Beside
 from fedkeel.model.lora import Model
 from fedkeel.recipe.checks import anchor_asked, check_one_model
-from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.schema import Recipe, Stream
 from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.types import Adapter, Global
 
 
-def served(folder: RunFolder, leg: str, rounds: int, stage: int, share: float, like: Adapter) -> Adapter:
+def share_of(stream: Stream, end: Global) -> float:
+    """Of what was served before, in what is served after a stage that ended in `end`: `average`, or what `average_from` came to
+    there; before the end of the second stage that is its first share."""
+    if not stream.average_from:
+        return stream.average
+    return stream.average_from[0] if end.average is None else end.average
+
+
+def served(folder: RunFolder, leg: str, rounds: int, stage: int, stream: Stream, like: Adapter) -> Adapter:
     """What a leg serves after `stage` (from 0), from the checkpoints of the stages' ends: see `schema.Stream.average`.
 
-    rounds: of one stage. share: 0 takes the stage as it ended.
+    rounds: of one stage.
     """
-    first = 0 if share else stage
-    ends = (folder.read_checkpoint(leg, rounds * (s + 1), like).adapter for s in range(first, stage + 1))
-    return reduce(lambda before, end: blend(before, end, share), ends)
+    first, *ends = (
+        folder.read_checkpoint(leg, rounds * (s + 1), like) for s in range(0 if stream.averages else stage, stage + 1)
+    )
+    return reduce(lambda before, end: blend(before, end.adapter, share_of(stream, end)), ends, first.adapter)
 
 
 def beside_of(recipe: Recipe, current: Global, alone: bool = False) -> Beside:
@@ -58,24 +67,30 @@ def serve(model: Model, folder: RunFolder, recipe: Recipe, which: str = "adapter
             f"evidence.serve_from = {list(recipe.evidence.serve_from)}: {folder.path} chose no weight by its validation rows; "
             f"say one, as in evidence.serve = 1"
         )
+    if recipe.stream.average_from and last and end.average is None:
+        raise RunError(
+            f"stream.average_from = {list(recipe.stream.average_from)}: {folder.path} chose no share by its validation rows; "
+            f"say one, as in stream.average = 0.25"
+        )
     model.replay(end.shifts, 0)
     model.beside = beside_of(recipe, end)
     model.know(end.heads)
     if which == "best":
         model.write(_best(folder, recipe, model.initial))
     else:
-        model.write(served(folder, "federated", rounds, last, recipe.stream.average, model.initial))
+        model.write(served(folder, "federated", rounds, last, recipe.stream, model.initial))
 
 
 def _best(folder: RunFolder, recipe: Recipe, like: Adapter) -> Adapter:
     best, rule = folder.state().get("best", {}), tables.RULES[recipe.federation.rule]
-    last, share = max(1, len(recipe.stream.stages)) - 1, recipe.stream.average
+    last, rounds = max(1, len(recipe.stream.stages)) - 1, recipe.federation.rounds
     if best.get("stage") != last or rule.shifts:
         raise RunError(f"{folder.path} knows no best round of its last stage: no validation rows were scored in it")
     found = folder.read_checkpoint("federated", best["round"], like).adapter
-    if not (last and share):
+    if not (last and recipe.stream.averages):
         return found
-    return blend(served(folder, "federated", recipe.federation.rounds, last - 1, share, like), found, share)
+    share = share_of(recipe.stream, folder.read_checkpoint("federated", rounds * (last + 1), like))
+    return blend(served(folder, "federated", rounds, last - 1, recipe.stream, like), found, share)
 
 
 def trained_model(recipe: Recipe, folder: Path, which: str = "adapter") -> Model:

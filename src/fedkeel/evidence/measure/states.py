@@ -93,7 +93,7 @@ def _ends(run: Finished, seen: _States, total: int) -> tuple[list[list[np.ndarra
     for stage in range(len(run.prepared.stages)):  # the log of base shifts only grows, so each stage adds what is its own
         state = folder.read_checkpoint("federated", recipe.federation.rounds * (stage + 1), model.initial)
         model.replay(state.shifts, 0)
-        final = served(folder, "federated", recipe.federation.rounds, stage, recipe.stream.average, model.initial)
+        final = served(folder, "federated", recipe.federation.rounds, stage, recipe.stream, model.initial)
         model.write(final)
         ends.append(seen())
         run.watch("states", len(ends), total)
