@@ -878,6 +878,7 @@ def test_a_stream_travels_as_stages(recipe_file: Path, tmp_path: Path) -> None:
         "tasks_a_stage": 1,
         "replay": 3,
         "average": 0.0,
+        "average_from": [],
         "slices": False,
     }
     assert make_recipe(tree, data=False) == recipe

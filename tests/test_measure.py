@@ -253,10 +253,10 @@ def test_states_of_stages_and_sites_against_one_row_at_a_time(folder: Path) -> N
     records = choose(prepared.stages[-1].all("test"), "test", 0)
     first = model.taps[0]
     assert {r.name for r in rows if "cka" in r.name} == {f"{k}_cka/{tap}" for k in ("state", "site") for tap in model.taps}
-    final = served(RunFolder(folder), "federated", 2, 1, 0.5, model.initial)
+    final = served(RunFolder(folder), "federated", 2, 1, recipe.stream, model.initial)
     end = states_of(model, formatter, records)
     stage = {r.stage: r.value for r in rows if r.name == f"state_cka/{first}"}
-    model.write(served(RunFolder(folder), "federated", 2, 0, 0.5, model.initial))
+    model.write(served(RunFolder(folder), "federated", 2, 0, recipe.stream, model.initial))
     before = states_of(model, formatter, records)
     assert stage == {0: pytest.approx(float(linear_cka(torch.tensor(before), torch.tensor(end))), abs=1e-5), 1: 1.0}
     assert stage[0] < 0.999

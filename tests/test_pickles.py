@@ -174,10 +174,16 @@ def test_a_site_that_is_asked_for_the_adapter_sends_nothing_else(more: dict[str,
             ask=lambda kind, asked, deadline: {s: answer(good | (more if s in hostile else {})) for s in asked}
         )
         recipe = load_recipe(None, ["model.base=keel-nano"])
-        away = SimpleNamespace(fine=lambda: ["a", "b"], sites=sites, recipe=recipe, folder=SimpleNamespace(path=folder))
+        watch = SimpleNamespace(note=notes.append)
+        away = SimpleNamespace(
+            fine=lambda: ["a", "b"], sites=sites, recipe=recipe, watch=watch, folder=SimpleNamespace(path=folder)
+        )
         Away._export(away, "adapter", Global(1, LIKE))  # type: ignore[arg-type]
 
+    notes: list[str] = []
     exported(["a"], tmp_path / "one")
+    (note,) = notes
+    assert note.startswith("adapter/ is as site b wrote it, and no other site alike:\n--- a: ")
     assert sorted(p.name for p in (tmp_path / "one/adapter").iterdir()) == sorted(good)
     assert json.loads((tmp_path / "one/adapter/adapter_config.json").read_text()) == {"base_model_name_or_path": "keel-nano"}
     with pytest.raises(FederationError, match="no site could write the adapter") as refused:

@@ -281,12 +281,10 @@ def handle(
         recipe = make_recipe(tomllib.loads(text)) if site_file is None else localised(_agreed(text, site_file), site_file)
         private = recipe.privacy.hides
         work = present(recipe, "" if site_file is None else site_file.name)
-        if site_file is not None:
-            site, root = site_file.name, site_file.state
-        else:
-            if not 0 <= partition < len(work.names):
-                raise WorkError(f"partition {partition} of {len(work.names)} sites")
-            site, root = work.names[partition], state or Path()
+        if site_file is None and not 0 <= partition < len(work.names):
+            raise WorkError(f"partition {partition} of {len(work.names)} sites")
+        site = work.names[partition] if site_file is None else site_file.name
+        root = state or Path() if site_file is None else site_file.state
         told["site"] = site
         if header["site"] not in ("", site):
             raise WorkError(f"the message is for site {header['site']!r}; this is {site!r}")
