@@ -121,7 +121,14 @@ FAULTS: list[tuple[Twist, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("twist", "told"), FAULTS, ids=["lost", "late", "node", "raised", "foreign", "mistaken", "empty"])
+NAMES = ["lost", "late", "node", "raised", "foreign", "mistaken", "empty"]
+QUICK = ("lost", "raised", "foreign", "empty")
+
+
+@pytest.mark.parametrize(
+    ("twist", "told"),
+    [pytest.param(*one, id=n, marks=[] if n in QUICK else pytest.mark.slow) for n, one in zip(NAMES, FAULTS, strict=True)],
+)
 def test_a_faulty_answer_is_that_sites_failure(twist: Twist, told: str, tiny_overrides: list[str], tmp_path: Path) -> None:
     """Under a quorum of all it stops the run, with the site's name; under one of two thirds the round counts without it."""
     overrides = [*tiny_overrides, "federation.rounds=2", "federation.deadline=2"]
