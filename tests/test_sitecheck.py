@@ -232,6 +232,19 @@ def test_a_fault_of_the_site_is_told_by_its_own_check(fault: str, site: Path, po
     assert all(told in text for text in found.values()), found
 
 
+def test_a_file_may_have_any_name_at_a_site(site: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where files or folders say which site a row is of, that is of the machine that has them all; here there is one site."""
+    real = sitecheck._recipe_text
+
+    def of_files(about: sitecheck.Site) -> str:
+        text = real(about)
+        assert 'site_from = "column"' in text
+        return text.replace('site_from = "column"', 'site_from = "file"').replace('"department"', '""')
+
+    monkeypatch.setattr(sitecheck, "_recipe_text", of_files)
+    assert "data" not in failures(site, port)
+
+
 def test_nobody_there(site: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
