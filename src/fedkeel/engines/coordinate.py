@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
 
 from fedkeel import tables
 from fedkeel.engines.exported import differing, read_folder
@@ -325,7 +324,7 @@ class Away:
                 if isinstance(outcome, FedKeelError):
                     raise outcome
                 files = read_folder(outcome[1], current, heads, self.recipe.model.base)
-            except (FedKeelError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            except (FedKeelError, EnvelopeError) as error:
                 told.append(f"\n--- {site}: {error}")
                 continue
             agreed = site if any(not differing(files, its) for its in wrote.values()) else ""

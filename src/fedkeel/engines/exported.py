@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
@@ -23,16 +24,20 @@ def read_folder(message: bytes, current: Global, heads: Mapping[str, Head], base
     """The files that a site sent, by name, once they are found to be a PEFT folder of `current`.
 
     heads: of an encoder's analytic classifiers. base: what the folder says of the base; where it lies at a site is that site's
-    business. Raises EnvelopeError, or what reading bytes of any sort raises: ValueError, KeyError, TypeError, AttributeError,
-    RecursionError, SafetensorError.
+    business. Raises EnvelopeError.
     """
-    files = {name: t.numpy().tobytes() for name, t in open_envelope(message)[1].items()}
-    _check_adapter(files, current)
-    check_heads(files, heads)
-    for name, content in files.items():  # so that another site's can be held against them
-        load_tensors(content) if name.endswith(".safetensors") else json.loads(content)
-    config = json.loads(files["adapter_config.json"])
-    config["base_model_name_or_path"] = base
+    try:
+        files = {name: t.numpy().tobytes() for name, t in open_envelope(message)[1].items()}
+        _check_adapter(files, current)
+        check_heads(files, heads)
+        for name, content in files.items():  # so that another site's can be held against them
+            load_tensors(content) if name.endswith(".safetensors") else json.loads(content)
+        config = json.loads(files["adapter_config.json"])
+        config["base_model_name_or_path"] = base
+    except EnvelopeError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise EnvelopeError(f"the PEFT folder cannot be read: {error}") from error
     files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return files
 

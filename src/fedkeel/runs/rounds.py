@@ -275,10 +275,10 @@ class Loop:
         stream = leg.stages[stage].recipe.stream
         return served(self.folder, leg.name, leg.rounds, stage, stream, self.parties.initial)
 
-    def _as_served(self, leg: Leg, stage: int, current: Global) -> Global:
-        """`current` with the adapter that would be served if the stage ended now."""
-        share = share_of(leg.stages[stage].recipe.stream, current) if stage and leg.rounds else 0.0
-        return replace(current, adapter=blend(self._served(leg, stage - 1), current.adapter, share)) if share else current
+    def _served_before(self, leg: Leg, stage: int) -> Adapter | None:
+        """What was served before a stage; None where no part of it is served later."""
+        averages = leg.stages[stage].recipe.stream.averages
+        return self._served(leg, stage - 1) if averages and stage and leg.rounds else None
 
     def _curve_point(self, leg: Leg, round: int) -> bool:
         return leg.method == "federated" and round % self.recipe.evaluation.every == 0
@@ -288,7 +288,8 @@ class Loop:
         due = self._curve_point(leg, current.round) and self.state["scored"] < current.round
         if due and self.parties.size(leg, stage, "validation"):
             self.watch.leg(leg.name, "scoring validation rows")
-            rows = self.parties.score(leg, stage, self._as_served(leg, stage, current), "validation")
+            as_served = _as_served(leg, stage, current, self._served_before(leg, stage))
+            rows = self.parties.score(leg, stage, as_served, "validation")
             self.state["scored"] = current.round
             self._judge(leg, stage, current.round, rows)
             self.folder.save(self.state, rows)
@@ -304,20 +305,21 @@ class Loop:
         else:
             self.state["best"] = {**best, "waited": best["waited"] + 1}
 
-    def _best_served(self, leg: Leg, stage: int, end: Global) -> Global | None:
+    def _best_served(self, leg: Leg, stage: int, end: Global, before: Adapter | None) -> Global | None:
         """What would be served of the best point of the curve of a stage that ended in `end`; None where there is no such one
-        adapter."""
+        adapter. before: what was served before the stage."""
         best, rule = self._best(leg, stage), tables.RULES[leg.stages[stage].recipe.federation.rule]
         if not best or rule.shifts or rule.personal:
             return None
         kept = self.folder.read_checkpoint(leg.name, best["round"], self.parties.initial)
-        return self._as_served(leg, stage, replace(kept, average=end.average))
+        return _as_served(leg, stage, replace(kept, average=end.average), before)
 
     def _test(self, leg: Leg, stage: int, current: Global) -> None:
         """Score the held-out rows of all stages so far."""
-        current, rows = self._choose(leg, stage, current)
+        before = self._served_before(leg, stage)
+        current, rows = self._choose(leg, stage, current, before)
         self.watch.leg(leg.name, "scoring held-out rows")
-        last, as_served = stage + 1 == len(leg.stages), self._as_served(leg, stage, current)
+        last, as_served = stage + 1 == len(leg.stages), _as_served(leg, stage, current, before)
         begin = time.perf_counter()
         rows += self.parties.score(leg, stage, as_served, "test")
         seconds = time.perf_counter() - begin
@@ -333,13 +335,13 @@ class Loop:
             for name, value in (("last_round", self.state["last"]), ("best_round", best["round"])):
                 rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, name, value, "rounds", stage=stage))
         if last:
-            self.parties.close(leg, as_served, self._best_served(leg, stage, current))
+            self.parties.close(leg, as_served, self._best_served(leg, stage, current, before))
         self._save(leg, current, rows, tested=stage + 1)  # also of a stage in which nobody learnt
 
-    def _choose(self, leg: Leg, stage: int, current: Global) -> tuple[Global, list[Row]]:
+    def _choose(self, leg: Leg, stage: int, current: Global, before: Adapter | None) -> tuple[Global, list[Row]]:
         """`current` with the share of `stream.average_from`, and then the weight of `evidence.serve_from`, with which it serves
         validation rows of the stages so far best, of equal ones the first, and how each did; as it is where there is nothing to
-        choose by."""
+        choose by. before: what was served before the stage."""
         rows = list[Row]()
         if not self.parties.size(leg, stage, "validation"):
             return current, rows
@@ -347,7 +349,7 @@ class Loop:
             self.watch.leg(leg.name, f"choosing {CHOICES[name][1]}")
             tried = dict[float, float]()
             for value in choice:
-                as_served = self._as_served(leg, stage, _choosing(current, name, value))
+                as_served = _as_served(leg, stage, _choosing(current, name, value), before)
                 score = _score_in(self.parties.score(leg, stage, as_served, "validation"))
                 tried |= {} if score is None else {value: score}  # no site answered
             best = max(tried, key=tried.__getitem__, default=choice[0])
@@ -378,6 +380,14 @@ def _choices(leg: Leg, stage: int) -> dict[str, tuple[float, ...]]:
     recipe = leg.stages[stage].recipe
     found = {"average": recipe.stream.average_from if stage and leg.rounds else (), "serve": recipe.evidence.serve_from}
     return {name: choice for name, choice in found.items() if choice}
+
+
+def _as_served(leg: Leg, stage: int, current: Global, before: Adapter | None) -> Global:
+    """`current` with the adapter that would be served if the stage ended now. before: what was served before the stage."""
+    if before is None:
+        return current
+    share = share_of(leg.stages[stage].recipe.stream, current)
+    return replace(current, adapter=blend(before, current.adapter, share))
 
 
 def _choosing(current: Global, name: str, value: float) -> Global:
