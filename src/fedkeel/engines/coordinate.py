@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-
 from fedkeel import tables
 from fedkeel.engines.exported import differing, read_folder
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope
