@@ -144,11 +144,11 @@ def test_a_task_and_one_of_its_groups_are_not_named_together() -> None:
 @pytest.mark.parametrize(
     ("stages", "told"),
     [
-        (["echo", "intnt"], "no row is of a task or label group 'intnt'; did you mean 'intent'?"),
+        (["echo", "intnt"], "no row is of a task, label group or label 'intnt'; did you mean 'intent'?"),
         (["bank", "zebra"], "'zebra'; known: bank, echo, home, intent, travel"),
         (["bank+echo", "travel+bank"], "'bank' stands twice"),
         (["bank+bank"], "'bank' stands twice"),
-        (["echo", ""], "no row is of a task or label group ''"),
+        (["echo", ""], "no row is of a task, label group or label ''"),
     ],
 )
 def test_stages_that_cannot_be(stream: list[str], stages: list[str], told: str) -> None:
@@ -184,7 +184,7 @@ def test_an_order_is_the_stages_that_it_names_and_its_tasks_need_rows(
 def test_rows_of_no_stage_are_left_out_and_counted(stream: list[str]) -> None:
     prepared = prepared_of([*stream, "stream.stages=bank,echo"])
     gone = [r for r in stream_rows() if r.get("label") and DOMAINS[r["label"]] != "bank"]
-    assert f"{len(gone)} rows left out: no stage of the stream names their task or label group" in prepared.notes
+    assert f"{len(gone)} rows left out: no stage of the stream names their task or label" in prepared.notes
     left = [r for split in ("train", "validation", "test") for r in prepared.sites.all(split)]
     assert len(left) == len(stream_rows()) - len(gone)
     assert {r.group for r in left} == {"", "bank"}
@@ -289,6 +289,35 @@ def test_candidates_are_the_labels_seen_so_far(stream: list[str]) -> None:
     turned = prepared_of([*stream, "stream.stages=home,bank,travel"])
     assert {r.labels for r in turned.stages[0].all("test")} == {("set alarm",)}
     assert {r.labels for r in turned.stages[1].all("test")} == {("account balance", "pay bill", "set alarm")}
+
+
+def test_labels_of_a_task_without_groups_are_named_themselves(stream: list[str], stream_data: Path, tmp_path: Path) -> None:
+    """The same stages as by groups, said by labels, as the rows write them or as words."""
+    about = {"intent": {"instruction": "What is wanted?", "labels": LABELS}}
+    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": about}))
+    (tmp_path / "rows.jsonl").write_text((stream_data / "rows.jsonl").read_text())
+    grouped = prepared_of([*stream, "stream.stages=bank,home+echo,travel"])
+    by_label = [
+        *stream,
+        f"data.root={tmp_path}",
+        "stream.stages=account_balance+pay bill,set_alarm+echo,book flight+lost_luggage",
+    ]
+    found = prepared_of(by_label)
+    assert found.arrival == grouped.arrival
+    for mine, its in zip(found.stages, grouped.stages, strict=True):
+        for split in ("train", "validation", "test"):
+            assert [(r.id, r.labels) for r in mine.all(split)] == [(r.id, r.labels) for r in its.all(split)]
+    # a site alone, which holds no row of some labels, knows when these arrive all the same
+    own = tmp_path / "east"
+    own.mkdir()
+    (own / "tasks.json").write_text(json.dumps({"tasks": about}))
+    (own / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stream_rows() if row["ward"] == "east"))
+    alone = prepare(load_recipe(None, [*by_label, f"data.root={own}"]), "east")
+    seen = [{r.labels for r in at.all("test") if r.labels} for at in alone.stages]
+    assert seen == [{r.labels for r in at.rows["east"]["test"] if r.labels} for at in found.stages]
+    assert seen == [set(), {tuple(label for label in LABELS if DOMAINS[label] != "travel")}, {tuple(LABELS)}]
+    with pytest.raises(ConfigError, match="names 'pay bill' of 'intent' and the whole task too"):
+        prepared_of([*stream, f"data.root={tmp_path}", "stream.stages=pay_bill,intent"])
 
 
 def test_candidates_are_all_labels_where_stages_name_tasks(stream: list[str]) -> None:

@@ -275,10 +275,11 @@ def whole(found: list[Record], config: Data, seed: int, splits: bool = False, pa
 
 
 def label_groups(config: Data) -> dict[tuple[str, str], str]:
-    """(task, label) -> the group that data.tasks_file puts it into; labels as they are written there, and as words."""
+    """(task, label) -> the group that data.tasks_file puts it into, of a task without groups the label itself, as words; labels
+    as they are written there, and as words."""
     groups: dict[tuple[str, str], str] = {}
     for task, about in metadata(config).get("tasks", {}).items():
-        domains = about.get("label_domain")
+        domains = about.get("label_domain") or {label: spoken((label,))[0] for label in map(str, about.get("labels") or ())}
         for label, group in domains.items() if isinstance(domains, dict) else ():
             groups |= dict.fromkeys([(task, str(label)), (task, spoken((str(label),))[0])], str(group))
     return groups

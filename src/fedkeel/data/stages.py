@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
+from fedkeel.data.forms import spoken
 from fedkeel.data.sites import Sites
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
@@ -15,8 +16,14 @@ from fedkeel.types import Record
 
 
 def stage_names(recipe: Recipe) -> list[list[str]]:
-    """The task and group names of each stage, as the recipe lists them; empty without a stream."""
+    """The names of each stage, of tasks, groups of labels or labels, as the recipe lists them; empty without a stream."""
     return [[name.strip() for name in stage.split("+")] for stage in recipe.stream.stages]
+
+
+def _part(record: Record) -> str:
+    """What of its task a record belongs to: its label's group, or, where the task's labels are in none, its label; empty of a
+    free answer."""
+    return record.group or (record.output if record.labels else "")
 
 
 def arrivals(records: Sequence[Record], recipe: Recipe, partly: bool = False) -> list[int]:
@@ -37,21 +44,22 @@ def arrivals(records: Sequence[Record], recipe: Recipe, partly: bool = False) ->
             f"{'that task' if len(missing) == 1 else f'these {len(missing)} tasks'}: add the files to data.files, or list in "
             f"data.tasks those that you have"
         )
-    known = tasks | {r.group for r in records if r.group}
+    known = tasks | {_part(r) for r in records} - {""}
     where: dict[str, int] = {}
     for stage, names in enumerate(stages):
-        for name in names:
+        for listed in names:
+            name = listed if listed in known else spoken((listed,))[0]
             if name not in known and not partly:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)[:20])}"
-                raise ConfigError(f"stream.stages: no row is of a task or label group {name!r}; {hint}")
+                raise ConfigError(f"stream.stages: no row is of a task, label group or label {listed!r}; {hint}")
             if name in where:
-                raise ConfigError(f"stream.stages: {name!r} stands twice; a task arrives once")
+                raise ConfigError(f"stream.stages: {listed!r} stands twice; a task arrives once")
             where[name] = stage
-    both = sorted({f"{r.group!r} of {r.task!r}" for r in records if r.group in where and r.task in where})
+    both = sorted({f"{_part(r)!r} of {r.task!r}" for r in records if _part(r) in where and r.task in where})
     if both:
         raise ConfigError(f"stream.stages names {both[0]} and the whole task too; name one of them")
-    found = [where.get(r.group or r.task, where.get(r.task, -1)) for r in records]
+    found = [where.get(_part(r) or r.task, where.get(r.task, -1)) for r in records]
     for stage, names in enumerate(() if partly else stages):
         if not any(at == stage and r.split == "train" for at, r in zip(found, records, strict=True)):
             raise ConfigError(f"stream.stages: stage {stage + 1} ({' + '.join(names)}) has no training row")
@@ -66,6 +74,26 @@ def kept_between_stages(recipe: Recipe) -> str:
     return f"between stages a site keeps up to {count} training rows of each stage, chosen by a hash of their id"
 
 
+def _named(recipe: Recipe) -> dict[str, int]:
+    """The stage of each name, as it is listed and as words."""
+    stages = enumerate(stage_names(recipe))
+    return {name: stage for stage, names in stages for listed in names for name in (listed, *spoken((listed,)))}
+
+
+def _born(
+    records: Sequence[Record], arrival: Mapping[str, int], recipe: Recipe, groups: Mapping[tuple[str, str], str]
+) -> dict[tuple[str, str], int]:
+    """(task, label) -> the stage in which its first row arrives; at one site of many, its group, as everywhere else. See
+    `stages_of`."""
+    named = _named(recipe)
+    born = {label: named[group] for label, group in groups.items() if group in named}
+    for record in records:
+        if record.labels:
+            label = record.task, record.output
+            born[label] = min(arrival[record.id], born.get(label, arrival[record.id]))
+    return born
+
+
 def stages_of(
     sites: Sites, arrival: Mapping[str, int], recipe: Recipe, groups: Mapping[tuple[str, str], str] | None = None
 ) -> list[Sites]:
@@ -73,20 +101,14 @@ def stages_of(
 
     In stage s a site trains on the rows that arrive then and on those that it keeps of each earlier stage: the first
     stream.replay of them by a hash of their id, so none by default. Validation and test rows are those of all stages up to s.
-    Candidate labels of a task are those seen up to s (class-incremental where a stage names label groups, task-incremental
-    where it names tasks), for kept rows too. A site may hold no training row in a stage and is then not asked. arrival: record
-    id -> stage, as `arrivals` finds it, for every record of the sites. groups: (task, label) -> its group, where the sites are
-    one of many, whose rows need not hold every label or stage; None: they are all.
+    Candidate labels of a task are those seen up to s (class-incremental where a stage names labels or groups of them,
+    task-incremental where it names tasks), for kept rows too. A site may hold no training row in a stage and is then not asked.
+    arrival: record id -> stage, as `arrivals` finds it, for every record of the sites. groups: (task, label) -> its group, or
+    the label itself, where the sites are one of many, whose rows need not hold every label or stage; None: they are all.
     """
     everything = [r for split in ("train", "validation", "test") for r in sites.all(split)]
-    named = {name: stage for stage, names in enumerate(stage_names(recipe)) for name in names}
-    # when a label's first row arrives; at one site of many, when its group does, as everywhere else
-    born = {label: named[group] for label, group in (groups or {}).items() if group in named}
-    for record in everything:
-        if record.labels:
-            label = record.task, record.output
-            born[label] = min(arrival[record.id], born.get(label, arrival[record.id]))
-    by_group = {r.task for r in everything if r.group and named and r.task not in named}
+    named, born = _named(recipe), _born(everything, arrival, recipe, groups or {})
+    by_part = {r.task for r in everything if _part(r) and named and r.task not in named}
 
     kept: set[str] = set()  # ids of the rows that some site keeps once their stage is over
     for held in sites.rows.values():
@@ -102,7 +124,7 @@ def stages_of(
         return tuple(v for v in labels if born.get((task, v), stage + 1) <= stage)
 
     def at_stage(record: Record, stage: int) -> Record:
-        return replace(record, labels=seen(record.task, record.labels, stage)) if record.task in by_group else record
+        return replace(record, labels=seen(record.task, record.labels, stage)) if record.task in by_part else record
 
     found = []
     for stage in range(max(1, len(recipe.stream.stages))):

@@ -171,12 +171,14 @@ class Train:
 
 @dataclass(frozen=True)
 class Stream:
-    """A task stream: each stage is a list of tasks, or of label groups, joined by `+`, and lasts federation.rounds rounds.
+    """A task stream: each stage is tasks, labels or groups of labels, joined by `+`, and lasts federation.rounds rounds.
 
     Empty: one stage with everything.
     """
 
-    stages: tuple[str, ...] = meant((), "tasks or label groups of each, joined by `+`; empty: one stage with everything")
+    stages: tuple[str, ...] = meant(
+        (), "tasks, labels or label groups of each, joined by `+`; empty: one stage with everything"
+    )
     order: str = meant("", "a named order of tasks of data.tasks_file, in place of stages; a run keeps it written out")
     tasks_a_stage: int = number(1, 1, about="of order", unit="tasks")
     replay: int = number(

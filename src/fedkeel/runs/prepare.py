@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, alone: str = "", records: Sequence[Record] | None = 
         read, classes = _classified(read, recipe, notes)
     arrival = {r.id: at for r, at in zip(read, arrivals(read, recipe, partly=bool(alone)), strict=True) if at >= 0}
     if len(arrival) < len(read):
-        notes.append(f"{len(read) - len(arrival)} rows left out: no stage of the stream names their task or label group")
+        notes.append(f"{len(read) - len(arrival)} rows left out: no stage of the stream names their task or label")
         read = [r for r in read if r.id in arrival]
     if recipe.stream.stages:
         notes.append(kept_between_stages(recipe))
