@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import dp_accounting
 import dp_accounting.rdp
@@ -19,6 +21,7 @@ from dp_accounting import pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import Silent, go, rows_of
+from tiny import tiny_rows, write_data
 from training import recipe_of, setting
 from typer.testing import CliRunner
 
@@ -26,6 +29,8 @@ import fedkeel.exchange.noise
 import fedkeel.federation.local
 import fedkeel.federation.server
 from fedkeel.cli import app
+from fedkeel.engines.coordinate import Away
+from fedkeel.engines.work import Work
 from fedkeel.exchange.channel import channel_of
 from fedkeel.exchange.clip import Clip
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope
@@ -38,6 +43,8 @@ from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Privacy
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import secret_normal
+from fedkeel.runs.dry import encoded_cast
+from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.privacy import Spending, check_budget, epsilon, noise_for, planned, row_epsilon, spending
 from fedkeel.types import Adapter, Lora, Reply
@@ -296,12 +303,9 @@ def test_over_machines_no_count_and_no_score_leaves_a_site(
     pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
     from flower_grid import FakeGrid
     from flwr.app import Context, RecordDict
-    from tiny import tiny_rows
 
     from fedkeel.engines.flower.apps import client_app, server_app
-    from fedkeel.engines.work import Work
     from fedkeel.recipe.settings import to_toml
-    from fedkeel.runs.folder import RunFolder
 
     hellos: list[dict[str, Any]] = []
 
@@ -425,6 +429,31 @@ def test_epsilon_of_rows_is_the_published_one() -> None:
     sampled = dp_accounting.PoissonSampledDpEvent(0.05, dp_accounting.GaussianDpEvent(1.5))
     accountant.compose(dp_accounting.SelfComposedDpEvent(sampled, 200))
     assert accountant.get_epsilon(1e-5) <= row_epsilon(1.5, 0.05, 200, 1e-5) <= 1.15 * accountant.get_epsilon(1e-5)
+
+
+def test_rows_that_do_not_fit_are_not_those_that_are_drawn(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """A site with rows whose answer is too long draws each of the others as often as one that never had them, and ε says so:
+    before a run, in it, and at a coordinator."""
+    rows = tiny_rows()
+    long = [{**row, "input": f"{row['input']} again", "output": "stone " * 300} for row in rows if row["task"] == "echo"]
+    told = []
+    for name, held in (("few", rows), ("more", rows + [row for row in long if row["split"] == "train"])):
+        (tmp_path / name).mkdir()
+        write_data(tmp_path / name)
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+        given = [*tiny_overrides, *ROWS, *ALONE, f"data.root={tmp_path / name}", f"name=run-{name}"]
+        given = [*given, "train.batch_size=4", "federation.rounds=1"]
+        recipe, folder, _ = go(given)
+        epsilons = [r["value"] for r in rows_of(folder) if r["name"] == "epsilon"]
+        dry = CliRunner().invoke(app, ["run", *given, "--dry-run"]).output
+        hello = Work(recipe).hello("ward-0")
+        told.append((epsilons, re.findall(r"ε = (\S+) at δ", dry), hello["encoded"], encoded_cast(prepare(recipe)).rows))
+        counts = prepare(recipe).cast.rows[0]["ward-0"]
+        away = Away(recipe, ["ward-0"], cast(Any, SimpleNamespace(hellos={"ward-0": hello})), folder, Silent())
+        assert away.cast().rows == [{"ward-0": hello["encoded"][0]}]
+    assert told[0] == told[1]
+    assert counts > told[0][2][0] == 18
+    assert told[0][0] == pytest.approx([row_epsilon(1.1, 4 / 12, 2, 1e-5)])
 
 
 @pytest.mark.slow

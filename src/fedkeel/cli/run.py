@@ -27,7 +27,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     from rich.table import Table
 
     from fedkeel.evidence.report import human_bytes
-    from fedkeel.runs.dry import describe_model, payload_bytes
+    from fedkeel.runs.dry import describe_model, encoded_cast, payload_bytes
     from fedkeel.runs.legs import legs_of
     from fedkeel.runs.prepare import describe_sites
     from fedkeel.runs.privacy import check_budget
@@ -50,7 +50,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (down + up))}")
     rounds = recipe.federation.rounds * len(prepared.stages)
     facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(rounds * sites * (down + up))}")
-    if promised := check_budget(prepared.cast):
+    if promised := check_budget(encoded_cast(prepared) if recipe.privacy.unit == "row" else prepared.cast):
         facts.add_row("privacy", promised)
     facts.add_row("methods", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared.cast))))
     console.print(facts)

@@ -139,6 +139,11 @@ def vetted(reference: Mapping[str, Any], hello: Mapping[str, Any]) -> str:
     return ""
 
 
+def _count(told: Any) -> int:
+    """A number of rows that a site told; 0 of what is none."""
+    return told if type(told) is int and 0 <= told < 2**40 else 0
+
+
 def read_start(payload: bytes) -> Adapter:
     """The adapter that `work.Work.start` packed. Raises EnvelopeError."""
     header, sent = open_envelope(payload)
@@ -207,7 +212,7 @@ class Away:
         if len(torches) > 1:
             self.watch.note(f"the sites run torch {', '.join(sorted(torches))}: the last bits of their sums may differ")
         for stage, name in enumerate(self.recipe.stream.stages):
-            if not any(self._rows(site, stage, "train") for site in self.fine()):
+            if not any(self._trained(site, stage) for site in self.fine()):
                 raise FederationError(f"stream.stages: no site holds a training row of stage {stage + 1} ({name})")
         return found
 
@@ -215,13 +220,19 @@ class Away:
         """Rows that a site said it holds; 0 of one that has not."""
         rows = self.sites.hellos.get(site, {}).get("rows", [])
         count = rows[stage].get(split, 0) if isinstance(rows, list) and stage < len(rows) else 0
-        return count if isinstance(count, int) and 0 <= count < 2**40 else 0
+        return _count(count)
+
+    def _trained(self, site: str, stage: int) -> int:
+        """Rows that a site said it trains on: those that fit; of one that has not said hello, which may still come, one."""
+        if site not in self.sites.hellos:
+            return 1
+        encoded = self.sites.hellos[site].get("encoded", [])
+        return _count(encoded[stage]) if isinstance(encoded, list) and stage < len(encoded) else 0
 
     def cast(self) -> Cast:
-        """Who takes part. A site that has not said hello may still come: it counts as one that holds a row."""
+        """Who takes part."""
         stages = range(max(1, len(self.recipe.stream.stages)))
-        known = self.sites.hellos
-        rows = [{n: self._rows(n, stage, "train") if n in known else 1 for n in self.names} for stage in stages]
+        rows = [{name: self._trained(name, stage) for name in self.names} for stage in stages]
         return Cast(self.recipe, rows)
 
     def loads(self) -> list[Row]:

@@ -12,7 +12,8 @@ from fedkeel.exchange.messages import Way, about, names_of, pack, pack_global, s
 from fedkeel.exchange.summands import summand
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
-from fedkeel.runs.here import check_length
+from fedkeel.runs.here import check_length, formatter_of
+from fedkeel.runs.legs import Cast, cast_of
 from fedkeel.runs.prepare import Prepared
 from fedkeel.types import Adapter, Global, Lora
 
@@ -53,10 +54,22 @@ def _masked(changes: Mapping[str, torch.Tensor], adapter: Adapter, recipe: Recip
     return seal(about("masked", 0, adapter, site="site-0"), zeros)
 
 
-def describe_model(prepared: Prepared) -> tuple[int, int, dict[str, tuple[int, ...]]]:
-    """(frozen parameters, trainable parameters, adapter shapes) of the recipe's base, without reading its weights."""
+def unweighted(prepared: Prepared) -> Model:
+    """The recipe's base, without reading its weights."""
     recipe = prepared.recipe
-    model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes, weights=False)
+    return Model(recipe.model, recipe.lora, recipe.seed, prepared.classes, weights=False)
+
+
+def encoded_cast(prepared: Prepared) -> Cast:
+    """The sites that take part, as a run would count them, once rows are in tokens."""
+    formatter = formatter_of(unweighted(prepared), prepared)
+    stages = [{name: formatter.encode_all(held["train"]) for name, held in at.rows.items()} for at in prepared.stages]
+    return cast_of(prepared.recipe, stages)
+
+
+def describe_model(prepared: Prepared) -> tuple[int, int, dict[str, tuple[int, ...]]]:
+    """(frozen parameters, trainable parameters, adapter shapes) of the recipe's base."""
+    recipe, model = prepared.recipe, unweighted(prepared)
     check_length(model, recipe.data.max_length, recipe.evaluation.max_new_tokens)
     shapes = model.read_shapes()
     return model.base_parameters(), sum(p.numel() for p in model.parameters()), shapes

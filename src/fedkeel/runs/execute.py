@@ -43,8 +43,8 @@ def _execute(prepared: Prepared, folder: RunFolder, watch: Watch, begin: tuple[b
     folder.check(recipe, *begin)
     tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
     here = Here(prepared, folder, watch, engine)
-    legs = legs_of(prepared.cast)
-    if promised := check_budget(prepared.cast):
+    legs = legs_of(here.cast)
+    if promised := check_budget(here.cast):
         watch.note(f"private: {promised}")
     check_curve(legs, here, recipe.evaluation.every)
     # only now: a recipe that cannot run leaves no folder, and replaces none

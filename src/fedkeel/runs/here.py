@@ -28,7 +28,7 @@ from fedkeel.recipe.schema import Attack
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.answers import asked, chosen, tasks_of
 from fedkeel.runs.folder import RunFolder
-from fedkeel.runs.legs import Leg
+from fedkeel.runs.legs import Cast, Leg, cast_of
 from fedkeel.runs.prepare import Prepared
 from fedkeel.runs.rounds import Carrier, Memory, Progress
 from fedkeel.runs.rows import score_rows, unseen_rows
@@ -78,6 +78,11 @@ class Here:
         if not all(self.held_out["test"]):
             raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
         self._check_room()
+
+    @property
+    def cast(self) -> Cast:
+        """The sites that take part."""
+        return cast_of(self.prepared.recipe, self.examples)
 
     def _check_room(self) -> None:
         """Raise DataError now for a held-out row whose prompt would have no room before its answer when it is scored."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from fedkeel import tables
@@ -59,7 +59,8 @@ class Leg:
 
 @dataclass(frozen=True)
 class Cast:
-    """Who could take part in a run. rows: of each stage, training rows by site."""
+    """Who could take part in a run. rows: of each stage, rows by site that it trains on: those that are too long for
+    data.max_length are not among them."""
 
     recipe: Recipe
     rows: Sequence[Mapping[str, int]]
@@ -73,6 +74,11 @@ class Cast:
         """Optimiser steps that each site takes in the federation in a stage."""
         rounds, train = self.recipe.federation.rounds, self.recipe.train
         return {name: rounds * steps_a_round(train, rows) if rows else 0 for name, rows in self.rows[stage].items()}
+
+
+def cast_of(recipe: Recipe, stages: Sequence[Mapping[str, Sized]]) -> Cast:
+    """stages: of each, by site, what it trains on."""
+    return Cast(recipe, [{name: len(held) for name, held in stage.items()} for stage in stages])
 
 
 def single(recipe: Recipe, steps: int) -> Recipe:

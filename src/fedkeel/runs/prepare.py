@@ -15,7 +15,7 @@ from fedkeel.data.stages import arrivals, check_stages_are_learnt, kept_between_
 from fedkeel.model.load import kind_of, load_config
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError, Frozen
-from fedkeel.runs.legs import Cast
+from fedkeel.runs.legs import Cast, cast_of
 from fedkeel.types import Record
 
 
@@ -38,8 +38,8 @@ class Prepared:
 
     @property
     def cast(self) -> Cast:
-        """The sites that take part, by the rows that they train on."""
-        return Cast(self.recipe, [{name: len(h["train"]) for name, h in stage.rows.items()} for stage in self.stages])
+        """The sites that take part, by the training rows that they hold: `Here.cast` leaves out those that do not fit."""
+        return cast_of(self.recipe, [{name: held["train"] for name, held in stage.rows.items()} for stage in self.stages])
 
 
 def data_view(recipe: Recipe) -> Recipe:
