@@ -27,10 +27,15 @@ from typer.testing import CliRunner
 import fedkeel.runs.here
 from fedkeel.cli import app
 from fedkeel.data.format import Example, Formatter
+from fedkeel.engines.sitefile import read_site
+from fedkeel.engines.store import WorkError
+from fedkeel.engines.work import handle, localised
 from fedkeel.exchange.codecs import make_codec, open_envelope
 from fedkeel.exchange.messages import pack, shapes_of
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.train import Log
+from fedkeel.recipe.load import load_recipe, make_recipe, read_tree
+from fedkeel.recipe.settings import to_toml
 from fedkeel.types import Reply, Request
 
 WINDOW = 6  # tokens in a row that are one text's
@@ -250,3 +255,54 @@ def test_a_leak_would_be_seen() -> None:
     assert seen(stats={"loss": 5.4321}) == ["loss 5.4321"]
     assert seen(seconds=f"{5.4321:012.4f}") == ["loss 5.4321"]
     assert math.isclose(numbers_of({"a": [True, "x", "5.4321"]})[0], 5.4321)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (["data.files=/elsewhere/notes.jsonl"], "data.files = '/elsewhere/notes.jsonl' leaves data.root"),
+        (["data.files=rows.jsonl,../notes.jsonl"], "data.files = '../notes.jsonl' leaves data.root"),
+        (["data.files=C:\\notes.jsonl"], r"data.files = 'C:\\notes.jsonl' leaves data.root"),
+        (["data.tasks_file=../notes.txt"], "data.tasks_file = '../notes.txt' leaves data.root"),
+        (["data.tasks_file=~/notes.txt"], "data.tasks_file = '~/notes.txt' leaves data.root"),
+        (["data.source=hub", "data.dataset=HERE"], "leaves data.root"),
+    ],
+)
+def test_no_recipe_reads_where_a_site_did_not_say(
+    sent: list[str], told: str, tiny_overrides: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site.toml").write_text(f'name = "ward-0"\n[data]\nroot = "{tiny_data}"\n')
+    site = read_site(tmp_path / "site.toml")
+    text = to_toml(
+        make_recipe(read_tree(None, [*tiny_overrides, *(key.replace("HERE", str(tmp_path)) for key in sent)]), data=False)
+    )
+    with pytest.raises(WorkError) as refused:
+        localised(text, site)
+    assert told in str(refused.value)
+    assert "site.toml to say: set" in str(refused.value)
+
+
+def test_what_a_site_names_itself_may_lie_anywhere(tiny_overrides: list[str], tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    files = f'files = ["{tiny_data}/rows.jsonl"]\ntasks_file = "{tiny_data}/tasks.json"\n'
+    (tmp_path / "site.toml").write_text(f'name = "ward-0"\n[data]\nroot = "inside"\n{files}')
+    recipe = localised(to_toml(make_recipe(read_tree(None, tiny_overrides))), read_site(tmp_path / "site.toml"))
+    assert recipe.data.files == (f"{tiny_data}/rows.jsonl",)
+
+
+def test_a_chat_template_that_was_sent_is_no_file_of_the_site(
+    tiny_overrides: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    """A path in it stays a path; what goes wrong with it tells of no file's text."""
+    secret = tmp_path / "notes.txt"
+    secret.write_text("Mrs Smith has the flu")
+    (tmp_path / "site.toml").write_text(f'name = "ward-0"\n[data]\nroot = "{tiny_data}"\n')
+    site = read_site(tmp_path / "site.toml")
+    text = to_toml(load_recipe(None, tiny_overrides)).replace('chat_template = ""', f'chat_template = "{secret}"')
+    assert localised(text, site).model.chat_template == str(secret)
+    header = {"run": "r", "id": "0", "site": "ward-0", "kind": "hello", "recipe": text}
+    answer, _ = handle(header, b"", site)
+    assert "model.chat_template" in answer["error"]
+    assert "Smith" not in answer["error"]
+    # at home a template's file is read
+    assert load_recipe(None, [*tiny_overrides, f"model.chat_template={secret}"]).model.chat_template == secret.read_text()

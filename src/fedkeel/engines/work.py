@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ import tomllib
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import make_recipe
 from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.settings import build
 from fedkeel.runs.here import formatter_of
 from fedkeel.runs.legs import single
 from fedkeel.runs.prepare import prepare
@@ -60,12 +62,28 @@ SPLITS = ("validation", "test")
 
 def localised(text: str, site: SiteFile) -> Recipe:
     """The coordinator's recipe with this site's own paths, device and threads in place of what it says of them: where a site
-    reads its rows is not for the coordinator to say."""
+    reads its rows is not for the coordinator to say. Raises WorkError for a recipe that would read elsewhere."""
     tree = tomllib.loads(text)
     tree["threads"] = site.threads
     tree["model"] = {**tree.get("model", {}), "device": site.device} | ({"base": site.base} if site.base else {})
     tree["data"] = {**tree.get("data", {}), "root": "", **site.data}
-    return make_recipe(tree)
+    tables.load_plugins()
+    data = build(Recipe, tree).data
+    named = {"files": data.files, "tasks_file": (data.tasks_file,), "dataset": (data.dataset,)}
+    for key, names in named.items():
+        odd = [name for name in names if _leaves(name) or (key == "dataset" and name and os.path.exists(name))]
+        if odd and key not in site.data:
+            raise WorkError(
+                f"the recipe's data.{key} = {odd[0]!r} leaves data.root; where site {site.name} reads its rows is for its own "
+                f"{site.path.name} to say: set {key} under [data] there"
+            )
+    return make_recipe(tree, here=False)
+
+
+def _leaves(name: str) -> bool:
+    """Whether a file's name leads out of the folder that it should lie in."""
+    path = PureWindowsPath(name)  # which knows both slashes, and drives
+    return ".." in path.parts or bool(path.anchor) or name.startswith("~")
 
 
 class Work:

@@ -33,16 +33,18 @@ def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any
     return tree
 
 
-def make_recipe(tree: Mapping[str, Any], data: bool = True, order: bool = False) -> Recipe:
+def make_recipe(tree: Mapping[str, Any], data: bool = True, order: bool = False, here: bool = True) -> Recipe:
     """The recipe that a mapping of keys, as TOML is read, means. Raises ConfigError on what cannot be right.
 
     data: whether the files of data must be there; a coordinator holds none. order: whether stream.order is written out as
-    stages even so, for which data.tasks_file must be readable.
+    stages even so, for which data.tasks_file must be readable. here: whether it was written on this machine, and may name a
+    file for a chat template; one that was sent holds the template's text.
     """
     tables.load_plugins()
     recipe = build(Recipe, tree)
-    model = recipe.model
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(model, chat_template=_template_text(model.chat_template)))
+    if here:
+        text = _template_text(recipe.model.chat_template)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, chat_template=text))
     if data:
         check_data(recipe)
     if data or order:
