@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -26,8 +27,9 @@ from flwr.app import Context, RecordDict
 from tiny import tiny_rows
 from typer.testing import CliRunner
 
+from fedkeel import tables
 from fedkeel.cli import app as cli
-from fedkeel.engines.coordinate import meanings_of, reference_of
+from fedkeel.engines.coordinate import meanings_of, read_sums, reference_of
 from fedkeel.engines.exported import check_heads
 from fedkeel.engines.flower.apps import OneSentence, client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
@@ -529,3 +531,34 @@ def test_what_stops_a_federation_is_one_sentence_in_flowers_log() -> None:
     assert first == "fedkeel: 2 of 3 sites are fit to train: 100 % more are needed"
     assert rest.startswith("ServerApp raised an exception\nTraceback")
     assert rest.count("Traceback") == 1
+
+
+def told(**changed: Any) -> dict[str, Any]:
+    """What a site of ten rows, six of a task of labels and four of free answers, says of an evaluation."""
+    labels: dict[str, Any] = {"score": [4.0, 6], "accuracy": [4.0, 6]}
+    free: dict[str, Any] = {"score": [1.5, 4], "rouge_l": [1.5, 4], "nats": [90.0, 40]}
+    return {"sums": {"0": {"colour": labels | changed, "echo": free}}}
+
+
+def test_a_site_speaks_for_the_rows_that_it_has() -> None:
+    assert tables.by_token("nats")
+    assert read_sums(told(), 1, 10, 32) == {
+        0: {"colour": {"score": (4, 6), "accuracy": (4, 6)}, "echo": {"score": (1.5, 4), "rouge_l": (1.5, 4), "nats": (90, 40)}}
+    }
+    for header in (
+        told(score=[4.0, 7], accuracy=[4.0, 7]),  # with the other task's four more than ten
+        told(score=[1e300, 1e300]),
+        told(score=[math.inf, math.inf]),
+        told(score=[math.nan, 6]),
+        told(score=[7.0, 6]),
+        told(score=[-1.0, 6]),
+        told(accuracy=[4.0, 11]),
+        told(nats=[1.0, 321]),
+        told(nats=[math.inf, 6]),
+        told(bytes_up=[0.0, 6]),
+        {"sums": {"1": told()["sums"]["0"]}},
+        {"sums": {"0": {"colour": {"accuracy": [4.0, 6]}}}},
+        {"sums": {"0": {f"task {n}": {"score": [0.0, 1]} for n in range(4097)}}},
+    ):
+        with pytest.raises(ValueError, match=r"colour|echo|stage|4097"):
+            read_sums(header, 1, 10, 32)

@@ -143,3 +143,36 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"adapter could not be written"), replaced_folder(tmp_path / "file" / "adapter"):
         pass
+
+
+def test_a_folder_that_cannot_be_replaced_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "adapter"
+    for name in ("a", "b"):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text("first")
+    real = Path.rename
+
+    def rename(self: Path, to: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(DiskError, match="What was there before is untouched"), replaced_folder(target) as partial:
+        (partial / "c").write_text("second")
+    assert sorted(path.name for path in target.iterdir()) == ["a", "b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_that_had_stepped_aside_when_all_was_killed_comes_back(tmp_path: Path) -> None:
+    """Killed between the two renames: the next call finds the old one, and keeps it where the new one fails again."""
+    target, old = tmp_path / "adapter", tmp_path / "adapter.old"
+    old.mkdir()
+    (old / "a").write_text("first")
+    with pytest.raises(ValueError, match="not today"), replaced_folder(target):
+        raise ValueError("not today")
+    assert [path.name for path in target.iterdir()] == ["a"]
+    with replaced_folder(target) as partial:
+        (partial / "b").write_text("second")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

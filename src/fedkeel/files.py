@@ -64,21 +64,46 @@ def replaced(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """As `replaced`, of a folder: what stood at `folder` before goes when the new one is whole.
+    """As `replaced`, of a folder: what stood at `folder` before steps aside when the new one is whole, and goes when that has
+    its place; after a kill in between it is back with the next call.
 
     Raises DiskError for what the system refuses.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for left in (partial, old):  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        _synced(partial)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            with contextlib.suppress(OSError):
+                old.rename(folder)
+            raise
     except OSError as error:
         raise _told(folder, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, old) if folder.exists() else (partial,):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _synced(folder: Path) -> None:
+    """Have the disk hold all that is in a folder."""
+    for path in (*folder.rglob("*"), folder):
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except PermissionError:  # a folder, where the system opens none
+            continue
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager

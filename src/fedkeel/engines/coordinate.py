@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 from fedkeel import tables
 from fedkeel.engines.exported import differing, read_folder
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope
-from fedkeel.exchange.messages import MEMORY, pack_global
+from fedkeel.exchange.messages import MEMORY, pack_global, read_counts
 from fedkeel.federation.server import FederationError
 from fedkeel.files import replaced_folder, write_atomic
 from fedkeel.model.digest import digest_of
@@ -157,22 +158,28 @@ def read_start(payload: bytes) -> Adapter:
     return Adapter(lora, {name: t for name, t in sent.items() if name not in factors})
 
 
-def read_sums(header: Mapping[str, Any], stages: int) -> Sums:
-    """`work.Work.evaluate`'s sums. Raises ValueError if they are none."""
+def read_sums(header: Mapping[str, Any], stages: int, rows: int, tokens: int) -> Sums:
+    """`work.Work.evaluate`'s sums. rows: that the site said it holds; tokens: of a row, at most. Raises ValueError if they are
+    none: a site whose rows count more than it holds would speak for the others."""
     found: dict[int, dict[str, dict[str, tuple[float, float]]]] = {}
+    left = rows
     for came, tasks in header["sums"].items():
         if not 0 <= int(came) < stages:
             raise ValueError(f"rows of stage {came!r}")
+        read_counts(dict.fromkeys(tasks, 0))  # no more of them than a message may name
         for task, measures in tasks.items():
-            for name, (total, count) in measures.items():
-                # a measure is a share of a row, or nats of a token, which have no bound above
-                most = math.inf if tables.by_token(name) else count
-                if not (math.isfinite(total) and 0 <= total <= most and count >= 1):
-                    raise ValueError(f"{task}: {name} of {total!r} over {count!r} rows")
-                held = found.setdefault(int(came), {}).setdefault(str(task), {})
-                held[str(name)] = float(total), float(count)
             if "score" not in measures:
                 raise ValueError(f"{task}: no score")
+            held = found.setdefault(int(came), {}).setdefault(str(task), {})
+            for name, (total, count) in measures.items():
+                if name != "score" and name not in tables.METRICS:
+                    raise ValueError(f"{task}: no measure {name!r}")
+                # a measure is a share of a row, or nats of a token, which have no bound above
+                nats = tables.by_token(name)
+                if not (1 <= count <= left * (tokens if nats else 1) and 0 <= total <= (sys.float_info.max if nats else count)):
+                    raise ValueError(f"{task}: {name} of {total!r} over {count!r} rows, of {rows} that the site has")
+                held[str(name)] = float(total), float(count)
+            left -= int(held["score"][1])
     return found
 
 
@@ -306,7 +313,8 @@ class Away:
             try:
                 if isinstance(outcome, FedKeelError):
                     raise outcome
-                sums[site] = read_sums(outcome[0], len(leg.stages))
+                rows = self._rows(site, stage, split)
+                sums[site] = read_sums(outcome[0], len(leg.stages), rows, self.recipe.data.max_length)
             except (FedKeelError, KeyError, TypeError, ValueError, AttributeError) as error:
                 self.watch.note(f"round {current.round}: the {split} rows of site {site} are not in the score: {error}")
         return pooled_rows(leg, stage, current.round, split, sums, self.recipe.name)
