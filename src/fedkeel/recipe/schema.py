@@ -50,7 +50,7 @@ class Model:
     cache_memory: int = number(
         1024, 0, about="hidden states kept in memory below the first block of lora.layers; no bit depends on it", unit="MiB"
     )
-    cache_disk: int = number(8192, 0, about="and then in an unnamed file", unit="MiB")
+    cache_disk: int = number(8192, 0, about="what does not fit there, in an unnamed temporary file", unit="MiB")
 
 
 def _layers(spec: tuple[str, ...]) -> str:
@@ -122,13 +122,13 @@ class Data:
     site_from: str = one_of(
         "column", ("column", "file", "folder"), 'what names the site of a row for partition.scheme = "natural"'
     )
-    site_column: str = meant("", "the column, or key, that does so")
+    site_column: str = meant("", "the column, or key, that names the site of a row")
     dataset: str = meant("", "for `hub`: an id, or a folder")
     subset: str = meant("", "for `hub`: the configuration of a data set that has several")
     instruction: str = meant("", "stands before every row that has none of its own")
     rows_per_site: int = number(0, 0, about="training rows kept a site, chosen by hash; 0: all", unit="rows")
-    validation_share: float = number(0.1, 0, 0.5, "of the rows that have no `split` of their own", unit="share")
-    test_share: float = number(0.1, 0, 0.5, "and for test", unit="share")
+    validation_share: float = number(0.1, 0, 0.5, "of the rows without a `split`, held out for validation", unit="share")
+    test_share: float = number(0.1, 0, 0.5, "of the same rows, held out for test", unit="share")
     max_length: int = number(
         512, 8, about="of a row, its prompt and its answer; longer texts are cut and counted", unit="tokens"
     )
@@ -159,7 +159,7 @@ class Train:
     warmup: float = number(0.05, 0, 1, "of a stage's steps, over which the rate rises from 0", unit="share")
     final_lr: float = number(0.1, 0, 1, "of lr at the stage's end; it falls in a line", unit="share")
     weight_decay: float = number(0.0, 0, about="of AdamW")
-    clip_norm: float = number(1.0, 0, about="most of the gradient's norm", above=True)
+    clip_norm: float = number(1.0, 0, about="largest norm of a gradient; a longer one is scaled down", above=True)
     proximal: float = number(0.0, 0, about="FedProx: this times half the squared distance from the global adapter")
     sam: float = number(0.0, 0, about="FedSAM: radius of the ascent before each step; costs a second pass")
 
@@ -180,7 +180,7 @@ class Stream:
         (), "tasks, labels or label groups of each, joined by `+`; empty: one stage with everything"
     )
     order: str = meant("", "a named order of tasks of data.tasks_file, in place of stages; a run keeps it written out")
-    tasks_a_stage: int = number(1, 1, about="of order", unit="tasks")
+    tasks_a_stage: int = number(1, 1, about="of `order`, in a stage", unit="tasks")
     replay: int = number(
         0,
         0,
@@ -255,7 +255,7 @@ class Distill:
     align: str = one_of(
         "off", ("off", "cka", "cosine"), "hidden states too, at a quarter, half, three quarters and all of the blocks"
     )
-    align_weight: float = number(0.1, 0, about="η, of that")
+    align_weight: float = number(0.1, 0, about="η, of `align`'s loss")
     layer_trust: bool = meant(True, "align less where the sites disagreed in the last round")
     memory: float = number(0.0, 0, 1, "of the teacher that is what was served after the stage before", unit="share")
     ramp: float = number(0.1, 0, 1, "of the run, over which the weight rises from 0", unit="share")
@@ -372,7 +372,9 @@ class Privacy:
         "γ, of the sites' changes that are to be no longer than C, which then moves from `clip` on; 0: it stays",
         unit="share",
     )
-    clip_rate: float = number(0.2, 0, about="η, of that: C becomes C · exp(−η (share − γ)) after each round", above=True)
+    clip_rate: float = number(
+        0.2, 0, about="η, the step of that: C becomes C · exp(−η (share − γ)) after each round", above=True
+    )
     count_noise: float = number(
         0.0,
         0,
@@ -386,7 +388,7 @@ class Privacy:
         "who adds it: each site before it sends, or the coordinator, who then sees updates without",
     )
     together: int = number(
-        1, 1, about="whose noise adds up to the whole; 1: each site's update is private by itself", unit="sites"
+        1, 1, about="sites whose noise together is the whole; 1: each update is private by itself", unit="sites"
     )
     masks: bool = meant(False, "secure aggregation: the coordinator sees the sum of the sites' changes, and none alone")
     threshold: float = number(
