@@ -120,6 +120,8 @@ def test_what_cannot_be_right_is_refused_in_these_words(override: str, told: str
         (["lora.targets=q_proj"], "lora.targets", ("q_proj",)),
         (["evaluation.baselines="], "evaluation.baselines", ()),
         (["evaluation.baselines=[]"], "evaluation.baselines", ()),
+        (["evidence.serve_from=0.5, 1e-2,2"], "evidence.serve_from", (0.5, 0.01, 2.0)),
+        (["lora.site_ranks= 4, 8", "federation.rule=svd"], "lora.site_ranks", (4, 8)),
         (["federation.rule=svd"], "federation.rule", "svd"),
         (['federation.rule="svd"'], "federation.rule", "svd"),
         (["model.base=/models/a b=c"], "model.base", "/models/a b=c"),

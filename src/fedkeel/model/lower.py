@@ -62,9 +62,15 @@ class States:
         elif states.nbytes <= self._disk:
             if self._file is None:
                 self._file, self._dtype = tempfile.TemporaryFile(), states.dtype  # noqa: SIM115, as it lasts as this object does
+            at = self._file.seek(0, 2)
+            try:
+                self._file.write(states.contiguous().view(torch.uint8).numpy().data)
+                self._file.flush()
+            except OSError:  # less room than was asked for: what is not kept is computed again
+                self._disk = 0
+                return
             self._disk -= states.nbytes
-            self._filed[key] = self._file.seek(0, 2), tuple(states.shape)
-            self._file.write(states.contiguous().view(torch.uint8).numpy().data)
+            self._filed[key] = at, tuple(states.shape)
 
 
 class Lower:

@@ -144,6 +144,18 @@ def _owners(tables: Mapping[str, Table[Any]]) -> list[tuple[str, str, type]]:
     return [(kind, name, settings) for kind, name, settings in found if settings is not None]
 
 
+def _numbers(text: str, kind: type[int] | type[float]) -> list[Any]:
+    """The numbers of `0.5, 1e-2`; what is none stays the text that it is."""
+
+    def read(one: str) -> Any:
+        try:
+            return kind(one)
+        except ValueError:
+            return one
+
+    return [read(one) for one in text.split(",") if one.strip()]
+
+
 @dataclass(frozen=True)
 class _Reader:
     """known: every key of the whole, for suggestions. where: stands before each error."""
@@ -253,7 +265,7 @@ class _Reader:
     def whole_numbers(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[int, ...]:
         low = metadata.get("low", 1)
         if isinstance(value, str):
-            value = [int(v) if v.isdecimal() else v for v in value.split(",") if v]
+            value = _numbers(value, int)
         if isinstance(value, int) and not isinstance(value, bool):
             value = [value]
         if not isinstance(value, list | tuple) or not all(type(v) is int and v >= low for v in value):
@@ -263,7 +275,7 @@ class _Reader:
     def numbers(self, key: str, value: Any, metadata: Mapping[str, Any]) -> tuple[float, ...]:
         told = value
         if isinstance(value, str):  # 0.5,1,2
-            value = [float(v) if v.replace(".", "", 1).isdecimal() else v for v in value.split(",") if v]
+            value = _numbers(value, float)
         value = [value] if type(value) in (int, float) else value
         if not isinstance(value, list | tuple) or not all(type(v) in (int, float) for v in value):
             raise self.error(f"{key} = {told!r}: a list of numbers belongs here")

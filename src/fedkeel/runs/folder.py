@@ -118,6 +118,7 @@ class RunFolder:
         self.tracks: Tracks | None = None  # told of every row that is saved
         self.notes: list[str] = []  # what `open` found that a person should know
         self._saved: dict[str, Any] = {}  # the state as it was saved last
+        self._scored: set[tuple[str, str]] | None = None  # legs in scores.jsonl: (method, site)
 
     @property
     def _state_file(self) -> Path:
@@ -279,12 +280,19 @@ class RunFolder:
         scores: row id -> (task, score in [0, 1]).
         """
         path = self.path / "scores.jsonl"
-        held = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        lines = [line for line in held if (line["method"], line["site"]) != (method, site)]
-        lines += [
-            {"method": method, "site": site, "task": task, "id": row, "score": score} for row, (task, score) in scores.items()
-        ]
-        write_atomic(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+        if self._scored is None:
+            held = path.read_bytes() if path.exists() else b""
+            whole = held[: held.rfind(b"\n") + 1]  # of a run that was killed in a line
+            if whole != held:
+                write_atomic(path, whole)
+            self._scored = {(line["method"], line["site"]) for line in map(json.loads, whole.splitlines())}
+        if (method, site) in self._scored:
+            held_lines = path.read_text().splitlines()
+            kept = [line for line in held_lines if ((told := json.loads(line))["method"], told["site"]) != (method, site)]
+            write_atomic(path, "".join(f"{line}\n" for line in kept))
+        self._scored.add((method, site))
+        about = {"method": method, "site": site}
+        append_lines(path, [json.dumps({**about, "task": t, "id": row, "score": score}) for row, (t, score) in scores.items()])
 
     def write_answers(self, who: str, rows: Sequence[Mapping[str, str]], said: Mapping[str, str]) -> None:
         """Keep what one of the models said to a few test rows, in place of what it had. rows: their id, task, prompt and wanted

@@ -71,6 +71,9 @@ class Table(MutableMapping[str, E], Generic[E]):
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self._entries)}"
             raise UnknownNameError(f"no {self.kind} {name!r}; {hint}") from None
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # Mapping's own asks for the entry, and so for the nearest name
+
     def __setitem__(self, name: str, entry: E) -> None:
         """Raises TableError for a name that could be no key of a recipe."""
         if not NAME.fullmatch(name):
