@@ -16,7 +16,7 @@ from typing import Any
 import altair
 import pytest
 import vl_convert
-from altair.utils.schemapi import validate_jsonschema
+from jsonschema.validators import validator_for
 from suites import ODD, damages, one_leg, one_row, whole_run, whole_suite
 
 from fedkeel.evidence.report import run_charts, suite_charts, suite_markdown, write_report, write_suite_report
@@ -27,12 +27,28 @@ from fedkeel.evidence.report.pictures import run_pictures, still
 from fedkeel.evidence.report.results import results_of
 from fedkeel.evidence.report.run_numbers import held_out, under_damage
 from fedkeel.evidence.report.styles import DASHES, HUES, INK, PAPER, SHAPES, run_styles, styles_of
-from fedkeel.evidence.report.suite import read_suite
+from fedkeel.evidence.report.suite import Suite, read_suite
 from fedkeel.evidence.report.suite_tables import score_table
 from fedkeel.evidence.report.tables import Table
 from fedkeel.types import Row
 
 RUN = one_leg("demo", 1, 0.1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `whole_suite`, which is read and not changed."""
+    return whole_suite(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def suite(whole: Path) -> Suite:
+    return read_suite(whole)
+
+
+@pytest.fixture(scope="module")
+def figures(suite: Suite) -> list[Figure]:
+    return list(all_figures(suite))
 
 
 def test_learning_curves_by_hand() -> None:
@@ -149,9 +165,8 @@ def test_one_curve_of_several_seeds() -> None:
     assert math.isnan(second.low)
 
 
-def test_suite_pictures_by_hand(tmp_path: Path) -> None:
+def test_suite_pictures_by_hand(suite: Suite) -> None:
     """Seeds shift scores by 2 and 4 points, methods by what whole_suite says: full 10, guided 5, the odd one 2."""
-    suite = read_suite(whole_suite(tmp_path))
     results = results_of(suite, "s")
     forest = suite_charts.differences(suite, results)
     assert forest is not None
@@ -212,8 +227,7 @@ def test_runs_are_compared_on_damage_that_none_of_them_trained_on() -> None:
     assert under_damage(plain, []) == under_damage([], ["noise"]) == (None, None)
 
 
-def test_a_table_says_where_no_damage_was_held_out_of_all(tmp_path: Path) -> None:
-    suite = read_suite(whole_suite(tmp_path))
+def test_a_table_says_where_no_damage_was_held_out_of_all(suite: Suite) -> None:
     only_heads = [r for r in damages("r", 1, 0.7, True) if "/noise/" not in r.name and "/bits/" not in r.name]
     suite = replace(suite, runs=[replace(run, measures=only_heads) for run in suite.runs])
     table = score_table(suite, "s", results_of(suite, "s"), {})
@@ -344,8 +358,8 @@ def test_damage_that_training_had_used_is_drawn_on_a_tint_and_all_families_on_on
     assert [line["at"] for line in lines_of(figure.specs[1])] == ["none", "8", "4"]
 
 
-def test_what_is_learnt_is_joined_to_what_is_kept(tmp_path: Path) -> None:
-    kept = suite_charts.kept(results_of(read_suite(whole_suite(tmp_path)), "s"))
+def test_what_is_learnt_is_joined_to_what_is_kept(suite: Suite) -> None:
+    kept = suite_charts.kept(results_of(suite, "s"))
     (figure,) = figures_of(kept, {})
     joined = next(layers(figure, "rule"))
     ends = {line["at"]: (line["low"], line["high"]) for line in lines_of(figure.specs[0], joined)}
@@ -385,9 +399,8 @@ def test_of_several_grids_one_is_shown() -> None:
     assert [text for text in texts if text] == ["2.0", "4.0", "not finite", "c1", "c2", "x", "l", "m"]
 
 
-def all_figures(folder: Path) -> Iterator[Figure]:
+def all_figures(suite: Suite) -> Iterator[Figure]:
     """Every figure of the page of a run and of that of a suite, both with all that can be measured."""
-    suite = read_suite(whole_suite(folder))
     results = results_of(suite, "s")
     sites, of_suite = run_charts.sites(RUN), suite_charts.sites(results)
     measures = damages("demo", 1, 0.7, True)
@@ -423,21 +436,22 @@ def all_figures(folder: Path) -> Iterator[Figure]:
         yield from figures_of(chart, styles_of(["base", "local-only", "federated", "centralised", *suite.methods], "plain"))
 
 
-def test_every_specification_is_what_vega_lite_reads(tmp_path: Path) -> None:
+def test_every_specification_is_what_vega_lite_reads(suite: Suite, figures: list[Figure]) -> None:
     """They are built without Altair's check; here each is held against the whole schema, and compiled."""
     schema = altair.load_schema()
+    validator = validator_for(schema)(schema)
     checked = 0
-    for figure in all_figures(tmp_path):
+    for figure in figures:
         for spec in figure.specs:
-            validate_jsonschema(json.loads(json.dumps(spec)), schema)
+            validator.validate(json.loads(json.dumps(spec)))
             assert vl_convert.vegalite_to_vega(spec)["marks"]
             checked += 1
     assert checked == 28
-    for charts in (run_pictures(RUN), [suite_charts.kept(results_of(read_suite(tmp_path), "s"))]):
-        validate_jsonschema(json.loads(json.dumps(still(charts))), schema)
+    for charts in (run_pictures(RUN), [suite_charts.kept(results_of(suite, "s"))]):
+        validator.validate(json.loads(json.dumps(still(charts))))
 
 
-def test_no_name_is_a_column_or_part_of_an_expression(tmp_path: Path) -> None:
+def test_no_name_is_a_column_or_part_of_an_expression(figures: list[Figure]) -> None:
     """Names may hold dots, brackets and quotes: they are values, and every column and expression is one of ours."""
 
     def found(value: Any, key: str) -> Iterator[str]:
@@ -451,7 +465,7 @@ def test_no_name_is_a_column_or_part_of_an_expression(tmp_path: Path) -> None:
                 yield from found(held, key)
 
     seen = 0
-    for figure in all_figures(tmp_path):
+    for figure in figures:
         for spec in figure.specs:
             columns = {key for lines in spec["datasets"].values() for line in lines for key in line}
             assert columns <= {"at", "value", "low", "high", "series", "marked", "label", "tip", "x", "y"}
@@ -462,8 +476,8 @@ def test_no_name_is_a_column_or_part_of_an_expression(tmp_path: Path) -> None:
     assert seen >= 6
 
 
-def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    page = write_suite_report(whole_suite(tmp_path)).read_text(encoding="utf-8")
+def test_a_page_needs_nothing_but_itself(whole: Path) -> None:
+    page = write_suite_report(whole).read_text(encoding="utf-8")
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     assert len(scripts) == 2
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
@@ -505,8 +519,8 @@ def test_a_run_leaves_all_its_reports(tmp_path: Path) -> None:
     assert "Run demo, seed 1, recipe.toml beside it, commit 0123456789ab" in page
 
 
-def test_markdown_of_a_suite(tmp_path: Path) -> None:
-    text = suite_markdown(whole_suite(tmp_path))
+def test_markdown_of_a_suite(whole: Path) -> None:
+    text = suite_markdown(whole)
     assert text.startswith("## s\n\nwhat s is\n\n### s: scores\n")
     titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
     assert titles[0] == "s: scores"
@@ -515,6 +529,6 @@ def test_markdown_of_a_suite(tmp_path: Path) -> None:
     assert "| full | 2 | 73.0 ± 1.4 | +10.0 ± 0.0 |" in text
     assert "| lost | 0 of 2 | failed |" in text
     assert "- r6-1 failed: out of memory" in text
-    write_suite_report(tmp_path)
-    assert "| full | 2 | 73.0 ± 1.4 |" in (tmp_path / "table.md").read_text()
-    assert text in (tmp_path / "report.md").read_text()
+    write_suite_report(whole)
+    assert "| full | 2 | 73.0 ± 1.4 |" in (whole / "table.md").read_text()
+    assert text in (whole / "report.md").read_text()

@@ -446,7 +446,7 @@ def test_the_largest_float_never_rounds_up_over_the_last_level(spec: str) -> Non
     assert 0 <= LARGEST - got[0].item() <= LARGEST * 2**-16
 
 
-DRAWS = 2048
+DRAWS = 512
 
 
 def mean_misses(spec: str, sent: Tensor) -> Tensor:
