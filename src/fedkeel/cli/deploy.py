@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fedkeel.cli.common import app, names_in
 from fedkeel.types import FedKeelError
-
-if TYPE_CHECKING:
-    pass
 
 deployment = typer.Typer(no_args_is_help=True, help="Several machines: write what each needs, and check a site before round 1.")
 app.add_typer(deployment, name="deploy")

@@ -6,7 +6,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,9 +14,6 @@ from fedkeel import tables
 from fedkeel.cli.common import BaseOption, BestOption, RunArgument, app, finished, names_in, terminal
 from fedkeel.recipe.load import load_recipe, with_threads
 from fedkeel.types import FedKeelError
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

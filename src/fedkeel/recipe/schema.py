@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from fedkeel import tables
-from fedkeel.recipe.settings import ConfigError, Frozen, checked, meant, named_by, number, numbers, one_of, own_of, some_of
+from fedkeel.recipe.settings import ConfigError, Frozen, checked, meant, named_by, number, numbers, one_of, own_of
 
 LAYERS = re.compile(r"\d+(-\d+)?")
 
@@ -428,7 +428,7 @@ class Evaluation:
     samples: int = number(
         10, 0, about="of test, whose text and answers a run in one process keeps for its report; 0: none", unit="rows"
     )
-    baselines: tuple[str, ...] = some_of(
+    baselines: tuple[str, ...] = one_of(
         ("base", "local", "centralised"), tables.BASELINES, "run beside the federation, on the same rows and steps"
     )
 
@@ -455,7 +455,7 @@ class Recipe:
         0, 0, about="last ones that are kept, beside stages' ends and the best round; 0: all, at least 2", unit="rounds"
     )
     threads: int = number(0, 0, about="of torch; 0: OMP_NUM_THREADS, else the cores that this process may use, at most 8")
-    track: tuple[str, ...] = some_of((), tables.TRACKERS, "live views, each with an extra of its own")
+    track: tuple[str, ...] = one_of((), tables.TRACKERS, "live views, each with an extra of its own")
     model: Model = field(default_factory=Model)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: Data = field(default_factory=Data)

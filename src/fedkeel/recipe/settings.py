@@ -59,13 +59,8 @@ def meant(default: Any, about: str, **more: Any) -> Any:
     return field(default=default, metadata={"about": about, **more})
 
 
-def one_of(default: str, choices: Iterable[str], about: str = "") -> Any:
+def one_of(default: str | tuple[str, ...], choices: Iterable[str], about: str = "") -> Any:
     """A text among `choices`, a tuple or a table; of a list, each of its texts. about: as of `meant`."""
-    return meant(default, about, choices=choices)
-
-
-def some_of(default: tuple[str, ...], choices: Iterable[str], about: str = "") -> Any:
-    """A list of texts among `choices`. about: as of `meant`."""
     return meant(default, about, choices=choices)
 
 

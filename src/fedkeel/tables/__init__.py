@@ -21,7 +21,7 @@ from fedkeel.tables.model import ARCHITECTURES, BASES, Architecture, Base
 from fedkeel.tables.objective import CALIBRATIONS, TERMS, Calibration, Term, Weighted
 from fedkeel.tables.runs import BASELINES, ENGINES, TRACKERS, Baseline, Engine, Tracker
 from fedkeel.tables.scores import DAMAGES, MEASURES, METRICS, Column, Damage, Measure, Metric, by_token
-from fedkeel.tables.structure import HELD, MOVES, STRUCTURES, Move, Structure
+from fedkeel.tables.structure import HELD, STRUCTURES, Structure
 
 __all__ = [
     "ARCHITECTURES",
@@ -61,7 +61,6 @@ __all__ = [
     "Form",
     "Measure",
     "Metric",
-    "Move",
     "Optimiser",
     "Partition",
     "Rule",
@@ -82,6 +81,17 @@ __all__ = [
     "switches",
 ]
 
+# Keys that switch on parts of the method that are no entry of a table.
+MOVES = (
+    "train.sam",
+    "stream.average",
+    "stream.average_from",
+    "stream.slices",
+    "structure.hold",
+    "evidence.serve",
+    "evidence.serve_from",
+)
+
 # Kinds whose entries may have options of their own, by the name under which a recipe holds them: [KIND.NAME].
 OWN: dict[str, Table[Any]] = {"term": TERMS, "rule": RULES, "source": SOURCES, "scheme": PARTITIONS}
 
@@ -93,5 +103,5 @@ def switches() -> list[str]:
         *dict.fromkeys(terms),
         "evidence.task",
         *(f"structure.{name}" for name in STRUCTURES),
-        *(entry.key for entry in MOVES.values()),
+        *MOVES,
     ]

@@ -50,24 +50,3 @@ STRUCTURES = Table(
     },
 )
 HELD = ("branch", "skip")  # those that `structure.hold` draws once a round, see `federation.kept`
-
-
-@dataclass(frozen=True)
-class Move(Entry):
-    """What else of a method moves weights, beside the gradient of its terms. key: the recipe's key that switches it on."""
-
-    key: str = ""
-
-
-MOVES = Table(
-    "move",
-    {
-        "sam": Move("fedkeel.method.objective.ascent:backward_at_worst", key="train.sam"),
-        "average": Move("fedkeel.method.aggregate.common:blend", key="stream.average"),
-        "average_from": Move("fedkeel.method.aggregate.common:blend", key="stream.average_from"),
-        "hold": Move(f"{_STRUCTURE}.branch:hold", key="structure.hold"),
-        "slices": Move(f"{_STRUCTURE}.shares:shared", key="stream.slices"),
-        "serve": Move("fedkeel.model.features:Beside", key="evidence.serve"),
-        "serve_from": Move("fedkeel.model.features:Beside", key="evidence.serve_from"),
-    },
-)

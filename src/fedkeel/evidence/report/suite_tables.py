@@ -157,13 +157,11 @@ def score_table(suite: Suite, stream: str, results: Sequence[Result], chances: M
     short = tuple(tuple(line[k] for k in shown) for line in lines)
     baselines = sum(r.line.baseline for r in results)
     absent = [header[k] for k in range(len(header)) if k not in shown and header[k] != ATTACKED]
-    notes = _score_notes(suite, results, chances, absent)
+    notes = _score_notes(results, chances, absent)
     return Table(title, tuple(header[k] for k in shown), short, notes, (baselines,) if 0 < baselines < len(lines) else ())
 
 
-def _score_notes(
-    suite: Suite, results: Sequence[Result], chances: Mapping[str, Chance], missing: Sequence[str]
-) -> tuple[str, ...]:
+def _score_notes(results: Sequence[Result], chances: Mapping[str, Chance], missing: Sequence[str]) -> tuple[str, ...]:
     notes = [
         "Final score: after the last stage, on held-out test rows, the mean over tasks, in points from 0 to 100; mean ± "
         "standard deviation (n − 1) over seeds. Differences are of equal seeds. "
