@@ -33,14 +33,15 @@ class Entry:
 
     def load(self) -> Any:
         """What `code` names. Raises TableError if it cannot be imported."""
-        return found(self.code, self.name)
+        return imported(self.code, self.name)
 
     def settings(self) -> type | None:
         """The dataclass of its options; None without any."""
-        return None if self.options is None else found(self.options, self.name)
+        return None if self.options is None else imported(self.options, self.name)
 
 
-def found(code: Any, name: str) -> Any:
+def imported(code: Any, name: str) -> Any:
+    """What `module:attribute` names, or the thing itself. name: of the entry, for the TableError of what cannot be imported."""
     if not isinstance(code, str):
         return code
     module, _, attribute = code.partition(":")

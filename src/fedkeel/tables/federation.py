@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedkeel.tables.entry import Entry, Table, found
+from fedkeel.tables.entry import Entry, Table, imported
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Attack(Entry):
 
     def poison(self) -> Any:
         """What `rows` names; without it, rows as they are."""
-        return found(self.rows, self.name) if self.rows else lambda row, attack, key: row
+        return imported(self.rows, self.name) if self.rows else lambda row, attack, key: row
 
 
 _ATTACKS = "fedkeel.federation.attacks"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedkeel.tables.entry import Entry, Table, found
+from fedkeel.tables.entry import Entry, Table, imported
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Term(Entry):
 
     def weigh(self) -> Callable[..., float] | None:
         """What `weight` names; None for the options' own."""
-        return found(self.weight, self.name) if self.weight else None
+        return imported(self.weight, self.name) if self.weight else None
 
 
 _OBJECTIVE = "fedkeel.method.objective"

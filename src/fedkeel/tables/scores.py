@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedkeel.tables.entry import Entry, Table, found
+from fedkeel.tables.entry import Entry, Table, imported
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Damage(Entry):
     def apart(self, strength: float) -> float:
         """How far `strength` is from no damage, which is 0."""
         if self.distance:
-            return float(found(self.distance, self.name)(strength))
+            return float(imported(self.distance, self.name)(strength))
         return abs(strength - self.none) if isinstance(self.none, int | float) else float(strength)
 
 
@@ -151,7 +151,7 @@ class Measure(Entry):
 
     def asked(self, settings: Any) -> Any:
         """What `about` says."""
-        return found(self.about, self.name)(settings) if self.about else {}
+        return imported(self.about, self.name)(settings) if self.about else {}
 
 
 _MEASURE = "fedkeel.evidence.measure"
