@@ -399,8 +399,8 @@ class Privacy:
 
     @property
     def hides(self) -> bool:
-        """Whether a site keeps to itself what it could tell of its round beside the change: losses, counts, gates, seconds, texts
-        of errors. Scores of its held-out rows and numbers of its rows are kept back under `unit` alone."""
+        """Whether a site keeps to itself what it could tell of its round beside the change: losses, counts, gates, seconds,
+        texts of errors. Scores of its held-out rows and numbers of its rows are kept back under `unit` alone."""
         return self.unit != "none" or self.masks
 
 
