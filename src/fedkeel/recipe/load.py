@@ -28,8 +28,9 @@ def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any
     missing or malformed."""
     tables.load_plugins()
     tree = {} if path is None else read_toml(path, "recipe")
+    known = known_keys(Recipe)
     for override in overrides:
-        _assign(tree, override)
+        _assign(tree, override, known)
     return tree
 
 
@@ -81,7 +82,7 @@ def _parse_value(text: str) -> Any:
     return parsed["v"] if len(parsed) == 1 else text
 
 
-def _assign(tree: dict[str, Any], override: str) -> None:
+def _assign(tree: dict[str, Any], override: str, known: Mapping[str, Any]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{override!r} is neither a recipe file nor key=value")
@@ -93,7 +94,7 @@ def _assign(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{key.strip()}: {parent!r} is a value, not a table")
     value = _parse_value(text.strip())
     # `name=7` or `data.root=2024`: a field of text takes the text as it was written
-    is_text = known_keys(Recipe).get(key.strip()) is str
+    is_text = known.get(key.strip()) is str
     node[leaf] = text.strip() if is_text and not isinstance(value, str) else value
 
 
