@@ -488,3 +488,10 @@ class Recipe:
         if term.key:
             return bool(attrgetter(term.key)(self))
         return bool(self.options("term", term.name).weight)
+
+
+# Keys that a resumed run may have otherwise: they change no bit of it, or as the threads and the rows scored at once only
+# the last ones.
+FREE = (
+    "evaluation.batch_size", "keep_checkpoints", "model.cache_disk", "model.cache_memory", "out", "threads", "track",
+)  # fmt: skip

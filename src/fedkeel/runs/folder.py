@@ -24,7 +24,7 @@ from fedkeel.exchange.codecs import open_envelope
 from fedkeel.exchange.messages import pack_global, pack_shift, pack_tensors, read_counts, unpack_global, unpack_shift
 from fedkeel.exchange.sums import pack_known, read_known
 from fedkeel.files import append_lines, write_atomic
-from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.schema import FREE, Recipe
 from fedkeel.recipe.settings import read_toml, to_toml
 from fedkeel.runs.track import Tracks
 from fedkeel.types import Adapter, FedKeelError, Global, Row, Sums
@@ -53,13 +53,6 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
-
-
-# Keys that a resumed run may have otherwise: they change no bit of it, or as the threads and the rows scored at once only
-# the last ones.
-FREE = (
-    "evaluation.batch_size", "keep_checkpoints", "model.cache_disk", "model.cache_memory", "out", "threads", "track",
-)  # fmt: skip
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str:

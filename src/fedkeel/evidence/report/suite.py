@@ -160,6 +160,9 @@ def scores_of(text: str, where: str) -> dict[str, Scores]:
     }
 
 
+SKIPPED = ("name", "seed", "out", "threads")  # of a recipe: no part of a method
+
+
 def dotted(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """The keys of a recipe as overrides write them, such as train.lr, and their values."""
     found: dict[str, Any] = {}

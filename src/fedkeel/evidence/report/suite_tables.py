@@ -18,7 +18,7 @@ from fedkeel.evidence.report.run_numbers import (
     measured,
     split_score,
 )
-from fedkeel.evidence.report.suite import BASELINES, Line, Suite, dotted
+from fedkeel.evidence.report.suite import BASELINES, SKIPPED, Line, Suite, dotted
 from fedkeel.evidence.report.tables import (
     FAILED,
     MISSING,
@@ -409,11 +409,8 @@ def retention_table(stream: str, results: Sequence[Result]) -> Table:
     return Table(f"{stream}: retention and generalisation", tuple(header[k] for k in shown), short, notes)
 
 
-SKIPPED = ("name", "seed", "out", "threads", "evaluation.baselines")  # of a recipe: no part of a method
-
-
 def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in dotted(recipe).items() if key not in SKIPPED}
+    return {key: value for key, value in dotted(recipe).items() if key not in (*SKIPPED, "evaluation.baselines")}
 
 
 def method_list(suite: Suite, stream: str, results: Sequence[Result]) -> Table:

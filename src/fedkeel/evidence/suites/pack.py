@@ -12,14 +12,13 @@ from typing import Any
 
 from fedkeel.evidence.archive import ARCHIVE, FAILED, KEPT, RunFiles, to_archive
 from fedkeel.evidence.report import suite_markdown
-from fedkeel.evidence.report.suite import dotted
+from fedkeel.evidence.report.suite import SKIPPED, dotted
 from fedkeel.evidence.report.tables import escape
 from fedkeel.evidence.suites.tuning import trial_tables
 from fedkeel.files import write_atomic
 from fedkeel.recipe.settings import toml_value
 from fedkeel.types import FedKeelError
 
-SKIPPED = ("name", "seed", "out", "threads")  # of a recipe: no part of a method
 BESIDE = ("chance.json", "tuned.toml")  # copied, where the suite has them
 
 

@@ -21,10 +21,10 @@ from fedkeel.evidence.suites.plan import Plan, Planned
 from fedkeel.evidence.suites.pool import POLL, Job, Watch, failure_of, how_far, processes, start, stopped_at_the_end
 from fedkeel.files import write_atomic
 from fedkeel.recipe.load import load_recipe
-from fedkeel.recipe.schema import Recipe
+from fedkeel.recipe.schema import FREE, Recipe
 from fedkeel.recipe.settings import ConfigError, choose, to_toml
 
-UNCOUNTED = (("out", ""), ("threads", ""), ("model", "device"), ("evaluation", "batch_size"))  # see `other_recipe`
+UNCOUNTED = {*FREE, "model.device"}  # see `other_recipe`
 
 
 def _for(stream: str, extra: Sequence[str], streams: Sequence[str]) -> list[str]:
@@ -165,8 +165,8 @@ def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, 
 def other_recipe(run: Planned, held: str) -> str:
     """What differs between `held`, the recipe.toml that a run had, and the plan's, empty if nothing does.
 
-    Where it lay and ran, and keys that a later version of FedKeel added do not count: the number of threads, the device and
-    the rows scored at once change results by rounding alone. Raises ConfigError if `held` is no TOML.
+    Keys that a resumed run may have otherwise, the device, which changes results by rounding alone, and keys that a later
+    version of FedKeel added do not count. Raises ConfigError if `held` is no TOML.
     """
     meant = tomllib.loads(to_toml(recipe_of(run)))
     try:
@@ -176,8 +176,9 @@ def other_recipe(run: Planned, held: str) -> str:
     for key, value in was_told.items():
         for name, was in value.items() if isinstance(value, dict) else [("", value)]:
             now = meant.get(key, {}).get(name) if name else meant.get(key)
-            if (key, name) not in UNCOUNTED and now != was:
-                return f"{key}{'.' * bool(name)}{name} was {was!r} and is {now!r}"
+            dotted = f"{key}{'.' * bool(name)}{name}"
+            if dotted not in UNCOUNTED and now != was:
+                return f"{dotted} was {was!r} and is {now!r}"
     return ""
 
 
