@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -352,3 +353,37 @@ def test_the_face_is_light_until_it_is_used() -> None:
     assert "module 'fedkeel' has no attribute 'missing'" in done.stderr
     shown = subprocess.run([sys.executable, "-m", "fedkeel", "--version"], capture_output=True, text=True)
     assert shown.stdout.strip().endswith(fedkeel.__version__)
+
+
+@pytest.mark.parametrize(
+    ("term", "told"),
+    [
+        (lambda forward: forward.logits.mean(-1), "term odd returned shape ("),
+        (lambda forward: 0.5, "term odd returned float; a tensor of shape (), a mean over positions, belongs there"),
+        (lambda forward: forward.logits.mean() * math.nan, "as odd_loss is not finite; nothing of this round was sent"),
+    ],
+    ids=["a vector", "a float", "not a number"],
+)
+def test_a_term_that_is_none_is_named(term: Any, told: str, tiny_overrides: list[str]) -> None:
+    def odd(forward: Any) -> Any:
+        return term(forward)
+
+    with pytest.raises(FedKeelError) as caught:
+        fedkeel.run(read_tree(None, tiny_overrides), terms=[odd])
+    assert told in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_rule_that_gives_nothing_back_is_named(tiny_overrides: list[str]) -> None:
+    def nothing(*given: Any) -> None:
+        return None
+
+    with pytest.raises(fedkeel.FedKeelError, match="rule nothing returned NoneType; an Aggregate belongs there"):
+        fedkeel.run(read_tree(None, tiny_overrides), rule=nothing)
+    with pytest.raises(fedkeel.FedKeelError, match="'x' is given for a term or rule, where a function belongs"):
+        fedkeel.run(read_tree(None, tiny_overrides), terms=["x"])  # type: ignore[list-item]
+
+
+def test_a_site_without_rows_is_named() -> None:
+    with pytest.raises(fedkeel.FedKeelError, match="site south has no row: give it some, or leave it out"):
+        fedkeel.run(None, sites={"north": [{"text": "a", "label": "b"}], "south": []})

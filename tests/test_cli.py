@@ -18,10 +18,14 @@ import tiny
 import torch
 import transformers
 import typer
+from test_run import go
+from typer.testing import CliRunner
 
 from fedkeel.cli import app, main
 from fedkeel.display import Display
 from fedkeel.recipe.load import load_recipe
+from fedkeel.runs.folder import RunError
+from fedkeel.types import FedKeelError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -297,3 +301,14 @@ def test_a_live_line_takes_any_name() -> None:
         display.leg("local/[/red]x[y", "site [/b]")
         display.note("[/red]")
     assert "local/[/red]x[y" in shown.getvalue()
+
+
+def test_a_run_is_not_resumed_and_replaced_at_once_nor_put_where_no_folder_can_be(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    both = CliRunner().invoke(app, ["run", *tiny_overrides, "--resume", "--fresh"])
+    assert isinstance(both.exception, FedKeelError)
+    assert "give one of the two" in str(both.exception)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"out = .*file.* cannot be made: "):
+        go([*tiny_overrides, f"out={tmp_path / 'file' / 'below'}"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_run import go
-from tiny import BASELINES, overrides, tiny_rows
+from tiny import BASELINES, overrides, tiny_rows, write_data
 
 from fedkeel.data.format import Formatter
 from fedkeel.evidence.doctor import at_chance, keep, of_recipe, of_run
@@ -132,6 +132,11 @@ def test_the_order_of_base_local_federated_and_centralised() -> None:
         "federated 75.0 points, surely less than the analytic head, which nobody trained": LOOK,
     }
     assert levels(federated=150, analytic=120) == {}
+    # of four rows that all differ a bootstrap has no spread, and knows nothing
+    few: Any = {("federated", ""): scores(4, 4), ("base", ""): scores(0, 4)}
+    assert [(v.level, v.told) for v in verdicts.order(few)] == [
+        (LOOK, "federated 100.0 points, and surely more than none of 1 base")
+    ]
     assert levels(base=3) == {}
 
 
@@ -239,3 +244,12 @@ def test_sample_answers_are_of_each_task_in_turn_and_not_picked(tiny_overrides: 
     none = go([*tiny_overrides, "evaluation.samples=0", "name=none"])[1].path
     assert not (none / "answers.json").exists()
     assert expected[0].input not in write_report(none).read_text()
+
+
+def test_a_recipe_without_test_rows_is_told_so(tiny_overrides: list[str], tmp_path: Path) -> None:
+    write_data(tmp_path)
+    rows = [json.loads(line) | {"split": "train"} for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = prepare(load_recipe(None, [*tiny_overrides, f"data.root={tmp_path}"]))
+    (told,) = [verdict for verdict in of_recipe(prepared) if "test row" in verdict.told]
+    assert (told.level, told.told) == (BAD, "no test row: nothing could be scored")

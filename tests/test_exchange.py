@@ -127,9 +127,12 @@ def test_what_cannot_go_together_is_refused_before_anything_runs(overrides: list
         load_recipe(None, overrides)
 
 
-def test_too_few_sites_for_a_robust_rule_stop_the_first_round_and_name_the_rule(tiny_overrides: list[str]) -> None:
-    with pytest.raises(FederationError, match=r"round 1.*rule krum with 1 hostile sites needs at least 5"):
-        go(quick(tiny_overrides, "krum", "federation.hostile=1"))
+def test_too_few_sites_for_a_robust_rule_are_refused_before_any_work(tiny_overrides: list[str]) -> None:
+    told = r"federation\.rule = 'krum' with federation\.hostile = 1 needs at least 5 sites in a round, and 3 of 3 are asked"
+    with pytest.raises(ConfigError, match=told):
+        prepare(load_recipe(None, quick(tiny_overrides, "krum", "federation.hostile=1")))
+    with pytest.raises(ConfigError, match=r"trimmed.* needs at least 3 sites in a round, and 2 of 3 are asked"):
+        prepare(load_recipe(None, quick(tiny_overrides, "trimmed", "federation.hostile=1", "federation.sites_per_round=2")))
 
 
 # ------------------------------------------------------------------------------------------------------------- whole runs

@@ -619,3 +619,8 @@ def test_how_many_tokens_a_base_reads(name: str, positions: int) -> None:
         model.net(input_ids=ids, **more)
         with pytest.raises((IndexError, RuntimeError)):
             model.net(input_ids=torch.cat([ids, ids[:, :1]], 1), **more)
+
+
+def test_a_rank_beyond_every_map_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"lora\.rank = 33: no map of .* has a rank above 32"):
+        make("llama", rank=33)

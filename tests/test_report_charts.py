@@ -24,8 +24,10 @@ from fedkeel.evidence.report.charts import Chart, Grid, Heat, Panel, Point, Seri
 from fedkeel.evidence.report.figures import Figure, chart_figure, figures_of, heat_figure
 from fedkeel.evidence.report.page import Page, Section, Text, render
 from fedkeel.evidence.report.pictures import run_pictures, still
+from fedkeel.evidence.report.privacy import privacy_table
 from fedkeel.evidence.report.results import results_of
 from fedkeel.evidence.report.run_numbers import held_out, under_damage
+from fedkeel.evidence.report.run_page import Run
 from fedkeel.evidence.report.styles import DASHES, HUES, INK, PAPER, SHAPES, run_styles, styles_of
 from fedkeel.evidence.report.suite import Suite, read_suite
 from fedkeel.evidence.report.suite_tables import score_table
@@ -532,3 +534,32 @@ def test_markdown_of_a_suite(whole: Path) -> None:
     write_suite_report(whole)
     assert "| full | 2 | 73.0 ± 1.4 |" in (whole / "table.md").read_text()
     assert text in (whole / "report.md").read_text()
+
+
+def test_a_page_tells_what_privacy_was_promised_and_spent() -> None:
+    rows = [one_row("r", 1, "epsilon", value, "epsilon", round=n) for n, value in enumerate((1.2, 1.75, 2.25), 1)]
+    told = {"unit": "site", "clip": 0.1, "noise": 4.0, "delta": 1e-5, "epsilon": 3.0, "noise_at": "coordinator", "masks": True}
+    assert privacy_table({"privacy": told}, rows).lines == (
+        ("what is hidden", "each site's whole contribution"),
+        ("ε spent", "2.25 at δ = 1e-05, after 3 rounds"),
+        ("ε allowed", "3"),
+        ("clipped to", "0.1"),
+        ("noise", "z = 4 times that, by the coordinator"),
+        ("what the coordinator saw", "sums of the sites' changes alone (secure aggregation)"),
+    )
+    moved = [*rows, *(one_row("r", 1, "clip", value, "norm", round=n) for n, value in enumerate((0.5, 0.25, 0.2), 1))]
+    assert privacy_table({"privacy": told}, moved).lines[3] == ("clipped to", "0.5, moving to 0.2")
+    assert privacy_table({"privacy": {"unit": "none", "masks": True}}, []).lines == (
+        ("what the coordinator saw", "sums of the sites' changes alone (secure aggregation)"),
+    )
+    assert not privacy_table({"privacy": {"unit": "none", "masks": False}}, rows).lines
+    assert not privacy_table({}, rows).lines
+
+
+def test_answers_that_nobody_gave_are_no_table() -> None:
+    asked = [{"id": "x", "task": "t", "prompt": "p", "wanted": "w"}]
+    answers = {"rows": asked, "said": {"base": {"x": ""}, "federated": {"x": ""}}}
+    run = Run([one_row("r", 1, "score", 0.5)], [], {}, "", {}, answers=answers)
+    assert not run.answers_table().lines
+    some = Run(run.rows, [], {}, "", {}, answers={"rows": asked, "said": {"base": {"x": ""}, "federated": {"x": "yes"}}})
+    assert some.answers_table().lines == (("t", "p", "w", "yes"),)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from fedkeel.data.forms import DataError
-from fedkeel.data.readers import read_json_lines
-from fedkeel.data.sources import load_records
+from fedkeel.data.readers import FILE_SITE, read_csv, read_json_lines
+from fedkeel.data.sources import files, load_records, to_record
 from fedkeel.recipe.schema import Data
 from fedkeel.types import Record
 
@@ -152,8 +152,8 @@ def test_plain_and_gzip_read_the_same_in_any_order(tmp_path: Path) -> None:
     write(tmp_path, shuffled[:13], "b.jsonl.gz")
     write(tmp_path, shuffled[13:], "a.jsonl")
     (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("\n", "\n\n"))
-    for files in (("a.jsonl", "b.jsonl.gz"), ("b.jsonl.gz", "a.jsonl")):
-        assert load(tmp_path, [], files=files) == plain
+    for names in (("a.jsonl", "b.jsonl.gz"), ("b.jsonl.gz", "a.jsonl")):
+        assert load(tmp_path, [], files=names) == plain
 
 
 def test_rows_with_one_id_are_told_apart_in_any_order(tmp_path: Path) -> None:
@@ -298,7 +298,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     else:
         path = tmp_path / "rows.jsonl"
         path.write_bytes('{"input": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=f"{re.escape(str(path))}.* cannot be read"):
+    told = ":1: no UTF-8 text; save the file as UTF-8" if damage == "not UTF-8" else ".* cannot be read"
+    with pytest.raises(DataError, match=f"{re.escape(str(path))}{told}"):
         list(read_json_lines(path))
 
 
@@ -568,3 +569,35 @@ def test_keys_that_nothing_is_made_of_are_named(tmp_path: Path) -> None:
     ]
     found = {r.output: r.ignored for r in load(tmp_path, rows, site_column="")}
     assert found == {"x": ("source", "ward"), "2": ("score", "text")}
+
+
+def test_a_file_that_is_a_site_has_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nhello,yes\n")
+    (tmp_path / "b.csv").write_text("text,label\n\n")
+    config = Data(source="files", root=str(tmp_path), files=("*.csv",), site_from="file")
+    with pytest.raises(DataError, match=r"b\.csv holds no row, and is a site"):
+        files(config)
+    assert len(files(dataclasses.replace(config, site_from="column"))) == 1  # there it is a part of all rows, and an empty one
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"text": "a", "category": "b"}, "messages: 'label' is missing or empty"),
+        ({"Text": "a", " label": "b"}, "messages: 'Text' is not 'text' and ' label' is not 'label'"),
+        ({"instruction": "a", "answer": "b"}, "messages: 'output' is missing or empty"),
+        ({"x": "a"}, "messages"),
+    ],
+)
+def test_a_row_of_no_form_is_told_what_it_lacks(row: dict[str, str], hint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        to_record({**row, FILE_SITE: "s"}, "here", {}, Data())
+    assert str(caught.value).endswith(hint)
+    assert FILE_SITE not in str(caught.value)
+
+
+def test_the_line_of_what_is_no_utf8_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\nhello,yes\nM\u00fcll,no\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.csv:3: no UTF-8 text"):
+        list(read_csv(path))

@@ -9,9 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Record", "Result", "load", "run"]
+__all__ = ["FedKeelError", "Recipe", "Record", "Result", "load", "run"]
 
-_WHERE = {"Recipe": "recipe.schema", "Record": "types", "Result": "api", "load": "api", "run": "api"}
+_WHERE = {
+    "FedKeelError": "types", "Recipe": "recipe.schema", "Record": "types", "Result": "api", "load": "api", "run": "api",
+}  # fmt: skip
 
 # Threads of torch that wait for each other otherwise spin: beside any other busy process that made a run on two cores
 # 15 times as long, and on idle ones no shorter. It is read once, when torch is loaded; who set it already is heard.
@@ -20,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from fedkeel.api import Result, load, run
     from fedkeel.recipe.schema import Recipe
-    from fedkeel.types import Record
+    from fedkeel.types import FedKeelError, Record
 
 
 def __getattr__(name: str) -> Any:

@@ -211,6 +211,8 @@ def _section(tree: MutableMapping[str, Any], *names: str) -> MutableMapping[str,
 
 
 def _named(function: Callable[..., Any]) -> str:
+    if not callable(function):
+        raise FedKeelError(f"{function!r} is given for a term or rule, where a function belongs")
     name = getattr(function, "__name__", type(function).__name__)
     if not tables.NAME.fullmatch(name):
         raise FedKeelError(f"{name}: a term or rule goes by its function's name, so it must have one; define it with def")

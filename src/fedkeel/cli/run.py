@@ -117,6 +117,8 @@ def run(
     ] = True,
 ) -> None:
     """Run a federation and its baselines; without a recipe, the full defaults on the embedded model and data."""
+    if resume and fresh:
+        raise FedKeelError("--resume continues a run, and --fresh replaces it: give one of the two")
     if engine not in tables.ENGINES:
         raise FedKeelError(f"--engine {engine}: one of {', '.join(tables.ENGINES)} belongs here")
     given = arguments or []
@@ -137,6 +139,7 @@ def run(
     from fedkeel.display import Display
     from fedkeel.evidence import doctor as verdicts
     from fedkeel.evidence.report import write_report
+    from fedkeel.evidence.report.tables import plural
 
     folder = RunFolder(Path(recipe.out) / recipe.name)
     with console.status("looking at the rows"):
@@ -144,7 +147,8 @@ def run(
         bad = [verdict for verdict in found if verdict.level == "bad"]
     stages = f" in each of {len(prepared.stages)} stages" if len(prepared.stages) > 1 else ""
     console.print(
-        f"{recipe.name}: {len(prepared.sites.rows)} sites, {recipe.federation.rounds} rounds{stages} -> {folder.path}/"
+        f"{recipe.name}: {plural(len(prepared.sites.rows), 'site')}, {plural(recipe.federation.rounds, 'round')}{stages} -> "
+        f"{folder.path}/"
     )
     for verdict in bad:
         console.print(f"note: {verdict.told}: {verdict.change}", style="yellow", highlight=False)

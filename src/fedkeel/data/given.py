@@ -60,7 +60,10 @@ def records_of(sites: Mapping[str, Rows], config: Data) -> list[Record]:
     for site, rows in sites.items():
         site_of(site, "sites")
         placed = ((f"site {site}, row {number}", row) for number, row in enumerate(dicts_of(rows, site), 1))
-        found += read_rows(placed, config, meta, site, written)
+        own = read_rows(placed, config, meta, site, written)
+        if not own:
+            raise DataError(f"site {site} has no row: give it some, or leave it out")
+        found += own
     seen: dict[str, set[str]] = {}
     for record in found:
         seen.setdefault(record.task, set()).update(record.labels)

@@ -32,8 +32,21 @@ def _opened(path: Path) -> Iterator[IO[str]]:
             yield lines
     except FileNotFoundError as error:
         raise DataError(f"data file not found: {path}") from error
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}{_undecodable(path)}: no UTF-8 text; save the file as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _undecodable(path: Path) -> str:
+    """`:LINE` of the first byte that is no UTF-8."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        content = file.read()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return f":{content[: error.start].count(bytes([10])) + 1}"
+    return ""
 
 
 def _kind(path: Path) -> str:
@@ -165,6 +178,9 @@ def site_name(path: Path, config: Data) -> str:
 def file_rows(config: Data) -> Placed:
     """The rows of all files; where data.site_from is `file` or `folder`, each with its site under FILE_SITE."""
     for path in paths_of(config):
-        site = {} if config.site_from == "column" else {FILE_SITE: site_name(path, config)}
+        site, count = {} if config.site_from == "column" else {FILE_SITE: site_name(path, config)}, 0
         for place, row in READERS[_kind(path)](path):
+            count += 1
             yield place, {**row, **site}
+        if not count and config.site_from == "file":
+            raise DataError(f"{path} holds no row, and is a site (data.site_from = 'file'): add rows, or leave it out")

@@ -49,8 +49,9 @@ def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
             sites[name]["train"] = sorted(hashed, key=lambda r: r.id)
     empty = [name for name, held_rows in sites.items() if not held_rows["train"]]
     if empty:
+        more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
         raise ConfigError(
-            f"site {', '.join(empty)} would have no training row under partition.scheme = {spec.scheme!r} "
+            f"site {', '.join(empty[:5])}{more} would have no training row under partition.scheme = {spec.scheme!r} "
             f"(sites = {len(sites)}, alpha = {spec.alpha:g}, {len(records)} rows); use fewer sites, a larger alpha or more rows"
         )
     return Sites(sites)

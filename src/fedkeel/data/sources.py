@@ -45,9 +45,10 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
     told = told if told.strip() else config.instruction or about.get("instruction", "")
     form = form_of(row)
     if form is None:
+        keys = sorted(key for key in row if key != FILE_SITE)
         raise DataError(
-            f"{place}: keys {sorted(row)} are of no known form{f' ({nulls} are null)' if nulls else ''}; use text+label, "
-            f"instruction+input+output, or messages"
+            f"{place}: keys {keys} are of no known form{f' ({nulls} are null)' if nulls else ''}; use text+label, "
+            f"instruction+input+output, or messages{_hint(row)}"
         )
     listed = tuple(map(str, about.get("labels") or ()))
     parts: Parts = form.load()(row, About(place, told, listed))
@@ -86,6 +87,19 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
         parts.unlearnt,
         (*_ignored(tuple(row), (*COMMON, config.site_column, *parts.used)), *parts.unused),
     )
+
+
+def _hint(row: Mapping[str, Any]) -> str:
+    """What would make a row without a known form one of a form that it nearly is of."""
+    meant = {key.strip().lower(): key for key in row}
+    for form in tables.FORMS.values():
+        lacking = [either for either in form.keys if not any(key in row for key in either)]
+        spelt = [(meant[key], key) for either in lacking for key in either if key in meant]
+        if len(spelt) == len(lacking):
+            return f": {' and '.join(f'{mine!r} is not {key!r}' for mine, key in spelt)}"
+        if len(lacking) == 1 and len(form.keys) > 1:
+            return f": {' or '.join(map(repr, lacking[0]))} is missing or empty"
+    return ""
 
 
 @lru_cache(maxsize=256)

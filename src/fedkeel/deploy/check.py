@@ -35,6 +35,7 @@ DAYS_LEFT = 7.0  # a run takes days; a certificate must not end in the middle
 # Seconds between this clock and the coordinator's. Flower 1.41 refuses a request signed more than 5 s in its future, or more
 # than 305 s in its past.
 CLOCK = 4.0
+MOST = 12  # labels of a task that are told by name
 FREE = 2 * 2**30  # bytes for what a site keeps and logs; adapters are some MB
 
 
@@ -369,6 +370,10 @@ def check_data(site: Site) -> str:
         tasks = Counter(r.task for r in records if r.split == split)
         each = f" ({', '.join(f'{task} {count:,}' for task, count in sorted(tasks.items()))})" if tasks else ""
         told.append(f"{split} {tasks.total():,}{each}")
+    labels = {record.task: record.labels for record in records if record.labels}
+    for task, names in sorted(labels.items()):
+        more = f" and {len(names) - MOST:,} more" if len(names) > MOST else ""
+        told.append(f"{len(names)} labels of {task}: {', '.join(names[:MOST])}{more}")
     return "rows: " + "; ".join(told)
 
 

@@ -32,6 +32,7 @@ from fedkeel.deploy.manifest import DeployError, make_manifest
 from fedkeel.deploy.parts import Plan, app_files, check_list, coordinator_files, image_files, joined, site_files
 from fedkeel.files import filled_folder
 from fedkeel.model.bases import folder_of
+from fedkeel.recipe.checks import check_enough
 from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
@@ -109,6 +110,12 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
             f"data.source = {recipe.data.source!r} is found anew at each site; for rows of a site's own write "
             f"data.source = 'files', and where they are into its site.toml"
         )
+    if SOURCES[recipe.data.source].files and not recipe.data.tasks_file:
+        notes.append(
+            "data.tasks_file is not set: where rows have labels, sites that do not all hold the same ones disagree, and "
+            'nothing is trained. Write {"TASK": {"labels": [...]}}, TASK being "default" where rows name none, and give every '
+            "site that file"
+        )
     base = Path(recipe.model.base).expanduser()
     here = base.resolve() if base.is_dir() else None
     if recipe.model.base in BASES:
@@ -149,6 +156,7 @@ def init(
         )
     if os.path.lexists(folder):
         raise DeployError(f"{folder} exists; name a folder that does not, as its keys may be in use")
+    check_enough(recipe, len(sites))
     text = to_toml(recipe)
     manifest = make_manifest(recipe, text, sites, joined(hosts[0], port), base)
     plan = Plan(recipe, text, manifest, sites, hosts, port)

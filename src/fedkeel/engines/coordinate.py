@@ -25,6 +25,7 @@ from fedkeel.exchange.messages import MEMORY, pack_global, read_counts
 from fedkeel.federation.server import FederationError
 from fedkeel.files import replaced_folder, write_atomic
 from fedkeel.model.digest import digest_of
+from fedkeel.recipe.checks import check_enough
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
@@ -112,7 +113,7 @@ def meanings_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             parts = " against ".join(", ".join(sites) for sites in groups.values())
             raise FederationError(
                 f"the sites disagree about the labels or the instruction of task {task!r}, {parts}: nothing was trained. Give "
-                f"all of them the same data.tasks_file"
+                "all of them the same data.tasks_file, which lists every label of the task, also those that one lacks"
             )
         found[task] = most
     return found
@@ -369,6 +370,7 @@ def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: W
     """
     if recipe.evaluation.unseen_sites:
         raise ConfigError("evaluation.unseen_sites: in a deployment every site trains; leave those out of --sites that do not")
+    check_enough(recipe, len(names))
     if recipe.attack.kind != "none":
         raise ConfigError(
             f"attack.kind = {recipe.attack.kind!r}: harm is simulated in one process alone, never in a deployment"

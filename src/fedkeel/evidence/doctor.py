@@ -103,6 +103,8 @@ def resolution(prepared: Prepared) -> Verdict:
 
 def _known_to(kept: Sequence[float]) -> Verdict:
     """See `resolution`. kept: test rows of each task."""
+    if not any(kept):
+        return Verdict(BAD, "no test row: nothing could be scored", "data.test_share above 0, or rows with split `test`")
     half = 196 * math.sqrt(sum(1 / (4 * count) for count in kept)) / len(kept)
     counted = f"{plural(round(sum(kept)), 'test row')} of {plural(len(kept), 'task')}"
     told = f"{counted}: a score is known to ± {half:.1f} points (95 %, at worst)"

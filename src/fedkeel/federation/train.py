@@ -304,7 +304,7 @@ def train_round(
             else:
                 nats, norm = lesson.gradient(indices, moment, log)
                 if not (math.isfinite(nats) and math.isfinite(norm)):
-                    raise _diverged(model, round, nats / n_step, norm, step - schedule.start)
+                    raise _diverged(model, round, nats / n_step, norm, step - schedule.start, log)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if lesson.injection is not None:
@@ -314,9 +314,9 @@ def train_round(
         return positions, log.stats(lesson.injection)
 
 
-def _diverged(model: Model, round: Round, loss: float, norm: float, step: int) -> SiteError:
+def _diverged(model: Model, round: Round, loss: float, norm: float, step: int, log: Log) -> SiteError:
     """step: of the round, from 0."""
-    broken = model.not_finite()
+    broken, odd = model.not_finite(), [name for name, nats in log.nats.items() if not math.isfinite(nats) and name != "loss"]
     what = (
         f"site {round.site}: the loss became {loss} (gradient norm {norm}) at step {step + 1} in round {round.state.round + 1}"
     )
@@ -325,6 +325,8 @@ def _diverged(model: Model, round: Round, loss: float, norm: float, step: int) -
             f"{what}, as {broken[0]} of the base {round.recipe.model.base!r} holds numbers that are not finite; nothing of "
             f"this round was sent. Get its weights anew, or use another base"
         )
+    if odd and math.isfinite(loss):
+        return SiteError(f"{what}, as {' and '.join(odd)} is not finite; nothing of this round was sent. Look at that term")
     return SiteError(
         f"{what}; nothing of this round was sent. A lower train.lr (now {round.recipe.train.lr:g}) or a longer train.warmup "
         f"is the usual cure; also look for rows of odd text at this site"

@@ -92,7 +92,7 @@ def _template(config: ModelConfig, own: str | dict[str, str] | None) -> str | No
     if "{" in asked:
         return asked
     known = ", ".join(["'none'", *map(repr, sorted(named))])
-    raise ModelError(f"model.chat_template = {asked[:60]!r}: {known}, or a file with a Jinja template belongs here")
+    raise ModelError(f"model.chat_template = {asked[:200]!r}: {known}, or a file with a Jinja template belongs here")
 
 
 def _revision(config: ModelConfig, where: str) -> dict[str, Any]:

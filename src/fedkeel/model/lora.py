@@ -78,6 +78,10 @@ def _with_lora(net: Any, base: Base, lora: LoraConfig) -> Any:
         "seq2seq": peft.TaskType.SEQ_2_SEQ_LM,
         "classifier": peft.TaskType.SEQ_CLS if base.head else peft.TaskType.FEATURE_EXTRACTION,
     }[base.kind]
+    maps = [m.weight for m in net.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    widest = max(min(weight.shape) for weight in maps if weight.dim() == 2)
+    if lora.rank > widest:
+        raise ModelError(f"lora.rank = {lora.rank}: no map of {base.config.base!r} has a rank above {widest}")
     targets, layers = targets_in(net, base, lora)
     heads = heads_of(net) if base.head else []
     config = peft.LoraConfig(

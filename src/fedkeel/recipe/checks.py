@@ -432,3 +432,14 @@ def check_one_model(recipe: Recipe, adapters: Path) -> None:
             f"federation.rule = {recipe.federation.rule!r} leaves one adapter a site, in {adapters}/SITE; there is no one "
             f"model to load"
         )
+
+
+def check_enough(recipe: Recipe, count: int) -> None:
+    """Raise ConfigError where `count` sites are fewer than the recipe's rule needs in a round."""
+    federation, rule = recipe.federation, tables.RULES[recipe.federation.rule]
+    asked, least = min(federation.sites_per_round or count, count), rule.least(federation.hostile)
+    if asked < least:
+        raise ConfigError(
+            f"federation.rule = {rule.name!r} with federation.hostile = {federation.hostile} needs at least {least} sites in a "
+            f"round, and {asked} of {count} are asked: more sites, a larger federation.sites_per_round or another rule"
+        )

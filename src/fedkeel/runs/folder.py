@@ -136,7 +136,10 @@ class RunFolder:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """One process a run's folder, while it lasts. Raises RunError where another works on it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"out = {str(self.path.parent)!r} cannot be made: {error.strerror or error}") from error
         with self.path.with_name(f".{self.path.name}.lock").open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,7 +162,8 @@ class RunFolder:
         if self._state_file.exists() and not fresh:
             if not resume:
                 raise RunError(
-                    f"{self.path} holds a run already; continue it with --resume, replace it with --fresh, or set name=OTHER"
+                    f"{self.path} holds a run already; continue it with --resume, replace it with --fresh, or set name=OTHER "
+                    f"(from Python: existing = 'resume' or 'replace')"
                 )
             before = read_toml(self.path / "recipe.toml", "the run's recipe")
             if changed := _difference(before, tomllib.loads(to_toml(recipe))):

@@ -13,6 +13,7 @@ from fedkeel.data.sources import label_groups, load_records
 from fedkeel.data.splits import held_apart
 from fedkeel.data.stages import arrivals, check_stages_are_learnt, kept_between_stages, stages_of
 from fedkeel.model.load import kind_of, load_config
+from fedkeel.recipe.checks import check_enough
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError, Frozen
 from fedkeel.runs.legs import Cast, cast_of
@@ -98,6 +99,7 @@ def prepare(recipe: Recipe, alone: str = "", records: Sequence[Record] | None = 
     trains, scored_only = ([stage.only(names) for stage in stages] for names in (taking_part, apart))
     if not alone:
         check_stages_are_learnt(trains, arrival, recipe)
+        check_enough(whole, len(sites.rows))
     if recipe.audit.canaries and kind == "classifier":
         raise ConfigError("audit.canaries: a classifier writes no text, and so no secret; set 0, or another base")
     trains, told = planted(trains, recipe.audit, recipe.seed, alone)

@@ -13,11 +13,12 @@ import torch
 
 from fedkeel.data.batches import collate
 from fedkeel.data.format import Example
-from fedkeel.evidence.measure.run import Finished, MeasureError, Settings
+from fedkeel.data.forms import DataError
+from fedkeel.evidence.measure.run import Finished, MeasureError, Settings, UnmeasuredError
 from fedkeel.model.depth import without
 from fedkeel.model.lora import Model
 from fedkeel.scores.evaluate import answered, choose
-from fedkeel.types import Row
+from fedkeel.types import Record, Row
 
 SHARES = (0.25, 0.5, 0.75, 0.9)  # of the blocks that draft
 AHEAD = 4  # tokens drafted before a pass that checks them
@@ -71,6 +72,10 @@ def speculation(run: Finished) -> list[Row]:
     records = choose(run.prepared.stages[-1].all("test"), "test", _most(run.settings))
     if not records:
         raise MeasureError(f"{run.folder}: its data has no test row")
+    records = [record for record in records if _fits(run, record)]
+    if not records:
+        length = run.recipe.data.max_length
+        raise UnmeasuredError(f"not measured, as data.max_length = {length} leaves no prompt of a test row room for an answer")
     drafts = {share: max(1, min(len(stack) - 1, round(share * len(stack)))) for share in SHARES}
     found: dict[int, list[Drafted]] = {kept: [] for kept in drafts.values()}
     done = 0
@@ -92,6 +97,15 @@ def speculation(run: Finished) -> list[Row]:
             run.row(f"{part}/speed_up", total.tokens * blocks / (total.passes * (blocks + AHEAD * kept)), "ratio"),
         ]
     return rows
+
+
+def _fits(run: Finished, record: Record) -> bool:
+    """Whether the model can answer it in words: a row whose labels were compared needed less room."""
+    try:
+        run.formatter.prompt_ids(record, run.recipe.evaluation.max_new_tokens)
+    except DataError:
+        return False
+    return True
 
 
 def _example(run: Finished, record: Any, prompt: tuple[int, ...], tokens: Sequence[int]) -> Example:

@@ -76,7 +76,7 @@ def write_report(folder: Path) -> Path:
     traffic = traffic_table(rows)
     if traffic.lines:
         tables.append(traffic.markdown())
-    page += [table.markdown() for table in (run.answers_table(), *run.audit) if table.lines]
+    page += [table.markdown() for table in (run.answers_table(), run.privacy_table(), *run.audit) if table.lines]
     page += [*tables[1:], _foldable(site_table(rows)), "## How it was run\n", _fenced(run.recipe, "toml")]
     page.append(run.environment_table().markdown())
     report = folder / "report.md"

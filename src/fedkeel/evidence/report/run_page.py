@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from fedkeel.evidence.report import run_charts as charts
 from fedkeel.evidence.report.charts import Chart, Heat
 from fedkeel.evidence.report.figures import figures_of
 from fedkeel.evidence.report.page import Block, Code, Folded, Page, Section, Text
+from fedkeel.evidence.report.privacy import privacy_table
 from fedkeel.evidence.report.styles import run_styles
 from fedkeel.evidence.report.sure import Models, sure_table
 from fedkeel.evidence.report.tables import METHODS, Table, final, method_table, site_table, task_table, traffic_table
@@ -51,11 +53,13 @@ class Run:
         return verdict_table([*measured(self.rows, self.scores), *self.verdicts])
 
     def answers_table(self) -> Table:
-        """A line a row: what was asked and wanted, and what the models said."""
-        said = self.answers.get("said", {})
+        """A line a row: what was asked and wanted, and what the models said; empty where they said nothing
+        (`evaluation.generate = false`)."""
+        said = {who: answers for who, answers in self.answers.get("said", {}).items() if any(answers.values())}
         lines = [
             (row["task"], *map(_short, (row["prompt"], row["wanted"], *(said[who].get(row["id"], "–") for who in said))))
             for row in self.answers.get("rows", [])
+            if said
         ]
         header = ("task", "asked", "wanted", *(METHODS[who] for who in said))
         notes = (
@@ -63,6 +67,10 @@ class Run:
             "are cut here and whole in answers.json; evaluation.samples = 0 keeps none.",
         )
         return Table("Answers", header, tuple(lines), notes if lines else ())
+
+    def privacy_table(self) -> Table:
+        """What was promised and spent; empty where nothing was."""
+        return privacy_table(tomllib.loads(self.recipe), self.rows)
 
     def environment_table(self) -> Table:
         """Software and machine, a line each."""
@@ -85,7 +93,7 @@ def run_page(run: Run, summary: str, missing: Sequence[str]) -> Page:
     traffic = traffic_table(rows)
     tasks = task_table(rows)
     kept, drafts, shorter = charts.kept_table(rows, measures), charts.drafts_table(measures), charts.blocks_table(measures)
-    verdicts, answers = run.verdict_table(), run.answers_table()
+    verdicts, answers, privacy = run.verdict_table(), run.answers_table(), run.privacy_table()
     found: list[tuple[str, str, tuple[Block, ...]]] = [
         ("verdicts", "What to look at", (verdicts,) if verdicts.lines else ()),
         (
@@ -94,6 +102,7 @@ def run_page(run: Run, summary: str, missing: Sequence[str]) -> Page:
             (method_table(rows), *(foldable(table) for table in (sure_table(run.scores), tasks) if table.lines)),
         ),
         ("answers", "Sample answers", (answers,) if answers.lines else ()),
+        ("privacy", "Privacy", (privacy,) if privacy.lines else ()),
         ("audit", "Leak audit", tuple(run.audit)),
         ("learning", "Learning curves", figure(charts.learning(rows))),
         ("stages", "Score by stage", figure(charts.stages(rows))),

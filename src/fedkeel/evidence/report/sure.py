@@ -12,6 +12,7 @@ from fedkeel.evidence.report.tables import METHODS, Table, mean_and_sd, plural, 
 from fedkeel.types import FedKeelError
 
 Models = Mapping[tuple[str, str], Scores]  # (leg, its site or nothing) -> scores
+ENOUGH = 20  # test rows; a bootstrap of fewer, which knows no answers but these, may see no spread at all
 
 
 def read_scores(folder: Path) -> Models:
@@ -52,6 +53,13 @@ def sure_table(models: Models) -> Table:
     return Table("How sure that is", header, tuple(lines), _notes(found) if found else ())
 
 
+def surely(interval: Interval) -> int:
+    """1 where a difference is above 0 for sure, −1 where below, 0 where it may be either."""
+    if interval.rows < ENOUGH:
+        return 0
+    return (interval.low > 0) - (interval.high < 0)
+
+
 def _name(key: tuple[str, str]) -> str:
     return f"{METHODS.get(key[0], key[0])}, {key[1]}" if key[0] == "local" else METHODS.get(key[0], key[0])
 
@@ -68,7 +76,7 @@ def _notes(found: Sequence[tuple[tuple[str, str], Interval]]) -> tuple[str, ...]
     ]
     local = [interval for (leg, _), interval in found if leg == "local"]
     if local:
-        ahead, behind = sum(i.low > 0 for i in local), sum(i.high < 0 for i in local)
+        ahead, behind = ([surely(i) for i in local].count(way) for way in (1, -1))
         open_ = len(local) - ahead - behind
         notes.insert(
             0,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedkeel.evidence.report.interval import Interval, paired_difference
-from fedkeel.evidence.report.sure import Models, mean_score
+from fedkeel.evidence.report.sure import Models, mean_score, surely
 from fedkeel.evidence.report.tables import Table
 from fedkeel.files import write_atomic
 from fedkeel.types import FedKeelError, Row
@@ -94,20 +94,19 @@ def order(scores: Models) -> Iterator[Verdict]:
         ("base", "nothing is learnt that the base did not know: a higher train.lr, more rounds, or look at the rows"),
         ("local", "sites do better alone: look at how their data differ, at evidence.task and at federation.rule"),
     ):
-        of_leg = [found for (name, _), found in known.items() if name == leg]
-        worse = sum(found.high < 0 for found in of_leg)
+        of_leg = [surely(found) for (name, _), found in known.items() if name == leg]
+        worse = of_leg.count(-1)
         if of_leg and worse:
             yield Verdict(BAD, f"{told}, surely less than {worse} of {len(of_leg)} {leg}", change)
-        elif of_leg and not any(found.low > 0 for found in of_leg):
+        elif of_leg and 1 not in of_leg:
             yield Verdict(LOOK, f"{told}, and surely more than none of {len(of_leg)} {leg}", "more rounds, or more test rows")
         elif of_leg:
-            ahead = sum(found.low > 0 for found in of_leg)
-            yield Verdict(GOOD, f"{told}, surely more than {ahead} of {len(of_leg)} {leg}")
+            yield Verdict(GOOD, f"{told}, surely more than {of_leg.count(1)} of {len(of_leg)} {leg}")
     head = known.get(("analytic", ""))
-    if head is not None and head.high < 0:
+    if head is not None and surely(head) < 0:
         change = "serve it: evidence.serve = 1 or more, by validation rows; or more rounds and local steps"
         yield Verdict(LOOK, f"{told}, surely less than the analytic head, which nobody trained", change)
     pooled = known.get(("centralised", ""))
-    if pooled is not None and pooled.low > 0:
+    if pooled is not None and surely(pooled) > 0:
         change = "a lower or higher train.lr for all: training on pooled rows should not be behind"
         yield Verdict(LOOK, f"{told}, surely more than centralised", change)

@@ -150,7 +150,8 @@ def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, 
         "twins": {name: s.twin for name, s in plan.streams.items() if name in streams and s.twin in streams},
         "methods": {name: m.text for name, m in plan.methods.items() if name in shown},
         "trials": {
-            name: {m: 0 if plan.methods[m].untuned else len(s.settings()) for m in plan.methods if m in shown}
+            # a grid that nobody tried has had no trial
+            name: {m: len(s.settings()) if s.tuned and not plan.methods[m].untuned else 0 for m in plan.methods if m in shown}
             for name, s in plan.streams.items()
             if name in streams
         },

@@ -50,6 +50,8 @@ class Aggregator:
             )
         checked = Checked(f"rule {self.entry.name}", self.entry.mixed, reference, updates, weights)
         found: Aggregate = self.entry.load()(reference, checked, weights, options)
+        if not isinstance(found, Aggregate):
+            raise ValueError(f"rule {self.entry.name} returned {type(found).__name__}; an Aggregate belongs there")
         return found
 
 

@@ -42,9 +42,14 @@ class Active:
         return float(self.schedule(self.options, moment) if self.schedule else self.options.weight)
 
     def __call__(self, seen: Forward | Parameters) -> Loss:
-        """Its value on what there is to see."""
+        """Its value on what there is to see. Raises TableError, naming the term, where that is not one number."""
         found = self.function(seen, self.options)
-        return found if isinstance(found, Loss) else Loss(found)
+        loss = found if isinstance(found, Loss) else Loss(found)
+        if not isinstance(loss.value, Tensor) or loss.value.dim():
+            what = f"shape {tuple(loss.value.shape)}" if isinstance(loss.value, Tensor) else type(loss.value).__name__
+            belongs = "a tensor of shape (), a mean over positions, belongs there"
+            raise tables.TableError(f"term {self.entry.name} returned {what}; {belongs}")
+        return loss
 
 
 def terms_of(recipe: Recipe) -> list[Active]:
