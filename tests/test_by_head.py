@@ -277,6 +277,7 @@ def test_every_leg_that_trains_has_classifiers_of_its_own_rows(encoder: tuple[li
     assert not folder.knows("base")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_same_bits(encoder: tuple[list[str], RunFolder], tmp_path: Path) -> None:
     overrides, whole = encoder
 

@@ -183,7 +183,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", quickly(("topk", "ranks"), RESUMED))
+@pytest.mark.parametrize("name", quickly(("topk",), RESUMED))
 @pytest.mark.parametrize("after", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_sites_and_server_keep_is_resumed_to_the_same_bits(tiny_overrides: list[str], name: str, after: int) -> None:
     """Interrupted before the next round's checkpoint; a local leg before it would find a base without shifts."""

@@ -92,7 +92,9 @@ def test_a_clean_site_passes_and_is_told_what_was_found(site: Path, port: int, t
     assert "for localhost, of our authority, valid to" in found["certificate"].text
     assert "(398 days)" in found["certificate"].text or "(397 days)" in found["certificate"].text
     # ward-1 has numbers 1, 4, … 70; odd ones are colours; number // 2 % 6 gives the split: 0–3 train, 4 validation, 5 test
-    assert found["data"].text == "rows: train 18 (colour 12, echo 6); validation 0; test 6 (echo 6)"
+    assert found["data"].text == (
+        "rows: train 18 (colour 12, echo 6); validation 0; test 6 (echo 6); 3 labels of colour: red, green, blue"
+    )
     public = (site / "node.pub").read_text().split()[1]
     assert public[-12:] in found["key"].text
     assert str(tiny_base) in found["base"].text

@@ -172,7 +172,7 @@ def test_a_gradient_goes_through_a_swap_untouched() -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("share", shapes.quickly((0.25,), [0.25, 1.0]))
 def test_with_a_memory_the_teacher_is_a_mixture_of_two_models(name: str, share: float) -> None:
     model, examples = setting(name)
     now, before = model.read(), other(model.read())

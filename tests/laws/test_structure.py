@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders import numbers
+from shapes import quickly
 from torch import Tensor, nn
 
 from fedkeel import tables
@@ -151,7 +152,7 @@ def test_amount_0_puts_no_hook_in(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in STRUCTURES if tables.STRUCTURES[name].unbiased])
-@pytest.mark.parametrize("part", ["out", "down"])
+@pytest.mark.parametrize("part", quickly(("out",), ["out", "down"]))
 @torch.no_grad()
 def test_a_structure_is_unbiased(toy: Toy, name: str, part: str) -> None:
     """The mean over keys of what the top map gives is within 4 standard errors of the clean value, in every output."""
