@@ -87,7 +87,7 @@ def test_these_are_all_structures() -> None:
     assert {*ALL, "adversary"} == set(STRUCTURES)
 
 
-@pytest.mark.parametrize("dropout", quickly((0.3,), [0.0, 0.3]))
+@pytest.mark.parametrize("dropout", shapes.quickly((0.3,), [0.0, 0.3]))
 def test_a_run_with_all_weights_at_0_is_the_plain_run_to_the_bit(tiny_overrides: list[str], dropout: float) -> None:
     base = [*tiny_overrides, "evaluation.baselines=[]", f"lora.dropout={dropout}", "federation.rounds=2"]
     _, plain, _ = go(base)
