@@ -295,8 +295,9 @@ def test_sums_trial_and_outcome_come_back(told: tuple[Model, list[Example], dict
         heads[task], inverses[task] = anchor.head_of(known, 0.1), anchor.inverse(known, 0.1)
     gotten, inverse = read_trial(pack_trial(7, 3, like, heads, inverses))
     outcome = tried(model.features, examples, gotten, inverse)
-    exactly = tried(model.features, examples, heads, inverses)  # the inverse travels in float32
-    assert outcome == {task: (hits, pytest.approx(nats, rel=1e-4)) for task, (hits, nats) in exactly.items()}
+    # the inverse travels in float32, whose rounding a scale of 50 and a row's leverage bring into the fourth digit
+    exactly = tried(model.features, examples, heads, inverses)
+    assert outcome == {task: (hits, pytest.approx(nats, rel=1e-3)) for task, (hits, nats) in exactly.items()}
     found = read_foretold(Reply("a", pack_foretold("a", 7, like, outcome)), 7, like, back)
     assert {task: (known.hits, list(known.nats)) for task, known in found.items()} == outcome
     large = replace(sums["topic"], gram=sums["topic"].gram * 2**31 // 2**8 * 2**8)
