@@ -81,11 +81,10 @@ def _named(recipe: Recipe) -> dict[str, int]:
 
 
 def _born(
-    records: Sequence[Record], arrival: Mapping[str, int], recipe: Recipe, groups: Mapping[tuple[str, str], str]
+    records: Sequence[Record], arrival: Mapping[str, int], named: Mapping[str, int], groups: Mapping[tuple[str, str], str]
 ) -> dict[tuple[str, str], int]:
-    """(task, label) -> the stage in which its first row arrives; at one site of many, its group, as everywhere else. See
-    `stages_of`."""
-    named = _named(recipe)
+    """(task, label) -> the stage in which its first row arrives; at one site of many, its group, as everywhere else. named:
+    see `_named`; the others as of `stages_of`."""
     born = {label: named[group] for label, group in groups.items() if group in named}
     for record in records:
         if record.labels:
@@ -107,7 +106,8 @@ def stages_of(
     the label itself, where the sites are one of many, whose rows need not hold every label or stage; None: they are all.
     """
     everything = [r for split in ("train", "validation", "test") for r in sites.all(split)]
-    named, born = _named(recipe), _born(everything, arrival, recipe, groups or {})
+    named = _named(recipe)
+    born = _born(everything, arrival, named, groups or {})
     by_part = {r.task for r in everything if _part(r) and named and r.task not in named}
 
     kept: set[str] = set()  # ids of the rows that some site keeps once their stage is over

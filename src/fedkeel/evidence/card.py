@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from fedkeel import tables
 from fedkeel.evidence.report import method_table, read_rows, read_scores, summary, sure_table
+from fedkeel.evidence.report.privacy import HIDDEN
 from fedkeel.evidence.report.tables import escape, site_names
 from fedkeel.recipe.schema import Recipe
 from fedkeel.types import Row
@@ -121,7 +122,7 @@ def _privacy(recipe: Recipe, rows: Sequence[Row]) -> str:
         more = f"{received} and statistics of training"
         return _NOT_PRIVATE.format(received=more, masks=" and no secure aggregation", used="were")
     spent = [r.value for r in rows if r.name == "epsilon" and r.method == "federated"]
-    unit = {"site": "each site's whole contribution", "row": "each training row"}[privacy.unit]
+    unit = HIDDEN[privacy.unit]
     where = "at each site, in every step" if privacy.unit == "row" else f"by the {privacy.noise_at}"
     if privacy.noise_at == "coordinator":
         where = "by the coordinator"
