@@ -62,6 +62,7 @@ AGAINST = {"joint, cached": "plain, 3 epochs"}
 # hidden, intermediate, layers, heads, KV heads, vocabulary
 SHAPES = {
     "llama-20m": (384, 1024, 8, 6, 2, 8192),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "llama-0.5b": (1024, 4096, 24, 16, 8, 32000),
     "llama-1b": (2048, 8192, 16, 32, 8, 32000),
 }

@@ -165,7 +165,7 @@ class Deployment:
     def until_round(self, round: int) -> None:
         """Wait until the coordinator has finished a round."""
         state = self.results.path / "state.json"
-        self._until(lambda: state.exists() and self.results.state()["round"] >= round, 0.2)
+        self._until(lambda: state.exists() and self.results.state().round >= round, 0.2)
 
     def kill(self, word: str) -> int:
         """SIGKILL to Flower's processes of this deployment whose command line holds `word`; they have sessions of their own."""

@@ -114,7 +114,7 @@ def test_private_files_end_in_the_bits_of_one_process(
     assert not ends[0] or ends[0][0] < 6
     config = json.loads((there.path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny_base"
-    assert there.state()["finished"]
+    assert there.state().finished
 
     assert stated(there) == pytest.approx(stated(here))
 

@@ -115,7 +115,7 @@ def test_the_quickstart_at_three_sites_ends_in_the_bits_of_one_process(tmp_path:
     assert "believed" not in told_there
     assert all(workers.values())
     assert same(adapter_of(here.path), adapter_of(there.results.path))
-    assert there.results.state()["finished"]
+    assert there.results.state().finished
 
     def score(folder: RunFolder) -> list[Any]:
         wanted = [r for r in rows_of(folder) if (r["name"], r["task"], r["split"], r["site"]) == ("score", "", "test", "")]
@@ -170,7 +170,7 @@ def test_killed_workers_and_coordinators_change_no_bit(tiny_overrides: list[str]
         os.kill(there.worker("ward-0"), signal.SIGKILL)
         there.until_round(2)
         assert there.kill("flwr-serverapp")
-        done = there.results.state()["round"]
+        done = there.results.state().round
         code, told = there.run()
         assert code == 0, told + there.log()
         there.processes["ward-1"].send_signal(signal.SIGINT)  # its worker ends with it
@@ -230,7 +230,7 @@ def test_sites_that_die_raise_and_come_back(
         assert "ward-1" in told
         assert "ward-2" in told
         assert "no answer within 45 s" in told or "its SuperNode is down" in told
-        stood = there.results.state()["round"]
+        stood = there.results.state().round
         assert stood >= 3
 
         flag.touch()
@@ -240,7 +240,7 @@ def test_sites_that_die_raise_and_come_back(
         code, told = there.run()
         assert code == 1, told
         assert "ZeroDivisionError: nobody is in this ward" in told  # the traceback, at the coordinator
-        assert there.results.state()["round"] == stood  # the checkpoint of the round before stands
+        assert there.results.state().round == stood  # the checkpoint of the round before stands
 
         flag.unlink()
         there.stop_worker("ward-1")

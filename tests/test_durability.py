@@ -136,7 +136,7 @@ def test_old_checkpoints_go_and_what_is_needed_stays(tiny_overrides: list[str]) 
     given += ['stream.stages=["colour", "echo"]']
     _, all_of, _ = go([*given, "name=all"])
     _, few, _ = go([*given, "name=few", "keep_checkpoints=1"])
-    best = few.state()["best"]["round"]
+    best = few.state().best.round
     left = sorted(int(p.stem[6:]) for p in (few.path / "checkpoints/federated").glob("round-*.fkl"))
     assert left == sorted({6, 11, 12, best})
     assert len(list((all_of.path / "checkpoints/federated").glob("round-*.fkl"))) == 12

@@ -94,15 +94,15 @@ def test_the_commands_exit_status_says_whether_a_federation_ended(tiny_overrides
     assert "federation.max_update_norm" in failed.stderr + failed.stdout
     there = RunFolder(here.path.with_name("there"))
     with subprocess.Popen(command([*overrides, "name=there"]), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while not there.rows_file.exists() or not there.state()["round"]:  # until the first round has ended
+        while not there.rows_file.exists() or not there.state().round:  # until the first round has ended
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         told, _ = process.communicate()
     assert process.returncode == 130, told.decode()
     assert b"--resume --engine flower-sim" in told
-    assert not there.state()["finished"]
+    assert not there.state().finished
     done = subprocess.run(command([*overrides, "name=there"], "--resume"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert there.state()["finished"]
+    assert there.state().finished
     assert same(adapters(here), adapters(there))

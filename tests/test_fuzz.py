@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             round, LIKE, counts={"a": {"x": 1}}, shifts=[*STATE.shifts] * round, held={"a": 1}, optimiser={"m": numbers(3, 2)}
         )
         folder.write_checkpoint("federated", now, kept)
-        folder.save({**state, "leg": "federated", "round": round}, [])
+        state = folder.save(replace(state, leg="federated", round=round), [])
     return folder.path
 
 
@@ -277,7 +277,7 @@ def resumed(path: Path) -> None:
     """What `--resume` reads of a folder before a model is asked."""
     folder = RunFolder(path)
     state = folder.open(Recipe(), True, False, {"the base": "0"})
-    leg, round = state["leg"], state["round"]
+    leg, round = state.leg, state.round
     if not round:
         return
     found = folder.read_checkpoint(leg, round, LIKE)
@@ -541,6 +541,7 @@ WRONG_STATES = {
     "legs that are numbers": ('"done": [1]', "done is [1]"),
     "a count of rounds that is text": ('"asked": {"a": "x"}', "asked is {'a': 'x'}"),
     "a best round without its score": ('"best": {"stage": 0, "round": 1}', "score is None"),
+    "sites that keep numbers": ('"kept": {"a": 1}', "kept is {'a': 1}"),
     "wrong one round before": ('"before": {"done": []}', "leg is None"),
     "more rows than there are": ('"rows_bytes": 4503599627370496', "no row ends at byte 4503599627370496"),
 }
@@ -549,14 +550,14 @@ WRONG_STATES = {
 @pytest.mark.parametrize(("content", "told"), WRONG_STATES.values(), ids=WRONG_STATES.keys())
 def test_a_state_that_is_not_as_it_was_written(content: str, told: str, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    state = json.dumps(folder.open(Recipe(), False, False, {"the base": "0"}))
+    state = json.dumps(folder.open(Recipe(), False, False, {"the base": "0"}).as_json())
     folder.rows_file.write_text("{}\n")
     folder._state_file.write_text(content if content[0] in "[{" else state[:-1] + ", " + content + "}")
     with pytest.raises(RunError, match=r"is not as it was written .*start over with --fresh|no row ends") as refused:
         resumed(folder.path)
     assert told in str(refused.value)
     assert folder.rows_file.stat().st_size == 3
-    assert RunFolder(tmp_path / "run").open(Recipe(), False, True)["round"] == 0
+    assert RunFolder(tmp_path / "run").open(Recipe(), False, True).round == 0
 
 
 def test_checkpoints_that_speak_of_endless_files_end_at_the_first(run: Path, tmp_path: Path) -> None:
@@ -568,7 +569,7 @@ def test_checkpoints_that_speak_of_endless_files_end_at_the_first(run: Path, tmp
         folder.checkpoint("federated", 2).write_bytes(payload)
         with pytest.raises(RunError, match=told):
             folder.read_checkpoint("federated", 2, LIKE)
-        assert folder.open(Recipe(), True, False, {"the base": "0"})["round"] == 1
+        assert folder.open(Recipe(), True, False, {"the base": "0"}).round == 1
     folder.checkpoint("federated", 2).write_bytes(pack_global("checkpoint", now, log=0, kept=True))
     (folder.path / "checkpoints/federated/kept-0002/optimiser.fkl").write_bytes(
         pack_tensors({"m": numbers(1, 2)}, kind="optimiser", sites=2**61)

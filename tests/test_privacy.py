@@ -333,7 +333,7 @@ def test_over_machines_no_count_and_no_score_leaves_a_site(
         FakeGrid(client_app, 3, None, files), Context(77, 1, {}, RecordDict(), {"sites": "ward-0,ward-1,ward-2", "wait": 60.0})
     )
     run = RunFolder(Path(recipe.out) / "there")
-    assert run.state()["finished"]
+    assert run.state().finished
     assert (run.path / "adapter" / "adapter_model.safetensors").exists()
     assert {count for told in hellos for stage in told["rows"] for count in stage.values()} <= {0, 1}
     assert {count for told in hellos for count in told["encoded"]} == {1}

@@ -165,5 +165,5 @@ def test_a_csv_federation_runs(tiny_overrides: list[str], tmp_path: Path) -> Non
         "federation.rounds=1",
     ]
     recipe, folder, _ = go([*tiny_overrides, *own])
-    assert folder.state()["finished"]
+    assert folder.state().finished
     assert replace(recipe.data, files=()).source == "files"

@@ -226,7 +226,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tiny_overrides: list[str], 
     _, resumed, _ = go(given, watch, resume=True)
     assert watch.work == pytest.approx(watch.total)
     assert_ends_as(resumed, uncut)
-    assert resumed.state()["finished"]
+    assert resumed.state().finished
 
 
 def test_every_final_test_row_keeps_its_score(uncut: RunFolder) -> None:
@@ -270,7 +270,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tiny_overrides: list[str], un
     given = [*tiny_overrides, tiny.BASELINES]
     killed_while_saving(given)
     folder = RunFolder(tmp_path / "tiny")
-    assert len(folder.rows_file.read_bytes()) > folder.state()["rows_bytes"]
+    assert len(folder.rows_file.read_bytes()) > folder.state().rows_bytes
     _, resumed, _ = go(given, resume=True)
     assert_ends_as(resumed, uncut)
 
@@ -577,7 +577,7 @@ def test_a_run_has_one_owner(how: dict[str, bool], tiny_overrides: list[str]) ->
     finally:
         other.communicate()
     assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
-    assert go(brief, resume=True)[1].state()["finished"]
+    assert go(brief, resume=True)[1].state().finished
 
 
 def rewrite(data: Path, change: Callable[[list[str]], list[str]]) -> None:
@@ -633,12 +633,12 @@ def test_a_run_goes_on_with_what_it_began_with_only(
     before = folder.rows_file.read_bytes()
     told = change(data, base)
     if not told:
-        assert go(overrides, resume=True)[1].state()["finished"]
+        assert go(overrides, resume=True)[1].state().finished
         return
     with pytest.raises(RunError, match=f"cannot be resumed: not as they were when it began: {told}\\. Put them back"):
         go(overrides, resume=True)
     assert folder.rows_file.read_bytes() == before
-    assert go(overrides, fresh=True)[1].state()["finished"]
+    assert go(overrides, fresh=True)[1].state().finished
 
 
 def test_rows_longer_than_the_base_reads_are_refused_before_any_work(tiny_overrides: list[str]) -> None:

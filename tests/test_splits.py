@@ -144,7 +144,7 @@ def test_a_run_trains_on_none_and_says_so(tmp_path: Path, tiny_overrides: list[s
         n: len(h["train"]) for n, h in plain.sites.rows.items()
     }
     assert fedkeel.runs.prepare.held_apart is held_apart
-    assert go(overrides)[1].state()["finished"]
+    assert go(overrides)[1].state().finished
 
 
 def test_a_source_whose_training_rows_all_stand_in_test_says_so(tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -327,8 +327,8 @@ def test_a_suite_runs_once_and_keeps_failures_as_failures(tiny_plan: Path, tmp_p
     with pytest.raises(KeyboardInterrupt):
         go([*runs[0].overrides, f"out={out}"], Silent(interrupt))
     begun = RunFolder(out / "tiny-plain-s1").state()
-    assert begun["round"] in (1, 2)
-    assert not begun["finished"]
+    assert begun.round in (1, 2)
+    assert not begun.finished
     failed = execute(plan, runs, out, 2, heard)
     assert [r.method for r in failed] == ["broken"]
     assert states(out) == {"tiny-plain-s1": "finished", "tiny-near-s1": "finished", "tiny-broken-s1": "failed"}

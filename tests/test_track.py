@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on_in_an_event_file_with_every_row_once(tiny_override
     """kill -9 while rows lie in rows.jsonl that are done again; then an interruption; then to the end."""
     killed_while_saving([*tiny_overrides, *BASE])
     folder = RunFolder(tmp_path / "tiny")
-    saved = folder.rows_file.read_bytes()[: folder.state()["rows_bytes"]].decode().splitlines()
+    saved = folder.rows_file.read_bytes()[: folder.state().rows_bytes].decode().splitlines()
     assert shown(folder.path) == expected([json.loads(line) for line in saved])  # live: what was saved was shown
 
     def interrupt(leg: str, done: int) -> None:

@@ -62,7 +62,7 @@ def _unfinished(folder: Path) -> bool:
     """Whether a folder holds a run that has begun and not ended."""
     from fedkeel.runs.folder import RunFolder
 
-    return (folder / "state.json").exists() and not RunFolder(folder).state()["finished"]
+    return (folder / "state.json").exists() and not RunFolder(folder).state().finished
 
 
 def _latest_unfinished(out: Path) -> list[str]:
@@ -86,8 +86,8 @@ def _print_results(console: Console, folder: Path, recipe: Recipe, page: Path | 
             console.print(table.rich())
     console.print(f"report: {page}\nadapter (PEFT): {folder / 'adapter'}", highlight=False)
     if (folder / "best").is_dir():
-        best = RunFolder(folder).state()["best"]
-        told = f"round {best['round']}, {100 * best['score']:.1f} points on validation rows"
+        best = RunFolder(folder).state().best
+        told = f"round {best.round}, {100 * best.score:.1f} points on validation rows" if best else "by validation rows"
         console.print(f"best of the last stage (PEFT): {folder / 'best'} ({told})", highlight=False)
     if not tables.RULES[recipe.federation.rule].personal:
         own = Path(sys.argv[0]).name == "fedkeel" and shutil.which("fedkeel") is None

@@ -29,9 +29,8 @@ from fedkeel.recipe.checks import check_enough
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
-from fedkeel.runs.legs import Cast, Leg, legs_of
-from fedkeel.runs.privacy import check_budget
-from fedkeel.runs.rounds import Carrier, Loop, Memory, Progress, check_curve
+from fedkeel.runs.legs import Cast, Leg
+from fedkeel.runs.rounds import Carrier, Loop, Memory, Progress, planned
 from fedkeel.runs.rows import Sums, pooled_rows
 from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
@@ -197,11 +196,11 @@ class Away:
         """Sites that may be asked, as far as they have said hello."""
         return [n for n in self.names if n in self.sites.hellos and not self.sites.vet(n, self.sites.hellos[n])]
 
-    def admit(self, reference: Mapping[str, Any] | None) -> dict[str, Any]:
+    def admit(self, reference: Mapping[str, Any]) -> dict[str, Any]:
         """Refuse the sites that would train something else; the reference that they were held to. Raises FederationError where
         too few are left, with what is wrong with each."""
         hellos = {name: self.sites.hellos[name] for name in self.names if name in self.sites.hellos}
-        found: dict[str, Any] = dict(reference or {})
+        found: dict[str, Any] = dict(reference)
         if not reference and hellos:
             found = {**reference_of(hellos), "tasks": meanings_of(hellos)}
         self.sites.vet = lambda site, hello: vetted(found, hello)
@@ -320,6 +319,10 @@ class Away:
                 self.watch.note(f"round {current.round}: the {split} rows of site {site} are not in the score: {error}")
         return pooled_rows(leg, stage, current.round, split, sums, self.recipe.name)
 
+    def spares(self, leg: Leg) -> bool:
+        """See `Parties`: the federation has ended well when a baseline fails, which does not undo that."""
+        return leg.method == "local"
+
     def close(self, leg: Leg, current: Global, best: Global | None) -> None:
         """See `Parties`: of the federated leg the PEFT folder."""
         if leg.method != "federated":
@@ -388,34 +391,16 @@ def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: W
 
 
 def _coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: Watch, meet: Callable[[str], Sites]) -> None:
-    resume = bool(folder.path.exists() and (folder.path / "state.json").exists())
+    resume = (folder.path / "state.json").exists()
     folder.check(recipe, resume, False)
-    if resume and folder.state()["finished"]:
+    before = folder.state()
+    if before.finished:
         raise FederationError(f"{folder.path} holds a federation that has ended; move it away, or give the recipe another name")
-    before = folder.state() if resume else {}
-    run = str(before.get("run") or secrets.token_hex(8))
+    run = before.run or secrets.token_hex(8)
     tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
     away = Away(recipe, names, meet(run), folder, watch)
-    reference = away.admit(before.get("reference"))
+    reference = away.admit(before.reference)
     away.start(reference["initial"])
-    loop = Loop(recipe, away, folder, watch, folder.open(recipe, resume, False))
-    for note in folder.notes:
-        watch.note(note)
-    loop.state.update(run=run, reference=reference)
-    legs = legs_of(away.cast())
-    if promised := check_budget(away.cast()):
-        watch.note(f"private: {promised}")
-    check_curve(legs, away, recipe.evaluation.every)
-    watch.begin(loop.work(legs))
-    with tracks as folder.tracks:
-        folder.save(loop.state, away.loads())
-        for leg in legs:
-            try:
-                loop.run(leg)
-            except FederationError as error:
-                if leg.method != "local":
-                    raise
-                watch.note(f"{leg.name} is left out: {error}")  # the federation has ended well; a baseline does not undo that
-                loop.leave(leg)
-    loop.state["finished"] = True
-    folder.save(loop.state, [])
+    legs = planned(away.cast(), away, watch)
+    state = replace(folder.open(recipe, resume, False), run=run, reference=reference)
+    Loop(recipe, away, folder, watch, state).play(legs, tracks, away.loads())

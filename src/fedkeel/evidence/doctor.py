@@ -138,7 +138,7 @@ def of_run(folder: Path, prepared: Prepared | None = None) -> list[Verdict]:
 
 def rows_are_away(folder: Path) -> bool:
     """Whether a run is a coordinator's: its rows are at its sites."""
-    return "reference" in RunFolder(folder).state()
+    return bool(RunFolder(folder).state().reference)
 
 
 def of_coordinator(folder: Path) -> list[Verdict]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 
 from fedkeel import tables
 from fedkeel.model.lora import Model
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.here import Engine, Here
-from fedkeel.runs.legs import legs_of
 from fedkeel.runs.prepare import Prepared
-from fedkeel.runs.privacy import check_budget
-from fedkeel.runs.rounds import Loop, check_curve
+from fedkeel.runs.rounds import Loop, planned
 from fedkeel.runs.served import serve
 from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
@@ -43,20 +39,10 @@ def _execute(prepared: Prepared, folder: RunFolder, watch: Watch, begin: tuple[b
     folder.check(recipe, *begin)
     tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
     here = Here(prepared, folder, watch, engine)
-    legs = legs_of(here.cast)
-    if promised := check_budget(here.cast):
-        watch.note(f"private: {promised}")
-    check_curve(legs, here, recipe.evaluation.every)
+    legs = planned(here.cast, here, watch)
     # only now: a recipe that cannot run leaves no folder, and replaces none
     loop = Loop(recipe, here, folder, watch, folder.open(recipe, *begin, here.prints()))
-    for note in folder.notes:
-        watch.note(note)
-    watch.begin(loop.work(legs))
-    with nullcontext() if loop.state["finished"] else tracks as folder.tracks:
-        for leg in legs:
-            loop.run(leg)
+    loop.play(legs, tracks)
     if not tables.RULES[recipe.federation.rule].personal:
         serve(here.model, folder, recipe)
-    loop.state["finished"] = True
-    folder.save(loop.state, [])
     return here.model

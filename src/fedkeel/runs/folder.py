@@ -26,6 +26,7 @@ from fedkeel.exchange.sums import pack_known, read_known
 from fedkeel.files import append_lines, write_atomic
 from fedkeel.recipe.schema import FREE, Recipe
 from fedkeel.recipe.settings import read_toml, to_toml
+from fedkeel.runs.state import State, read_state
 from fedkeel.runs.track import Tracks
 from fedkeel.types import Adapter, FedKeelError, Global, Row, Sums
 
@@ -69,32 +70,6 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str
     return ""
 
 
-_STATE = {"done": list, "leg": str, "round": int, "tested": int, "rows_bytes": int, "finished": bool}
-_PERHAPS = {"scored": int, "last": int, "best": dict, "asked": dict, "prints": dict, "before": dict}
-_BEST = {"stage": int, "round": int, "score": float, "waited": int}
-
-
-def _unlike_a_state(state: Any) -> str:
-    """What a state of a run, or the one before, has where another kind of value belongs; nothing where it has none."""
-    if not isinstance(state, dict):
-        return "no JSON object"
-    perhaps = {key: kind for key, kind in _PERHAPS.items() if key in state}
-    best = _BEST if state.get("best") else {}
-    for holds, kinds in ((state, _STATE | perhaps), (state.get("best", {}), best)):
-        for key, kind in kinds.items():
-            value = holds.get(key) if isinstance(holds, dict) else None
-            if type(value) is not kind and not (kind is float and value in (0, 1)):
-                return f"{key} is {value!r:.60}"
-            if isinstance(value, int) and not 0 <= value < 2**53:
-                return f"{key} is {value!r:.60}"
-    for key, kind in (("asked", int), ("prints", str)):
-        if not all(type(value) is kind for value in state.get(key, {}).values()):
-            return f"{key} is {state[key]!r:.60}"
-    if not all(isinstance(name, str) for name in state["done"]):
-        return f"done is {state['done']!r:.60}"
-    return _unlike_a_state(state["before"]) if "before" in state else ""
-
-
 def _count(header: Mapping[str, Any], key: str) -> int:
     """How many files a header speaks of. Raises ValueError; they are opened one by one, so that a lie ends at the first."""
     if type(header.get(key)) is not int or header[key] < 0:
@@ -110,28 +85,21 @@ class RunFolder:
         self.rows_file = path / "rows.jsonl"
         self.tracks: Tracks | None = None  # told of every row that is saved
         self.notes: list[str] = []  # what `open` found that a person should know
-        self._saved: dict[str, Any] = {}  # the state as it was saved last
+        self._saved: State | None = None  # the state as it was saved last
         self._scored: set[tuple[str, str]] | None = None  # legs in scores.jsonl: (method, site)
 
     @property
     def _state_file(self) -> Path:
         return self.path / "state.json"
 
-    def state(self) -> dict[str, Any]:
-        """{done: names of finished legs, leg, round: the last checkpoint, tested: stages of it that are scored, scored: the
-        last round with a point of the curve, best: {stage, round, score, waited: points since} of its best point, of the stage
-        at hand, kept: names of what sites keep elsewhere, asked: under [privacy], site -> rounds that it was asked for,
-        before: the state as the round before left it, rows_bytes, finished}."""
+    def state(self) -> State:
+        """Where the run stands; of none the beginning. Raises RunError."""
         if not self._state_file.exists():
-            return {"done": [], "leg": "", "round": 0, "tested": 0, "scored": 0, "rows_bytes": 0, "finished": False}
+            return State()
         try:
-            state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
-            wrong = _unlike_a_state(state)
+            return read_state(json.loads(self._state_file.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:
-            wrong = str(error)
-        if wrong:
-            raise RunError(f"{self._state_file} is not as it was written ({wrong}); start over with --fresh")
-        return state
+            raise RunError(f"{self._state_file} is not as it was written ({error}); start over with --fresh") from error
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -177,23 +145,26 @@ class RunFolder:
             if found and not found & {"recipe.toml", "state.json"}:
                 raise RunError(f"{self.path} exists and is not a run of FedKeel; set out= or name= to another folder")
 
-    def open(self, recipe: Recipe, resume: bool, fresh: bool, prints: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def open(self, recipe: Recipe, resume: bool, fresh: bool, prints: Mapping[str, str] | None = None) -> State:
         """Make the folder for a new run, or go back to the last whole state of an old one. prints: what it works with -> its
         fingerprint; a run goes on only with what it began with. Raises RunError."""
         self.check(recipe, resume, fresh)
         if self._state_file.exists() and not fresh:
             state = self._whole(self.state())
-            self._check_prints(state.get("prints"), prints or {})
+            self._check_prints(state.prints, prints or {})
             write_atomic(self.path / "recipe.toml", to_toml(recipe))
-            self._cut_rows(state["rows_bytes"])
+            self._cut_rows(state.rows_bytes)
             return state
         if self.path.exists():
             shutil.rmtree(self.path)
         write_atomic(self.path / "recipe.toml", to_toml(recipe))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
-        state = {**self.state(), "prints": dict(prints or {})}
-        write_atomic(self._state_file, json.dumps(state))
-        self._saved = dict(state)
+        return self._keep(State(prints=prints or {}))
+
+    def _keep(self, state: State) -> State:
+        """Write the state. What it says of the round before is needed in the file alone."""
+        write_atomic(self._state_file, json.dumps(state.as_json()))
+        self._saved = replace(state, before=None)
         return state
 
     def _cut_rows(self, size: int) -> None:
@@ -209,24 +180,22 @@ class RunFolder:
                 )
             rows.truncate(size)
 
-    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _whole(self, state: State) -> State:
         """The state, or that of the round before where what it points to is torn or altered. Raises RunError where both are."""
-        self._saved = {key: value for key, value in state.items() if key != "before"}
+        self._saved = replace(state, before=None)
         wrong = self._damage(state)
         if not wrong:
             return state
-        before = state.get("before")
+        before = state.before
         if not before or self._damage(before):
             raise RunError(f"{wrong}, and the round before cannot be used either; start over with --fresh")
-        # what was sent cannot be taken back, and counts for privacy
-        asked = {"asked": state["asked"]} if "asked" in state else {}
-        self.notes.append(f"{wrong}: this run goes on from round {before['round']}, the one before")
-        self._saved = {**before, **asked}
-        return dict(self._saved)
+        self.notes.append(f"{wrong}: this run goes on from round {before.round}, the one before")
+        self._saved = replace(before, asked=state.asked)  # what was sent cannot be taken back, and counts for privacy
+        return self._saved
 
-    def _damage(self, state: Mapping[str, Any]) -> str:
+    def _damage(self, state: State) -> str:
         """What is wrong with the files of a state's checkpoint; nothing where they are as they were written."""
-        leg, round = state["leg"], state["round"]
+        leg, round = state.leg, state.round
         if not leg or not round:
             return ""
         path = self.checkpoint(leg, round)
@@ -251,8 +220,8 @@ class RunFolder:
             if int(path.stem.removeprefix("round-")) not in keep:
                 path.unlink()
 
-    def _check_prints(self, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
-        if before is None:
+    def _check_prints(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+        if not before:
             return  # of a run that began before there were any
         changed = sorted(what for what in before.keys() | now.keys() if before.get(what) != now.get(what))
         if changed:
@@ -261,15 +230,14 @@ class RunFolder:
                 f"anew with --fresh or another name"
             )
 
-    def save(self, state: dict[str, Any], rows: Sequence[Row]) -> None:
-        """Append rows and move the state on: the one point after which a resumed run continues."""
-        state["rows_bytes"] = append_lines(self.rows_file, [json.dumps(r.as_json(), allow_nan=False) for r in rows])
-        if self._saved and (self._saved["leg"], self._saved["round"]) != (state["leg"], state["round"]):
-            state["before"] = self._saved
-        write_atomic(self._state_file, json.dumps(state))
-        self._saved = {key: value for key, value in state.items() if key != "before"}
+    def save(self, state: State, rows: Sequence[Row]) -> State:
+        """Append rows and move the state on, and say how it stands then: the one point after which a resumed run continues."""
+        size = append_lines(self.rows_file, [json.dumps(r.as_json(), allow_nan=False) for r in rows])
+        moved = self._saved and (self._saved.leg, self._saved.round) != (state.leg, state.round)
+        state = self._keep(replace(state, rows_bytes=size, before=self._saved if moved else state.before))
         if self.tracks and rows:
             self.tracks.log(rows)
+        return state
 
     def write_scores(self, method: str, site: str, scores: Mapping[str, tuple[str, float]]) -> None:
         """Keep the score of every final test row of a leg, in place of those it had: what paired comparisons resample.
@@ -317,7 +285,7 @@ class RunFolder:
 
     def exchanged(self) -> int:
         """Bytes that the messages of the rounds so far took."""
-        saved = self.rows_file.read_bytes()[: self.state()["rows_bytes"]] if self.rows_file.exists() else b""
+        saved = self.rows_file.read_bytes()[: self.state().rows_bytes] if self.rows_file.exists() else b""
         rows = [json.loads(line) for line in saved.splitlines()]
         return int(sum(row["value"] for row in rows if row["name"] in ("bytes_up", "bytes_down")))
 

@@ -261,6 +261,10 @@ class Here:
         with self.model.remembering():
             return score(self.model, self.formatter, records, self.prepared.recipe.evaluation, self.watch.advance)
 
+    def spares(self, leg: Leg) -> bool:
+        """See `Parties`: what fails here, where all rows are, is to be mended and gone on from."""
+        return False
+
     def close(self, leg: Leg, current: Global, best: Global | None) -> None:
         """See `Parties`: the score of every test row, and of the federated leg the PEFT folder, whole or not at all; one a site
         where factors stay at the sites."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,17 +21,19 @@ from fedkeel.exchange.codecs import header_of
 from fedkeel.federation.gather import gather
 from fedkeel.federation.kept import layout_of, modules_left_out
 from fedkeel.federation.masked import run_masked_round
-from fedkeel.federation.server import Roster, run_round
+from fedkeel.federation.server import FederationError, Roster, run_round
 from fedkeel.federation.train import steps_a_round
 from fedkeel.method.aggregate.common import blend
 from fedkeel.method.structure.shares import trained_ranks
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
-from fedkeel.runs.legs import Cast, Leg, Stage
-from fedkeel.runs.privacy import spending
+from fedkeel.runs.legs import Cast, Leg, Stage, legs_of
+from fedkeel.runs.privacy import check_budget, spending
 from fedkeel.runs.rows import gathered_rows, round_rows
 from fedkeel.runs.served import served, share_of
+from fedkeel.runs.state import Best, State
+from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch, tell_failures
 from fedkeel.types import Adapter, Global, Reply, Row, Transport
 
@@ -39,6 +42,7 @@ CHOICES = {
     "average": ("stream.average", "the share of what was served before"),
     "serve": ("evidence.serve", "the weight of the analytic head"),
 }
+_LEG: dict[str, Any] = {"round": 0, "tested": 0, "scored": 0, "kept": {}}  # where a leg begins
 TRAIN_COST = 3.0  # a training row against a scored row, in forward passes: forward, and backward about twice that
 
 
@@ -91,53 +95,76 @@ class Parties(Protocol):
     def score(self, leg: Leg, stage: int, current: Global, split: str) -> list[Row]:
         """Rows of the scores of `current`, as it would be served. split: `validation`, `test` or `unseen-sites`."""
 
+    def spares(self, leg: Leg) -> bool:
+        """Whether the run goes on without a leg that failed."""
+
     def close(self, leg: Leg, current: Global, best: Global | None) -> None:
         """The last stage of a leg is scored: keep what it ends in, and beside it the best by validation rows, if known."""
 
 
 @dataclass
 class Loop:
-    """A run in progress. state: see `RunFolder.state`; what is saved there is what is resumed from."""
+    """A run in progress. state: where it stands; what is saved of it is what is resumed from."""
 
     recipe: Recipe
     parties: Parties
     folder: RunFolder
     watch: Watch
-    state: dict[str, Any]
+    state: State
     untold: list[Row] = field(default_factory=list)  # rows that wait for the next state to resume from
+
+    def play(self, legs: Sequence[Leg], tracks: Tracks, rows: Sequence[Row] = ()) -> None:
+        """All legs from the last state on. rows: known before the first. Raises what a leg raises that the parties do not
+        spare."""
+        for note in self.folder.notes:
+            self.watch.note(note)
+        self.watch.begin(self.work(legs))
+        with nullcontext() if self.state.finished else tracks as self.folder.tracks:
+            if rows:
+                self._keep(rows)
+            for leg in legs:
+                try:
+                    self.run(leg)
+                except FederationError as error:
+                    if not self.parties.spares(leg):
+                        raise
+                    self.watch.note(f"{leg.name} is left out: {error}")
+                    self._leave(leg)
+        self._keep([], finished=True)
 
     def run(self, leg: Leg) -> None:
         """A leg from its last state to its end."""
-        state = self.state
-        if leg.name in state["done"]:
+        if leg.name in self.state.done:
             self.watch.skip(self.work([leg]))
             return
-        if state["leg"] != leg.name:
-            state.update(leg=leg.name, round=0, tested=0, scored=0, kept={})
-        state.setdefault("scored", state["round"])  # of a run that began before this was kept
+        if self.state.leg != leg.name:
+            self.state = replace(self.state, leg=leg.name, **_LEG)
         current = self._begin(leg)
         for stage in range(len(leg.stages)):
-            if stage < state["tested"]:
+            if stage < self.state.tested:
                 self.watch.skip(sum(self._work(leg, stage)[1:]))
                 continue
             current = self._stage(leg, stage, current)
             self._test(leg, stage, current)
-        self.leave(leg)
+        self._leave(leg)
 
-    def leave(self, leg: Leg) -> None:
+    def _leave(self, leg: Leg) -> None:
         """A leg is over."""
-        self.state.update(done=[*self.state["done"], leg.name], leg="", round=0, tested=0, scored=0, kept={})
-        self.folder.save(self.state, [])
+        self._keep([], done=(*self.state.done, leg.name), leg="", **_LEG)
+
+    def _keep(self, rows: Sequence[Row], **more: Any) -> None:
+        """Move the state on, with rows that belong to it."""
+        self.state = self.folder.save(replace(self.state, **more), rows)
 
     def _begin(self, leg: Leg) -> Global:
         """Where the leg stands."""
         state, initial = self.state, self.parties.initial
         current, tensors = Global(0, initial), dict[str, dict[str, Tensor]]()
-        if state["round"]:
-            current = self.folder.read_checkpoint(leg.name, state["round"], initial)
-            tensors, optimiser = self.folder.read_kept(leg.name, state["round"], initial)
+        if state.round:
+            current = self.folder.read_checkpoint(leg.name, state.round, initial)
+            tensors, optimiser = self.folder.read_kept(leg.name, state.round, initial)
             current = replace(current, optimiser=optimiser)
-        self.parties.begin(leg, current, Memory(tensors, state.get("kept", {})))
+        self.parties.begin(leg, current, Memory(tensors, state.kept))
         return current
 
     def _stage(self, leg: Leg, stage: int, current: Global) -> Global:
@@ -145,7 +172,7 @@ class Loop:
         end = (stage + 1) * leg.rounds
         for round in range(stage * leg.rounds + 1, current.round + 1):  # done before this process began
             scored = self.parties.size(leg, stage, "validation") if self._curve_point(leg, round) else 0
-            self.watch.skip(self._work(leg, stage)[0] + scored * (round <= self.state["scored"]))
+            self.watch.skip(self._work(leg, stage)[0] + scored * (round <= self.state.scored))
         if current.round > stage * leg.rounds:
             self.watch.skip(gather_work(leg, stage))
             self._curve(leg, stage, current)  # it may have been cut off between a round and its scoring
@@ -175,15 +202,14 @@ class Loop:
         self.untold = gathered_rows(leg, stage, current.round, found, self.recipe.name)
         return replace(current, heads=found.heads)
 
-    def _best(self, leg: Leg, stage: int) -> Mapping[str, Any]:
-        """The best point of the validation curve of a stage so far, see `RunFolder.state`; empty where there is none."""
-        best: Mapping[str, Any] = self.state.get("best", {}) if leg.method == "federated" else {}
-        return best if best.get("stage") == stage else {}
+    def _best(self, leg: Leg, stage: int) -> Best | None:
+        """The best point of the validation curve of a stage so far; None where there is none."""
+        return self.state.best_of(stage) if leg.method == "federated" else None
 
     def _settled(self, leg: Leg, stage: int) -> bool:
         """Whether patience with a stage is at its end."""
-        patience = leg.stages[stage].recipe.federation.patience
-        return bool(patience) and self._best(leg, stage).get("waited", 0) >= patience
+        patience, best = leg.stages[stage].recipe.federation.patience, self._best(leg, stage)
+        return bool(patience and best and best.waited >= patience)
 
     def _ended(self, leg: Leg, stage: int, current: Global) -> Global:
         """What a stage ends in; its rounds are counted as if all had been."""
@@ -192,13 +218,14 @@ class Loop:
             left = range(current.round + 1, end + 1)
             points = sum(self._curve_point(leg, round) for round in left)
             self.watch.skip(len(left) * self._work(leg, stage)[0] + points * self.parties.size(leg, stage, "validation"))
+            assert best  # patience waited for a better one
             self.watch.note(
-                f"stage {stage + 1} ends after round {current.round} of {end}: {best['waited']} points of the curve were not "
-                f"above the {100 * best['score']:.1f} of round {best['round']}"
+                f"stage {stage + 1} ends after round {current.round} of {end}: {best.waited} points of the curve were not "
+                f"above the {100 * best.score:.1f} of round {best.round}"
             )
-        self.state["last"] = current.round
+        self.state = replace(self.state, last=current.round)
         if leg.stages[stage].recipe.federation.keep == "best" and best:
-            kept = self.folder.read_checkpoint(leg.name, best["round"], self.parties.initial)
+            kept = self.folder.read_checkpoint(leg.name, best.round, self.parties.initial)
             current = replace(current, adapter=kept.adapter)
         return replace(current, round=end)
 
@@ -241,7 +268,7 @@ class Loop:
     def _spent(self, leg: Leg, stage: int, round: int, bound: float) -> list[Row]:
         """What has been promised after a round, told. bound: C of that round."""
         recipe = leg.stages[stage].recipe
-        spent = spending(Cast(recipe, [at.rows for at in leg.stages])).after(self.state["asked"])
+        spent = spending(Cast(recipe, [at.rows for at in leg.stages])).after(self.state.asked)
         found, moves = {"epsilon": (spent, "epsilon")}, recipe.privacy.quantile > 0
         found |= {"clip": (bound, "norm")} if moves else {}
         told = f"; changes of this round were clipped to {bound:.3g}" if moves else ""
@@ -252,23 +279,19 @@ class Loop:
     def _release(self, roster: Roster, round: int) -> None:
         """Count what the sites are asked for before they are: a round that is cut off and done again is told twice."""
         if roster.privacy.unit != "none":
-            asked = Counter(self.state.get("asked", {}))
-            asked.update(roster.asked(round))
-            self.state["asked"] = dict(asked)
-            self.folder.save(self.state, [])
+            self._keep([], asked=dict(Counter(self.state.asked) + Counter(roster.asked(round))))
 
     def _save(self, leg: Leg, current: Global, rows: Sequence[Row], **more: Any) -> None:
         """A state to resume from. What the sites keep is part of it."""
         memory = self.parties.memory()
         self.folder.write_checkpoint(leg.name, current, memory.tensors)
-        self.state.update(round=current.round, kept=dict(memory.names), **more)
-        self.folder.save(self.state, [*self.untold, *rows])
+        self._keep([*self.untold, *rows], round=current.round, kept=dict(memory.names), **more)
         self.untold = []
         if self.recipe.keep_checkpoints:
             last = range(current.round - max(2, self.recipe.keep_checkpoints) + 1, current.round + 1)
             ends = range(leg.rounds, current.round + 1, leg.rounds) if leg.rounds else ()
-            best = self.state.get("best", {}).get("round", 0) if leg.method == "federated" else 0
-            self.folder.prune(leg.name, {*last, *ends, best})
+            best = {self.state.best.round} if self.state.best and leg.method == "federated" else set()
+            self.folder.prune(leg.name, {*last, *ends, *best})
 
     def _served(self, leg: Leg, stage: int) -> Adapter:
         """What is served after `stage`, from the checkpoints of the stages' ends."""
@@ -285,25 +308,21 @@ class Loop:
 
     def _curve(self, leg: Leg, stage: int, current: Global) -> None:
         """Score validation rows where the curve has a point, and it is not scored already."""
-        due = self._curve_point(leg, current.round) and self.state["scored"] < current.round
+        due = self._curve_point(leg, current.round) and self.state.scored < current.round
         if due and self.parties.size(leg, stage, "validation"):
             self.watch.leg(leg.name, "scoring validation rows")
             as_served = _as_served(leg, stage, current, self._served_before(leg, stage))
             rows = self.parties.score(leg, stage, as_served, "validation")
-            self.state["scored"] = current.round
-            self._judge(leg, stage, current.round, rows)
-            self.folder.save(self.state, rows)
+            self._keep(rows, scored=current.round, best=self._judged(leg, stage, current.round, rows))
 
-    def _judge(self, leg: Leg, stage: int, round: int, rows: Sequence[Row]) -> None:
-        """Take a point of the curve into account."""
-        score = _score_in(rows)
-        best = self._best(leg, stage)
+    def _judged(self, leg: Leg, stage: int, round: int, rows: Sequence[Row]) -> Best | None:
+        """The best point of the curve with the one of `round` taken into account."""
+        score, best = _score_in(rows), self._best(leg, stage)
         if score is None:  # no site answered
-            return
-        if not best or score > best["score"]:
-            self.state["best"] = {"stage": stage, "round": round, "score": score, "waited": 0}
-        else:
-            self.state["best"] = {**best, "waited": best["waited"] + 1}
+            return self.state.best
+        if not best or score > best.score:
+            return Best(stage, round, score)
+        return replace(best, waited=best.waited + 1)
 
     def _best_served(self, leg: Leg, stage: int, end: Global, before: Adapter | None) -> Global | None:
         """What would be served of the best point of the curve of a stage that ended in `end`; None where there is no such one
@@ -311,7 +330,7 @@ class Loop:
         best, rule = self._best(leg, stage), tables.RULES[leg.stages[stage].recipe.federation.rule]
         if not best or rule.shifts or rule.personal:
             return None
-        kept = self.folder.read_checkpoint(leg.name, best["round"], self.parties.initial)
+        kept = self.folder.read_checkpoint(leg.name, best.round, self.parties.initial)
         return _as_served(leg, stage, replace(kept, average=end.average), before)
 
     def _test(self, leg: Leg, stage: int, current: Global) -> None:
@@ -332,7 +351,7 @@ class Loop:
         rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, *told, site=leg.site, stage=stage))
         federation, best = leg.stages[stage].recipe.federation, self._best(leg, stage)
         if best and (federation.patience or federation.keep == "best"):
-            for name, value in (("last_round", self.state["last"]), ("best_round", best["round"])):
+            for name, value in (("last_round", self.state.last), ("best_round", best.round)):
                 rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, name, value, "rounds", stage=stage))
         if last:
             self.parties.close(leg, as_served, self._best_served(leg, stage, current, before))
@@ -393,6 +412,15 @@ def _as_served(leg: Leg, stage: int, current: Global, before: Adapter | None) ->
 def _choosing(current: Global, name: str, value: float) -> Global:
     more: dict[str, Any] = {name: value}
     return replace(current, **more)
+
+
+def planned(cast: Cast, parties: Parties, watch: Watch) -> list[Leg]:
+    """The legs of a run; what it promises is told. Raises ConfigError for what it could not keep or would not have."""
+    legs = legs_of(cast)
+    if promised := check_budget(cast):
+        watch.note(f"private: {promised}")
+    check_curve(legs, parties, cast.recipe.evaluation.every)
+    return legs
 
 
 def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:

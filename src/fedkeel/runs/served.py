@@ -82,11 +82,11 @@ def serve(model: Model, folder: RunFolder, recipe: Recipe, which: str = "adapter
 
 
 def _best(folder: RunFolder, recipe: Recipe, like: Adapter) -> Adapter:
-    best, rule = folder.state().get("best", {}), tables.RULES[recipe.federation.rule]
     last, rounds = max(1, len(recipe.stream.stages)) - 1, recipe.federation.rounds
-    if best.get("stage") != last or rule.shifts:
+    best = folder.state().best_of(last)
+    if not best or tables.RULES[recipe.federation.rule].shifts:
         raise RunError(f"{folder.path} knows no best round of its last stage: no validation rows were scored in it")
-    found = folder.read_checkpoint("federated", best["round"], like).adapter
+    found = folder.read_checkpoint("federated", best.round, like).adapter
     if not (last and recipe.stream.averages):
         return found
     share = share_of(recipe.stream, folder.read_checkpoint("federated", rounds * (last + 1), like))

@@ -150,5 +150,5 @@ def simulate(prepared: Prepared, folder: RunFolder, watch: Watch, resume: bool =
         raise failures[0]
     if crash is not None:
         raise FlowerError(f"Flower's simulation failed: {crash!r}; its cause: {crash.__cause__!r}") from crash
-    if not folder.state()["finished"]:
+    if not folder.state().finished:
         raise FlowerError("Flower's simulation ended before the federation did")
