@@ -111,7 +111,7 @@ def test_an_exit_is_what_the_model_written_out_up_to_there_says(name: str) -> No
         torch.testing.assert_close(forward.exit, short, rtol=1e-5, atol=1e-5)
         model.net.zero_grad(set_to_none=True)
         task_loss(Forward(forward.exit, forward.targets, forward.rows)).backward()
-        trained = {path for path, layer in model._lora.items() if layer.lora_B["default"].weight.grad is not None}
+        trained = {path for path, layer in model.layers.items() if layer.lora_B["default"].weight.grad is not None}
         above = {p for p in trained for n in range(exit + 1, LAYERS) if p.startswith(model.places.stack[n][0] + ".")}
         assert trained
         assert not above  # an exit teaches the blocks below it

@@ -445,8 +445,8 @@ def test_a_site_that_missed_rounds_is_sent_what_it_missed_and_one_that_failed_al
 def test_a_base_replays_a_log_once_and_refuses_a_gap(tiny_overrides: list[str]) -> None:
     recipe = load_recipe(None, tiny_overrides)
     model = Model(recipe.model, recipe.lora, recipe.seed)
-    path = sorted(model._lora)[0]
-    weight = model._lora[path].get_base_layer().weight
+    path = sorted(model.layers)[0]
+    weight = model.layers[path].get_base_layer().weight
     before, (d_out, d_in) = weight.detach().clone(), weight.shape
     log = [{path: (numbers(n, d_out, 2), numbers(n + 9, 2, d_in))} for n in range(3)]
     expected = before.clone()

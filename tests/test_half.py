@@ -76,7 +76,7 @@ def test_weights_that_are_no_bf16_numbers_stay_as_they_are() -> None:
 def test_small_base_shifts_add_up(tmp_path: Path) -> None:
     """A thousandth of a step that bf16 can show, a hundred times."""
     model = make("llama", base=str(rounded("llama", tmp_path / "base")), precision="bf16")
-    path, module = next(iter(model._lora.items()))
+    path, module = next(iter(model.layers.items()))
     weight = module.get_base_layer().weight
     assert weight.dtype == torch.bfloat16
     before = weight.data.float()

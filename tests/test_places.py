@@ -58,7 +58,8 @@ def model_of(name: str) -> Model:
 def places_of(model: Model) -> Places:
     base = model.net.get_base_model()
     branches = {
-        path: (layer, layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]) for path, layer in model._lora.items()
+        path: (layer, layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
+        for path, layer in model.layers.items()
     }
     return replace(find_places(base, base.config, branches), forms=model.places.forms)
 
@@ -115,9 +116,9 @@ def test_places_are_found_in_a_model_with_lora(name: str) -> None:
     found = (*places.attention, *places.down, *places.residual)
     assert all(modules[p.path] is p.module for p in found)
     assert all(modules[path] is block for path, block in places.stack)
-    assert [b.path for b in places.branches] == list(model._lora)
+    assert [b.path for b in places.branches] == list(model.layers)
     for branch in places.branches:
-        layer = model._lora[branch.path]
+        layer = model.layers[branch.path]
         assert branch.shape == (layer.lora_B["default"].weight.shape[0], 4, layer.lora_A["default"].weight.shape[1])
         assert (f".{branch.block}." in f".{branch.path}", branch.blocks) == (True, LAYERS)
 
@@ -341,7 +342,7 @@ def test_gradients_reach_every_adapter_through_all_structures(name: str) -> None
 @pytest.mark.parametrize("structure", ["heads", "channels", "layers", "skip"])
 def test_an_unknown_architecture_is_an_error_only_where_a_structure_needs_it(structure: str) -> None:
     model = model_of("llama")
-    branches = {p: (m, m.base_layer, m.lora_A["default"], m.lora_B["default"]) for p, m in model._lora.items()}
+    branches = {p: (m, m.base_layer, m.lora_A["default"], m.lora_B["default"]) for p, m in model.layers.items()}
     config = SimpleNamespace(model_type="invented", is_encoder_decoder=False)
     places = find_places(model.net.get_base_model(), config, branches)
     assert (places.attention, places.down, places.residual) == ((), (), ())

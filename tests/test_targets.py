@@ -30,8 +30,8 @@ some = pytest.mark.parametrize(
 @some
 def test_experts_have_no_branch_and_are_named(name: str, tmp_path: Path) -> None:
     model = Model(ModelConfig(base=str(further(name, tmp_path / name)), precision="fp32"), LoraConfig(rank=2), 1)
-    assert {type(m).__name__ for m in model._lora.values()} == {"Linear"}
-    assert {path.rpartition(".")[2] for path in model._lora} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {type(m).__name__ for m in model.layers.values()} == {"Linear"}
+    assert {path.rpartition(".")[2] for path in model.layers} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {path for path in model.bare if ".experts." in path} == {
         "model.layers.*.mlp.experts.gate_up_proj",
         "model.layers.*.mlp.experts.down_proj",

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fedkeel.files import as_others
+from fedkeel.model.adapted import PREFIX
 from fedkeel.model.bases import ModelError
-from fedkeel.model.lora import PREFIX, Model
+from fedkeel.model.lora import Model
 from fedkeel.model.quiet import quiet
 from fedkeel.types import Adapter
 

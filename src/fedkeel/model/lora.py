@@ -1,4 +1,4 @@
-"""One frozen base model with a LoRA adapter: run, read and write.
+"""One frozen base model with a LoRA adapter: passes over rows and their scores; the adapter in it is of `adapted`.
 
 Logits are computed at supervised positions only: a hook in front of the output projection gathers the hidden states of
 those positions, so a (batch, time, V) tensor never exists, whatever the architecture does after the projection.
@@ -7,35 +7,32 @@ those positions, so a (batch, time, V) tensor never exists, whatever the archite
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.pytorch_utils import Conv1D
 
 from fedkeel import tables
 from fedkeel.data.batches import Batch
+from fedkeel.model.adapted import Adapted, with_lora
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
 from fedkeel.model.depth import states_of, whole, without
 from fedkeel.model.features import Beside, ByHead, Features
 from fedkeel.model.half import hold_in_bf16
-from fedkeel.model.load import Base, device_of, heads_of, kind_of, load_config, load_tokenizer, uses_bf16
+from fedkeel.model.load import Base, device_of, kind_of, load_config, load_tokenizer, uses_bf16
 from fedkeel.model.lower import Lower, States
 from fedkeel.model.places import Places, find_places
-from fedkeel.model.quiet import quiet
-from fedkeel.model.targets import targets_in, without_branch
+from fedkeel.model.targets import without_branch
 from fedkeel.recipe.schema import LoraConfig
 from fedkeel.recipe.schema import Model as ModelConfig
 from fedkeel.rng import seed_torch
-from fedkeel.types import Adapter, Forward, Head, Lora, Shift
+from fedkeel.types import Forward, Head
 
 PREFIX = "base_model.model."  # before a path in the base model, in PEFT's names
 
@@ -58,68 +55,6 @@ def _pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
-def _folded(module: Any, x: Tensor) -> Tensor:
-    """(W0 + scale · B A) x + bias: the map of a LoRA layer with its branch folded in for this call alone.
-
-    The sum costs r multiplications a weight, whatever the number of tokens, and one matrix of the map's size at a time; the
-    branch costs four passes over activations.
-    """
-    base = module.get_base_layer()
-    a, b, scale = module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"]
-    if isinstance(base, Conv1D):  # holds its weight as (d_in, d_out)
-        return nn.functional.linear(x, torch.addmm(base.weight, a.T, b.T, alpha=scale).T, base.bias)
-    return nn.functional.linear(x, torch.addmm(base.weight, b, a, alpha=scale), base.bias)
-
-
-def _with_lora(net: Any, base: Base, lora: LoraConfig) -> Any:
-    """`net`, the modules of `base`, with fresh branches by torch's generator. Raises ModelError if LoRA has no place in it."""
-    kind = {
-        "causal": peft.TaskType.CAUSAL_LM,
-        "seq2seq": peft.TaskType.SEQ_2_SEQ_LM,
-        "classifier": peft.TaskType.SEQ_CLS if base.head else peft.TaskType.FEATURE_EXTRACTION,
-    }[base.kind]
-    maps = [m.weight for m in net.modules() if isinstance(getattr(m, "weight", None), Tensor)]
-    widest = max(min(weight.shape) for weight in maps if weight.dim() == 2)
-    if lora.rank > widest:
-        raise ModelError(f"lora.rank = {lora.rank}: no map of {base.config.base!r} has a rank above {widest}")
-    targets, layers = targets_in(net, base, lora)
-    heads = heads_of(net) if base.head else []
-    config = peft.LoraConfig(
-        task_type=kind,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        use_rslora=lora.rslora,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        layers_to_transform=layers,
-        # a checkpoint may lack the pooler (DeBERTa's always does): drawn afresh, it is part of the fresh head
-        modules_to_save=["pooler", *heads] if heads else None,
-    )
-    try:
-        with quiet():
-            made = peft.get_peft_model(net, config)
-    except ValueError as error:
-        raise ModelError(f"LoRA cannot be put into {base.config.base!r} ({base.about.model_type}): {error}") from error
-    more = [n for n in _dense_parameters(made) if n.split(".")[0] not in heads and "pooler" not in n.split(".")]
-    if more:
-        raise ModelError(f"{base.config.base!r}: PEFT would train {more[0]} whole, as its name is that of a part of the head")
-    return made
-
-
-def _lora_layers(net: nn.Module) -> dict[str, Any]:
-    """Path in the base model -> LoRA layer."""
-    return {name.removeprefix(PREFIX): m for name, m in net.named_modules() if isinstance(m, LoraLayer)}
-
-
-def _dense_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
-    """Path in the base model -> parameter, of what is trained beside the branches."""
-    return {
-        name.removeprefix(PREFIX).replace(".modules_to_save.default", ""): parameter
-        for name, parameter in net.named_parameters()
-        if parameter.requires_grad and "lora_" not in name
-    }
-
-
 def _check_kind(kind: str, config: ModelConfig, classes: Sequence[str]) -> None:
     """Raise ModelError for a kind of base that cannot do what is asked of it."""
     if kind == "classifier" and not classes:
@@ -135,8 +70,8 @@ def _check_kind(kind: str, config: ModelConfig, classes: Sequence[str]) -> None:
         )
 
 
-class Model:
-    """A base model with one adapter in it, on one device.
+class Model(Adapted):
+    """A base model with one adapter in it, on one device: passes over rows, and what they are scored by.
 
     kind: `causal`, `seq2seq` or `classifier`. classes: the answers of a classifier, in the order of its logits.
     """
@@ -153,50 +88,44 @@ class Model:
         self.kind = kind_of(config, about)
         self.tokenizer = load_tokenizer(config)
         self.classes = tuple(classes)
-        self.device = device_of(config, here=weights)  # what another machine will do is planned on any
+        device = device_of(config, here=weights)  # what another machine will do is planned on any
         self.bf16 = uses_bf16(config.precision, config.device)
         _check_kind(self.kind, config, self.classes)
         # A frozen base is best held in the type it computes in; on a CPU float32 weights are the faster source.
-        dtype = torch.bfloat16 if self.bf16 and self.device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if self.bf16 and device.type == "cuda" else torch.float32
         self.linear_head = self.kind == "classifier" and config.head == "linear"
         head = len(self.classes) if self.linear_head else 0
-        self._base = Base(config, about, self.kind, head, dtype)
+        base = Base(config, about, self.kind, head, dtype)
         seed_torch(seed, "fresh head")
-        net = self._base.load() if weights else self._base.outline()
+        net = base.load() if weights else base.outline()
         net.config.use_cache = False
-        if self.bf16 and self.device.type == "cpu":
+        if self.bf16 and device.type == "cpu":
             train_in_float32(net)
         if net.config.pad_token_id is None:
             net.config.pad_token_id = self.tokenizer.pad_token_id
         seed_torch(seed, "adapter")
-        self.net = _with_lora(net, self._base, lora)
+        net = with_lora(net, base, lora)
         if weights:
-            self.net.to(self.device)
+            net.to(device)
             # an encoder's labels are embedded in float32
-            if self.bf16 and self.device.type == "cpu" and self.kind != "classifier":
-                hold_in_bf16(self.net)
-        self.net.eval()
+            if self.bf16 and device.type == "cpu" and self.kind != "classifier":
+                hold_in_bf16(net)
+        net.eval()
+        super().__init__(net, base, device)
         self._check_words()
-        self._lora = _lora_layers(self.net)
         if self.bf16 and self.device.type == "cpu":
-            for module in self._lora.values():  # autocast casts for itself; PEFT's cast to float32 before it changes no bit
+            for module in self.layers.values():  # autocast casts for itself; PEFT's cast to float32 before it changes no bit
                 module.cast_input_dtype_enabled = False
         self.bare = without_branch(self.net, lora, about.num_hidden_layers)
         # of the blocks with an adapter; those below are the same for every adapter
         self.first = min(lora.blocks(about.num_hidden_layers)) if lora.layers else 0
-        self._dense = _dense_parameters(self.net)
-        self._slots = [parameter for _, parameter in sorted(self._tensors().items())]
-        # others (a quantised base, an embedding) keep their branch
-        self._foldable = [m for m in self._lora.values() if type(m.get_base_layer()) in (nn.Linear, Conv1D)]
         self._gather: tuple[Tensor, Tensor] | None = None
         self.remembers = False
         if self.kind != "classifier":
             self._projection().register_forward_pre_hook(self._gather_positions)
-        self._ranks: dict[str, int] = {}  # of what was last written; empty before that, when all room is taken
         self.lower = self._lower_blocks(lora) if weights and self.first else None
         self.features = Features(self._pooled, self.tokenizer.pad_token_id)
         self.beside = Beside({})  # what scores labels beside the adapter
-        self.shifts = 0  # entries of a federation's log of base shifts that the frozen maps hold
         self.initial = self.read() if weights else None  # what a site that is not sent a factor starts from
         similar = weights and self.kind == "classifier" and not self.linear_head
         self.label_text = self._embed_labels() if similar else None
@@ -229,7 +158,7 @@ class Model:
         """The map from hidden states to logits. Raises ModelError if there is none."""
         found: nn.Module | None = self.net.get_output_embeddings()
         if found is None:
-            told = f"{self.config.base!r} ({self._base.about.model_type})"
+            told = f"{self.config.base!r} ({self.base.about.model_type})"
             raise ModelError(f"{told} has no output projection to read logits from")
         return found
 
@@ -239,16 +168,9 @@ class Model:
             return None
         return (inputs[0][self._gather].unsqueeze(0), *inputs[1:])
 
-    def _tensors(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor under its name in `Adapter.tensors`."""
-        named = dict(self._dense)
-        for path, module in self._lora.items():
-            named[f"{path}.a"], named[f"{path}.b"] = module.lora_A["default"].weight, module.lora_B["default"].weight
-        return named
-
     def _lower_blocks(self, lora: LoraConfig) -> Lower:
         stack, forms = [block for _, block in self.places.stack], self.places.forms
-        if self.kind == "seq2seq" or not forms or len(stack) != self._base.about.num_hidden_layers:
+        if self.kind == "seq2seq" or not forms or len(stack) != self.base.about.num_hidden_layers:
             raise ModelError(f"lora.layers = {list(lora.layers)}: {self.config.base!r} has no single stack of blocks")
         states = States(self.config.cache_memory, self.config.cache_disk)
         return Lower(self.net, stack, forms, self.first, states, self.bf16 and self.device.type == "cpu")
@@ -275,7 +197,7 @@ class Model:
     @cached_property
     def places(self) -> Places:
         """Where structures can be injected, and the blocks that hidden states are tapped at."""
-        branches = {path: (m, m.get_base_layer(), m.lora_A["default"], m.lora_B["default"]) for path, m in self._lora.items()}
+        branches = {path: (m, m.get_base_layer(), m.lora_A["default"], m.lora_B["default"]) for path, m in self.layers.items()}
         base = self.net.get_base_model()
         found = find_places(base, base.config, branches)
         return replace(found, forms=self._forms([block for _, block in found.stack]))
@@ -325,38 +247,6 @@ class Model:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def park(self, adapter: Adapter) -> list[Tensor]:
-        """The tensors of `adapter` on this model's device, in the order in which `swapped` takes them; a lower rank padded."""
-        room, parked = self.read_shapes(), []
-        for name, tensor in sorted(adapter.tensors().items()):
-            whole = torch.zeros(room[name], device=self.device)
-            whole[tuple(slice(0, size) for size in tensor.shape)] = tensor.to(self.device)
-            parked.append(whole)
-        return parked
-
-    @contextmanager
-    def swapped(self, parked: Sequence[Tensor]) -> Iterator[None]:
-        """While it lasts, the model holds the tensors of `park`; pointers move, nothing is copied, no second base exists.
-
-        Each low-rank map is folded into its base map as the forward pass reaches it, see `_folded`: what this says differs
-        from a pass through the branches in rounding only, and costs a sixth less. Only for forward passes without gradient
-        and without adapter dropout, and not inside an autocast that outlives it (its casts are cached).
-        """
-        if [t.shape for t in parked] != [p.shape for p in self._slots]:
-            raise ModelError("the parked tensors are not those of an adapter of this model")
-        mine = [p.data for p in self._slots]
-        try:
-            for parameter, tensor in zip(self._slots, parked, strict=True):
-                parameter.data = tensor
-            for module in self._foldable:
-                module.forward = partial(_folded, module)
-            yield
-        finally:
-            for module in self._foldable:
-                module.__dict__.pop("forward", None)
-            for parameter, tensor in zip(self._slots, mine, strict=True):
-                parameter.data = tensor
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast where this model uses it."""
@@ -527,7 +417,7 @@ class Model:
     @property
     def takes_trees(self) -> bool:
         """Whether a row may be a tree: each token sees what a mask says, and stands where `position_ids` says."""
-        about = self._base.about
+        about = self.base.about
         knows = tables.ARCHITECTURES.get(about.model_type, tables.Architecture()).tree
         return self.kind == "causal" and knows and getattr(about, "sliding_window", None) is None
 
@@ -548,54 +438,6 @@ class Model:
         """Whether the base model's forward takes `argument`."""
         return argument in inspect.signature(self.net.get_base_model().forward).parameters
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
-        return [p for p in self.net.parameters() if p.requires_grad]
-
-    @contextmanager
-    def training_only(self, names: Container[str]) -> Iterator[None]:
-        """While it lasts, of the adapter's tensors only those of `names` (see `Adapter.tensors`) are trained."""
-        frozen = [p for name, p in self._tensors().items() if name not in names]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-
-    @torch.no_grad()
-    def replay(self, entries: Sequence[Shift], first: int) -> None:
-        """Add entries `first`, `first` + 1, … of a federation's log of base shifts to the frozen maps; those that they hold
-        already are passed over. In a bf16 base on CUDA each sum is rounded to bf16.
-
-        Raises ModelError if entries are missing in between, or a map is not one that can be shifted (a quantised one).
-        """
-        if first > self.shifts:
-            raise ModelError(
-                f"the base holds {self.shifts} base shifts and the message begins with number {first + 1}: ask for the log "
-                f"from its beginning"
-            )
-        for entry in entries[self.shifts - first :]:
-            for path, (left, right) in entry.items():
-                base = self._lora[path].get_base_layer()
-                if self._lora[path] not in self._foldable:
-                    raise ModelError(f"{path} is a {type(base).__name__}: a base shift needs a plain linear map")
-                change = left.to(self.device) @ right.to(self.device)
-                if self.device.type == "cpu":
-                    base.weight.data = base.weight.data.float()  # of a map held in bf16, so that small shifts add up
-                base.weight.copy_(base.weight.float() + (change.T if isinstance(base, Conv1D) else change))
-            self.shifts += 1
-
-    @torch.no_grad()
-    def rewind(self) -> None:
-        """Take every base shift out: the maps are read again, as taking sums off would leave rounding behind."""
-        if self.shifts:
-            fresh = self._base.load()
-            for path, module in self._lora.items():
-                module.get_base_layer().weight.copy_(fresh.get_submodule(path).weight)
-            self.shifts = 0
-
     @cached_property
     @torch.no_grad()
     def keeps_keys(self) -> bool:
@@ -610,7 +452,7 @@ class Model:
     @property
     def stored(self) -> torch.dtype:
         """The type of the base's numbers, as its config names it."""
-        named = self._base.about.dtype
+        named = self.base.about.dtype
         return named if named in (torch.bfloat16, torch.float16) else torch.float32
 
     def merged(self) -> Any:
@@ -621,56 +463,3 @@ class Model:
         """Training mode (dropout on), or evaluation mode."""
         if self.net.training != mode:  # all modules follow it, and to go through them takes as long as a small batch
             self.net.train(mode)
-
-    def read(self) -> Adapter:
-        """A copy of the adapter, float32, on the CPU; of the rank of what was last written."""
-
-        def taken(tensor: Tensor) -> Tensor:
-            return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-        lora = {}
-        for path, m in self._lora.items():
-            rank = self._ranks.get(path)
-            a, b = m.lora_A["default"].weight[:rank], m.lora_B["default"].weight[:, :rank]
-            lora[path] = Lora(taken(a), taken(b), float(m.scaling["default"]))
-        return Adapter(lora, {path: taken(p) for path, p in self._dense.items()})
-
-    @torch.no_grad()
-    def write(self, adapter: Adapter) -> None:
-        """Put `adapter` in place of the present one, in place: no new modules, no second base.
-
-        An adapter of a lower rank fills the first rows; the others are 0 in both factors, where no gradient reaches them, so
-        that training is that of the lower rank. Raises ModelError if its modules or shapes do not fit.
-        """
-        room, given = self.read_shapes(), {name: tuple(t.shape) for name, t in adapter.tensors().items()}
-        ranks = {path: factors.a.shape[0] for path, factors in adapter.lora.items()}
-        need = dict(given)
-        for path, rank in ranks.items():
-            if f"{path}.a" in room and rank <= (most := room[f"{path}.a"][0]):
-                need[f"{path}.a"], need[f"{path}.b"] = (most, given[f"{path}.a"][1]), (given[f"{path}.b"][0], most)
-        if room != need:
-            odd = sorted(set(room.items()) ^ set(need.items()))[0][0]
-            raise ModelError(f"the adapter does not fit {self.config.base!r}: {odd} has {given.get(odd)}, not {room.get(odd)}")
-        self._ranks = ranks
-        for path, module in self._lora.items():
-            a, b, rank = module.lora_A["default"].weight, module.lora_B["default"].weight, ranks[path]
-            a[:rank].copy_(adapter.lora[path].a)
-            b[:, :rank].copy_(adapter.lora[path].b)
-            a[rank:].zero_()
-            b[:, rank:].zero_()
-            module.scaling["default"] = adapter.lora[path].scale
-        for path, parameter in self._dense.items():
-            parameter.copy_(adapter.dense[path])
-
-    def read_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor that `read` gives, by the names of `Adapter.tensors`."""
-        return {name: tuple(parameter.shape) for name, parameter in self._tensors().items()}
-
-    def not_finite(self) -> list[str]:
-        """The frozen tensors that hold an infinity or a NaN, by their names in the base."""
-        frozen = ((name, p) for name, p in self.net.named_parameters() if not p.requires_grad and p.is_floating_point())
-        return [name.removeprefix(PREFIX).replace(".base_layer", "") for name, p in frozen if not p.isfinite().all()]
-
-    def base_parameters(self) -> int:
-        """The number of frozen scalars."""
-        return sum(p.numel() for p in self.net.parameters() if not p.requires_grad)
