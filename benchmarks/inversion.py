@@ -24,7 +24,7 @@ from fedkeel.evidence.updates import GUARDS, Guard, attack, change_of, coordinat
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Privacy, Recipe
-from fedkeel.runs.here import formatter_of
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.prepare import prepare
 from fedkeel.types import Global
 

@@ -35,7 +35,7 @@ from fedkeel.model.load import base_location
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
-from fedkeel.runs.here import formatter_of
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.prepare import prepare
 from fedkeel.types import Global
 

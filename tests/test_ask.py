@@ -15,7 +15,7 @@ from test_run import go
 
 from fedkeel.cli import main
 from fedkeel.runs.ask import WHO, Ask
-from fedkeel.runs.here import formatter_of
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.prepare import prepare
 from fedkeel.scores.evaluate import score
 from fedkeel.types import FedKeelError

@@ -20,8 +20,9 @@ from fedkeel.federation.attacks import hostile_sites, poisoned, spoilt, target_o
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Attack
 from fedkeel.recipe.settings import ConfigError
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.folder import RunFolder
-from fedkeel.runs.here import Here, formatter_of
+from fedkeel.runs.here import Here
 from fedkeel.runs.prepare import prepare
 from fedkeel.scores.evaluate import score
 from fedkeel.types import Record

@@ -19,7 +19,7 @@ from fedkeel.evidence.report import write_report
 from fedkeel.evidence.report.leaks import Exposed
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.runs.here import formatter_of
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.served import trained_model
 from fedkeel.scores.evaluate import row_nats

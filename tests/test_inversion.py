@@ -18,7 +18,7 @@ from fedkeel.evidence.updates import GUARDS, attack, change_of, coordinator, inv
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
-from fedkeel.runs.here import formatter_of
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.prepare import prepare
 from fedkeel.types import Adapter, Global, Lora
 

@@ -43,7 +43,7 @@ from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Privacy
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import secret_normal
-from fedkeel.runs.dry import encoded_cast
+from fedkeel.runs.dry import Dry
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.privacy import Spending, check_budget, epsilon, noise_for, planned, row_epsilon, spending
@@ -447,7 +447,7 @@ def test_rows_that_do_not_fit_are_not_those_that_are_drawn(tiny_overrides: list[
         epsilons = [r["value"] for r in rows_of(folder) if r["name"] == "epsilon"]
         dry = CliRunner().invoke(app, ["run", *given, "--dry-run"]).output
         hello = Work(recipe).hello("ward-0")
-        told.append((epsilons, re.findall(r"ε = (\S+) at δ", dry), hello["encoded"], encoded_cast(prepare(recipe)).rows))
+        told.append((epsilons, re.findall(r"ε = (\S+) at δ", dry), hello["encoded"], Dry(prepare(recipe)).cast.rows))
         counts = prepare(recipe).cast.rows[0]["ward-0"]
         away = Away(recipe, ["ward-0"], cast(Any, SimpleNamespace(hellos={"ward-0": hello})), folder, Silent())
         assert away.cast().rows == [{"ward-0": hello["encoded"][0]}]
@@ -492,7 +492,7 @@ def test_a_step_is_the_sum_of_clipped_gradients_of_rows_and_noise(
     import fedkeel.federation.private as private
     from fedkeel.federation.train import Log, Round, lesson_of
     from fedkeel.model.lora import Model
-    from fedkeel.runs.here import formatter_of
+    from fedkeel.runs.encode import formatter_of
     from fedkeel.types import Global
 
     monkeypatch.setattr(fedkeel.exchange.noise, "secret_normal", ones)

@@ -33,7 +33,7 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe, Train
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.runs.dry import describe_model, payload_bytes
+from fedkeel.runs.dry import Dry, payload_bytes
 from fedkeel.runs.execute import execute
 from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.runs.legs import legs_of
@@ -308,7 +308,7 @@ def test_rows_of_a_run(tiny_overrides: list[str], uncut: RunFolder) -> None:
         counts[r["method"], r["site"]][r["task"]] = r["value"]
     assert set(counts) == {("base", ""), ("federated", ""), ("centralised", ""), *(("local", f"ward-{k}") for k in range(3))}
     assert len({tuple(sorted(c.items())) for c in counts.values()}) == 1
-    _, _, shapes = describe_model(prepare(recipe))
+    shapes = Dry(prepare(recipe)).shapes
     down, up = payload_bytes(shapes, recipe)
     for name, planned in (("bytes_down", down), ("bytes_up", up)):
         sent = [r["value"] for r in rows if r["name"] == name and r["method"] == "federated"]
@@ -644,7 +644,7 @@ def test_a_run_goes_on_with_what_it_began_with_only(
 def test_rows_longer_than_the_base_reads_are_refused_before_any_work(tiny_overrides: list[str]) -> None:
     long = [*tiny_overrides, "data.max_length=257"]
     prepared = prepare(load_recipe(None, long))
-    for call in (lambda: describe_model(prepared), lambda: go(long)):
+    for call in (lambda: Dry(prepared), lambda: go(long)):
         with pytest.raises(
             ConfigError, match=r"data\.max_length = 257, and .* was made for 256 tokens: set data\.max_length = 256"
         ):
@@ -663,7 +663,7 @@ def test_answers_that_leave_a_prompt_no_room_are_refused_before_any_work(tiny_ov
 def test_answers_longer_than_an_encoder_decoder_writes_are_refused_before_any_work(tiny_overrides: list[str]) -> None:
     long = [*tiny_overrides, f"model.base={shapes.base('bart')}", "evaluation.max_new_tokens=257"]
     prepared = prepare(load_recipe(None, long))
-    for call in (lambda: describe_model(prepared), lambda: go(long)):
+    for call in (lambda: Dry(prepared), lambda: go(long)):
         with pytest.raises(
             ConfigError, match=r"evaluation\.max_new_tokens = 257, and .* was made for 256 tokens: set it to 256 or less"
         ):

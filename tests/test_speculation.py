@@ -23,7 +23,7 @@ from fedkeel.evidence.report.run_charts import drafts_table
 from fedkeel.model.depth import without
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
-from fedkeel.runs.here import formatter_of
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.served import trained_model
 from fedkeel.scores.evaluate import choose

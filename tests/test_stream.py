@@ -36,7 +36,7 @@ from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
-from fedkeel.runs.dry import describe_model, payload_bytes
+from fedkeel.runs.dry import Dry, payload_bytes
 from fedkeel.runs.legs import legs_of
 from fedkeel.runs.prepare import Prepared, prepare
 from fedkeel.scores.evaluate import score
@@ -402,7 +402,7 @@ def test_the_memory_is_the_end_of_the_stage_before_and_travels_only_where_it_is_
     assert stored.counts == results[4].state.counts
     assert stored.drift == results[4].state.drift
     down = {round: result.bytes_down["north"] for round, result in enumerate(results)}
-    _, _, shapes = describe_model(prepare(recipe))
+    shapes = Dry(prepare(recipe)).shapes
     numbers = sum(torch.Size(s).numel() for s in shapes.values())
     assert down[3] - down[1] == pytest.approx(4 * numbers if share else 0, abs=4000)
     assert payload_bytes(shapes, recipe)[0] == pytest.approx(down[3], abs=400)

@@ -94,7 +94,7 @@ def evaluate(
         from rich.table import Table
 
         from fedkeel.files import write_atomic
-        from fedkeel.runs.here import formatter_of
+        from fedkeel.runs.encode import formatter_of
         from fedkeel.runs.prepare import prepare
         from fedkeel.runs.served import trained_model
         from fedkeel.scores.evaluate import choose, score, task_table

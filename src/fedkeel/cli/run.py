@@ -14,7 +14,7 @@ import typer
 from fedkeel import tables
 from fedkeel.cli.common import RecipeArguments, app, recipe_of, terminal
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import to_toml
+from fedkeel.recipe.settings import unlike
 from fedkeel.types import FedKeelError
 
 if TYPE_CHECKING:
@@ -27,35 +27,36 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     from rich.table import Table
 
     from fedkeel.evidence.report import human_bytes
-    from fedkeel.runs.dry import describe_model, encoded_cast, payload_bytes
-    from fedkeel.runs.legs import legs_of
+    from fedkeel.runs.dry import Dry, payload_bytes
     from fedkeel.runs.prepare import describe_sites
-    from fedkeel.runs.privacy import check_budget
 
     recipe = prepared.recipe
-    console.print(to_toml(recipe), highlight=False)
+    with console.status("reading the rows"):
+        dry = Dry(prepared)
+    console.print("Settings, where they are not the defaults that `fedkeel keys` lists", style="italic")
+    console.print("\n".join(unlike(recipe, Recipe())) or "none", highlight=False)
+    console.print()
     table = Table(title="Sites", title_justify="left")
     for heading in ("site", "train", "validation", "test", "tasks", "commonest answer"):
         table.add_column(heading, justify="left" if heading in ("site", "commonest answer") else "right")
     for name, *counts, top in describe_sites(prepared):
         table.add_row(name, *(f"{c:,}" for c in counts), top)
     console.print(table)
-    frozen, trainable, shapes = describe_model(prepared)
     sites = min(recipe.federation.sites_per_round or len(prepared.sites.rows), len(prepared.sites.rows))
-    down, up = payload_bytes(shapes, recipe, sites)
+    down, up = payload_bytes(dry.shapes, recipe, sites)
     facts = Table(show_header=False, title="Before any work", title_justify="left")
-    facts.add_row("base model", f"{recipe.model.base} ({prepared.kind}), {frozen:,} frozen parameters")
-    facts.add_row("trainable parameters", f"{trainable:,} ({trainable / max(1, frozen):.2%} of the base)")
+    facts.add_row("base model", f"{recipe.model.base} ({prepared.kind}), {dry.frozen:,} frozen parameters")
+    facts.add_row("trainable parameters", f"{dry.trainable:,} ({dry.trainable / max(1, dry.frozen):.2%} of the base)")
     facts.add_row("one message down / up", f"{down:,} / {up:,} bytes")
     facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (down + up))}")
     rounds = recipe.federation.rounds * len(prepared.stages)
     facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(rounds * sites * (down + up))}")
-    if promised := check_budget(encoded_cast(prepared) if recipe.privacy.unit == "row" else prepared.cast):
-        facts.add_row("privacy", promised)
-    facts.add_row("methods", ", ".join(dict.fromkeys(leg.method for leg in legs_of(prepared.cast))))
+    if dry.promise:
+        facts.add_row("privacy", dry.promise)
+    facts.add_row("methods", ", ".join(dict.fromkeys(leg.method for leg in dry.legs)))
     console.print(facts)
-    for note in prepared.notes:
-        console.print(f"note: {note}", style="yellow")
+    for note in dry.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
 
 
 def _unfinished(folder: Path) -> bool:
@@ -108,7 +109,7 @@ def run(
         bool, typer.Option("--resume", help="Continue a run; without a recipe, the last unfinished one.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace a run of the same name.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, sites, parameters and bytes; do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, sites, parameters and bytes; do nothing.")] = False,
     engine: Annotated[
         str, typer.Option(help=f"Where the sites are. {'; '.join(f'{n}: {e.about}' for n, e in tables.ENGINES.items())}.")
     ] = "local",

@@ -50,7 +50,7 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.load import make_recipe
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import build
-from fedkeel.runs.here import formatter_of
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.legs import single
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.served import beside_of

@@ -25,7 +25,7 @@ from fedkeel.evidence.updates import inverted
 from fedkeel.files import write_atomic
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
-from fedkeel.runs.here import formatter_of
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.prepare import Prepared
 from fedkeel.runs.served import trained_model
 from fedkeel.scores.evaluate import row_nats

@@ -375,3 +375,16 @@ def _toml(tree: Mapping[str, Any], prefix: str) -> str:
     own = "\n".join([*head, *lines]) + "\n" if lines else ""
     inner = [_toml(value, f"{prefix}.{name}" if prefix else name) for name, value in tree.items() if isinstance(value, Mapping)]
     return "\n".join(part for part in (own, *inner) if part)
+
+
+def unlike(settings: Any, others: Any) -> list[str]:
+    """Of each key whose value is another than in `others`: `section.key = value`, as an override names it."""
+    return list(_unlike(tree_of(settings), tree_of(others), ""))
+
+
+def _unlike(tree: Mapping[str, Any], other: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _unlike(value, other.get(name, {}), f"{prefix}{name}.")
+        elif name not in other or value != other[name]:
+            yield f"{prefix}{name} = {toml_value(value)}"

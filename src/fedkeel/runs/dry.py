@@ -10,11 +10,15 @@ from fedkeel import tables
 from fedkeel.exchange.codecs import make_codec, seal
 from fedkeel.exchange.messages import Way, about, names_of, pack, pack_global, shapes_of
 from fedkeel.exchange.summands import summand
+from fedkeel.model.bases import ModelError
+from fedkeel.model.load import device_of
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
-from fedkeel.runs.here import check_length, formatter_of
-from fedkeel.runs.legs import Cast, cast_of
+from fedkeel.runs.encode import Encoded
+from fedkeel.runs.legs import legs_of
 from fedkeel.runs.prepare import Prepared
+from fedkeel.runs.privacy import check_budget
+from fedkeel.runs.rounds import check_curve
 from fedkeel.types import Adapter, Global, Lora
 
 
@@ -54,22 +58,22 @@ def _masked(changes: Mapping[str, torch.Tensor], adapter: Adapter, recipe: Recip
     return seal(about("masked", 0, adapter, site="site-0"), zeros)
 
 
-def unweighted(prepared: Prepared) -> Model:
-    """The recipe's base, without reading its weights."""
-    recipe = prepared.recipe
-    return Model(recipe.model, recipe.lora, recipe.seed, prepared.classes, weights=False)
+class Dry:
+    """What a run would find before its first step, without the base's weights. frozen, trainable: numbers of parameters.
+    shapes: of the adapter. legs: what would run. notes: what the user should know. promise: ε, in words; empty without one."""
 
-
-def encoded_cast(prepared: Prepared) -> Cast:
-    """The sites that take part, as a run would count them, once rows are in tokens."""
-    formatter = formatter_of(unweighted(prepared), prepared)
-    stages = [{name: formatter.encode_all(held["train"]) for name, held in at.rows.items()} for at in prepared.stages]
-    return cast_of(prepared.recipe, stages)
-
-
-def describe_model(prepared: Prepared) -> tuple[int, int, dict[str, tuple[int, ...]]]:
-    """(frozen parameters, trainable parameters, adapter shapes) of the recipe's base."""
-    recipe, model = prepared.recipe, unweighted(prepared)
-    check_length(model, recipe.data.max_length, recipe.evaluation.max_new_tokens)
-    shapes = model.read_shapes()
-    return model.base_parameters(), sum(p.numel() for p in model.parameters()), shapes
+    def __init__(self, prepared: Prepared) -> None:
+        """Raises what the run would."""
+        recipe = prepared.recipe
+        model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes, weights=False)
+        rows = Encoded(model, prepared)
+        self.cast, self.shapes = rows.cast, model.read_shapes()
+        self.frozen, self.trainable = model.base_parameters(), sum(p.numel() for p in model.parameters())
+        self.notes = [*rows.notes(), *prepared.notes]
+        try:
+            device_of(recipe.model)
+        except ModelError as error:
+            self.notes.append(str(error))
+        self.legs = legs_of(self.cast)
+        self.promise = check_budget(self.cast)
+        check_curve(self.legs, lambda leg, stage, split: len(rows.held_out[split][stage]), recipe.evaluation.every)

@@ -10,8 +10,7 @@ from functools import partial
 from typing import Protocol
 
 from fedkeel import tables
-from fedkeel.data.format import Example, Formatter
-from fedkeel.data.forms import DataError
+from fedkeel.data.format import Example
 from fedkeel.data.sites import Sites
 from fedkeel.data.template import TODAY
 from fedkeel.federation.attacks import hostile_sites, poisoned, target_of, triggered
@@ -27,14 +26,15 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Attack
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.answers import asked, chosen, tasks_of
+from fedkeel.runs.encode import Encoded
 from fedkeel.runs.folder import RunFolder
-from fedkeel.runs.legs import Cast, Leg, cast_of
+from fedkeel.runs.legs import Leg
 from fedkeel.runs.prepare import Prepared
 from fedkeel.runs.rounds import Carrier, Memory, Progress
 from fedkeel.runs.rows import score_rows, unseen_rows
 from fedkeel.runs.served import beside_of
 from fedkeel.runs.watch import Watch
-from fedkeel.scores.evaluate import Scored, choose, score
+from fedkeel.scores.evaluate import Scored, score
 from fedkeel.types import Adapter, Global, Record, Reply, Row
 
 
@@ -60,40 +60,15 @@ class Here:
         assert self.model.initial is not None
         self.initial = self.model.initial
         self._base = base_digest(self.model)
-        self.formatter = formatter_of(self.model, prepared)
-        self.examples = [self._encoded(stage, number) for number, stage in enumerate(prepared.stages, 1)]
+        rows = Encoded(self.model, prepared)
+        self.formatter, self.examples, self.held_out, self.cast = rows.formatter, rows.stages, rows.held_out, rows.cast
         self.hostile = hostile_sites(list(prepared.sites.rows), recipe.attack, recipe.seed)
         self._poisoned = [self._spoilt(stage) for stage in prepared.stages]
         self.kept: dict[str, Kept] = {}  # of the present leg
-        self._tell()
+        self._tell(rows)
         self._check_places()
-        evaluation = recipe.evaluation
-        self.held_out = {
-            "validation": _held_out("validation", evaluation.validation_rows, prepared.stages),
-            "test": _held_out("test", evaluation.test_rows, prepared.stages),
-            "unseen-sites": _held_out("test", evaluation.test_rows, prepared.unseen),
-        }
         self._tested: Sequence[Scored] = ()
         self._untrained: dict[tuple[str, tuple[str, ...]], Scored] = {}  # of the base before any training
-        if not all(self.held_out["test"]):
-            raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
-        self._check_room()
-
-    @property
-    def cast(self) -> Cast:
-        """The sites that take part."""
-        return cast_of(self.prepared.recipe, self.examples)
-
-    def _check_room(self) -> None:
-        """Raise DataError now for a held-out row whose prompt would have no room before its answer when it is scored."""
-        evaluation, trial = self.prepared.recipe.evaluation, formatter_of(self.model, self.prepared)
-        if self.model.kind != "causal" or not evaluation.generate:
-            return
-        for record in (r for held in self.held_out.values() for rows in held[-1:] for r in rows if not r.labels):
-            try:
-                trial.prompt_ids(record, evaluation.max_new_tokens)
-            except DataError as error:
-                raise DataError(f"{error}, or lower evaluation.max_new_tokens = {evaluation.max_new_tokens}") from error
 
     def prints(self) -> dict[str, str]:
         """Fingerprints of what decides this run beside its recipe: the base, and the rows of each site."""
@@ -104,16 +79,6 @@ class Here:
         rows = {f"the rows of {site}": hashlib.sha256("\n".join(told).encode()).hexdigest() for site, told in held.items()}
         words = tokenizer_digest(self.model.tokenizer)
         return {"the base": self._base, "the tokenizer or its chat template": words, **rows, **own_code()}
-
-    def _encoded(self, stage: Sites, number: int) -> dict[str, list[Example]]:
-        """Training examples by site; rows that do not fit are counted."""
-        encoded = {name: self.formatter.encode_all(held["train"]) for name, held in stage.rows.items()}
-        for name, rows in encoded.items():
-            if stage.rows[name]["train"] and not rows:
-                where = f" of stage {number}" if len(self.prepared.stages) > 1 else ""
-                limit = self.prepared.recipe.data.max_length
-                raise ConfigError(f"site {name}: none of its rows{where} fits into data.max_length = {limit} tokens")
-        return encoded
 
     def _spoilt(self, stage: Sites) -> dict[str, list[Example]]:
         """What hostile sites train on in the federation."""
@@ -129,20 +94,13 @@ class Here:
             )
         return {name: self.formatter.encode_all(rows) for name, rows in changed.items()}
 
-    def _tell(self) -> None:
+    def _tell(self, rows: Encoded) -> None:
         """Notes on the rows."""
         if self.hostile:
             attack = self.prepared.recipe.attack
             self.watch.note(f"a simulation of harm: attack.kind = {attack.kind!r} at {', '.join(sorted(self.hostile))}")
-        for what, text in (("truncated", "had their text shortened"), ("dropped", "were left out: their answer is too long")):
-            if self.formatter.counts[what]:
-                count, limit = self.formatter.counts[what], self.prepared.recipe.data.max_length
-                self.watch.note(f"{count} training rows {text} (data.max_length = {limit} tokens)")
-        if self.formatter.counts["last only"]:
-            self.watch.note(
-                f"{self.formatter.counts['last only']} talks are learnt in their last answer alone: the chat template writes "
-                f"earlier ones otherwise than they stand in the row"
-            )
+        for note in rows.notes():
+            self.watch.note(note)
         if "strftime_now" in str(self.model.tokenizer.chat_template):
             self.watch.note(f"the chat template writes today's date: {TODAY:%d %B %Y} stands in its place, in every row")
         if self.model.bare:
@@ -310,31 +268,3 @@ def _source(code: Callable[..., object]) -> str:
     except (OSError, TypeError):
         compiled = getattr(code, "__code__", None)
         return repr(code) if compiled is None else repr((compiled.co_code, compiled.co_consts, compiled.co_names))
-
-
-def check_length(model: Model, tokens: int, answers: int = 0) -> None:
-    """Raise ConfigError for rows longer than the base can read, or answers, of tokens of their own, than it can write."""
-    if 0 < model.positions < tokens:
-        raise ConfigError(
-            f"data.max_length = {tokens}, and {model.config.base!r} was made for {model.positions} tokens: set "
-            f"data.max_length = {model.positions} or less"
-        )
-    if model.kind == "seq2seq" and 0 < model.positions < answers:
-        raise ConfigError(
-            f"evaluation.max_new_tokens = {answers}, and {model.config.base!r} was made for {model.positions} tokens: set it "
-            f"to {model.positions} or less"
-        )
-
-
-def formatter_of(model: Model, prepared: Prepared) -> Formatter:
-    """What makes examples of the run's rows for this model."""
-    data = prepared.recipe.data
-    check_length(model, data.max_length, prepared.recipe.evaluation.max_new_tokens)
-    return Formatter(model.tokenizer, model.kind, data.max_length, data.list_labels, classes=model.classes)
-
-
-def _held_out(split: str, limit: int, stages: Sequence[Sites]) -> list[list[Record]]:
-    """The rows to score after each stage: one choice for the whole run, each stage seeing what has arrived by then."""
-    chosen = {r.id for r in choose(stages[-1].all(split), split, limit)}
-    found = [[r for r in stage.all(split) if r.id in chosen] for stage in stages]
-    return [choose(rows, split, 0) for rows in found]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -419,18 +419,18 @@ def planned(cast: Cast, parties: Parties, watch: Watch) -> list[Leg]:
     legs = legs_of(cast)
     if promised := check_budget(cast):
         watch.note(f"private: {promised}")
-    check_curve(legs, parties, cast.recipe.evaluation.every)
+    check_curve(legs, parties.size, cast.recipe.evaluation.every)
     return legs
 
 
-def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:
-    """Raise ConfigError where a leg goes by validation rows, or points of a curve of them, that it will not have. every: rounds
-    between them."""
+def check_curve(legs: Sequence[Leg], size: Callable[[Leg, int, str], int], every: int) -> None:
+    """Raise ConfigError where a leg goes by validation rows, or points of a curve of them, that it will not have. size: see
+    `Parties`. every: rounds between points."""
     for leg in legs:
         federation, points = leg.stages[0].recipe.federation, leg.rounds // every
         for stage in range(len(leg.stages)):
             for name, choice in _choices(leg, stage).items():
-                if not parties.size(leg, stage, "validation"):
+                if not size(leg, stage, "validation"):
                     key, _ = CHOICES[name]
                     raise ConfigError(
                         f"{key}_from = {list(choice)}: a stage has no validation row to choose by; set data.validation_share "
@@ -438,7 +438,7 @@ def check_curve(legs: Sequence[Leg], parties: Parties, every: int) -> None:
                     )
         if not leg.rounds or (federation.keep != "best" and not federation.patience):
             continue
-        if not all(parties.size(leg, stage, "validation") for stage in range(len(leg.stages))):
+        if not all(size(leg, stage, "validation") for stage in range(len(leg.stages))):
             raise ConfigError(
                 f"federation.patience = {federation.patience}, federation.keep = {federation.keep!r}: a stage has no "
                 f"validation row to go by; set data.validation_share above 0"

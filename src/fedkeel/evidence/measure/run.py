@@ -13,8 +13,8 @@ from fedkeel import tables
 from fedkeel.data.format import Formatter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.folder import RunFolder
-from fedkeel.runs.here import formatter_of
 from fedkeel.runs.prepare import Prepared
 from fedkeel.runs.served import serve
 from fedkeel.scores.evaluate import Scored, choose, score

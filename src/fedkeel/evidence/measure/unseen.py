@@ -9,8 +9,8 @@ from fedkeel.data.sources import files, unique_ids
 from fedkeel.evidence.measure.run import Finished, MeasureError, Settings, UnmeasuredError, digest
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Data
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.folder import RunFolder
-from fedkeel.runs.here import formatter_of
 from fedkeel.runs.prepare import Prepared
 from fedkeel.runs.served import serve
 from fedkeel.scores.evaluate import choose, overall, score, task_table
