@@ -3,9 +3,10 @@ refusals."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import shapes
@@ -21,19 +22,20 @@ from fedkeel.exchange.codecs import EnvelopeError, open_envelope, seal
 from fedkeel.exchange.messages import pack_global, unpack_global
 from fedkeel.exchange.sums import pack_foretold, pack_sums, pack_trial, read_foretold, read_known, read_sums, read_trial
 from fedkeel.federation.evidence import Anchor, known_sums, tried
-from fedkeel.federation.server import FederationError
+from fedkeel.federation.gather import gather
+from fedkeel.federation.server import FederationError, Roster
 from fedkeel.method.objective import anchor
 from fedkeel.method.structure.skip import hold_blocks
-from fedkeel.model.features import Beside, chances
+from fedkeel.model.features import Beside, Features, chances
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe, plain
-from fedkeel.recipe.schema import Evidence
+from fedkeel.recipe.schema import Evidence, Federation
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.served import trained_model
 from fedkeel.scores.evaluate import score
-from fedkeel.types import Global, Head, Record, Reply, Sums
+from fedkeel.types import Adapter, Global, Head, Record, Reply, Request, Sums
 
 ANCHOR = ["evidence.anchor=1", "evidence.serve=0.5", 'evaluation.baselines=["analytic"]']
 
@@ -227,6 +229,79 @@ def test_a_site_without_an_answer_is_left_out_or_ends_the_run(
     assert sum(more.rows.values()) - sum(less.rows.values()) == len(missing) > 0
 
 
+def test_a_site_that_tells_no_outcome_is_left_out_whole(
+    anchored: tuple[list[str], RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows would stand beside those that were tried as if nobody had foretold them."""
+    import fedkeel.federation.client as client
+
+    overrides, _ = anchored
+    real = client.tried
+
+    def tried(features: Features, examples: Sequence[Example], *more: Any) -> object:
+        if any(e.record in east for e in examples):
+            raise RuntimeError("the disk is gone")
+        return real(features, examples, *more)
+
+    east = {r.id for r in prepare(load_recipe(None, overrides)).sites.rows["east"]["train"]}
+    monkeypatch.setattr(client, "tried", tried)
+    given = [*overrides, "evaluation.baselines=[]", "federation.quorum=0.6"]
+    folder = go([*given, f"out={tmp_path}"])[1]
+    (known,) = folder.read_known("federated", 2).values()
+    others = [e for stage in Fresh(overrides).stages for e in stage if e.record not in east]
+    assert sum(known.rows.values()) == len(others)
+    with pytest.raises(FederationError, match=r"(?s)anchor of stage 2 cannot be made: 2 of 3 sites told"):
+        go([*given, "federation.quorum=1", f"out={tmp_path / 'all'}"])
+
+
+def test_a_site_of_other_features_is_left_out() -> None:
+    like = Adapter({}, {"w": torch.zeros(1)})
+    wide = {site: 3 if site == "b" else 2 for site in "abc"}
+
+    def answered(site: str, payload: bytes) -> bytes:
+        x = torch.eye(wide[site], dtype=torch.int16)[:2]
+        sums = anchor.sums_of(x, ["p", "q"])
+        if open_envelope(payload)[0]["kind"] == "gather":
+            return pack_sums(site, 0, like, {"t": sums})
+        return pack_foretold(site, 0, like, {"t": ({"p": 1}, [1.0] * len(anchor.SCALES))})
+
+    class Sites:
+        def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
+            return [Reply(request.site, answered(request.site, request.payload)) for request in requests]
+
+    def roster(quorum: float) -> Roster:
+        return Roster(list("abc"), Federation(quorum=quorum), 0)
+
+    found = gather({}, Sites(), roster(0.6), like, 0, 0)
+    assert found.failures == {"b": "its features are 3 numbers, and those of the others 2"}
+    assert found.known["t"].rows == {"p": 2, "q": 2}
+    with pytest.raises(FederationError, match=r"(?s)2 of 3 sites told .*b: its features are 3 numbers"):
+        gather({}, Sites(), roster(1.0), like, 0, 0)
+
+
+def test_rows_that_are_replayed_are_in_the_sums_once(
+    anchored: tuple[list[str], RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their task's classifier teaches on."""
+    import fedkeel.federation.train as train
+
+    taught: list[list[str]] = []
+    real = train.Anchor
+
+    def watched(features: Features, heads: Mapping[str, Head], config: object) -> Any:
+        taught.append(sorted(heads))
+        return real(features, heads, config)
+
+    monkeypatch.setattr(train, "Anchor", watched)
+    overrides, whole = anchored
+    folder = go([*overrides, f"out={tmp_path}", "stream.replay=3", "evaluation.baselines=[]"])[1]
+    (known,), (once,) = (f.read_known("federated", 2).values() for f in (folder, whole))
+    assert known.rows == once.rows
+    assert torch.equal(known.gram, once.gram)
+    assert taught
+    assert all(taught)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_features_do_not_depend_on_the_batch_and_are_the_bases(name: str) -> None:
     model, examples = setting(name)
@@ -350,6 +425,13 @@ def test_sums_that_no_rows_have_are_refused(told: tuple[Model, list[Example], di
     ):
         with pytest.raises(EnvelopeError, match="the sums of task topic are not those of 8 rows"):
             read_sums(Reply("a", pack_sums("a", 7, model.initial, {"topic": wrong})), 7, 3, model.initial)
+    twisted = known.gram.clone()
+    twisted[0, 1] = twisted[1, 0] = 2 * int((known.gram[0, 0] * known.gram[1, 1]).double().sqrt()) + 1
+    wrong = replace(known, gram=twisted)
+    with pytest.raises(EnvelopeError, match="topic are not those of any rows: their matrix has an eigenvalue below 0"):
+        read_sums(Reply("a", pack_sums("a", 7, model.initial, {"topic": wrong})), 7, 3, model.initial)
+    nothing = replace(known, gram=0 * known.gram)  # of rows whose features are all 0
+    read_sums(Reply("a", pack_sums("a", 7, model.initial, {"topic": nothing})), 7, 3, model.initial)
     with pytest.raises(EnvelopeError, match="no sums of rows"):
         read_known(pack_sums("a", 7, model.initial, sums))
 

@@ -35,10 +35,13 @@ from fedkeel.recipe.load import load_recipe, plain
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.ask import Ask
 from fedkeel.runs.folder import RunError, RunFolder
+from fedkeel.runs.legs import Leg
 from fedkeel.runs.prepare import prepare
+from fedkeel.runs.rounds import Loop
 from fedkeel.runs.served import trained_model
+from fedkeel.runs.state import State
 from fedkeel.scores.evaluate import choose, score
-from fedkeel.types import Adapter, Global, Head
+from fedkeel.types import Adapter, Global, Head, Row
 
 WEIGHTS = (0.0, 0.25, 4.0)
 SHARES = (0.25, 0.0, 0.75)
@@ -289,6 +292,48 @@ def test_a_run_goes_on_in_the_same_bits(encoder: tuple[list[str], RunFolder], tm
     with pytest.raises(KeyboardInterrupt):
         go(here, Silent(stop))
     resumed = go(here, resume=True)[1]
+    assert same(exported(resumed.path), exported(whole.path))
+    assert without_time(rows_of(resumed)) == without_time(rows_of(whole))
+
+
+def test_what_was_chosen_is_there_between_two_stages_too(
+    tiny_overrides: list[str],
+    stream_data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped behind the choice of the first stage; and the curve of the second goes by it in a run that was not."""
+    given = [
+        *tiny_overrides, f"data.root={stream_data}", "data.site_column=ward", "federation.rounds=1", "train.local_steps=2",
+        "evaluation.validation_rows=6", "evidence.serve_from=[0, 30]", *GROUPS,
+    ]  # fmt: skip
+    judged: list[float | None] = []
+    real = Loop._curve
+
+    def curve(self: Loop, leg: Leg, stage: int, current: Global) -> None:
+        if stage:
+            judged.append(current.serve)
+        real(self, leg, stage, current)
+
+    monkeypatch.setattr(Loop, "_curve", curve)
+    whole = go(given)[1]
+    (chosen,) = [r["value"] for r in rows_of(whole) if (r["name"], r["stage"]) == ("serve", 0)]
+    assert judged == [chosen] == [30]
+    save = RunFolder.save
+
+    def stop(self: RunFolder, state: State, rows: Sequence[Row]) -> State:
+        state = save(self, state, rows)
+        if (state.leg, state.round, state.tested) == ("federated", 1, 1):
+            raise KeyboardInterrupt
+        return state
+
+    here = [*given, f"out={tmp_path / 'cut'}"]
+    with monkeypatch.context() as once:
+        once.setattr(RunFolder, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            go(here)
+    resumed = go(here, resume=True)[1]
+    assert judged == [30, 30]
     assert same(exported(resumed.path), exported(whole.path))
     assert without_time(rows_of(resumed)) == without_time(rows_of(whole))
 

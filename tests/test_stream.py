@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
@@ -28,7 +28,7 @@ from fedkeel.evidence.report import write_report
 from fedkeel.exchange.messages import unpack_global
 from fedkeel.federation.client import Site
 from fedkeel.federation.kept import Kept
-from fedkeel.federation.server import RoundResult
+from fedkeel.federation.server import RoundResult, sample_sites
 from fedkeel.federation.train import Round, learning_rate, train_round
 from fedkeel.method.objective.distill import guidance_weight
 from fedkeel.model.lora import Model
@@ -618,9 +618,14 @@ def test_budgets_of_the_legs_by_stage(stream: list[str]) -> None:
     assert [s.recipe.train.local_steps for s in legs["local/north"].stages] == [4, 6]
     assert [s.recipe.train.local_steps for s in legs["local/south"].stages] == [2, 4]
     assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [6, 14]
-    half = prepared_of([*stream, *GROUPS, *every, "federation.sites_per_round=1"])
+    half = prepared_of([*stream, *GROUPS, *every, "federation.sites_per_round=1", "federation.rounds=6"])
     legs = {leg.name: leg for leg in legs_of(half.cast)}
-    assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [4, 4]
+    assert [s.recipe.train.local_steps for s in legs["centralised"].stages] == [12, 12]
+    # two steps a round that a site is drawn for, of which there are six
+    drawn = Counter(sample_sites(["north", "south"], 1, half.recipe.seed, round)[0] for round in range(6))
+    assert sum(drawn.values()) == 6
+    for name, count in drawn.items():
+        assert legs[f"local/{name}"].stages[0].recipe.train.local_steps == 2 * count
 
 
 # --------------------------------------------------------------------------------------------------------------- schedules

@@ -281,7 +281,7 @@ class Away:
         """See `Parties`."""
         recipe = leg.stages[stage].recipe
         steps = recipe.train.local_steps if leg.method == "local" else 0
-        return self.sites.transport(Terms(leg.name, leg.rounds, steps, recipe.lora.ranks(self.names)), self._kept, done)
+        return self.sites.transport(Terms(leg.name, leg.rounds, steps, recipe.lora.ranks(leg.everyone)), self._kept, done)
 
     def memory(self) -> Memory:
         """See `Parties`."""

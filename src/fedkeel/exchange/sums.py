@@ -86,6 +86,10 @@ def read_sums(reply: Reply, round: int, stage: int, like: Adapter) -> dict[str, 
         most, counts = int(gram.abs().max()), torch.tensor(list(rows.values()))
         if most > count * BOUND**2 or int(gram.diagonal().min()) < 0 or bool((moments.abs().amax(1) > counts * BOUND).any()):
             raise EnvelopeError(f"the sums of task {task} are not those of {count} rows")
+        # whole numbers are exact: what is below 0 by more than rounding can make it is no sum of h hᵀ
+        least = 1.0 + 1e-9 * most
+        if torch.linalg.cholesky_ex(gram.double() + least * torch.eye(len(gram), dtype=torch.float64)).info:
+            raise EnvelopeError(f"the sums of task {task} are not those of any rows: their matrix has an eigenvalue below 0")
         found[task] = Sums(gram, dict(zip(rows, moments, strict=True)), rows, stage=stage)
     return found
 

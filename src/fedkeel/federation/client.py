@@ -130,7 +130,8 @@ def _knowing(payload: bytes, asked: Mapping[str, Any], model: Model, site: Site)
         raise SiteError(f"site {site.name}: asked for what its rows of stage {stage!r} say; it has {len(site.stages)} stages")
     if asked.get("layout") != layout(model.initial) or site.recipe.privacy.hides:
         raise SiteError(f"site {site.name}: sums of its rows are asked for by another model, or its rows are private")
-    examples = site.stages[stage]
+    told = {example.record for rows in site.stages[:stage] for example in rows}  # those that are replayed are in the sums
+    examples = [example for example in site.stages[stage] if example.record not in told]
     if asked["kind"] == "gather":
         return pack_sums(site.name, round, model.initial, known_sums(model.features, examples, stage))
     heads, inverses = read_trial(payload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,12 +28,15 @@ class Gathered:
 def gather(before: Mapping[str, Sums], transport: Transport, roster: Roster, like: Adapter, round: int, stage: int) -> Gathered:
     """Ask every site for the sums of its rows of a stage, then how well what they make foretells each row without it.
 
-    before: of the stages before. like: the layout of the adapter. round, stage: from 0. A site that does not answer is left
-    out of the sums. Raises FederationError if fewer than quorum · sites answered.
+    before: of the stages before. like: the layout of the adapter. round, stage: from 0. A site that does not answer one of the
+    two is left out of the sums. Raises FederationError if fewer than quorum · sites answered.
     """
     asking = Asking(transport, roster.federation.deadline)
     question = pack_gather(round, stage, like)
     sums = asking.ask(dict.fromkeys(roster.sites, question), lambda reply: read_sums(reply, round, stage, like))
+    for site, text in _odd(sums, before).items():
+        asking.failures[site] = text
+        del sums[site]
     _check(sums, roster, asking.failures, stage)
     ridge, tasks = roster.evidence.ridge, sorted({task for known in sums.values() for task in known})
     fresh = _together(before, sums, tasks)
@@ -41,7 +45,9 @@ def gather(before: Mapping[str, Sums], transport: Transport, roster: Roster, lik
         inverses = {task: inverse(known, ridge) for task, known in fresh.items()}
         trial = pack_trial(round, stage, like, heads, inverses)
         tried = asking.ask(dict.fromkeys(sums, trial), lambda reply: read_foretold(reply, round, like, sums[reply.site]))
-        fresh = _together(before, {**sums, **tried}, tasks)
+        _check(tried, roster, asking.failures, stage)
+        # a site that told no outcome is left out whole: its rows would count as foretold by nobody
+        fresh = _together(before, tried, sorted({task for known in tried.values() for task in known}))
     known = {**before, **fresh}
     heads = {task: head_of(held, ridge) for task, held in sorted(known.items())}
     return Gathered(known, heads, asking.down, asking.up, asking.failures)
@@ -52,12 +58,16 @@ def _together(before: Mapping[str, Sums], sums: Mapping[str, Mapping[str, Sums]]
     return {t: added([*([before[t]] if t in before else []), *(s[t] for s in sums.values() if t in s)]) for t in tasks}
 
 
+def _odd(sums: Mapping[str, Mapping[str, Sums]], before: Mapping[str, Sums]) -> dict[str, str]:
+    """Sites whose features are of another number than those before, or, in the first stage, than most sites'; how, in words."""
+    widths = {site: len(known.gram) for site, held in sorted(sums.items()) for known in held.values()}
+    known = [len(held.gram) for held in before.values()] or [width for width, _ in Counter(widths.values()).most_common(1)]
+    return {s: f"its features are {w} numbers, and those of the others {known[0]}" for s, w in widths.items() if w != known[0]}
+
+
 def _check(sums: Mapping[str, Mapping[str, Sums]], roster: Roster, failures: Mapping[str, str], stage: int) -> None:
     if len(sums) / len(roster.sites) < roster.federation.quorum or not sums:
         raise FederationError(
             f"the anchor of stage {stage + 1} cannot be made: {len(sums)} of {len(roster.sites)} sites told what their "
             f"rows say, and federation.quorum = {roster.federation.quorum:g}. What failed:\n{told(failures)}"
         )
-    widths = {site: len(known.gram) for site, held in sorted(sums.items()) for known in held.values()}
-    if len(set(widths.values())) > 1:
-        raise FederationError(f"the anchor of stage {stage + 1} cannot be made: sites tell of different features: {widths}")

@@ -126,8 +126,7 @@ class Here:
         recipe = leg.stages[0].recipe
         self.model.rewind()
         self.model.replay(current.shifts, 0)
-        everyone = {name for stage in leg.stages for name in stage.rows}
-        self.kept = {name: Kept(rank=rank) for name, rank in recipe.lora.ranks(everyone).items()}
+        self.kept = {name: Kept(rank=rank) for name, rank in recipe.lora.ranks(leg.everyone).items()}
         for name, tensors in memory.tensors.items():
             self.kept[name] = self.kept.get(name, Kept()).restored(tensors)
 
@@ -146,13 +145,14 @@ class Here:
         """See `Parties`."""
         if self.engine is not None and leg.method == "federated":
             return self.engine.connect(leg.rounds, self.kept, done)
-        recipe, before = leg.stages[stage].recipe, [()] * stage
+        recipe = leg.stages[stage].recipe
         hostile = self.hostile if leg.method == "federated" else ()
         sites = {}
         for name in self.present(leg, stage):
             rows, attack = self._rows(name, stage), Attack()
             if name in hostile:
                 rows, attack = self._poisoned[stage].get(name, rows), recipe.attack
+            before = [self._rows(name, at) for at in range(stage)]
             sites[name] = Site(name, [*before, rows], leg.rounds, recipe, partial(done.step, name), attack)
         return LocalTransport(self.model, sites, self.kept, done)
 

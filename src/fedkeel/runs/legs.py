@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from fedkeel import tables
+from fedkeel.federation.server import sample_sites
 from fedkeel.federation.train import steps_a_round
 from fedkeel.recipe.load import plain
 from fedkeel.recipe.schema import Federation, Privacy, Recipe
@@ -39,6 +41,11 @@ class Leg:
     def site(self) -> str:
         """The one site of a local leg; empty for the others."""
         return next(iter(self.stages[0].rows)) if self.method == "local" else ""
+
+    @property
+    def everyone(self) -> list[str]:
+        """The sites of all stages: ranks are dealt in the order of their names."""
+        return list(dict.fromkeys(name for stage in self.stages for name in stage.rows))
 
     @property
     def gathers(self) -> bool:
@@ -70,10 +77,18 @@ class Cast:
         """All sites, in the order in which they are named."""
         return list(dict.fromkeys(name for stage in self.rows for name in stage))
 
+    def asked(self, stage: int) -> Counter[str]:
+        """In how many rounds of a stage each site is asked."""
+        federation, found = self.recipe.federation, Counter[str]()
+        names = [name for name, count in self.rows[stage].items() if count]
+        for round in range(stage * federation.rounds, (stage + 1) * federation.rounds):
+            found.update(sample_sites(names, federation.sites_per_round, self.recipe.seed, round))
+        return found
+
     def steps(self, stage: int) -> dict[str, int]:
         """Optimiser steps that each site takes in the federation in a stage."""
-        rounds, train = self.recipe.federation.rounds, self.recipe.train
-        return {name: rounds * steps_a_round(train, rows) if rows else 0 for name, rows in self.rows[stage].items()}
+        asked = self.asked(stage)
+        return {name: asked[name] * steps_a_round(self.recipe.train, rows) for name, rows in self.rows[stage].items()}
 
 
 def cast_of(recipe: Recipe, stages: Sequence[Mapping[str, Sized]]) -> Cast:
@@ -132,11 +147,7 @@ def centralised(cast: Cast) -> list[Leg]:
     """The baseline `centralised`: one site that holds every row."""
     stages = []
     for stage, rows in enumerate(cast.rows):
-        steps = cast.steps(stage)
-        present = sum(1 for count in steps.values() if count)
-        asked = min(cast.recipe.federation.sites_per_round or present, present)
-        budget = round(sum(steps.values()) * asked / present)
-        stages.append(Stage(single(cast.recipe, budget), {"all": sum(rows.values())}))
+        stages.append(Stage(single(cast.recipe, sum(cast.steps(stage).values())), {"all": sum(rows.values())}))
     return [Leg("centralised", "centralised", 1, stages)]
 
 

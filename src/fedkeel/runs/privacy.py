@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from fedkeel.federation.server import sample_sites
 from fedkeel.federation.train import steps_a_round
 from fedkeel.recipe.schema import Privacy, Recipe
 from fedkeel.recipe.settings import ConfigError
@@ -114,13 +113,7 @@ def spending(cast: Cast) -> Spending:
 
 def planned(cast: Cast) -> Counter[str]:
     """site -> in how many rounds of the whole run it is asked."""
-    asked: Counter[str] = Counter()
-    recipe, federation = cast.recipe, cast.recipe.federation
-    for stage, rows in enumerate(cast.rows):
-        names = [name for name, count in rows.items() if count]
-        for round in range(stage * federation.rounds, (stage + 1) * federation.rounds):
-            asked.update(sample_sites(names, federation.sites_per_round, recipe.seed, round))
-    return asked
+    return sum((cast.asked(stage) for stage in range(len(cast.rows))), Counter[str]())
 
 
 def check_budget(cast: Cast) -> str:

@@ -145,7 +145,7 @@ class Loop:
                 self.watch.skip(sum(self._work(leg, stage)[1:]))
                 continue
             current = self._stage(leg, stage, current)
-            self._test(leg, stage, current)
+            current = self._test(leg, stage, current)
         self._leave(leg)
 
     def _leave(self, leg: Leg) -> None:
@@ -194,7 +194,10 @@ class Loop:
         """The analytic anchor with the rows of a stage, before its first round. What it is made of is kept with the
         checkpoints."""
         self.watch.leg(leg.name, "asking what rows say through the base")
-        found = gather(self.folder.read_known(leg.name, stage), carrier, roster, self.parties.initial, current.round, stage)
+        known = self.folder.read_known(leg.name, stage)
+        if leg.stages[stage].recipe.stream.replay:  # rows of all of its tasks may be trained on again
+            known = {task: replace(sums, stage=stage) for task, sums in known.items()}
+        found = gather(known, carrier, roster, self.parties.initial, current.round, stage)
         for site, text in sorted(found.failures.items()):
             self.watch.note(f"stage {stage + 1}: the anchor is without what site {site} knows: {text.strip()}")
         self.folder.write_known(leg.name, stage + 1, found.known)
@@ -231,12 +234,7 @@ class Loop:
 
     def _roster(self, leg: Leg, stage: int, sites: Sequence[str]) -> Roster:
         of = leg.stages[stage]
-        return roster_of(of.recipe, stage, self.parties.initial, sites, self._everyone(leg), of.rows)
-
-    @staticmethod
-    def _everyone(leg: Leg) -> list[str]:
-        """The sites of all stages: ranks are dealt in the order of their names."""
-        return list(dict.fromkeys(name for stage in leg.stages for name in stage.rows))
+        return roster_of(of.recipe, stage, self.parties.initial, sites, leg.everyone, of.rows)
 
     def _round(self, leg: Leg, stage: int, current: Global, carrier: Carrier, roster: Roster) -> Global:
         """One round, saved."""
@@ -333,8 +331,8 @@ class Loop:
         kept = self.folder.read_checkpoint(leg.name, best.round, self.parties.initial)
         return _as_served(leg, stage, replace(kept, average=end.average), before)
 
-    def _test(self, leg: Leg, stage: int, current: Global) -> None:
-        """Score the held-out rows of all stages so far."""
+    def _test(self, leg: Leg, stage: int, current: Global) -> Global:
+        """Score the held-out rows of all stages so far; `current` with what was chosen for it first."""
         before = self._served_before(leg, stage)
         current, rows = self._choose(leg, stage, current, before)
         self.watch.leg(leg.name, "scoring held-out rows")
@@ -356,6 +354,7 @@ class Loop:
         if last:
             self.parties.close(leg, as_served, self._best_served(leg, stage, current, before))
         self._save(leg, current, rows, tested=stage + 1)  # also of a stage in which nobody learnt
+        return current
 
     def _choose(self, leg: Leg, stage: int, current: Global, before: Adapter | None) -> tuple[Global, list[Row]]:
         """`current` with the share of `stream.average_from`, and then the weight of `evidence.serve_from`, with which it serves
