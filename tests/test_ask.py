@@ -137,6 +137,13 @@ def test_an_encoder_says_its_likeliest_classes(tmp_path: Path, tiny_data: Path) 
     assert {part.split(" (")[0] for part in answer.split(", ")} == {"red", "green", "blue"}
 
 
+def test_a_long_question_is_cut_where_the_base_counts_from_behind_its_padding(tmp_path: Path, tiny_data: Path) -> None:
+    given = [*tiny.overrides(Path(shapes.base("roberta")), tiny_data, tmp_path), *LEAN, 'data.tasks=["colour"]']
+    recipe, folder, _ = go(given)
+    answer = Ask(recipe, folder.path).answer("federated", [("user", "the green bird sings " * 400)], 8, told=lambda text: None)
+    assert {part.split(" (")[0] for part in answer.split(", ")} == {"red", "green", "blue"}
+
+
 @pytest.mark.parametrize("listed", [0, 16])
 def test_asked_as_a_task_it_answers_as_the_score_does(
     tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, listed: int

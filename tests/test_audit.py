@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fedkeel.cli import app
 from fedkeel.data.canaries import canaries
+from fedkeel.data.sources import load_records
 from fedkeel.evidence.audit import audit, exposed, pairs
 from fedkeel.evidence.ranks import attacked, auc, hits
 from fedkeel.evidence.report import write_report
@@ -152,3 +153,11 @@ def test_where_secrets_are_planted(tiny_overrides: list[str]) -> None:
     assert not {r.output for r in other} & {r.output for r in again}
     with pytest.raises(ConfigError, match=r"audit\.site = 'ward-9': no site of that name"):
         prepare(load_recipe(None, [*given, "audit.site=ward-9"]))
+    # at one site of a deployment, which sees its own rows alone
+    mine = [r for r in load_records(prepared.recipe.data, prepared.recipe.seed) if r.site == "ward-1"]
+    with pytest.raises(ConfigError, match=r"audit\.site: a site alone knows of no other"):
+        prepare(load_recipe(None, given), alone="ward-1", records=mine)
+    for site, planted in (("ward-1", 6), ("ward-2", 0)):
+        alone = prepare(load_recipe(None, [*given, f"audit.site={site}"]), alone="ward-1", records=mine)
+        assert sum(r.task == "canary" for r in alone.sites.all("train")) == 0  # in the last stage, and not in the data
+        assert sum(r.task == "canary" for r in alone.stages[-1].all("train")) == planted

@@ -10,6 +10,7 @@ import pytest
 from fedkeel.evidence.card import Made, card
 from fedkeel.recipe.load import load_recipe
 from fedkeel.runs.privacy import epsilon
+from fedkeel.runs.state import Best, State
 from fedkeel.types import Row
 
 SITE = ["privacy.unit=site", "privacy.clip=0.05", "privacy.noise=2", "federation.weighting=uniform"]
@@ -73,6 +74,38 @@ def test_a_head_that_was_served_beside_the_adapter_is_told(tmp_path: Path) -> No
     assert 'out of a simulation of harm** (`attack.kind = "scaled"`)' in card_of(["attack.kind=scaled"], [], tmp_path)
     assert "simulation of harm" not in card_of([], [], tmp_path)
     assert "scored by `label_heads.safetensors`" in card_of(["model.head=analytic"], [], tmp_path)
+
+
+def test_sums_of_rows_that_travelled_are_told(tmp_path: Path) -> None:
+    for given in (["evidence.anchor=1"], ["model.head=analytic"], ["evaluation.baselines=analytic"]):
+        assert "sums of the rows' features in the frozen base by label" in card_of(given, [], tmp_path)
+    assert "sums of the rows" not in card_of([], [], tmp_path)
+
+
+def test_no_site_is_named(tmp_path: Path) -> None:
+    card_of([], [], tmp_path)
+    told = [Row("r", "federated", 0, n, "failed", 1.0, "count", site="Mercy West") for n in (1, 2)]
+    told.append(Row("r", "federated", 0, 3, "own_score", 0.5, "share", site="Mercy West", split="test"))
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row.as_json()) + "\n" for row in told))
+    text = card(load_recipe(None, []), tmp_path, Made("causal", 8, merged=False, gguf=False))
+    assert "Mercy" not in text
+    assert "site 1" in text
+
+
+def test_the_best_adapter_is_not_given_the_scores_of_the_last(tmp_path: Path) -> None:
+    card_of([], [], tmp_path)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        scored = Row("r", "federated", 0, 3, "accuracy", 0.5, "share", task="colour", split="test")
+        file.write(json.dumps(scored.as_json()) + "\n")
+    (tmp_path / "state.json").write_text(json.dumps(State(finished=True, best=Best(0, 2, 0.625)).as_json()))
+    last, best = (
+        card(load_recipe(None, []), tmp_path, Made("causal", 8, merged=False, gguf=False, best=best)) for best in (False, True)
+    )
+    assert "model-index:" in last
+    assert "validation rows of the last stage" not in last
+    assert "model-index:" not in best
+    assert "the adapter of round 2 (62.5 points there) that did best on validation rows of the last stage" in best
 
 
 def test_a_masked_run_says_that_sums_alone_were_seen(tmp_path: Path) -> None:

@@ -57,6 +57,18 @@ def test_how_often_a_site_goes_through_its_rows(steps: int, level: str, tiny_ove
     assert verdict.level == level
 
 
+def test_a_site_that_is_not_always_asked_goes_through_its_rows_more_seldom(tiny_overrides: list[str]) -> None:
+    """One of three sites a round: a third of 3 rounds of 6 rows, at sites of 12 and 18."""
+    prepared = ready([*tiny_overrides, "train.local_steps=3", "train.batch_size=2", "federation.sites_per_round=1"])
+    assert "its rows 0.33 (" in about(of_recipe(prepared), "goes through").told
+
+
+def test_test_rows_of_earlier_stages_count_once(tiny_overrides: list[str]) -> None:
+    halves = ['stream.stages=["colour", "echo"]']
+    told = [about(of_recipe(ready([*tiny_overrides, *more])), "test rows").told for more in ((), halves)]
+    assert told[0] == told[1]
+
+
 def test_labels_that_sites_lack(tiny_overrides: list[str], tmp_path: Path) -> None:
     """Of three labels at three sites: red everywhere, green at two, blue at one; 3 of 9 pairs are absent."""
     rows = []

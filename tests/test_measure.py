@@ -25,7 +25,7 @@ from fedkeel.cli import app
 from fedkeel.data.format import Formatter
 from fedkeel.evidence.measure import damage, general, unseen
 from fedkeel.evidence.measure import parts as measuring
-from fedkeel.evidence.measure.damage import over_families
+from fedkeel.evidence.measure.damage import over_families, trained_by
 from fedkeel.evidence.measure.general import against_base
 from fedkeel.evidence.measure.parts import measure
 from fedkeel.evidence.measure.run import Measured, MeasureError, Settings
@@ -178,6 +178,15 @@ def test_damage_is_scores_under_damage_apart_for_what_training_used(folder: Path
 def test_every_family_is_told_what_trains_on_it() -> None:
     for structures in (entry.trained_by for entry in FAMILIES.values()):
         assert set(structures) <= tables.STRUCTURES.keys()
+
+
+def test_what_a_training_disturbed_is_not_held_out() -> None:
+    """Early exits train the stack that `depth` cuts; skipping a block trains both."""
+    trained = {
+        given: {family for family in FAMILIES if trained_by(load_recipe(None, [given]), family)}
+        for given in ("seed=1", "exit.weight=0.1", "structure.skip=0.3")
+    }
+    assert trained == {"seed=1": set(), "exit.weight=0.1": {"depth"}, "structure.skip=0.3": {"depth", "skip"}}
 
 
 def test_means_over_families_by_hand() -> None:

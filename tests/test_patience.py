@@ -16,10 +16,13 @@ from test_run import Silent, adapter_of, go, rows_of, same, without_time
 from typer.testing import CliRunner
 
 from fedkeel.cli import app
+from fedkeel.evidence import updates
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
+from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.here import Here
+from fedkeel.runs.prepare import prepare
 from fedkeel.types import Adapter, Global, Row
 
 CURVE = [0.3, 0.5, 0.4, 0.5, 0.2, 0.9]
@@ -82,6 +85,7 @@ def test_a_stage_ends_when_its_curve_no_longer_rises(tiny_overrides: list[str]) 
     assert same(best_of(folder), peft_of(after(folder, 2, given)))
     assert not same(best_of(folder), adapter_of(folder.path))
     assert watch.work == pytest.approx(watch.total)
+    assert folder.rounds("federated") == [1, 2, 3, 4, 6]  # the end is where all would have been
     assert any("ends after round 4 of 6" in note and "50.0 of round 2" in note for note in watch.notes), watch.notes
     tested = [r for r in rows_of(folder) if r["split"] == "test" and r["name"] == "score" and not r["task"]]
     assert len(tested) == 1
@@ -96,6 +100,16 @@ def test_patience_that_is_never_lost_changes_nothing_and_the_best_lies_beside(ti
     assert kept == [{**r, "run": ""} for r in without_time(rows_of(plain))]
     assert same(adapter_of(patient.path), adapter_of(plain.path))
     assert same(best_of(plain), adapter_of(plain.path))
+
+
+def test_an_audit_begins_where_the_last_round_ended(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no checkpoint of the round before the end, as it was not run."""
+    recipe, folder, model = go([*tiny_overrides, *SIX, "federation.patience=2"])
+    prepared, begun = prepare(recipe), list[int]()
+    monkeypatch.setattr(updates, "coordinator", lambda *given: None)
+    monkeypatch.setattr(updates, "attack", lambda attacker, state, *given: begun.append(state.round) or ())
+    updates.inverted(prepared, model, formatter_of(model, prepared), folder.path)
+    assert begun == [0, 0, 4, 4]
 
 
 def test_keep_best_serves_and_tests_the_best_round(tiny_overrides: list[str], scripted: list[float]) -> None:

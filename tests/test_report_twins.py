@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from suites import one_row, scored, write_plan, write_run
 
-from fedkeel.evidence.report.results import results_of
 from fedkeel.evidence.report.suite import Suite, read_suite
 from fedkeel.evidence.report.suite_page import write_suite_report
 from fedkeel.evidence.report.tables import Table
@@ -43,7 +42,7 @@ def suite_of(folder: Path, evenly: int) -> Suite:
 
 
 def table_of(suite: Suite) -> Table:
-    return twin_table(suite, "s", results_of(suite, "s", ()), results_of(suite, "s-iid", ()))
+    return twin_table(suite, "s", ())
 
 
 def test_what_skew_costs_is_told_over_the_seeds_that_both_have(tmp_path: Path) -> None:
@@ -59,6 +58,21 @@ def test_what_skew_costs_is_told_over_the_seeds_that_both_have(tmp_path: Path) -
     assert (low, high) == (pytest.approx(-40 - 1.96 * 7.75, abs=2.5), pytest.approx(-40 + 1.96 * 7.75, abs=2.5))
     assert (lines["quiet"]["Γ"], lines["quiet"]["Γ on s-iid"], lines["quiet"]["difference of Γ"]) == ("2.50", "–", "–")
     assert table.notes[1] == "Skew costs plain 40.0 points here."
+
+
+def test_a_task_at_chance_on_one_of_the_two_is_in_no_number(tmp_path: Path) -> None:
+    """A alike on both; B, which is left out, far apart."""
+    runs = [("p", "s", "plain", 1), ("e", "s-iid", "plain", 1)]
+    streams = {"s": "skewed", "s-iid": "dealt evenly"}
+    write_plan(tmp_path, runs, streams=streams, methods={"plain": ""}, twins={"s": "s-iid"}, trials={})
+    for name, b in (("p", 4), ("e", 36)):
+        found = scored(name, 1, {"A": 0.5, "B": b / 40}, {"a": 0.5}, stage=0, stages=(0.5,), round=2)
+        write_run(tmp_path / name, found, scores=[*per_row(20), *({**row, "task": "B"} for row in per_row(b))])
+    suite = read_suite(tmp_path)
+    whole, without = (twin_table(suite, "s", left_out) for left_out in ((), ("B",)))
+    header = whole.header.index("difference")
+    assert whole.lines[0][header] == "−40.0"
+    assert without.lines[0][header : header + 2] == ("0.0", "0.0 to 0.0")
 
 
 def test_a_stream_that_skew_does_not_hurt_is_called_so(tmp_path: Path) -> None:

@@ -137,6 +137,17 @@ def _locked(name: str, release: str) -> str:
     return f"{name}=={release} \\\n    --hash=sha256:{'0' * 64}\n"
 
 
+def test_a_site_may_hold_some_of_the_recipes_tasks(site: Path, port: int, deployment: Path) -> None:
+    data = site / "data"
+    shutil.copytree(deployment.parent / "data", data)
+    rows = [row for row in tiny_rows() if row["department"] == SITE and row["task"] == "echo"]
+    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change(site / "site.toml", str(deployment.parent / "data"), str(data))
+    change(site / "recipe.toml", "tasks = []", 'tasks = ["colour", "echo"]')
+    found = {f.name: f for f in check(site / "site.toml", f"localhost:{port}")}
+    assert found["data"].text.startswith("rows: train 6 (echo 6)")
+
+
 def test_a_site_with_what_the_lock_lists_is_told_so(site: Path, port: int) -> None:
     (site / "requirements.lock").write_text(
         "".join(_locked(one, metadata.version(one)) for one in ("numpy", "huggingface-hub"))

@@ -39,6 +39,7 @@ from fedkeel.rng import derive
 from fedkeel.runs.dry import Dry, payload_bytes
 from fedkeel.runs.legs import legs_of
 from fedkeel.runs.prepare import Prepared, prepare
+from fedkeel.runs.rounds import check_stages
 from fedkeel.scores.evaluate import score
 from fedkeel.scores.metrics import mean
 from fedkeel.types import Record
@@ -626,6 +627,17 @@ def test_budgets_of_the_legs_by_stage(stream: list[str]) -> None:
     assert sum(drawn.values()) == 6
     for name, count in drawn.items():
         assert legs[f"local/{name}"].stages[0].recipe.train.local_steps == 2 * count
+
+
+def test_a_stage_of_too_few_sites_is_refused_before_the_first(stream: list[str]) -> None:
+    """Three sites hold rows of the second stage, and two of the first."""
+    given = [*stream, *GROUPS, "federation.rule=trimmed", "federation.hostile=1"]
+    with pytest.raises(ConfigError, match=r"needs at least 3 sites in a round, and 2 of 2 are asked in stage 1"):
+        go(given)
+    together = ["privacy.unit=site", "privacy.noise=2", "privacy.together=3", "federation.weighting=uniform"]
+    prepared = prepared_of([*stream, *GROUPS, *together])
+    with pytest.raises(ConfigError, match=r"privacy\.together = 3: .* go on with 2 of 2 sites in stage 1, whose noise"):
+        check_stages(prepared.cast)
 
 
 # --------------------------------------------------------------------------------------------------------------- schedules

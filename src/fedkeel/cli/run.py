@@ -42,6 +42,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     for name, *counts, top in describe_sites(prepared):
         table.add_row(name, *(f"{c:,}" for c in counts), top)
     console.print(table)
+    asked = [sum(dry.cast.asked(stage).values()) for stage in range(len(prepared.stages))]
     sites = min(recipe.federation.sites_per_round or len(prepared.sites.rows), len(prepared.sites.rows))
     down, up = payload_bytes(dry.shapes, recipe, sites)
     facts = Table(show_header=False, title="Before any work", title_justify="left")
@@ -50,7 +51,8 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     facts.add_row("one message down / up", f"{down:,} / {up:,} bytes")
     facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (down + up))}")
     rounds = recipe.federation.rounds * len(prepared.stages)
-    facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(rounds * sites * (down + up))}")
+    beside = ", and the analytic anchor's sums and classifiers" if any(leg.gathers for leg in dry.legs) else ""
+    facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(sum(asked) * (down + up))}{beside}")
     if dry.promise:
         facts.add_row("privacy", dry.promise)
     facts.add_row("methods", ", ".join(dict.fromkeys(leg.method for leg in dry.legs)))

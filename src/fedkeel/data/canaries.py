@@ -41,10 +41,12 @@ def planted(stages: Sequence[Sites], audit: Audit, seed: int, alone: str = "") -
     found = list(stages)
     if not audit.canaries:
         return found, []
+    if alone and not audit.site:
+        raise ConfigError("audit.site: a site alone knows of no other: name the one that plants the secrets")
+    if alone and audit.site != alone:
+        return found, []
     names = sorted(name for name, held in stages[-1].rows.items() if held["train"])
     site = audit.site or names[0]
-    if alone and site != alone:
-        return found, []
     if site not in names:
         raise ConfigError(f"audit.site = {audit.site!r}: no site of that name has training rows; there are {', '.join(names)}")
     secrets = canaries(audit, seed, site)

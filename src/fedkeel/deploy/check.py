@@ -356,7 +356,7 @@ def check_data(site: Site) -> str:
     from fedkeel.engines.work import localised  # heavy
 
     recipe = localised(_recipe_text(site), site.file)
-    records = load_records(recipe.data, recipe.seed)
+    records = load_records(recipe.data, recipe.seed, partly=True)
     if not tables.SOURCES[recipe.data.source].everywhere and recipe.data.site_from == "column":
         foreign = Counter(r.site for r in records if r.site and r.site != site.file.name)
         if foreign:

@@ -378,6 +378,8 @@ def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: W
         raise ConfigError(
             f"attack.kind = {recipe.attack.kind!r}: harm is simulated in one process alone, never in a deployment"
         )
+    if recipe.audit.canaries and not recipe.audit.site:
+        raise ConfigError("audit.site: no site of a deployment knows who else is there: name the one that plants the secrets")
     if recipe.privacy.unit != "none" and recipe.evaluation.baselines:
         watch.note("no baselines: their scores are numbers about private rows, which privacy.unit keeps at the sites")
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, baselines=()))

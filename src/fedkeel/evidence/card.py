@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from fedkeel import tables
 from fedkeel.evidence.report import method_table, read_rows, read_scores, summary, sure_table
 from fedkeel.evidence.report.privacy import HIDDEN
 from fedkeel.evidence.report.tables import escape, site_names
+from fedkeel.recipe.checks import anchor_asked
 from fedkeel.recipe.schema import Recipe
+from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.state import Best
 from fedkeel.types import Row
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,19 +36,20 @@ _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank
 @dataclass(frozen=True)
 class Made:
     """What stands in the folder of a card. kind: of the model, `causal`, `seq2seq` or `classifier`. rank: of the adapter. left:
-    which of its blocks are, in words, where some are not; an adapter then stands upon the base in `base`."""
+    which of its blocks are, in words, where some are not; an adapter then stands upon the base in `base`. best: it is the best
+    of the last stage by validation rows, and not what the run's scores are of."""
 
     kind: str
     rank: int
     merged: bool
     gguf: bool
     left: str = ""
+    best: bool = False
 
 
 def base_is_away(recipe: Recipe, run: Path) -> bool:
     """Whether a deployment's run names a base that is a folder at its sites and not here, and no id of a hub."""
-    base, state = recipe.model.base, run / "state.json"
-    away = state.exists() and "reference" in json.loads(state.read_text(encoding="utf-8"))
+    base, away = recipe.model.base, bool(RunFolder(run).state().reference)
     return away and base not in tables.BASES and "/" not in base and not Path(base).exists()
 
 
@@ -59,9 +63,12 @@ def hub_id(base: str) -> str:
 def card(recipe: Recipe, run: Path, made: Made) -> str:
     """The card's text, in Markdown with a head in YAML. run: a finished run's folder."""
     rows = read_rows(run / "rows.jsonl")
+    state = RunFolder(run).state()
     environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
     scores = read_scores(run)
-    sites = {name: f"site {k}" for k, name in enumerate(sorted({site for _, site in scores if site}), 1)}  # no names of theirs
+    names = {site for _, site in scores if site} | set(site_names(rows))
+    sites = {name: f"site {k}" for k, name in enumerate(sorted(names), 1)}  # no names of theirs
+    rows = [replace(r, site=sites.get(r.site, r.site)) for r in rows]
     sure = sure_table({(leg, sites.get(site, "")): found for (leg, site), found in scores.items()})
     parts = [
         f"---\n{_head(recipe, rows, made)}\n---\n",
@@ -69,6 +76,7 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
         _HARMED.format(kind=recipe.attack.kind) if recipe.attack.kind != "none" else "",
         f"{_what(recipe, made)} {escape(summary(rows))}\n",
         f"## To use it\n\n{_use(recipe, made)}",
+        _best(state.best) if made.best else "",
         f"## How it was made\n\n{_settings(recipe, rows, environment)}",
         method_table(rows).markdown(),
         _BESIDE.format(serve=_served(recipe)) if recipe.evidence.served else "",
@@ -78,6 +86,14 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
         f"## Limits\n\n{_LIMITS}\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _best(best: Best | None) -> str:
+    where = f" of round {best.round} ({100 * best.score:.1f} points there)" if best else ""
+    return (
+        f"**This is the adapter{where} that did best on validation rows of the last stage.** The scores below are those\n"
+        f"of the adapter that the run ended in.\n"
+    )
 
 
 _BESIDE = """\
@@ -116,6 +132,8 @@ def _privacy(recipe: Recipe, rows: Sequence[Row]) -> str:
     """What a run promises of whose presence its model hides, in one line, with the ε that it really spent."""
     privacy = recipe.privacy
     received = "sums of the sites' updates of the adapter, by secure aggregation" if privacy.masks else "updates of the adapter"
+    if anchor_asked(recipe) or "analytic" in recipe.evaluation.baselines:
+        received += ", sums of the rows' features in the frozen base by label (of a label with one row, that row's own)"
     if privacy.unit == "none":
         if privacy.masks:
             return _NOT_PRIVATE.format(received=received, masks="", used="was")
@@ -160,7 +178,7 @@ def _head(recipe: Recipe, rows: Sequence[Row], made: Made) -> str:
         about["library_name"] = "transformers" if made.merged else "peft"
     if known:
         about["license"] = known.licence.lower()
-    results = _results(rows, _TASKS[made.kind])
+    results = [] if made.best else _results(rows, _TASKS[made.kind])
     if results:
         about |= {"model_name": recipe.name, "eval_results": results}
     tags = ["fedkeel", "federated-learning", *([] if made.merged else ["lora"]), *(["gguf"] if made.gguf else [])]

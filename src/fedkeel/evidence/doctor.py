@@ -53,14 +53,13 @@ def cut(prepared: Prepared, rows: Sequence[Record]) -> Verdict:
 
 def seen(prepared: Prepared) -> Verdict:
     """How often a site goes through its rows."""
-    train, rounds = prepared.recipe.train, prepared.recipe.federation.rounds
-    epochs = []
+    train, federation, epochs = prepared.recipe.train, prepared.recipe.federation, []
     for stage in prepared.stages:
-        for name, held in stage.rows.items():
-            count = len(held["train"])
-            if count:
-                steps = rounds * train.local_steps * train.batch_size / count
-                epochs.append((rounds * train.local_epochs or steps, name))
+        counts = {name: count for name, held in stage.rows.items() if (count := len(held["train"]))}
+        asked = min(federation.sites_per_round or len(counts), len(counts)) / max(1, len(counts))
+        rounds = federation.rounds * asked  # that a site is asked for, on average
+        for name, count in counts.items():
+            epochs.append((rounds * (train.local_epochs or train.local_steps * train.batch_size / count), name))
     least, most = min(epochs), max(epochs)
     told = f"a site goes through its rows {least[0]:.2g} ({least[1]}) to {most[0]:.2g} times ({most[1]}) in a stage"
     if least[0] < 0.5:
@@ -97,7 +96,7 @@ def labels(prepared: Prepared) -> Iterator[Verdict]:
 def resolution(prepared: Prepared) -> Verdict:
     """How far the choice of test rows alone moves a score that is a share of right answers, at worst."""
     limit = prepared.recipe.evaluation.test_rows
-    counts = Counter(r.task for stage in prepared.stages for r in stage.all("test"))
+    counts = Counter(r.task for r in prepared.stages[-1].all("test"))  # of all stages
     return _known_to([min(count, limit) if limit else count for count in counts.values()])
 
 

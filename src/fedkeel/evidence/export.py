@@ -65,7 +65,7 @@ def export(
                 load_tokenizer(recipe.model).save_pretrained(partial)
             except ModelError:
                 notes.append(f"the base {recipe.model.base!r} is not on this machine: the adapter is without its tokenizer")
-        _write_card(recipe, run, partial, Made(kind, _rank(run), merged, gguf=False, left=left))
+        _write_card(recipe, run, partial, Made(kind, _rank(run), merged, gguf=False, left=left, best=which == "best"))
     return notes
 
 
@@ -113,7 +113,7 @@ def export_gguf(
             save_adapter_gguf(model, served_adapter(model, recipe, run), partial / "adapter.gguf")
             written = f"# the base model as GGUF, of any quantisation\nFROM {_base(recipe)}\nADAPTER ./adapter.gguf\n"
         write_atomic(partial / "Modelfile", written)
-        _write_card(recipe, run, partial, Made(model.kind, _rank(run), merged, gguf=True))
+        _write_card(recipe, run, partial, Made(model.kind, _rank(run), merged, gguf=True, best=which == "best"))
 
 
 def _ends(model: Model) -> list[int]:

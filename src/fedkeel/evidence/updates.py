@@ -282,7 +282,8 @@ def inverted(prepared: Prepared, model: Model, formatter: Formatter, run: Path) 
     stages = prepared.stages
     tests = sorted({r.id: r for stage in stages for r in stage.all("test")}.values(), key=lambda r: r.id)[:OWN]
     attacker = coordinator(model, recipe, formatter.encode_all(tests))
-    last, folder = len(stages) * recipe.federation.rounds - 1, RunFolder(run)
+    folder, end = RunFolder(run), len(stages) * recipe.federation.rounds
+    last = max((round for round in folder.rounds("federated") if round < end), default=0)  # a stage may have ended early
     for round in sorted({0, last}):
         state = folder.read_checkpoint("federated", round, model.initial) if round else Global(0, model.initial)
         rows = {name: formatter.encode_all(of["train"]) for name, of in stages[round // recipe.federation.rounds].rows.items()}

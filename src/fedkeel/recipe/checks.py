@@ -434,12 +434,19 @@ def check_one_model(recipe: Recipe, adapters: Path) -> None:
         )
 
 
-def check_enough(recipe: Recipe, count: int) -> None:
-    """Raise ConfigError where `count` sites are fewer than the recipe's rule needs in a round."""
-    federation, rule = recipe.federation, tables.RULES[recipe.federation.rule]
+def check_enough(recipe: Recipe, count: int, where: str = "") -> None:
+    """Raise ConfigError where `count` sites are fewer than the recipe's rule, or its privacy, needs in a round. where: which
+    rounds these are, in words."""
+    federation, rule, privacy = recipe.federation, tables.RULES[recipe.federation.rule], recipe.privacy
     asked, least = min(federation.sites_per_round or count, count), rule.least(federation.hostile)
     if asked < least:
         raise ConfigError(
             f"federation.rule = {rule.name!r} with federation.hostile = {federation.hostile} needs at least {least} sites in a "
-            f"round, and {asked} of {count} are asked: more sites, a larger federation.sites_per_round or another rule"
+            f"round, and {asked} of {count} are asked{where}: more sites, a larger federation.sites_per_round or another rule"
+        )
+    answers = math.ceil(federation.quorum * asked - 1e-9)
+    if privacy.unit != "none" and privacy.together > answers:
+        raise ConfigError(
+            f"privacy.together = {privacy.together}: by federation.quorum = {federation.quorum:g} a round may go on with "
+            f"{answers} of {asked} sites{where}, whose noise would not add up; set it to {answers} or less"
         )

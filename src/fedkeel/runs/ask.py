@@ -53,8 +53,7 @@ class Ask:
         self.model = trained_model(recipe, folder, which)
         # what is added to the base's own maps cannot be switched off
         self._base = Model(recipe.model, recipe.lora, recipe.seed, self.model.classes) if self.model.shifts else self.model
-        about = self.model.net.config
-        longest = min(LONGEST, getattr(about, "max_position_embeddings", None) or LONGEST)
+        longest = min(LONGEST, self.model.positions or LONGEST)
         self._formatter = Formatter(
             self.model.tokenizer, self.model.kind, longest, recipe.data.list_labels, classes=self.model.classes
         )

@@ -18,7 +18,7 @@ from fedkeel.runs.encode import Encoded
 from fedkeel.runs.legs import legs_of
 from fedkeel.runs.prepare import Prepared
 from fedkeel.runs.privacy import check_budget
-from fedkeel.runs.rounds import check_curve
+from fedkeel.runs.rounds import check_curve, check_stages
 from fedkeel.types import Adapter, Global, Lora
 
 
@@ -76,4 +76,5 @@ class Dry:
             self.notes.append(str(error))
         self.legs = legs_of(self.cast)
         self.promise = check_budget(self.cast)
+        check_stages(self.cast)
         check_curve(self.legs, lambda leg, stage, split: len(rows.held_out[split][stage]), recipe.evaluation.every)

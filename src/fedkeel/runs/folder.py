@@ -216,9 +216,14 @@ class RunFolder:
 
     def prune(self, leg: str, keep: Collection[int]) -> None:
         """Remove a leg's checkpoints of other rounds than `keep`, and no base shift, as each is needed for all later ones."""
-        for path in self.checkpoint(leg, 0).parent.glob("round-*.fkl"):
-            if int(path.stem.removeprefix("round-")) not in keep:
-                path.unlink()
+        for round in self.rounds(leg):
+            if round not in keep:
+                self.checkpoint(leg, round).unlink()
+
+    def rounds(self, leg: str) -> list[int]:
+        """The rounds of a leg whose checkpoints are there."""
+        found = self.checkpoint(leg, 0).parent.glob("round-*.fkl")
+        return sorted(int(path.stem.removeprefix("round-")) for path in found)
 
     def _check_prints(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
         if not before:

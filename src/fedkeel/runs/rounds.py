@@ -25,6 +25,7 @@ from fedkeel.federation.server import FederationError, Roster, run_round
 from fedkeel.federation.train import steps_a_round
 from fedkeel.method.aggregate.common import blend
 from fedkeel.method.structure.shares import trained_ranks
+from fedkeel.recipe.checks import check_enough
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
@@ -416,10 +417,18 @@ def _choosing(current: Global, name: str, value: float) -> Global:
 def planned(cast: Cast, parties: Parties, watch: Watch) -> list[Leg]:
     """The legs of a run; what it promises is told. Raises ConfigError for what it could not keep or would not have."""
     legs = legs_of(cast)
+    check_stages(cast)
     if promised := check_budget(cast):
         watch.note(f"private: {promised}")
     check_curve(legs, parties.size, cast.recipe.evaluation.every)
     return legs
+
+
+def check_stages(cast: Cast) -> None:
+    """Raise ConfigError where too few sites have rows of a stage for its rounds."""
+    for stage, rows in enumerate(cast.rows, 1):
+        if count := sum(1 for held in rows.values() if held):
+            check_enough(cast.recipe, count, f" in stage {stage}" if len(cast.rows) > 1 else "")
 
 
 def check_curve(legs: Sequence[Leg], size: Callable[[Leg, int, str], int], every: int) -> None:

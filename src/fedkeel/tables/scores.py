@@ -51,7 +51,7 @@ class Damage(Entry):
     axis: what a strength is. none: the strength that is no damage, a number or a word. strengths: those that are measured, from
     the least damage to the most. distance: (strength) -> how far it is from none; empty: their difference. random: another seed
     is other damage. branches: only maps with an adapter branch are damaged. trained_by: structures that disturb the same while
-    training.
+    training. exits: early exits do too.
     """
 
     axis: str = "strength"
@@ -61,6 +61,7 @@ class Damage(Entry):
     random: bool = True
     branches: bool = False
     trained_by: tuple[str, ...] = ()
+    exits: bool = False
 
     def apart(self, strength: float) -> float:
         """How far `strength` is from no damage, which is 0."""
@@ -85,6 +86,7 @@ DAMAGES = Table(
             strengths=(0.1, 0.2, 0.3),
             random=False,
             trained_by=("layers", "skip"),
+            exits=True,
         ),
         "modules": Damage(
             f"{_DAMAGE}:modules",

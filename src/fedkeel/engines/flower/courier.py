@@ -314,13 +314,21 @@ class FlowerTransport:
 
     def exchange(self, requests: Sequence[Request], deadline: float) -> list[Reply]:
         """See `types.Transport`."""
+        from fedkeel.exchange.codecs import header_of  # needs torch, which a process that hands messages over does not
+
         terms = self._terms
         told = {"leg": terms.leg, "rounds": terms.rounds, "steps": terms.steps}
         asked = {
             r.site: ({**told, "rank": terms.ranks.get(r.site, 0), "kept": self.kept.get(r.site, "")}, r.payload)
             for r in requests
         }
-        answers = self._courier.ask("train", asked, deadline, lambda site: self._watch(Reply(site)))
+        trained = {r.site for r in requests if header_of(r.payload).get("kind") == "global"}  # others are questions beside it
+
+        def done(site: str) -> None:
+            if site in trained:
+                self._watch(Reply(site))
+
+        answers = self._courier.ask("train", asked, deadline, done)
         replies = []
         for site, outcome in answers.items():
             if isinstance(outcome, FedKeelError):

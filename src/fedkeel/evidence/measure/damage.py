@@ -9,6 +9,7 @@ from typing import Any
 
 from fedkeel import tables
 from fedkeel.evidence.measure.run import Finished, Settings
+from fedkeel.recipe.schema import Recipe
 from fedkeel.scores.damage import Subject, family_index, outcomes
 from fedkeel.scores.evaluate import overall
 from fedkeel.scores.metrics import mean
@@ -55,12 +56,16 @@ def damage(run: Finished, family: str) -> list[Row]:
         if consistent:
             told["consistency"] = mean(consistent)
         rows += [run.row(f"{part}/{strength:g}/{name}", value, "share") for name, value in told.items()]
-    structure = run.recipe.structure
-    trained = any(structure.amount(name) for name in tables.DAMAGES[family].trained_by)
-    rows.append(run.row(f"{part}/trained", float(trained), "flag"))
+    rows.append(run.row(f"{part}/trained", float(trained_by(run.recipe, family)), "flag"))
     if at_rest := overall(clean):
         rows.append(run.row(f"{part}/ssi", family_index(family, scores, at_rest), "ratio"))
     return rows
+
+
+def trained_by(recipe: Recipe, family: str) -> bool:
+    """Whether a recipe's training disturbs what a family of damage does."""
+    damage = tables.DAMAGES[family]
+    return any(map(recipe.structure.amount, damage.trained_by)) or (damage.exits and recipe.exit.weight > 0)
 
 
 def over_families(clean: Row, families: Mapping[str, Sequence[Row]]) -> list[Row]:

@@ -62,7 +62,8 @@ def results_of(suite: Suite, stream: str, left_out: Collection[str] = ()) -> lis
     return sorted(found, key=lambda r: (not r.line.baseline, r.mean is None, -(r.mean or 0.0)))
 
 
-def _row_scores(line: Line, left_out: Collection[str]) -> dict[int, Scores]:
+def row_scores(line: Line, left_out: Collection[str]) -> dict[int, Scores]:
+    """seed -> the scores of test rows, of tasks that are not left out; without seeds that have none."""
     kept = {run.seed: {t: s for t, s in run.scores.get(line.leg, {}).items() if t not in left_out} for run in line.runs}
     return {seed: scores for seed, scores in kept.items() if scores}
 
@@ -73,7 +74,7 @@ def _result(line: Line, reference: Line | None, stream: str, left_out: Collectio
     compared = reference is not None and reference != line
     interval = None
     if reference is not None and compared:
-        mine, other = _row_scores(line, left_out), _row_scores(reference, left_out)
+        mine, other = row_scores(line, left_out), row_scores(reference, left_out)
         interval = paired_difference(mine, other, stream, line.name)
     numbers = [stream_numbers(stage_matrix(r.rows, line.leg, left_out)) for r in line.runs]
     own = [list(found.values()) for r in line.runs if (found := own_scores(r.rows, line.leg))]

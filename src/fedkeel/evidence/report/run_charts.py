@@ -29,7 +29,6 @@ from fedkeel.evidence.report.tables import (
     mean_and_sd,
     number,
     points,
-    rounds_done,
     signed,
 )
 from fedkeel.scores import metrics
@@ -479,7 +478,7 @@ def kept_table(rows: Sequence[Row], measures: Sequence[Row]) -> Table:
             lines.append((f"unseen task {r.task}" if r.task else "unseen tasks, mean, points", points(r.value)))
     last = last_stage(rows, "federated")
     for r in rows:
-        if r.method == "federated" and r.split == "unseen-sites" and r.stage == last and r.round == rounds_done(rows):
+        if r.method == "federated" and r.split == "unseen-sites" and r.stage == last:
             if r.name == "score" and not r.task:
                 lines.append(("unseen sites, mean over tasks, points", points(r.value)))
             elif r.name == "own_score":

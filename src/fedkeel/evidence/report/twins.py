@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from fedkeel.evidence.report.interval import COVERAGE, Interval, Scores, paired_difference
-from fedkeel.evidence.report.results import Result
+from fedkeel.evidence.report.interval import COVERAGE, Interval, paired_difference
+from fedkeel.evidence.report.results import Result, results_of, row_scores
 from fedkeel.evidence.report.run_charts import blocks
 from fedkeel.evidence.report.suite import Suite, SuiteRun
 from fedkeel.evidence.report.suite_tables import ahead_text, signed_points, with_sd
@@ -19,21 +19,23 @@ def disagreement(run: SuiteRun) -> float | None:
     return 1 + mean_and_sd(found)[0] if found else None
 
 
-def twin_table(suite: Suite, stream: str, results: Sequence[Result], evenly: Sequence[Result]) -> Table:
-    """A line a method that ran on both: its final score and Γ here and on the twin, over the seeds that both have.
+def twin_table(suite: Suite, stream: str, left_out: Collection[str]) -> Table:
+    """A line a method that ran on both: its final score and Γ here and on the twin, over the seeds and the tasks of both.
 
-    results, evenly: of the stream, and of its twin.
+    left_out: tasks at chance on the stream or on its twin.
     """
     twin = suite.twins.get(stream, "")
-    others = {r.line.name: r for r in evenly}
+    others = {r.line.name: r for r in results_of(suite, twin, left_out)}
     lines, told = [], ""
-    for mine in results:
+    for mine in results_of(suite, stream, left_out):
         other = others.get(mine.line.name)
         seeds = sorted(mine.final.keys() & other.final.keys()) if other else []
         if other is None or not seeds:
             continue
         here, there = [mine.final[s] for s in seeds], [other.final[s] for s in seeds]
-        sure = paired_difference(_scores(mine), _scores(other), "twin", stream, mine.line.name)
+        sure = paired_difference(
+            row_scores(mine.line, left_out), row_scores(other.line, left_out), "twin", stream, mine.line.name
+        )
         gammas = [_gammas(r, seeds) for r in (mine, other)]
         more = [a - b for a, b in zip(*gammas, strict=True)] if all(gammas) else []
         lines.append(
@@ -55,10 +57,6 @@ def twin_table(suite: Suite, stream: str, results: Sequence[Result], evenly: Seq
         "batches alone makes it more than 1."
     )
     return Table(f"{stream}: against its even twin", header, tuple(lines), (note, told) if told else (note,))
-
-
-def _scores(result: Result) -> dict[int, Scores]:
-    return {run.seed: run.scores.get(result.line.leg, {}) for run in result.line.runs}
 
 
 def _gammas(result: Result, seeds: Sequence[int]) -> list[float]:
