@@ -188,5 +188,5 @@ def test_no_deployment_and_no_engine_has_it(kind: str, tiny_overrides: list[str]
         Work(recipe)
     path = tmp_path / "recipe.toml"
     path.write_text(f'[attack]\nkind = "{kind}"\n')
-    with pytest.raises(DeployError, match=rf"attack\.kind = '{kind}' is for simulations of harm"):
+    with pytest.raises(DeployError, match=rf"attack\.kind = '{kind}': harm is simulated"):
         app_recipe(path)

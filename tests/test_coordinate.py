@@ -31,7 +31,7 @@ from fedkeel import tables
 from fedkeel.cli import app as cli
 from fedkeel.engines.coordinate import meanings_of, read_sums, reference_of
 from fedkeel.engines.exported import check_heads
-from fedkeel.engines.flower.apps import OneSentence, client_app, server_app
+from fedkeel.engines.flower.apps import OneSentence, Waiting, client_app, server_app
 from fedkeel.engines.sitefile import SiteFileError, read_site
 from fedkeel.engines.work import handle
 from fedkeel.exchange.codecs import EnvelopeError
@@ -513,6 +513,16 @@ def test_a_base_that_is_at_the_sites_is_not_looked_for_elsewhere(
     monkeypatch.chdir(tmp_path)
     refused = CliRunner().invoke(cli, ["ask", str(there.path), "the red cat"])
     assert "'tiny_base' of this run is a folder at its sites: say where it is here with --base PATH" in str(refused.exception)
+
+
+def test_who_has_come_and_who_is_waited_for_is_told() -> None:
+    told: list[str] = []
+    here = Waiting(["b", "a", "c"], told.append)
+    assert not here({})
+    assert not here({"b": 1})
+    assert not here({"b": 1})
+    assert here({"b": 1, "a": 2, "c": 3})
+    assert told == ["b said hello; waiting for a, c", "a, c said hello; all are here"]
 
 
 def test_what_stops_a_federation_is_one_sentence_in_flowers_log() -> None:

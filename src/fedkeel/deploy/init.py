@@ -32,10 +32,10 @@ from fedkeel.deploy.manifest import DeployError, make_manifest
 from fedkeel.deploy.parts import Plan, app_files, check_list, coordinator_files, image_files, joined, site_files
 from fedkeel.files import filled_folder
 from fedkeel.model.bases import folder_of
-from fedkeel.recipe.checks import check_enough
+from fedkeel.recipe.checks import check_deployed, check_enough
 from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import to_toml
+from fedkeel.recipe.settings import ConfigError, to_toml
 from fedkeel.tables import BASELINES, BASES, SOURCES
 
 SITE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
@@ -89,15 +89,10 @@ def app_recipe(path: Path, overrides: Sequence[str] = ()) -> AppRecipe:
     """
     recipe = make_recipe(read_tree(path, overrides), data=False, order=True)
     evaluation = recipe.evaluation
-    if evaluation.unseen_sites:
-        raise DeployError(
-            f"{path}: evaluation.unseen_sites = {evaluation.unseen_sites} keeps sites apart from all training, and in a "
-            f"deployment every site takes part: set it to 0"
-        )
-    if recipe.attack.kind != "none":
-        raise DeployError(
-            f"{path}: attack.kind = {recipe.attack.kind!r} is for simulations of harm in one process: leave it out"
-        )
+    try:
+        check_deployed(recipe, 0)
+    except ConfigError as error:
+        raise DeployError(f"{path}: {error}") from error
     if recipe.partition.scheme != "natural":
         raise DeployError(
             f"{path}: partition.scheme = {recipe.partition.scheme!r} deals rows that lie in one place; in a deployment a site "

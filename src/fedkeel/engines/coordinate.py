@@ -25,9 +25,8 @@ from fedkeel.exchange.messages import MEMORY, pack_global, read_counts
 from fedkeel.federation.server import FederationError
 from fedkeel.files import replaced_folder, write_atomic
 from fedkeel.model.digest import digest_of
-from fedkeel.recipe.checks import check_enough
+from fedkeel.recipe.checks import check_deployed
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Cast, Leg
 from fedkeel.runs.rounds import Carrier, Loop, Memory, Progress, planned
@@ -371,15 +370,7 @@ def coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: W
     names: the sites. meet: given the run's name, the sites, once they have said hello.
     Raises FederationError, ConfigError, or what a Sites raises; returns only when the federation has really ended.
     """
-    if recipe.evaluation.unseen_sites:
-        raise ConfigError("evaluation.unseen_sites: in a deployment every site trains; leave those out of --sites that do not")
-    check_enough(recipe, len(names))
-    if recipe.attack.kind != "none":
-        raise ConfigError(
-            f"attack.kind = {recipe.attack.kind!r}: harm is simulated in one process alone, never in a deployment"
-        )
-    if recipe.audit.canaries and not recipe.audit.site:
-        raise ConfigError("audit.site: no site of a deployment knows who else is there: name the one that plants the secrets")
+    check_deployed(recipe, len(names))
     if recipe.privacy.unit != "none" and recipe.evaluation.baselines:
         watch.note("no baselines: their scores are numbers about private rows, which privacy.unit keeps at the sites")
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, baselines=()))

@@ -434,6 +434,24 @@ def check_one_model(recipe: Recipe, adapters: Path) -> None:
         )
 
 
+def check_deployed(recipe: Recipe, count: int) -> None:
+    """Raise ConfigError for what a deployment does not run, as its sites hold their own rows. count: of sites; 0: not known."""
+    evaluation, attack = recipe.evaluation, recipe.attack.kind
+    if evaluation.unseen_sites:
+        raise ConfigError(
+            f"evaluation.unseen_sites = {evaluation.unseen_sites} keeps sites apart from all training, and in a deployment "
+            f"every site takes part: set it to 0, and leave those out of --sites that do not"
+        )
+    if attack != "none":
+        raise ConfigError(
+            f"attack.kind = {attack!r}: harm is simulated in one process alone, never in a deployment: leave it out"
+        )
+    if recipe.audit.canaries and not recipe.audit.site:
+        raise ConfigError("audit.site: no site of a deployment knows who else is there: name the one that plants the secrets")
+    if count:
+        check_enough(recipe, count)
+
+
 def check_enough(recipe: Recipe, count: int, where: str = "") -> None:
     """Raise ConfigError where `count` sites are fewer than the recipe's rule, or its privacy, needs in a round. where: which
     rounds these are, in words."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,21 @@ def _app_file(name: str) -> Path:
     return found[0]
 
 
+class Waiting:
+    """Whether every one of `names` is among the sites that have a node. tell: hears who came, and who is still waited for."""
+
+    def __init__(self, names: Sequence[str], tell: Callable[[str], None]) -> None:
+        self._names, self._tell = names, tell
+        self._come: set[str] = set()
+
+    def __call__(self, found: Mapping[str, int]) -> bool:
+        left = [name for name in self._names if name not in found]
+        if fresh := sorted(found.keys() - self._come):
+            self._come.update(fresh)
+            self._tell(f"{', '.join(fresh)} said hello; " + (f"waiting for {', '.join(left)}" if left else "all are here"))
+        return not left
+
+
 class OneSentence(logging.Filter):
     """Of what Flower says of an exception, for FedKeel's own its text: it says what is wrong and what would be right, and
     twenty lines of a traceback around it hide that."""
@@ -117,8 +133,8 @@ def coordinator(grid: Grid, context: Context) -> None:
     def meet(run: str) -> Courier:
         courier = Courier(grid, Errand(text, run), members=lambda: read_members(Path(MEMBERS)))
         courier.tell = watch.note  # at once: who is missing can be looked after while the others are waited for
-        watch.leg("federated", f"waiting for {len(names)} sites, at most {seconds:.0f} s")
-        courier.greet(lambda found: set(names) <= set(found), seconds)
+        watch.leg("federated", f"waiting for {', '.join(names)}, at most {seconds:.0f} s")
+        courier.greet(Waiting(names, watch.note), seconds)
         return courier
 
     coordinate(recipe, names, RunFolder(Path(recipe.out) / recipe.name), watch, meet)
