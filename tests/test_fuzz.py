@@ -363,7 +363,7 @@ def test_overrides(cases: int) -> None:
 @counts
 def test_plans(cases: int, tmp_path: Path) -> None:
     short = b'[streams.a]\nset = ["a=b"]\n[methods.m]\nset = []\n[knobs]\n"train.lr" = [0.1]\n"stream.stages" = [["a"]]\n'
-    valid = [*((PLANS / f"{n}.toml").read_bytes() for n in ("sensitivity", "streams")), short]
+    valid = [*((PLANS / f"{n}.toml").read_bytes() for n in ("sensitivity", "main")), short]
 
     def read(path: Path) -> None:
         plan = load_plan(str(path))

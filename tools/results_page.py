@@ -26,7 +26,7 @@ from fedkeel.files import write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "results", ROOT / "README.md"
 PAGE, SHORT = ROOT / "docs" / "results-all.md", ROOT / "docs" / "results.md"
-PICTURES = ("clinc150", "cl15")  # streams of the main suite whose kept score the page shows
+PICTURES = {"main": ("clinc150", "banking77"), "main-short": ("clinc150", "cl15")}  # streams whose kept score the page shows
 SUITES = tuple(sorted(path.parent.name for path in (RESULTS / "suites").glob("*/suite.json")))
 MARK = re.compile(r"<!-- table: (\S+) (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -170,8 +170,8 @@ def short(text: str) -> str:
 def readme(text: str) -> str:
     """The README with its tables: the encoder on CLINC150 by leg, and a few methods of the main suite."""
     legs = ("method", "score, points", "mean over sites, own rows", "bytes up", "bytes down")
-    suite = ("method", "final score", "95 % interval", "forgetting", "step cost")
-    methods = ("fedit (reference)", "fedprox", "fedgkd", "ffa-lora", "fedex-lora", "fedit-average", "guided", "full")
+    suite = ("method", "seeds", "final score", "95 % interval", "forgetting", "MB up")
+    methods = ("fedit (reference)", "fedprox", "fedgkd", "ffa-lora", "o-lora", "fedrs", "fedit-average", "full", "full-two")
     streams = _selected(tables_in("main", "clinc150: scores"), suite, methods)
     tables = {
         "table": _selected(tables_in("main-job", "clinc150-minilm"), legs),
@@ -187,8 +187,9 @@ def readme(text: str) -> str:
 if __name__ == "__main__":
     for suite in SUITES:
         write_atomic(RESULTS / "suites" / suite / "tables.md", suite_tables(suite))
-    for stream in PICTURES:
-        kept_picture(RESULTS / "suites" / "main", stream, RESULTS / "suites" / "main" / f"{stream}.svg")
+    for suite, streams in PICTURES.items():
+        for stream in streams:
+            kept_picture(RESULTS / "suites" / suite, stream, RESULTS / "suites" / suite / f"{stream}.svg")
     write_atomic(PAGE, filled(PAGE.read_text(encoding="utf-8")))
     write_atomic(SHORT, short(SHORT.read_text(encoding="utf-8")))
     write_atomic(README, readme(README.read_text(encoding="utf-8")))
