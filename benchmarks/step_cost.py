@@ -188,7 +188,7 @@ def main() -> None:
         return
     results = []
     variants = [name for name in VARIANTS if name in {"plain", *args.variants, *map(AGAINST.get, args.variants)}]
-    print(f"{'base':<12}{'variant':<25}{'s / round':>10}{'ratio':>7}{'peak MB':>9}{'ratio':>7}")
+    print(f"{'base':<14}{'variant':<25}{'s / round':>10}{'ratio':>7}{'peak MB':>9}{'ratio':>7}")
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
             base = base_of(shape, Path(folder))
@@ -212,7 +212,7 @@ def main() -> None:
                 "peak_ratio": round(memory[name] / memory[plain], 3),
             }
             results.append(row)
-            print(f"{shape:<12}{name:<25}{row['seconds']:>10}{row['ratio']:>7}{row['peak_mb']:>9}{row['peak_ratio']:>7}")
+            print(f"{shape:<14}{name:<25}{row['seconds']:>10}{row['ratio']:>7}{row['peak_mb']:>9}{row['peak_ratio']:>7}")
     print(
         json.dumps(
             {

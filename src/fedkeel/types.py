@@ -82,7 +82,7 @@ class Head:
 
     labels: those that any site has had a row of, sorted. weight: (labels, d) float32. scale: a of softmax(a · scores). trust:
     (labels,) float32 in [0, 1], the share of a label's rows that the others foretell. stage: of the stream, from 0, in which
-    rows of the task last came.
+    rows of the task last came. mean: (labels, d) float32, of a label's features, where a term asks for it.
     """
 
     labels: tuple[str, ...]
@@ -90,6 +90,7 @@ class Head:
     scale: float
     trust: Tensor
     stage: int = 0
+    mean: Tensor | None = None
 
 
 # What one round adds to frozen maps: module path -> (left (d_out, R), right (R, d_in)); left @ right is added.
@@ -189,7 +190,9 @@ class Forward:
     nothing is tapped. teacher: None where nothing is distilled. again, clean: (N, V) logits of a second disturbed pass, and of
     an undisturbed one without gradient; None where no term asked for them. offsets: what the site's evidence on labels changes
     of the task loss; None for nothing. anchor: what the analytic classifier says; None where no term asked, or it says nothing.
-    exit: (N, V) logits at an earlier block; None where no term asked for them.
+    exit: (N, V) logits at an earlier block; None where no term asked for them. pooled: (rows, d) of an encoder, what it makes
+    of whole rows, as `features.standardised`; prototypes: of the rows of a label that has one, that (M, d), and the label's
+    prototype (M, d) without gradient; None where no term asked, or there is none.
     """
 
     logits: Tensor
@@ -202,6 +205,8 @@ class Forward:
     offsets: Offsets | None = None
     anchor: Soft | None = None
     exit: Tensor | None = None
+    pooled: Tensor | None = None
+    prototypes: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,11 @@ def of_guidance(guidance: Guidance) -> Term:
 
 
 # every pair of gates, at another temperature than 1; then an alignment. CKA is not here: it couples the positions of a
-# micro-batch, so that it is no mean over them (tests/laws/test_distill.py has its laws).
+# micro-batch, so that it is no mean over them (tests/laws/test_distill.py has its laws); nor what reads no logits
+# (tests/test_prototype.py).
+READ = [name for name, entry in tables.TERMS.items() if not entry.once and not entry.couples and name != "prototype"]
 LAWS: dict[str, Term] = (
-    {name: of_entry(name) for name, entry in tables.TERMS.items() if not entry.once and not entry.couples}
+    {name: of_entry(name) for name in READ}
     | {f"{a}-{b}": of_guidance(Guidance(2.0, gold=a, rest=b, kappa=0.5, beta=0.7)) for a, b in product(GOLD, REST)}
     | {"anchor": anchored, "exit": early, "vacant": vacant}
     | {"cosine": of_guidance(Guidance(align="cosine", align_weight=0.5))}

@@ -21,8 +21,10 @@ def heads_packed(heads: Mapping[str, Head]) -> tuple[list[dict[str, Any]], dict[
     told, tensors = [], {}
     for number, (task, head) in enumerate(sorted(heads.items())):
         about = {"task": task, "labels": list(head.labels), "width": head.weight.shape[1], "scale": head.scale}
-        told.append({**about, "stage": head.stage})
+        told.append({**about, "stage": head.stage, **({} if head.mean is None else {"mean": True})})
         tensors[f"{HEAD}{number}.weight"], tensors[f"{HEAD}{number}.trust"] = head.weight.float(), head.trust.float()
+        if head.mean is not None:
+            tensors[f"{HEAD}{number}.mean"] = head.mean.float()
     return told, tensors
 
 
@@ -41,6 +43,10 @@ def heads_wire(told: Any) -> Wire:
         assert isinstance(labels, list)
         wire[f"{HEAD}{number}.weight"] = (torch.float32, (len(labels), width))
         wire[f"{HEAD}{number}.trust"] = (torch.float32, (len(labels),))
+        if type(one.get("mean", False)) is not bool:
+            raise EnvelopeError(f"the message reports head {number} with mean {one['mean']!r}")
+        if one.get("mean"):
+            wire[f"{HEAD}{number}.mean"] = (torch.float32, (len(labels), width))
     return wire
 
 
@@ -53,6 +59,7 @@ def heads_unpacked(told: Sequence[Mapping[str, Any]], sent: Mapping[str, Tensor]
             one["scale"],
             sent[f"{HEAD}{n}.trust"].clone(),
             one["stage"],
+            sent[f"{HEAD}{n}.mean"].clone() if one.get("mean") else None,
         )
         for n, one in enumerate(told)
     }

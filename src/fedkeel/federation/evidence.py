@@ -13,7 +13,9 @@ from fedkeel.data.batches import Batch
 from fedkeel.data.format import Example
 from fedkeel.method.objective import anchor
 from fedkeel.method.objective.calibrate import along
-from fedkeel.model.features import Features, chances
+from fedkeel.model.bases import ModelError
+from fedkeel.model.features import STEP, Features, chances
+from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Evidence
 from fedkeel.types import Head, Offsets, Soft, Sums
 
@@ -107,6 +109,34 @@ class Anchor:
                 listed = anchor.along(example.answer, example.options, chance)
                 at, tokens, values, masses = zip(*listed, strict=True) if listed else ((), (), (), ())
                 self._known[example.record] = (at, tokens, values, tuple(own * mass for mass in masses))
+
+
+class Prototypes:
+    """What the states of rows are pulled to: the mean features of each label over all sites' rows, in the frozen base.
+
+    Source: FedProto, arXiv:2105.00243; see `method.objective.prototype`.
+    """
+
+    def __init__(self, model: Model, heads: Mapping[str, Head]) -> None:
+        """heads: as they came down, by task. Raises ModelError for a model whose states are not pooled as the features are."""
+        if model.label_text is None:
+            raise ModelError(
+                f"evidence.prototype: the states of {model.config.base!r} are not pooled, as an encoder's are whose classes "
+                f"are scored by words or by an analytic head; leave it out"
+            )
+        self._means = {
+            (task, label): STEP * mean[:-1]  # without the intercept
+            for task, head in heads.items()
+            if head.mean is not None
+            for label, mean in zip(head.labels, head.mean, strict=True)
+        }
+
+    def __call__(self, pooled: torch.Tensor, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(states of the rows whose label has a prototype, these); None where no row has. pooled: (rows, d)."""
+        rows = [n for n, e in enumerate(examples) if (e.task, e.label) in self._means]
+        if not rows:
+            return None
+        return pooled[rows], torch.stack([self._means[examples[n].task, examples[n].label] for n in rows])
 
 
 def known_sums(features: Features, examples: Sequence[Example], stage: int) -> dict[str, Sums]:

@@ -49,7 +49,7 @@ def gather(before: Mapping[str, Sums], transport: Transport, roster: Roster, lik
         # a site that told no outcome is left out whole: its rows would count as foretold by nobody
         fresh = _together(before, tried, sorted({task for known in tried.values() for task in known}))
     known = {**before, **fresh}
-    heads = {task: head_of(held, ridge) for task, held in sorted(known.items())}
+    heads = {task: head_of(held, ridge, bool(roster.evidence.prototype)) for task, held in sorted(known.items())}
     return Gathered(known, heads, asking.down, asking.up, asking.failures)
 
 

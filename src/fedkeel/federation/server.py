@@ -223,7 +223,7 @@ def message(state: Global, roster: Roster, tasks: Mapping[str, int], held: int, 
     way = Way(roster.federation.codec_down, names_of(adapter, roster.rule.down), derive(roster.seed, "down", state.round))
     # as a teacher those alone that rows of the present stage may ask; rows of an earlier one may be replayed, and scored
     now = max((head.stage for head in state.heads.values()), default=0)
-    teaches = roster.evidence.anchor
+    teaches = roster.evidence.anchor or roster.evidence.prototype
     heads = {task: head for task, head in state.heads.items() if roster.by_head or (teaches and head.stage == now)}
     sent = replace(state, heads=heads, serve=None, average=None)
     payload = pack_global("global", sent, way, held, tasks=dict(tasks), unsent=unsent(adapter, roster.rule), **more)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkeel.data.batches import Batch, batch_indices, batches_per_epoch, collate
 from fedkeel.data.format import Example
-from fedkeel.federation.evidence import Anchor, Calibration, calibration_of
+from fedkeel.federation.evidence import Anchor, Calibration, Prototypes, calibration_of
 from fedkeel.federation.private import drawn, private_gradient
 from fedkeel.federation.teacher import Guide
 from fedkeel.method.objective.ascent import backward_at_worst
@@ -144,6 +144,7 @@ class Lesson:
     parameters: Parameters
     calibration: Calibration | None
     anchor: Anchor | None
+    prototypes: Prototypes | None
 
     def moment(self, step: int) -> Moment:
         """Where `step` of the stage is, with the strength of structures there."""
@@ -202,7 +203,10 @@ class Lesson:
         model, guide = self.model, self.guide
         teacher = guide(batch, examples) if guide is not None and "teacher" in needs else None
         states = teacher is not None and guide is not None and guide.states
-        forward = self.disturbed(batch, moment.step, 0, states, self.exit(moment) if "exit" in needs else -1)
+        pooled = self.prototypes is not None and "prototypes" in needs
+        forward = self.disturbed(batch, moment.step, 0, states, self.exit(moment) if "exit" in needs else -1, pooled)
+        if self.prototypes is not None and forward.pooled is not None:
+            forward = replace(forward, prototypes=self.prototypes(forward.pooled, examples))
         if self.calibration is not None:
             forward = replace(forward, offsets=self.calibration(batch, examples))
         if teacher is not None:
@@ -225,13 +229,15 @@ class Lesson:
         blocks = len(self.model.places.stack)
         return exit_block(recipe.exit, blocks, self.model.first, uniform, moment.progress)
 
-    def disturbed(self, batch: Batch, step: int, number: int, states: bool = False, exit: int = -1) -> Forward:
+    def disturbed(
+        self, batch: Batch, step: int, number: int, states: bool = False, exit: int = -1, pooled: bool = False
+    ) -> Forward:
         """Pass `number` of a step, with structures on; all micro-batches of the step share what they draw."""
         if self.injection is not None:
             self.draw.key = derive(self.round.recipe.seed, "structure", self.round.site, self.round.state.round, step, number)
             self.draw.on = True
         with self.model.autocast():
-            forward = self.model.forward(batch, states, exit)
+            forward = self.model.forward(batch, states, exit, pooled)
         self.draw.on = False
         return forward
 
@@ -257,9 +263,10 @@ def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterat
             draw = injection.draw if injection is not None else Draw()
             calibration = calibration_of(examples, recipe.evidence)
             anchor = Anchor(model.features, round.state.heads, recipe.evidence) if recipe.evidence.anchor else None
+            prototypes = Prototypes(model, round.state.heads) if recipe.evidence.prototype else None
             downs = [branch.a.get_parameter("weight") for branch in model.places.branches] if remembers else []
             weights = Parameters(now, start, downs, round.ranks)
-            yield Lesson(model, examples, round, terms, guide, injection, draw, weights, calibration, anchor)
+            yield Lesson(model, examples, round, terms, guide, injection, draw, weights, calibration, anchor, prototypes)
     finally:
         for parameter in model.parameters():
             parameter.grad = None

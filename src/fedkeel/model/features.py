@@ -18,7 +18,7 @@ ROWS = 32  # prompts at once
 def features_of(parts: Sequence[Tensor]) -> Tensor:
     """(rows, d) whole numbers, int16: of each part, (rows, its width), a row less its mean, over its deviation, in steps of
     the grid, cut at ± BOUND; then a 1, for the intercept."""
-    whole = (torch.cat([_standard(part.double()) for part in parts], 1) / STEP).round().clamp(-BOUND, BOUND)
+    whole = (standardised([part.double() for part in parts]) / STEP).round().clamp(-BOUND, BOUND)
     return torch.cat([whole, torch.full_like(whole[:, :1], 1 / STEP)], 1).to(torch.int16)
 
 
@@ -26,6 +26,11 @@ def _standard(part: Tensor) -> Tensor:
     """Each row less its mean, over its deviation."""
     centred = part - part.mean(1, keepdim=True)
     return centred / centred.std(1, keepdim=True, correction=0).clamp_min(1e-12)
+
+
+def standardised(parts: Sequence[Tensor]) -> Tensor:
+    """(rows, d): parts side by side, of each a row less its mean, over its deviation. parts: (rows, its width) each."""
+    return torch.cat([_standard(part) for part in parts], 1)
 
 
 def chances(head: Head, features: Tensor, labels: Sequence[str]) -> Tensor:
@@ -80,7 +85,7 @@ class ByHead:
     def __call__(self, pooled: Sequence[Tensor], tasks: Sequence[str], otherwise: Tensor) -> Tensor:
         """(rows, V). pooled: (rows, d) at each depth. tasks: of each row. otherwise: (rows, V), for rows of a task without
         classifier."""
-        x = torch.cat([_standard(part.float()) for part in pooled], 1)
+        x = standardised([part.float() for part in pooled])
         x, scores = torch.cat([x, torch.ones_like(x[:, :1])], 1), otherwise
         for task, (columns, weight) in self.parts.items():
             rows = torch.tensor([n for n, of in enumerate(tasks) if of == task], dtype=torch.int64, device=x.device)

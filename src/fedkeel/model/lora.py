@@ -23,7 +23,7 @@ from fedkeel.model.adapted import Adapted, with_lora
 from fedkeel.model.attention import train_in_float32
 from fedkeel.model.bases import ModelError
 from fedkeel.model.depth import states_of, whole, without
-from fedkeel.model.features import Beside, ByHead, Features
+from fedkeel.model.features import Beside, ByHead, Features, standardised
 from fedkeel.model.half import hold_in_bf16
 from fedkeel.model.load import Base, device_of, kind_of, load_config, load_tokenizer, uses_bf16
 from fedkeel.model.lower import Lower, States
@@ -263,18 +263,19 @@ class Model(Adapted):
                 rows.append(_pool(hidden, inputs["attention_mask"])[0].float())
         return LabelText(nn.functional.normalize(torch.stack(rows), dim=-1))
 
-    def forward(self, batch: Batch, states: bool = False, exit: int = -1) -> Forward:
+    def forward(self, batch: Batch, states: bool = False, exit: int = -1, pooled: bool = False) -> Forward:
         """Logits at the supervised positions of `batch`, on this model's device; see `types.Forward`.
 
         states: also the hidden states there at each of `taps`; of a classifier, their mean over a row's real tokens. exit:
-        index of a block of the stack that predicts; with it also the logits of a model that ends there. −1: none.
+        index of a block of the stack that predicts; with it also the logits of a model that ends there. −1: none. pooled: also
+        what it makes of whole rows at each of `depths`, of an encoder.
         """
         if exit >= 0:
-            return self._with_exit(batch, states, exit)
+            return self._with_exit(batch, states, exit, pooled)
         if not states:
-            return self._forward(batch)
+            return self._forward(batch, pooled)
         with self._tapped() as found:
-            forward = self._forward(batch)
+            forward = self._forward(batch, pooled)
         hidden = [found[path] for path in self.taps]
         if self.kind == "classifier":
             mask = batch.inputs["attention_mask"].to(self.device)
@@ -282,7 +283,7 @@ class Model(Adapted):
         where = forward.rows, batch.columns.to(self.device)
         return replace(forward, states=[h[where] for h in hidden])
 
-    def _with_exit(self, batch: Batch, states: bool, exit: int) -> Forward:
+    def _with_exit(self, batch: Batch, states: bool, exit: int, pooled: bool) -> Forward:
         """A pass, and from the block's states a second one through what stands around the blocks alone."""
         if not self.places.forms:
             raise ModelError(f"{self.config.base!r}: its blocks are not known, so there is no early exit")
@@ -296,7 +297,7 @@ class Model(Adapted):
         if self.kind == "seq2seq":
             handles.append(self.net.get_encoder().register_forward_hook(partial(keep, "encoder_outputs")))
         try:
-            forward = self.forward(batch, states)
+            forward = self.forward(batch, states, pooled=pooled)
         finally:
             for handle in handles:
                 handle.remove()
@@ -304,11 +305,11 @@ class Model(Adapted):
         self.remembers = False
         try:
             with without(blocks, self.places.forms, begin):
-                return replace(forward, exit=self._forward(batch, **kept).logits)
+                return replace(forward, exit=self._forward(batch, False, **kept).logits)
         finally:
             self.remembers = remembers
 
-    def _forward(self, batch: Batch, **more: Any) -> Forward:
+    def _forward(self, batch: Batch, pooled: bool, **more: Any) -> Forward:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()} | more
         rows, columns, targets = (t.to(self.device) for t in (batch.rows, batch.columns, batch.targets))
         if self.kind == "classifier":
@@ -317,13 +318,15 @@ class Model(Adapted):
             if self.label_text is not None:
                 last, mask = out.last_hidden_state, inputs["attention_mask"]
                 logits = self.label_text(_pool(last, mask))
+                parts = [_pool(states, mask) for states in seen(last)] if pooled or self.by_head is not None else []
                 if self.by_head is not None:
-                    logits = self.by_head([_pool(states, mask) for states in seen(last)], batch.tasks, logits)
+                    logits = self.by_head(parts, batch.tasks, logits)
             else:
-                logits = out.logits
+                logits, parts = out.logits, []
             if batch.allowed is not None:
                 logits = logits.float().masked_fill(~batch.allowed.to(self.device), float("-inf"))
-            return Forward(logits, targets, rows)
+            whole = standardised([part.float() for part in parts]) if pooled else None
+            return Forward(logits, targets, rows, pooled=whole)
         if self.kind == "seq2seq":
             labels = inputs.pop("labels")
             inputs["decoder_input_ids"] = self.shift_right(labels)

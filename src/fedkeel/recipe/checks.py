@@ -282,7 +282,9 @@ def _check_masks(recipe: Recipe) -> None:
 def anchor_asked(recipe: Recipe) -> list[str]:
     """What of a recipe asks for the analytic anchor in the federation itself, each as `key = value`."""
     evidence = recipe.evidence
-    asked = [f"evidence.{key} = {getattr(evidence, key):g}" for key in ("anchor", "serve") if getattr(evidence, key)]
+    asked = [
+        f"evidence.{key} = {getattr(evidence, key):g}" for key in ("anchor", "prototype", "serve") if getattr(evidence, key)
+    ]
     asked += [f"evidence.serve_from = {list(evidence.serve_from)}"] if evidence.serve_from else []
     return asked + (["model.head = 'analytic'"] if recipe.model.head == "analytic" else [])
 
@@ -295,7 +297,13 @@ def _check_anchor(recipe: Recipe) -> None:
     if recipe.model.feature_depths and not asked:
         raise ConfigError(
             f"model.feature_depths = {list(recipe.model.feature_depths)} says where the analytic anchor looks, and nothing "
-            f"asks for it: set evidence.anchor, serve or serve_from, model.head = 'analytic', or the baseline `analytic`"
+            f"asks for it: set evidence.anchor, prototype, serve or serve_from, model.head = 'analytic', or the baseline "
+            f"`analytic`"
+        )
+    if recipe.evidence.prototype and not recipe.model.feature_depths and recipe.model.head != "analytic":
+        raise ConfigError(
+            f"evidence.prototype = {recipe.evidence.prototype:g} compares states of one depth: set model.feature_depths = "
+            f"[1.0], or model.head = 'analytic'"
         )
     if asked and recipe.privacy.unit != "none":
         raise ConfigError(

@@ -231,6 +231,18 @@ class Evidence:
         0, "in place of serve: after each stage, the one of these weights with which validation rows score best"
     )
 
+    prototype: float = number(
+        0.0,
+        0,
+        about="λ_p, of the distance of an encoder's states to the mean that all sites' rows of a label have in the frozen "
+        "base (as FedProto); 0: none",
+    )
+
+    @property
+    def asked(self) -> bool:
+        """Whether something here is made of sums over rows."""
+        return bool(self.anchor or self.prototype or self.served)
+
     @property
     def served(self) -> bool:
         """Whether the anchor scores labels beside the adapter."""

@@ -51,7 +51,7 @@ class Leg:
     def gathers(self) -> bool:
         """Whether the analytic anchor is made, before each stage."""
         evidence, model = self.stages[0].recipe.evidence, self.stages[0].recipe.model
-        return self.method != "base" and bool(evidence.anchor or evidence.served or model.head == "analytic")
+        return self.method != "base" and bool(evidence.asked or model.head == "analytic")
 
     @property
     def seed(self) -> int:

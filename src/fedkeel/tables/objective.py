@@ -30,9 +30,10 @@ class Term(Entry):
     then its options have a `weight`. section: where its options are, of a recipe's own sections; empty: `[term.NAME]`. weight:
     (options, moment) -> the weight at a step (`terms.Moment`); empty: the options' `weight`. mode: it is taken in this
     structure.mode only.
-    needs: what of a `Forward` it reads beside logits and targets: `teacher`, `again`, `clean`, `anchor`, `exit`. once: it
-    reads no position but `types.Parameters` (`parameters`), and is taken once a step, not once a micro-batch. row: the name
-    of its mean among a site's numbers. gates: names of the per-position numbers that it returns beside its loss. least: a bound
+    needs: what of a `Forward` it reads beside logits and targets: `teacher`, `again`, `clean`, `anchor`, `exit`,
+    `prototypes`. once: it reads no position but `types.Parameters` (`parameters`), and is taken once a step, not once a
+    micro-batch. row: the name of its mean among a site's numbers. gates: names of the per-position numbers that it returns
+    beside its loss. least: a bound
     below that the law tests hold it to; −inf for none. couples: it couples the positions of a micro-batch. tail: it looks at
     what a teacher finds least likely, which is not kept of a row (`distill.cache`): the teacher is asked anew each time. asks:
     (key, value) of the schema without which it has no meaning.
@@ -106,6 +107,15 @@ TERMS = Table(
             needs=("anchor",),
             weight=f"{_OBJECTIVE}.anchor:anchor_weight",
             row="anchor_loss",
+        ),
+        "prototype": Term(
+            f"{_OBJECTIVE}.prototype:to_prototype",
+            key="evidence.prototype",
+            section="evidence",
+            needs=("prototypes",),
+            weight=f"{_OBJECTIVE}.prototype:prototype_weight",
+            row="prototype_loss",
+            unit="squares",
         ),
         "exit": Term(
             f"{_OBJECTIVE}.exits:early",

@@ -89,14 +89,16 @@ def moments_of(sums: Sums) -> Tensor:
     return torch.stack([sums.moments[label].double() for label in sorted(sums.moments)])
 
 
-def head_of(sums: Sums, ridge: float) -> Head:
-    """The classifier that sums make. Its scale is the one of SCALES under which held-out rows cost the fewest nats; its trust
-    in a label the share of the label's rows that the others foretell, 0 of one whose rows were never foretold."""
+def head_of(sums: Sums, ridge: float, means: bool = False) -> Head:
+    """The classifier that sums make, and with `means` the mean of each label's features. Its scale is the one of SCALES under
+    which held-out rows cost the fewest nats; its trust in a label the share of the label's rows that the others foretell, 0 of
+    one whose rows were never foretold."""
     labels = tuple(sorted(sums.moments))
     weight = (moments_of(sums) @ inverse(sums, ridge)).float()
     scale = min(zip(sums.nats, SCALES, strict=True))[1] if any(sums.nats) else SCALES[len(SCALES) // 2]
     trust = torch.tensor([sums.hits.get(label, 0) / sums.rows[label] for label in labels])
-    return Head(labels, weight, scale, trust, sums.stage)
+    counts = torch.tensor([[float(sums.rows[label])] for label in labels], dtype=torch.float64)
+    return Head(labels, weight, scale, trust, sums.stage, (moments_of(sums) / counts).float() if means else None)
 
 
 def _columns(labels: Sequence[str], known: Sequence[str]) -> Tensor:
