@@ -65,16 +65,26 @@ def batch_indices(lengths: Sequence[int], batch_size: int, seed: int, site: str,
     return [epochs[step // size][step % size] for step in steps]
 
 
+def padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu", left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(rows, T) tokens and the mask of those that are real. left: padded there, so that every row ends in the last column."""
+    width = max(map(len, rows))
+
+    def filled(tokens: Sequence[int], filler: int) -> list[int]:
+        gap = [filler] * (width - len(tokens))
+        return [*gap, *tokens] if left else [*tokens, *gap]
+
+    real = torch.tensor([filled([1] * len(row), 0) for row in rows], device=device)
+    return torch.tensor([filled(row, pad) for row in rows], device=device), real
+
+
 def collate(examples: Sequence[Example], kind: str, pad: int, classes: int = 0) -> Batch:
     """One batch, padded on the right. Raises DataError if a row has no supervised position, naming it."""
     for example in examples:
         if not example.positions:
             raise DataError(f"row {example.record} (task {example.task}) has no supervised position")
-    width = max(len(e.ids) for e in examples)
-    inputs = {
-        "input_ids": torch.tensor([[*e.ids, *[pad] * (width - len(e.ids))] for e in examples]),
-        "attention_mask": torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in examples]),
-    }
+    inputs = dict(zip(("input_ids", "attention_mask"), padded([e.ids for e in examples], pad), strict=True))
     if kind == "classifier":
         rows = torch.arange(len(examples))
         allowed = torch.zeros(len(examples), classes, dtype=torch.bool)
@@ -83,9 +93,8 @@ def collate(examples: Sequence[Example], kind: str, pad: int, classes: int = 0) 
         targets = torch.tensor([e.target for e in examples])
         return Batch(inputs, rows, torch.zeros_like(rows), targets, allowed, [e.task for e in examples])
     if kind == "seq2seq":
-        width = max(len(e.decoder) for e in examples)
         places = [(r, c, t) for r, e in enumerate(examples) for c, t in enumerate(e.decoder)]
-        inputs["labels"] = torch.tensor([[*e.decoder, *[-100] * (width - len(e.decoder))] for e in examples])
+        inputs["labels"], _ = padded([e.decoder for e in examples], -100)
     else:
         places = [(r, c - 1, e.ids[c]) for r, e in enumerate(examples) for c in range(1, len(e.ids)) if e.supervised[c]]
     rows, columns, targets = (torch.tensor(column) for column in zip(*places, strict=True))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedkeel.data.batches import padded
 from fedkeel.types import Head
 
 STEP = 2.0**-6  # of the grid, where a feature's deviation is 1
@@ -112,8 +113,5 @@ class Features:
         fresh = sorted({key for key in keys if key not in self._held}, key=lambda key: (len(key), key))
         for start in range(0, len(fresh), ROWS):
             chunk = fresh[start : start + ROWS]
-            width = max(map(len, chunk))
-            ids = torch.tensor([[*prompt, *[self._pad] * (width - len(prompt))] for prompt in chunk])
-            mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in chunk])
-            self._held |= zip(chunk, features_of(self._pooled(ids, mask)), strict=True)
+            self._held |= zip(chunk, features_of(self._pooled(*padded(chunk, self._pad))), strict=True)
         return torch.stack([self._held[key] for key in keys])

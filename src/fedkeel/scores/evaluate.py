@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkeel import tables
-from fedkeel.data.batches import collate
+from fedkeel.data.batches import collate, padded
 from fedkeel.data.format import Example, Formatter
 from fedkeel.model.features import chances
 from fedkeel.model.generate import generate
@@ -148,13 +148,6 @@ def _beside(model: Model, rows: Sequence[tuple[Sequence[int], Record]]) -> list[
     return list(zip(headed, model.features([rows[n][0] for n in headed]), strict=True)) if headed else []
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """(rows, T) tokens and mask, padded on the left, so that every prompt ends in the last column."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    return ids, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-
-
 @torch.no_grad()
 def label_log_likelihoods(
     model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
@@ -183,17 +176,9 @@ def _chunks(flat: Sequence[Any]) -> list[tuple[int, Sequence[Any]]]:
     return [(start, flat[start : start + SEQUENCES]) for start in range(0, len(flat), SEQUENCES)]
 
 
-def _padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows, T) tokens padded on the right, and which are real."""
-    width = max(map(len, sequences))
-    ids = torch.tensor([[*s, *[pad] * (width - len(s))] for s in sequences], device=device)
-    real = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
-    return ids, real
-
-
 def _behind_prompt(model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
     pad, device = model.tokenizer.pad_token_id, model.device
-    ids, mask = (t.to(device) for t in _left_padded(prompts, pad))
+    ids, mask = padded(prompts, pad, device, left=True)
     lengths = mask.sum(1)
     positions = model.accepts("position_ids")
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
@@ -206,7 +191,7 @@ def _behind_prompt(model: Model, prompts: Sequence[Sequence[int]], flat: Sequenc
     longer = [n for n, (_, answer) in enumerate(flat) if len(answer) > 1]
     for _, chunk in _chunks(longer):
         index = torch.tensor(chunk, device=device)
-        tokens, real = _padded([flat[n][1] for n in chunk], pad, device)
+        tokens, real = padded([flat[n][1] for n in chunk], pad, device)
         step, keep = tokens[:, :-1], real[:, 1:].bool()
         cache = copy.deepcopy(output.past_key_values)
         cache.batch_select_indices(which[index])
@@ -226,7 +211,7 @@ def _whole(model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[
     totals = torch.zeros(len(flat), device=model.device)
     for start, stop in parts([len(pairs[n][0]) for n in order], len(prompts)):
         chunk = order[start:stop]
-        ids, mask = _padded([pairs[n][0] for n in chunk], model.tokenizer.pad_token_id, model.device)
+        ids, mask = padded([pairs[n][0] for n in chunk], model.tokenizer.pad_token_id, model.device)
         places = [
             (at, column) for at, n in enumerate(chunk) for column in range(len(pairs[n][0]) - pairs[n][1], len(pairs[n][0]))
         ]
@@ -238,13 +223,13 @@ def _whole(model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[
 
 def _behind_encoder(model: Model, prompts: Sequence[Sequence[int]], flat: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
     pad, device = model.tokenizer.pad_token_id, model.device
-    ids, mask = _padded(prompts, pad, device)
+    ids, mask = padded(prompts, pad, device)
     encoder = model.net.get_encoder()
     hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     which = torch.tensor([row for row, _ in flat], device=device)
     totals = torch.zeros(len(flat), device=device)
     for start, chunk in _chunks(flat):
-        tokens, real = _padded([answer for _, answer in chunk], pad, device)
+        tokens, real = padded([answer for _, answer in chunk], pad, device)
         at, columns = real.nonzero(as_tuple=True)
         rows = which[start : start + len(chunk)]
         inputs: dict[str, Any] = {
@@ -296,10 +281,8 @@ def answered(
         chunk = [e for e in encoded[: config.batch_size] if alike or len(e[0]) == len(encoded[0][0])]
         del encoded[: len(chunk)]
         prompts, pad = [p for p, _ in chunk], model.tokenizer.pad_token_id
-        if model.kind == "seq2seq":  # an encoder may count positions from its first column
-            ids, mask = _padded(prompts, pad, model.device)
-        else:
-            ids, mask = (t.to(model.device) for t in _left_padded(prompts, pad))
+        # an encoder may count positions from its first column
+        ids, mask = padded(prompts, pad, model.device, left=model.kind != "seq2seq")
         ends = sorted(set().union(*(formatter.ends(r) for _, r in chunk)))
         new = generate(model, (ids, mask), ends, config.max_new_tokens).tolist()
         yield [(record, prompt, tokens) for (prompt, record), tokens in zip(chunk, new, strict=True)]

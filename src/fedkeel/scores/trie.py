@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkeel.data.batches import padded
 from fedkeel.model.lora import Model
 
 # Positions whose logits are worked out at once, (positions, vocabulary): bounds memory however many labels a task has.
@@ -92,8 +93,8 @@ def parts(positions: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
 def _together(model: Model, trees: Sequence[Tree], answers: Sequence[int]) -> list[list[float]]:
     width, device = max(len(t.ids) for t in trees), model.device
     pad = model.tokenizer.pad_token_id
-    ids = torch.tensor([[*t.ids, *[pad] * (width - len(t.ids))] for t in trees], device=device)
-    positions = torch.tensor([[*t.positions, *[0] * (width - len(t.ids))] for t in trees], device=device)
+    ids, _ = padded([t.ids for t in trees], pad, device)
+    positions, _ = padded([t.positions for t in trees], 0, device)
     sees = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding looks at itself: no row of a softmax is empty
     for row, one in enumerate(trees):
         sees[row, : len(one.ids), : len(one.ids)] = one.sees()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkeel.data.batches import padded
 from fedkeel.evidence.measure.run import Finished, MeasureError, Settings, UnmeasuredError, digest
 from fedkeel.model.lora import Model
 from fedkeel.rng import derive
@@ -34,16 +35,11 @@ def _paragraphs(files: Sequence[Path], limit: int) -> list[str]:
 @torch.no_grad()
 def _log_chances(model: Model, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Of every token behind another one: (N, V) log probabilities of what could stand there, float32; (N,) what does."""
-    width = max(map(len, texts))
-    pad = model.tokenizer.pad_token_id
-    inputs = {
-        "input_ids": torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in texts], device=model.device),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in texts], device=model.device),
-    }
-    rows, columns = inputs["attention_mask"][:, 1:].nonzero(as_tuple=True)
+    ids, mask = padded(texts, model.tokenizer.pad_token_id, model.device)
+    rows, columns = mask[:, 1:].nonzero(as_tuple=True)
     with model.autocast():
-        logits, _ = model.logits_at(inputs, rows, columns)
-    return logits.float().log_softmax(-1).cpu(), inputs["input_ids"][rows, columns + 1].cpu()
+        logits, _ = model.logits_at({"input_ids": ids, "attention_mask": mask}, rows, columns)
+    return logits.float().log_softmax(-1).cpu(), ids[rows, columns + 1].cpu()
 
 
 def against_base(
