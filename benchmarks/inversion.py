@@ -19,8 +19,8 @@ from shlex import quote
 import torch
 
 from fedkeel.data.format import Example
+from fedkeel.evidence.leaks.updates import GUARDS, Guard, attack, change_of, coordinator
 from fedkeel.evidence.report.leaks import Told, told_table
-from fedkeel.evidence.updates import GUARDS, Guard, attack, change_of, coordinator
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Privacy, Recipe

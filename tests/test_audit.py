@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from fedkeel.cli import app
 from fedkeel.data.canaries import canaries
 from fedkeel.data.sources import load_records
-from fedkeel.evidence.audit import audit, exposed, pairs
-from fedkeel.evidence.ranks import attacked, auc, hits
+from fedkeel.evidence.leaks.audit import audit, exposed, pairs
+from fedkeel.evidence.leaks.ranks import attacked, auc, hits
 from fedkeel.evidence.report import write_report
 from fedkeel.evidence.report.leaks import Exposed
 from fedkeel.recipe.load import load_recipe

@@ -12,9 +12,9 @@ from test_run import go
 from torch.nn.functional import normalize
 
 from fedkeel.data.format import Example
-from fedkeel.evidence.inversion import Entry, answers_of, entry_of, gradient_of, pursue, words_told
+from fedkeel.evidence.leaks.inversion import Entry, answers_of, entry_of, gradient_of, pursue, words_told
+from fedkeel.evidence.leaks.updates import GUARDS, attack, change_of, coordinator, inverted, sent_by, updates
 from fedkeel.evidence.report.leaks import read_audit
-from fedkeel.evidence.updates import GUARDS, attack, change_of, coordinator, inverted, sent_by, updates
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe

@@ -16,7 +16,7 @@ from test_run import Silent, adapter_of, go, rows_of, same, without_time
 from typer.testing import CliRunner
 
 from fedkeel.cli import app
-from fedkeel.evidence import updates
+from fedkeel.evidence.leaks import updates
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.encode import formatter_of

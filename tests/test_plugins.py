@@ -199,6 +199,7 @@ def test_a_baseline_has_every_switch_off_a_strangers_too(alone: set[str], monkey
             node = node.setdefault(parent, {})
         node[leaf] = SWITCHED.get(key, 0.25)
     tree["stream"]["stages"] = ["a", "b"]
+    tree["model"] = {"feature_depths": [1.0]}  # that a switch asks for, and is none
     recipe = make_recipe(tree)
     before, after, default = (settings_of(one) for one in (recipe, plain(recipe), Recipe()))
     for key in switches:

@@ -36,18 +36,19 @@ from fedkeel.exchange.clip import Clip
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope
 from fedkeel.exchange.messages import pack
 from fedkeel.exchange.noise import Noise, deviation
+from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.screen import Expected, screen
-from fedkeel.federation.server import FederationError
+from fedkeel.federation.server import FederationError, Roster, run_round
 from fedkeel.federation.train import steps_a_round
 from fedkeel.recipe.load import load_recipe
-from fedkeel.recipe.schema import Privacy
+from fedkeel.recipe.schema import Federation, Privacy
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import secret_normal
 from fedkeel.runs.dry import Dry
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.privacy import Spending, check_budget, epsilon, noise_for, planned, row_epsilon, spending
-from fedkeel.types import Adapter, Lora, Reply
+from fedkeel.types import Adapter, Global, Lora, Reply
 
 PRIVATE = ["privacy.unit=site", "privacy.clip=0.05", "privacy.noise=2.0", "federation.weighting=uniform"]
 ALONE = ["evaluation.baselines=[]", "train.local_steps=2"]
@@ -280,10 +281,14 @@ def test_what_would_promise_too_much_is_refused(wrong: list[str], text: str, tin
         load_recipe(None, [*tiny_overrides, *wrong])
 
 
-def test_noise_that_would_not_add_up_stops_the_first_round(tiny_overrides: list[str]) -> None:
+def test_noise_that_would_not_add_up_is_refused_before_the_first_round(tiny_overrides: list[str]) -> None:
     given = [*tiny_overrides, *PRIVATE, *ALONE, "privacy.together=3", "federation.quorum=0.6"]
-    with pytest.raises(FederationError, match="may go on with 2 of 3 sites"):
+    with pytest.raises(ConfigError, match="may go on with 2 of 3 sites"):
         go(given)
+    # and by whoever has fewer sites in a round than were planned
+    roster = Roster(["a", "b", "c"], Federation(quorum=0.6), 0, privacy=Privacy(unit="site", noise=2.0, together=3))
+    with pytest.raises(FederationError, match="may go on with 2 of 3 sites, whose noise would not add up"):
+        run_round(Global(0, Adapter({}, {"x": torch.zeros(1)})), LocalTransport(None, {}, {}), roster)
 
 
 def test_a_private_run_is_another_each_time_and_lossy_codecs_come_behind_the_noise(tiny_overrides: list[str]) -> None:

@@ -38,8 +38,8 @@ from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
 from fedkeel.runs.dry import Dry, payload_bytes
 from fedkeel.runs.legs import legs_of
+from fedkeel.runs.planned import check_stages
 from fedkeel.runs.prepare import Prepared, prepare
-from fedkeel.runs.rounds import check_stages
 from fedkeel.scores.evaluate import score
 from fedkeel.scores.metrics import mean
 from fedkeel.types import Record

@@ -273,7 +273,7 @@ def audit(
     with console.status("attacking"):
         import torch
 
-        from fedkeel.evidence.audit import audit as attack
+        from fedkeel.evidence.leaks.audit import audit as attack
         from fedkeel.evidence.report.leaks import audit_tables
         from fedkeel.runs.prepare import prepare
 

@@ -29,7 +29,8 @@ from fedkeel.recipe.checks import check_deployed
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Cast, Leg
-from fedkeel.runs.rounds import Carrier, Loop, Memory, Progress, planned
+from fedkeel.runs.planned import planned
+from fedkeel.runs.rounds import Carrier, Loop, Memory, Progress
 from fedkeel.runs.rows import Sums, pooled_rows
 from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
@@ -394,6 +395,6 @@ def _coordinate(recipe: Recipe, names: Sequence[str], folder: RunFolder, watch: 
     away = Away(recipe, names, meet(run), folder, watch)
     reference = away.admit(before.reference)
     away.start(reference["initial"])
-    legs = planned(away.cast(), away, watch)
+    legs, promise = planned(away.cast(), away.size)
     state = replace(folder.open(recipe, resume, False), run=run, reference=reference)
-    Loop(recipe, away, folder, watch, state).play(legs, tracks, away.loads())
+    Loop(recipe, away, folder, watch, state).play(legs, tracks, promise, away.loads())

@@ -15,10 +15,8 @@ from fedkeel.model.load import device_of
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.encode import Encoded
-from fedkeel.runs.legs import legs_of
+from fedkeel.runs.planned import planned
 from fedkeel.runs.prepare import Prepared
-from fedkeel.runs.privacy import check_budget
-from fedkeel.runs.rounds import check_curve, check_stages
 from fedkeel.types import Adapter, Global, Lora
 
 
@@ -74,7 +72,4 @@ class Dry:
             device_of(recipe.model)
         except ModelError as error:
             self.notes.append(str(error))
-        self.legs = legs_of(self.cast)
-        self.promise = check_budget(self.cast)
-        check_stages(self.cast)
-        check_curve(self.legs, lambda leg, stage, split: len(rows.held_out[split][stage]), recipe.evaluation.every)
+        self.legs, self.promise = planned(self.cast, lambda leg, stage, split: len(rows.held_out[split][stage]))

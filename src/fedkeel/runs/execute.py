@@ -8,8 +8,9 @@ from fedkeel import tables
 from fedkeel.model.lora import Model
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.here import Engine, Here
+from fedkeel.runs.planned import planned
 from fedkeel.runs.prepare import Prepared
-from fedkeel.runs.rounds import Loop, planned
+from fedkeel.runs.rounds import Loop
 from fedkeel.runs.served import serve
 from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
@@ -39,10 +40,10 @@ def _execute(prepared: Prepared, folder: RunFolder, watch: Watch, begin: tuple[b
     folder.check(recipe, *begin)
     tracks = Tracks(recipe.track, folder.path, recipe.name, watch.note)
     here = Here(prepared, folder, watch, engine)
-    legs = planned(here.cast, here, watch)
+    legs, promise = planned(here.cast, here.size)
     # only now: a recipe that cannot run leaves no folder, and replaces none
     loop = Loop(recipe, here, folder, watch, folder.open(recipe, *begin, here.prints()))
-    loop.play(legs, tracks)
+    loop.play(legs, tracks, promise)
     if not tables.RULES[recipe.federation.rule].personal:
         serve(here.model, folder, recipe)
     return here.model

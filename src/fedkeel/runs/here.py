@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -21,7 +18,7 @@ from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.train import injection_of
 from fedkeel.files import replaced_folder
 from fedkeel.method.aggregate.layouts import folded
-from fedkeel.model.digest import base_digest, tokenizer_digest
+from fedkeel.model.digest import base_digest
 from fedkeel.model.export import save_adapter
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Attack
@@ -31,6 +28,7 @@ from fedkeel.runs.encode import Encoded
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Leg
 from fedkeel.runs.prepare import Prepared
+from fedkeel.runs.prints import prints_of
 from fedkeel.runs.rounds import Carrier, Memory, Progress
 from fedkeel.runs.rows import score_rows, unseen_rows
 from fedkeel.runs.served import beside_of
@@ -72,14 +70,8 @@ class Here:
         self._untrained: dict[tuple[str, tuple[str, ...]], Scored] = {}  # of the base before any training
 
     def prints(self) -> dict[str, str]:
-        """Fingerprints of what decides this run beside its recipe: the base, and the rows of each site."""
-        held: dict[str, list[str]] = defaultdict(list)
-        for stage in (*self.prepared.stages, *self.prepared.unseen):
-            for site, by_split in stage.rows.items():
-                held[site] += [repr(record) for rows in by_split.values() for record in rows]
-        rows = {f"the rows of {site}": hashlib.sha256("\n".join(told).encode()).hexdigest() for site, told in held.items()}
-        words = tokenizer_digest(self.model.tokenizer)
-        return {"the base": self._base, "the tokenizer or its chat template": words, **rows, **own_code()}
+        """See `prints_of`."""
+        return prints_of(self.prepared, self._base, self.model)
 
     def _spoilt(self, stage: Sites) -> dict[str, list[Example]]:
         """What hostile sites train on in the federation."""
@@ -256,18 +248,3 @@ class Here:
             else:
                 self.model.write(current.adapter)
                 save_adapter(self.model, partial, folded(self.model.read(), current.shifts) if current.shifts else None)
-
-
-def own_code() -> dict[str, str]:
-    """Fingerprints of functions that were given from Python as terms and rules, which no version of a package stands for."""
-    given = [(f"the {table.kind} {name}", e.code) for table in (tables.TERMS, tables.RULES) for name, e in table.items()]
-    return {what: hashlib.sha256(_source(code).encode()).hexdigest() for what, code in given if not isinstance(code, str)}
-
-
-def _source(code: Callable[..., object]) -> str:
-    """Of a function; of one that was typed at a prompt, what it was compiled to."""
-    try:
-        return inspect.getsource(code)
-    except (OSError, TypeError):
-        compiled = getattr(code, "__code__", None)
-        return repr(code) if compiled is None else repr((compiled.co_code, compiled.co_consts, compiled.co_names))

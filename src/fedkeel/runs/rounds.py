@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -25,12 +25,11 @@ from fedkeel.federation.server import FederationError, Roster, run_round
 from fedkeel.federation.train import steps_a_round
 from fedkeel.method.aggregate.common import blend
 from fedkeel.method.structure.shares import trained_ranks
-from fedkeel.recipe.checks import check_enough
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.folder import RunFolder
-from fedkeel.runs.legs import Cast, Leg, Stage, legs_of
-from fedkeel.runs.privacy import check_budget, spending
+from fedkeel.runs.legs import Cast, Leg, Stage
+from fedkeel.runs.planned import CHOICES, choices_of
+from fedkeel.runs.privacy import spending
 from fedkeel.runs.rows import gathered_rows, round_rows
 from fedkeel.runs.served import served, share_of
 from fedkeel.runs.state import Best, State
@@ -38,11 +37,6 @@ from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch, tell_failures
 from fedkeel.types import Adapter, Global, Reply, Row, Transport
 
-# what validation rows may choose at the end of a stage: field of Global -> the key that sets it otherwise, and what it is
-CHOICES = {
-    "average": ("stream.average", "the share of what was served before"),
-    "serve": ("evidence.serve", "the weight of the analytic head"),
-}
 _LEG: dict[str, Any] = {"round": 0, "tested": 0, "scored": 0, "kept": {}}  # where a leg begins
 TRAIN_COST = 3.0  # a training row against a scored row, in forward passes: forward, and backward about twice that
 
@@ -114,10 +108,10 @@ class Loop:
     state: State
     untold: list[Row] = field(default_factory=list)  # rows that wait for the next state to resume from
 
-    def play(self, legs: Sequence[Leg], tracks: Tracks, rows: Sequence[Row] = ()) -> None:
-        """All legs from the last state on. rows: known before the first. Raises what a leg raises that the parties do not
-        spare."""
-        for note in self.folder.notes:
+    def play(self, legs: Sequence[Leg], tracks: Tracks, promise: str = "", rows: Sequence[Row] = ()) -> None:
+        """All legs from the last state on. promise: of privacy, in words. rows: known before the first. Raises what a leg does
+        that the parties do not spare."""
+        for note in (*self.folder.notes, *([f"private: {promise}"] if promise else [])):
             self.watch.note(note)
         self.watch.begin(self.work(legs))
         with nullcontext() if self.state.finished else tracks as self.folder.tracks:
@@ -364,7 +358,7 @@ class Loop:
         rows = list[Row]()
         if not self.parties.size(leg, stage, "validation"):
             return current, rows
-        for name, choice in _choices(leg, stage).items():
+        for name, choice in choices_of(leg, stage).items():
             self.watch.leg(leg.name, f"choosing {CHOICES[name][1]}")
             tried = dict[float, float]()
             for value in choice:
@@ -385,20 +379,13 @@ class Loop:
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
         curve = points * size(leg, stage, "validation") if points else 0
         judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
-        again = judged + sum(map(len, _choices(leg, stage).values()))
+        again = judged + sum(map(len, choices_of(leg, stage).values()))
         tested = size(leg, stage, "test") + size(leg, stage, "unseen-sites") + again * size(leg, stage, "validation")
         return one, leg.rounds * one + curve + gather_work(leg, stage), tested
 
     def work(self, legs: Sequence[Leg]) -> float:
         """What legs take, in row-equivalents."""
         return sum(sum(self._work(leg, stage)[1:]) for leg in legs for stage in range(len(leg.stages)))
-
-
-def _choices(leg: Leg, stage: int) -> dict[str, tuple[float, ...]]:
-    """What is chosen by validation rows at the end of a stage: field of Global -> its candidates."""
-    recipe = leg.stages[stage].recipe
-    found = {"average": recipe.stream.average_from if stage and leg.rounds else (), "serve": recipe.evidence.serve_from}
-    return {name: choice for name, choice in found.items() if choice}
 
 
 def _as_served(leg: Leg, stage: int, current: Global, before: Adapter | None) -> Global:
@@ -412,51 +399,6 @@ def _as_served(leg: Leg, stage: int, current: Global, before: Adapter | None) ->
 def _choosing(current: Global, name: str, value: float) -> Global:
     more: dict[str, Any] = {name: value}
     return replace(current, **more)
-
-
-def planned(cast: Cast, parties: Parties, watch: Watch) -> list[Leg]:
-    """The legs of a run; what it promises is told. Raises ConfigError for what it could not keep or would not have."""
-    legs = legs_of(cast)
-    check_stages(cast)
-    if promised := check_budget(cast):
-        watch.note(f"private: {promised}")
-    check_curve(legs, parties.size, cast.recipe.evaluation.every)
-    return legs
-
-
-def check_stages(cast: Cast) -> None:
-    """Raise ConfigError where too few sites have rows of a stage for its rounds."""
-    for stage, rows in enumerate(cast.rows, 1):
-        if count := sum(1 for held in rows.values() if held):
-            check_enough(cast.recipe, count, f" in stage {stage}" if len(cast.rows) > 1 else "")
-
-
-def check_curve(legs: Sequence[Leg], size: Callable[[Leg, int, str], int], every: int) -> None:
-    """Raise ConfigError where a leg goes by validation rows, or points of a curve of them, that it will not have. size: see
-    `Parties`. every: rounds between points."""
-    for leg in legs:
-        federation, points = leg.stages[0].recipe.federation, leg.rounds // every
-        for stage in range(len(leg.stages)):
-            for name, choice in _choices(leg, stage).items():
-                if not size(leg, stage, "validation"):
-                    key, _ = CHOICES[name]
-                    raise ConfigError(
-                        f"{key}_from = {list(choice)}: a stage has no validation row to choose by; set data.validation_share "
-                        f"above 0, or {key} in its place"
-                    )
-        if not leg.rounds or (federation.keep != "best" and not federation.patience):
-            continue
-        if not all(size(leg, stage, "validation") for stage in range(len(leg.stages))):
-            raise ConfigError(
-                f"federation.patience = {federation.patience}, federation.keep = {federation.keep!r}: a stage has no "
-                f"validation row to go by; set data.validation_share above 0"
-            )
-        if points <= federation.patience:
-            raise ConfigError(
-                f"federation.patience = {federation.patience}, federation.keep = {federation.keep!r}: {leg.rounds} rounds "
-                f"with evaluation.every = {every} are {points} points of the curve, too few to go by; score more often, or "
-                f"set more federation.rounds"
-            )
 
 
 def roster_of(

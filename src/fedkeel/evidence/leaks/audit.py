@@ -19,9 +19,9 @@ import torch
 
 from fedkeel.data.canaries import TASK, canaries, code
 from fedkeel.data.format import Example, Formatter
-from fedkeel.evidence.ranks import attacked
+from fedkeel.evidence.leaks.ranks import attacked
+from fedkeel.evidence.leaks.updates import inverted
 from fedkeel.evidence.report.leaks import ATTACKS, KEPT, Audited, Exposed
-from fedkeel.evidence.updates import inverted
 from fedkeel.files import write_atomic
 from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe

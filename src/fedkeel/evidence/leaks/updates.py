@@ -15,8 +15,8 @@ from torch import Tensor
 from fedkeel import tables
 from fedkeel.data.batches import Batch, collate
 from fedkeel.data.format import Example, Formatter
-from fedkeel.evidence.inversion import Entry, answers_of, entry_of, words_told
-from fedkeel.evidence.ranks import attacked, auc, ranks
+from fedkeel.evidence.leaks.inversion import Entry, answers_of, entry_of, words_told
+from fedkeel.evidence.leaks.ranks import attacked, auc, ranks
 from fedkeel.evidence.report.leaks import Told
 from fedkeel.exchange.channel import channel_of
 from fedkeel.exchange.messages import difference, names_of

@@ -1,0 +1,1 @@
+"""What a run, or one update, gives away: canaries, membership, inversion."""
