@@ -409,7 +409,7 @@ def test_the_memory_is_the_end_of_the_stage_before_and_travels_only_where_it_is_
     assert payload_bytes(shapes, recipe)[0] == pytest.approx(down[3], abs=400)
 
 
-@pytest.mark.parametrize("memory", [0.0, 0.5])
+@pytest.mark.parametrize("memory", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_what_is_served_is_averaged_along_the_stages(stream: list[str], heard: list[Any], memory: float) -> None:
     """By hand from the stages' ends: served_1 = end_1, served_2 = 0.4 served_1 + 0.6 end_2, and so on; training goes on from
     the ends, and the memory of a stage is what was served before it."""
