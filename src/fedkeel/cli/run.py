@@ -51,7 +51,8 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     facts.add_row("one message down / up", f"{down:,} / {up:,} bytes")
     facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (down + up))}")
     rounds = recipe.federation.rounds * len(prepared.stages)
-    beside = ", and the analytic anchor's sums and classifiers" if any(leg.gathers for leg in dry.legs) else ""
+    gathers = any(leg.gathers for leg in dry.legs if leg.method == "federated")
+    beside = ", and the analytic anchor's sums and classifiers" if gathers else ""
     facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(sum(asked) * (down + up))}{beside}")
     if dry.promise:
         facts.add_row("privacy", dry.promise)
