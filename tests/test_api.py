@@ -17,9 +17,11 @@ import torch
 from test_run import Silent, adapter_of, go, rows_of, same, without_time
 from tiny import tiny_rows
 from torch import Tensor
+from typer.testing import CliRunner
 
 import fedkeel
 from fedkeel import tables
+from fedkeel.cli import app
 from fedkeel.data.forms import DataError
 from fedkeel.data.given import records_of
 from fedkeel.method.aggregate.common import Aggregate
@@ -262,6 +264,12 @@ def test_a_rule_by_its_function_alone(keys: dict[str, Any], whole: Any) -> None:
         torch.testing.assert_close(adapter_of(result.folder)[name], tensor, rtol=0, atol=1e-5)
     assert result.recipe.federation.rule == "plain_mean"
     assert "plain_mean" not in tables.RULES
+    # what was trained needs the rule no more, nor the options of a term that is known nowhere else
+    recipe = result.folder / "recipe.toml"
+    recipe.write_text(recipe.read_text() + "\n[term.label_smooth]\npower = 2\nweight = 0.1\n")
+    for command in (["evaluate", str(result.folder)], ["export", str(result.folder), str(result.folder / "out")]):
+        found = CliRunner().invoke(app, command)
+        assert found.exit_code == 0, found.output or found.exception
     entry = fedkeel.run({**keys, "name": "entry"}, rule=Rule(plain_mean_checked, mixed=True))
     assert same(adapter_of(entry.folder), adapter_of(result.folder))
 

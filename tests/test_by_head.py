@@ -19,7 +19,9 @@ from test_run import Silent, go, rows_of, same, without_time
 from test_run import adapter_of as exported
 from test_stream import GROUPS, LABELS, stream_data  # noqa: F401 - a fixture
 from training import CLASSES, setting, whole_batch
+from typer.testing import CliRunner
 
+from fedkeel.cli import app
 from fedkeel.data.batches import collate
 from fedkeel.data.format import Example, Formatter
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope, seal
@@ -408,14 +410,14 @@ def test_what_is_chosen_goes_into_the_next_stage_and_no_other(tiny_overrides: li
     """Three stages, whose shares the checkpoints of their ends tell; blended by hand."""
     from fedkeel.runs.served import served
 
-    like = load_recipe(None, [*tiny_overrides, "stream.average_from=0.5,0.75"])
+    like = load_recipe(None, [*tiny_overrides, "stream.stages=colour,echo", "stream.average_from=0.5,0.75"])
     ends = [Adapter({}, {"x": torch.full((2,), float(value))}) for value in (1, 2, 4)]
     folder = RunFolder(tmp_path / "run")
     for stage, (end, share) in enumerate(zip(ends, (None, 0.75, 0.25), strict=True), 1):
         folder.write_checkpoint("federated", Global(2 * stage, end, average=share), {})
 
     def at(stage: int, *more: str) -> float:
-        stream = load_recipe(None, [*tiny_overrides, "stream.average_from=0.5,0.75", *more]).stream
+        stream = load_recipe(None, [*tiny_overrides, "stream.stages=colour,echo", "stream.average_from=0.5,0.75", *more]).stream
         return float(served(folder, "federated", 2, stage, stream, ends[0]).dense["x"][0])
 
     assert like.stream.averages
@@ -424,6 +426,19 @@ def test_what_is_chosen_goes_into_the_next_stage_and_no_other(tiny_overrides: li
     assert at(2) == 0.25 * 1.25 + 0.75 * 4
     assert at(2, "stream.average_from=[]", "stream.average=0.5") == 0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 4
     assert at(2, "stream.average_from=[]") == 4
+
+
+def test_who_says_a_weight_means_it(encoder: tuple[list[str], RunFolder]) -> None:
+    """Although the run had some to choose from; and the table says what was scored."""
+    folder = encoder[1].path
+    told = []
+    for said in (["evidence.serve=0"], ["evidence.serve=0", "evidence.serve_from=[]"], ["evidence.serve=4"]):
+        found = CliRunner().invoke(app, ["evaluate", str(folder), *said])
+        assert found.exit_code == 0, found.output
+        told.append(found.output.partition(": federated adapter")[2].replace("\n", " "))
+    assert told[0] == told[1]
+    assert "beside it" not in told[0]
+    assert "with the analytic head beside it, weight 4," in told[2]
 
 
 def test_of_a_run_that_chose_no_weight_none_is_guessed(encoder: tuple[list[str], RunFolder], tmp_path: Path) -> None:
@@ -460,6 +475,7 @@ def test_the_chosen_weight_travels_with_what_is_scored_and_not_with_what_is_trai
         (["evidence.serve_from=[1, 2]", "evidence.serve=1"], "one of the two says what is served"),
         (["stream.average_from=[0.5]", "stream.average=0.5"], "one of the two says what is served"),
         (["stream.average_from=[1]"], "at most 0.99"),
+        (["stream.average_from=[0.5]"], "averages over stages, and there is one"),
         (["stream.average_from=[0.5]", "federation.rule=svd"], "stream.average_from averages factors of several rounds"),
         (["evidence.serve_from=[-1]"], "must be at least 0"),
         (["evidence.serve_from=0.5,x"], "evidence.serve_from = '0.5,x': a list of numbers belongs here"),

@@ -82,6 +82,19 @@ def test_sums_of_rows_that_travelled_are_told(tmp_path: Path) -> None:
     assert "sums of the rows" not in card_of([], [], tmp_path)
 
 
+def test_scores_with_a_head_beside_it_are_not_the_adapters(tmp_path: Path) -> None:
+    card_of([], [], tmp_path)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        scored = Row("r", "federated", 0, 3, "accuracy", 0.5, "share", task="colour", split="test")
+        file.write(json.dumps(scored.as_json()) + "\n")
+    made = Made("causal", 8, merged=False, gguf=False)
+    served, alone = (card(load_recipe(None, [f"evidence.serve={w}"]), tmp_path, made) for w in (1, 0))
+    assert "model-index:" in alone
+    assert "model-index:" not in served
+    assert "**With an analytic head beside it, which is not in this folder**: " in served
+    assert "With an analytic head" not in alone
+
+
 def test_no_site_is_named(tmp_path: Path) -> None:
     card_of([], [], tmp_path)
     told = [Row("r", "federated", 0, n, "failed", 1.0, "count", site="Mercy West") for n in (1, 2)]

@@ -25,6 +25,8 @@ from fedkeel.model.bases import ModelError
 from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
+from fedkeel.runs.dry import Dry
+from fedkeel.runs.prepare import prepare
 from fedkeel.types import Forward, Head
 
 
@@ -109,10 +111,14 @@ def test_states_are_pulled_together_in_a_federation(stream_data: Path, tmp_path:
 
 
 def test_what_it_cannot_go_with_is_refused(tiny_overrides: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"evidence.prototype = 1 compares states of one depth: set model.feature_depths"):
+    with pytest.raises(
+        ConfigError, match=r"evidence.prototype = 1 compares an encoder.s states of one depth: set model.feature_depths"
+    ):
         load_recipe(None, ["evidence.prototype=1"])
     private = ["privacy.unit=site", "privacy.noise=1", "federation.weighting=uniform"]
     with pytest.raises(ConfigError, match=r"evidence.prototype = 1: sites send sums over their rows"):
         recipe_of("evidence.prototype=1", "model.feature_depths=[1.0]", *private)
-    with pytest.raises(ModelError, match=r"evidence.prototype: the states of .* are not pooled"):
-        go([*tiny_overrides, "evidence.prototype=1", "model.feature_depths=[1.0]"])
+    causal = [*tiny_overrides, "evidence.prototype=1", "model.feature_depths=[1.0]"]
+    for tried in (go, lambda given: Dry(prepare(load_recipe(None, given)))):
+        with pytest.raises(ModelError, match=r"evidence.prototype: the states of .* are not pooled"):
+            tried(causal)

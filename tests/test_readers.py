@@ -95,6 +95,14 @@ def test_a_pattern_may_be_absolute_and_a_site_may_have_dots(tmp_path: Path) -> N
     assert {(r.site, r.input) for r in found} == {("dr.smith", "dr.smith"), ("dr.jones", "dr.jones")}
 
 
+def test_files_of_one_name_in_several_folders_are_no_one_site_by_mistake(tmp_path: Path) -> None:
+    for name in ("east", "west"):
+        write(tmp_path / name / "rows.csv", [{"text": name, "label": "x", "split": "train"}])
+    with pytest.raises(DataError, match=r"2 files in 2 folders are all called rows\.csv, .* set data\.site_from = 'folder'"):
+        load(tmp_path, "*/rows.csv", site_from="file")
+    assert {r.site for r in load(tmp_path, "*/rows.csv", site_from="folder")} == {"east", "west"}
+
+
 BAD = {
     "a cell too many": ("text,label\n1,2\n1,2,3\n", r"r\.csv:3: 3 cells, and the first line names 2 columns"),
     "a cell too few": ("text,label\n1\n", r"r\.csv:2: 1 cells"),

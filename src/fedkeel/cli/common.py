@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -65,7 +65,8 @@ def finished(folder: Path, which: str = "adapter", base: str = "", needs_base: b
     recipe, adapter = folder / "recipe.toml", folder / "adapter" / "adapter_model.safetensors"
     if not recipe.is_file():
         raise FedKeelError(f"{recipe} is missing: {folder} is not a run whose federation has ended")
-    loaded = with_threads(make_recipe(read_tree(recipe, [f"model.base={base}"] if base else []), data=False))
+    tables.load_plugins()
+    loaded = with_threads(make_recipe(known_of(read_tree(recipe, [f"model.base={base}"] if base else [])), data=False))
     if needs_base and base_is_away(loaded, folder):
         raise FedKeelError(
             f"the base {loaded.model.base!r} of this run is a folder at its sites: say where it is here with --base PATH"
@@ -79,6 +80,19 @@ def finished(folder: Path, which: str = "adapter", base: str = "", needs_base: b
             f"leaves no such adapter"
         )
     return loaded, folder / which
+
+
+def known_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished run's recipe without rules and terms that are known nowhere but where it ran, as those given from Python: its
+    adapter is trained, and needs neither."""
+    found = {**tree}
+    federation = {**found.get("federation", {})}
+    if federation.get("rule", "mean") not in tables.RULES:
+        found["federation"] = {**federation, "rule": "mean"}
+    for kind, table in (("rule", tables.RULES), ("term", tables.TERMS)):
+        if isinstance(own := found.get(kind), Mapping):
+            found[kind] = {name: options for name, options in own.items() if name in table}
+    return found
 
 
 def names_in(given: str) -> list[str]:

@@ -61,6 +61,7 @@ def doctor(
 
         from fedkeel.evidence import doctor as verdicts
         from fedkeel.evidence.report.verdicts import in_order
+        from fedkeel.runs.dry import Dry
         from fedkeel.runs.prepare import prepare
 
         prepared = None
@@ -72,6 +73,8 @@ def doctor(
                     f"and with its data.root, tells of them"
                 )
             prepared = prepare(recipe_of([str(run / "recipe.toml"), *given[1:]] if run else given))
+            if run is None:
+                Dry(prepared)  # what a run would refuse is no matter of taste
         except FedKeelError as error:
             if run is None or probe:
                 raise

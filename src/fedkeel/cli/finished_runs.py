@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from fedkeel import tables
-from fedkeel.cli.common import BaseOption, BestOption, RunArgument, app, finished, names_in, terminal
-from fedkeel.recipe.load import load_recipe, with_threads
+from fedkeel.cli.common import BaseOption, BestOption, RunArgument, app, finished, known_of, names_in, terminal
+from fedkeel.recipe.load import load_recipe, make_recipe, read_tree, with_threads
+from fedkeel.recipe.schema import Recipe
 from fedkeel.types import FedKeelError
 
 
@@ -71,6 +72,13 @@ def ask(
         put(question)
 
 
+def _as_said(run: Path, given: list[str]) -> Recipe:
+    """A run's recipe with other keys. Who says one weight means it, whatever the run had to choose from."""
+    said = {override.partition("=")[0].strip() for override in given}
+    one = [f"{key}_from=[]" for key in ("evidence.serve", "stream.average") if key in said and f"{key}_from" not in said]
+    return with_threads(make_recipe(known_of(read_tree(run / "recipe.toml", [*given, *one]))))
+
+
 @app.command()
 def evaluate(
     run_folder: RunArgument,
@@ -85,8 +93,7 @@ def evaluate(
         raise FedKeelError(f"--split {split}: one of train, validation, test belongs here")
     which = "best" if best else "adapter"
     finished(run_folder, which, base)
-    given = [*([f"model.base={base}"] if base else []), *(overrides or [])]
-    recipe = with_threads(load_recipe(run_folder / "recipe.toml", given))
+    recipe = _as_said(run_folder, [*([f"model.base={base}"] if base else []), *(overrides or [])])
     console = terminal()
     with console.status("loading libraries, data and model"):
         import torch
@@ -114,7 +121,8 @@ def evaluate(
 
     scored = score(model, formatter, rows, recipe.evaluation, advance)
     next(ticks, None)
-    table = Table(title=f"{run_folder}: federated adapter on {split} rows", title_justify="left")
+    beside = f" with the analytic head beside it, weight {model.beside.weight:g}," if model.beside.heads else ""
+    table = Table(title=f"{run_folder}: federated adapter{beside} on {split} rows", title_justify="left")
     for heading in ("task", "rows", "score", *(metric.title for metric in tables.METRICS.values())):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     found = task_table(scored)

@@ -164,6 +164,12 @@ def paths_of(config: Data) -> list[Path]:
     twice = next((path for path in found if path.with_name(f"{path.name}.gz") in found), None)
     if twice is not None:
         raise DataError(f"data.files: {twice} and {twice.name}.gz would be read both, and its rows twice; name one of them")
+    folders = {path.parent for path in found}
+    if config.site_from == "file" and len(folders) > 1 and len({site_name(path, config) for path in found}) == 1:
+        raise DataError(
+            f"data.files: {len(found)} files in {len(folders)} folders are all called {found[0].name}, and with "
+            f"data.site_from = 'file' that is one site; for a site a folder set data.site_from = 'folder'"
+        )
     return list(dict.fromkeys(found))
 
 

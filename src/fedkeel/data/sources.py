@@ -64,7 +64,9 @@ def to_record(row: Mapping[str, Any], place: str, meta: Mapping[str, Any], confi
         raise DataError(f"{place}: split {named!r} is unknown; one of {', '.join(NAMES)} belongs here")
     if config.site_column and not site:
         if config.site_column not in row:
-            raise DataError(f"{place}: no column {config.site_column!r} (data.site_column) to take the site's name from")
+            raise DataError(
+                f"{place}: no value in column {config.site_column!r} (data.site_column) to take the site's name from"
+            )
         site = site_of(row[config.site_column], f"{place}: column {config.site_column!r}")
     content = json.dumps([task, parts.instruction, parts.input, parts.output, parts.messages, named or None, site])
     given = row.get("id")

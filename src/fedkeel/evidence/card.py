@@ -74,7 +74,7 @@ def card(recipe: Recipe, run: Path, made: Made) -> str:
         f"---\n{_head(recipe, rows, made)}\n---\n",
         f"# {escape(recipe.name)}\n",
         _HARMED.format(kind=recipe.attack.kind) if recipe.attack.kind != "none" else "",
-        f"{_what(recipe, made)} {escape(summary(rows))}\n",
+        f"{_what(recipe, made)} {_WITH_HEAD if recipe.evidence.served else ''}{escape(summary(rows))}\n",
         f"## To use it\n\n{_use(recipe, made)}",
         _best(state.best) if made.best else "",
         f"## How it was made\n\n{_settings(recipe, rows, environment)}",
@@ -96,6 +96,7 @@ def _best(best: Best | None) -> str:
     )
 
 
+_WITH_HEAD = "**With an analytic head beside it, which is not in this folder**: "
 _BESIDE = """\
 **The scores of the federated model are those of its adapter with an analytic head served beside it** (`evidence.{serve}`):
 a ridge classifier on features of the frozen base, which lies in the run and not in this folder. `fedkeel ask` and
@@ -178,7 +179,7 @@ def _head(recipe: Recipe, rows: Sequence[Row], made: Made) -> str:
         about["library_name"] = "transformers" if made.merged else "peft"
     if known:
         about["license"] = known.licence.lower()
-    results = [] if made.best else _results(rows, _TASKS[made.kind])
+    results = [] if made.best or recipe.evidence.served else _results(rows, _TASKS[made.kind])
     if results:
         about |= {"model_name": recipe.name, "eval_results": results}
     tags = ["fedkeel", "federated-learning", *([] if made.merged else ["lora"]), *(["gguf"] if made.gguf else [])]

@@ -17,7 +17,7 @@ from fedkeel.recipe.load import make_recipe, read_tree
 from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.prepare import Prepared
-from fedkeel.types import Record
+from fedkeel.types import Record, Row
 
 LOOKED_AT = 2000  # training rows whose tokens are counted; their ids are hashes, so the first are a fair draw
 
@@ -48,7 +48,7 @@ def cut(prepared: Prepared, rows: Sequence[Record]) -> Verdict:
     if share < 0.01:
         return Verdict(GOOD, told)
     enough = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]
-    return Verdict(BAD if share > 0.1 else LOOK, told, f"set data.max_length = {enough}, which 99 % of the rows fit into")
+    return Verdict(BAD if share > 0.5 else LOOK, told, f"set data.max_length = {enough}, which 99 % of the rows fit into")
 
 
 def seen(prepared: Prepared) -> Verdict:
@@ -106,7 +106,7 @@ def _known_to(kept: Sequence[float]) -> Verdict:
         return Verdict(BAD, "no test row: nothing could be scored", "data.test_share above 0, or rows with split `test`")
     half = 196 * math.sqrt(sum(1 / (4 * count) for count in kept)) / len(kept)
     counted = f"{plural(round(sum(kept)), 'test row')} of {plural(len(kept), 'task')}"
-    told = f"{counted}: a score is known to ± {half:.1f} points (95 %, at worst)"
+    told = f"{counted}: a score alone is known to ± {half:.1f} points (95 %, at worst)"
     if half > 3:
         change = "more test rows (evaluation.test_rows, data.test_share) before differences of a few points are believed"
         return Verdict(BAD if half > 8 else LOOK, told, change)
@@ -131,8 +131,28 @@ def of_run(folder: Path, prepared: Prepared | None = None) -> list[Verdict]:
     Raises FedKeelError for files that cannot be read.
     """
     scores = read_scores(folder)
-    about_rows = read_verdicts(folder) if prepared is None else [*of_recipe(prepared), *at_chance(prepared, scores)]
-    return [*measured(read_rows(folder / "rows.jsonl"), scores), *about_rows]
+    rows = read_rows(folder / "rows.jsonl")
+    about_rows = read_verdicts(folder) if prepared is None else _of_rows(prepared, of_recipe(prepared), rows, scores)
+    return [*measured(rows, scores), *about_rows]
+
+
+def _of_rows(prepared: Prepared, found: Sequence[Verdict], rows: Sequence[Row], scores: Models) -> list[Verdict]:
+    return [*found, *at_chance(prepared, scores), *served(prepared.recipe, rows)]
+
+
+def served(recipe: Recipe, rows: Sequence[Row]) -> Iterator[Verdict]:
+    """That the federated scores are of more than the adapter, which is what is exported."""
+    if recipe.evidence.served:
+        weight = served_weight(recipe, rows)
+        told = f"the federated scores are of the adapter with the analytic head beside it, weight {weight:g}"
+        change = "nothing, where the run's folder is served; the adapter alone: fedkeel evaluate RUN evidence.serve=0"
+        yield Verdict(LOOK, told, change)
+
+
+def served_weight(recipe: Recipe, rows: Sequence[Row]) -> float:
+    """Of the analytic head beside a run's adapter: as validation rows chose it last, else the recipe's."""
+    chosen = [(r.stage, r.value) for r in rows if (r.method, r.name, r.unit) == ("federated", "serve", "weight")]
+    return max(chosen)[1] if chosen else next(iter(recipe.evidence.serve_from), recipe.evidence.serve)
 
 
 def rows_are_away(folder: Path) -> bool:
@@ -150,12 +170,12 @@ def of_coordinator(folder: Path) -> list[Verdict]:
     last = max(((r.stage, r.round) for r in tested), default=None)
     kept = [r.value for r in tested if (r.stage, r.round) == last and not r.site]
     recipe = make_recipe(read_tree(folder / "recipe.toml"), data=False)
-    return [*measured(rows, {}), *([_known_to(kept)] if kept else []), payload(recipe)]
+    return [*measured(rows, {}), *([_known_to(kept)] if kept else []), payload(recipe), *served(recipe, rows)]
 
 
 def keep(prepared: Prepared, folder: Path, found: Sequence[Verdict]) -> None:
     """Keep in a run's folder the verdicts that need the text of rows. found: of `of_recipe`."""
-    write_verdicts(folder, [*found, *at_chance(prepared, read_scores(folder))])
+    write_verdicts(folder, _of_rows(prepared, found, read_rows(folder / "rows.jsonl"), read_scores(folder)))
 
 
 def at_chance(prepared: Prepared, scores: Models) -> Iterator[Verdict]:

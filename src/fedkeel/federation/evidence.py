@@ -111,6 +111,15 @@ class Anchor:
                 self._known[example.record] = (at, tokens, values, tuple(own * mass for mass in masses))
 
 
+def check_pooled(model: Model) -> None:
+    """Raise ModelError for a model whose states of rows are not pooled as the features are."""
+    if model.kind != "classifier" or model.linear_head:
+        raise ModelError(
+            f"evidence.prototype: the states of {model.config.base!r} are not pooled, as an encoder's are whose classes are "
+            f"scored by words or by an analytic head; leave it out"
+        )
+
+
 class Prototypes:
     """What the states of rows are pulled to: the mean features of each label over all sites' rows, in the frozen base.
 
@@ -118,12 +127,8 @@ class Prototypes:
     """
 
     def __init__(self, model: Model, heads: Mapping[str, Head]) -> None:
-        """heads: as they came down, by task. Raises ModelError for a model whose states are not pooled as the features are."""
-        if model.label_text is None:
-            raise ModelError(
-                f"evidence.prototype: the states of {model.config.base!r} are not pooled, as an encoder's are whose classes "
-                f"are scored by words or by an analytic head; leave it out"
-            )
+        """heads: as they came down, by task. Raises ModelError as `check_pooled` does."""
+        check_pooled(model)
         self._means = {
             (task, label): STEP * mean[:-1]  # without the intercept
             for task, head in heads.items()

@@ -302,8 +302,8 @@ def _check_anchor(recipe: Recipe) -> None:
         )
     if recipe.evidence.prototype and not recipe.model.feature_depths and recipe.model.head != "analytic":
         raise ConfigError(
-            f"evidence.prototype = {recipe.evidence.prototype:g} compares states of one depth: set model.feature_depths = "
-            f"[1.0], or model.head = 'analytic'"
+            f"evidence.prototype = {recipe.evidence.prototype:g} compares an encoder's states of one depth: set "
+            f"model.feature_depths = [1.0], or model.head = 'analytic'"
         )
     if asked and recipe.privacy.unit != "none":
         raise ConfigError(
@@ -324,6 +324,11 @@ def _check_choice(recipe: Recipe) -> None:
         raise ConfigError(
             f"stream.average_from = {list(stream.average_from)} beside stream.average = {stream.average:g}: one of the two "
             f"says what is served; leave one out"
+        )
+    if stream.average_from and not stream.stages and not stream.order:
+        raise ConfigError(
+            f"stream.average_from = {list(stream.average_from)} averages over stages, and there is one: set stream.stages or "
+            f"stream.order, or leave it out"
         )
     if evidence.serve_from and evidence.serve:
         raise ConfigError(

@@ -55,7 +55,9 @@ class Encoded:
             "unseen-sites": _held_out("test", evaluation.test_rows, prepared.unseen),
         }
         if not all(self.held_out["test"]):
-            raise ConfigError("no test row: nothing could be scored; add rows with split `test` or set data.test_share")
+            raise ConfigError(
+                "no test row: nothing could be scored; add rows with split `test`, or, if rows name none, set data.test_share"
+            )
         self._check_room()
 
     @property

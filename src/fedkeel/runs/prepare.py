@@ -100,6 +100,10 @@ def prepare(recipe: Recipe, alone: str = "", records: Sequence[Record] | None = 
     if not alone:
         check_stages_are_learnt(trains, arrival, recipe)
         check_enough(whole, len(sites.rows))
+        if whole.federation.sites_per_round > len(sites.rows):
+            notes.append(
+                f"federation.sites_per_round = {whole.federation.sites_per_round}, and all {len(sites.rows)} sites are asked"
+            )
     if recipe.audit.canaries and kind == "classifier":
         raise ConfigError("audit.canaries: a classifier writes no text, and so no secret; set 0, or another base")
     trains, told = planted(trains, recipe.audit, recipe.seed, alone)

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedkeel.evidence.report.interval import Interval, paired_difference
+from fedkeel.evidence.report.run_numbers import own_scores
 from fedkeel.evidence.report.sure import Models, mean_score, surely
-from fedkeel.evidence.report.tables import Table
+from fedkeel.evidence.report.tables import Table, plural
 from fedkeel.files import write_atomic
 from fedkeel.types import FedKeelError, Row
 
@@ -30,7 +31,26 @@ class Verdict:
 
 def measured(rows: Sequence[Row], scores: Models) -> list[Verdict]:
     """Verdicts on what a run measured."""
-    return [*falling(rows), *order(scores)]
+    return [*falling(rows), *order(scores), *at_home(rows)]
+
+
+def at_home(rows: Sequence[Row]) -> Iterator[Verdict]:
+    """Whether the federated model is better than a site's own where the site would look: on that site's own test rows."""
+    mine, alone = own_scores(rows, "federated"), own_scores(rows, "local")
+    both = sorted(mine.keys() & alone.keys())
+    if not both:
+        return
+    better = sum(mine[site] > alone[site] for site in both)
+    means = [100 * sum(of[site] for site in both) / len(both) for of in (mine, alone)]
+    told = (
+        f"on a site's own test rows federated {means[0]:.1f} points, its own local model {means[1]:.1f}, the mean of "
+        f"{plural(len(both), 'site')}; better at {better}"
+    )
+    if means[0] < means[1]:
+        change = "look at what is gained on the rows of others, or at rules that leave a part at the sites (federation.rule)"
+        yield Verdict(LOOK, told, change)
+    else:
+        yield Verdict(GOOD, told)
 
 
 def in_order(found: Sequence[Verdict]) -> list[Verdict]:
@@ -82,6 +102,11 @@ def falling(rows: Sequence[Row]) -> Iterator[Verdict]:
         yield Verdict(GOOD, told)
 
 
+def _of(count: int, of_leg: Sequence[int], leg: str) -> str:
+    """Some of a leg's models, in words; the base is one."""
+    return f"the {leg}" if leg == "base" else f"{count} of {plural(len(of_leg), f'{leg} model')}"
+
+
 def order(scores: Models) -> Iterator[Verdict]:
     """Base, analytic head, local, federated and centralised, as far as test rows tell them apart."""
     mine = next((of for (leg, _), of in scores.items() if leg == "federated"), None)
@@ -97,11 +122,13 @@ def order(scores: Models) -> Iterator[Verdict]:
         of_leg = [surely(found) for (name, _), found in known.items() if name == leg]
         worse = of_leg.count(-1)
         if of_leg and worse:
-            yield Verdict(BAD, f"{told}, surely less than {worse} of {len(of_leg)} {leg}", change)
+            yield Verdict(BAD, f"{told}, surely less than {_of(worse, of_leg, leg)}", change)
         elif of_leg and 1 not in of_leg:
-            yield Verdict(LOOK, f"{told}, and surely more than none of {len(of_leg)} {leg}", "more rounds, or more test rows")
+            yield Verdict(
+                LOOK, f"{told}, and not surely more than {_of(len(of_leg), of_leg, leg)}", "more rounds, or more test rows"
+            )
         elif of_leg:
-            yield Verdict(GOOD, f"{told}, surely more than {of_leg.count(1)} of {len(of_leg)} {leg}")
+            yield Verdict(GOOD, f"{told}, surely more than {_of(of_leg.count(1), of_leg, leg)}")
     head = known.get(("analytic", ""))
     if head is not None and surely(head) < 0:
         change = "serve it: evidence.serve = 1 or more, by validation rows; or more rounds and local steps"
