@@ -14,7 +14,7 @@ from test_run import go
 from tiny import BASELINES, overrides, tiny_rows, write_data
 
 from fedkeel.data.format import Formatter
-from fedkeel.evidence.doctor import at_chance, keep, of_recipe, of_run, served, served_weight
+from fedkeel.evidence.doctor import at_chance, keep, odd, of_recipe, of_run, served, served_weight
 from fedkeel.evidence.report import method_table, read_rows, verdicts, write_report
 from fedkeel.evidence.report.verdicts import BAD, GOOD, LOOK, Verdict
 from fedkeel.model.load import load_tokenizer
@@ -84,6 +84,24 @@ def test_labels_that_sites_lack(tiny_overrides: list[str], tmp_path: Path) -> No
     assert verdict.told == "colour: a site lacks 33% of its 3 labels, on average; 1 are at one site only"
     assert (verdict.level, "restricted" in verdict.change) == (LOOK, True)
     assert about(of_recipe(ready([*own, "evidence.task=restricted"])), "colour").level == GOOD
+
+
+def test_rows_and_names_that_can_hardly_be_meant(tiny_overrides: list[str], tmp_path: Path) -> None:
+    rows = []
+    for n, site in enumerate(["ward-0", "Ward-0", "ward-1"] * 6):
+        split = "train" if n < 12 else "test"
+        label, text = ("Red" if n == 2 else "red"), ("" if n == 3 else "the same" if n in (5, 8) else f"thing {n}")
+        rows.append({"department": site, "task": "colour", "text": text, "label": label, "split": split, "id": f"r{n}"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    own = [*tiny_overrides, f"data.root={tmp_path}", 'data.tasks_file=""', "data.site_column=department"]
+    told = [v.told for v in odd(ready(own))]
+    assert told == [
+        "sites that differ in the case of letters alone: 'Ward-0' and 'ward-0'",
+        "labels of task colour that differ in the case of letters alone: 'Red' and 'red'",
+        "1 training row without a text: an answer to nothing",
+        "1 training row that a site holds already, word for word",
+    ]
+    assert not [*odd(ready(tiny_overrides))]
 
 
 def test_what_test_rows_can_tell(tiny_overrides: list[str]) -> None:

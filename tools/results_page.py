@@ -171,7 +171,18 @@ def readme(text: str) -> str:
     """The README with its tables: the encoder on CLINC150 by leg, and a few methods of the main suite."""
     legs = ("method", "score, points", "mean over sites, own rows", "bytes up", "bytes down")
     suite = ("method", "seeds", "final score", "95 % interval", "forgetting", "MB up")
-    methods = ("fedit (reference)", "fedprox", "fedgkd", "ffa-lora", "o-lora", "fedrs", "fedit-average", "full", "full-two")
+    methods = (
+        "fedit (reference)",
+        "fedprox",
+        "fedgkd",
+        "ffa-lora",
+        "o-lora",
+        "fedrs",
+        "fedit-average",
+        "full",
+        "full-two",
+        "analytic-two",
+    )
     streams = _selected(tables_in("main", "clinc150: scores"), suite, methods)
     tables = {
         "table": _selected(tables_in("main-job", "clinc150-minilm"), legs),

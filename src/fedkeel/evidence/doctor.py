@@ -26,7 +26,7 @@ def of_recipe(prepared: Prepared) -> list[Verdict]:
     """Verdicts on a recipe and its rows, before any training; the tokenizer is read, no weights."""
     rows = {r.id: r for stage in prepared.stages for r in stage.all("train")}
     some = [rows[name] for name in sorted(rows)[:LOOKED_AT]]
-    about_rows = [cut(prepared, some), seen(prepared), *labels(prepared), resolution(prepared)]
+    about_rows = [cut(prepared, some), seen(prepared), *labels(prepared), *odd(prepared), resolution(prepared)]
     return [*about_rows, payload(prepared.recipe)]
 
 
@@ -91,6 +91,31 @@ def labels(prepared: Prepared) -> Iterator[Verdict]:
             yield Verdict(LOOK, told, "try evidence.task = 'restricted': labels that a site lacks then leave its softmax")
         else:
             yield Verdict(GOOD, told)
+
+
+def odd(prepared: Prepared) -> Iterator[Verdict]:
+    """Names that differ in case alone, texts that say nothing, the same row twice at a site."""
+    rows = {r.id: (site, r) for stage in prepared.stages for site, of in stage.rows.items() for r in of["train"]}
+    held = [record for _, record in rows.values()]
+    tasks, asked = dict[str, set[str]](), dict[str, set[str]]()
+    for r in held:
+        tasks.setdefault(r.task, set()).update([r.output] if r.labels else [])
+        asked.setdefault(r.task, set()).add(r.instruction)
+    named = {"sites": {*prepared.sites.rows}} | {f"labels of task {task}": of for task, of in sorted(tasks.items())}
+    for what, names in named.items():
+        alike: dict[str, list[str]] = {}
+        for name in sorted(names):
+            alike.setdefault(name.casefold(), []).append(name)
+        if twins := [" and ".join(map(repr, of)) for of in alike.values() if len(of) > 1]:
+            told = f"{what} that differ in the case of letters alone: {', '.join(twins[:3])}"
+            yield Verdict(LOOK, told, "one name, where one is meant")
+    # an instruction of its own may be all that a row asks
+    if empty := sum(not r.messages and not r.input.strip() and len(asked[r.task]) == 1 for r in held):
+        yield Verdict(LOOK, f"{plural(empty, 'training row')} without a text: an answer to nothing", "leave them out")
+    contents = Counter((site, r.task, r.instruction, r.input, r.output, str(r.messages)) for site, r in rows.values())
+    if again := contents.total() - len(contents):
+        told = f"{plural(again, 'training row')} that a site holds already, word for word"
+        yield Verdict(LOOK, told, "leave them out, unless they are meant to count twice")
 
 
 def resolution(prepared: Prepared) -> Verdict:

@@ -365,7 +365,8 @@ def _notes(rows: Sequence[Row], present: Sequence[str]) -> tuple[str, ...]:
             "analytic head: a ridge classifier of sums over all sites' rows, without training; free text is the base's."
         )
     if "centralised" in present:
-        notes.append("centralised pools all rows: what federation avoids; an upper reference.")
+        bound = "it forgets what a stage after the other teaches" if max(r.stage for r in rows) else "an upper reference"
+        notes.append(f"centralised pools all rows: what federation avoids; {bound}.")
     up, down = (total(rows, "federated", name) for name in ("bytes_up", "bytes_down"))
     if up is not None and down is not None:
         notes.append(f"Federated bytes are the messages of all sites and rounds: {up:,.0f} up to the server, {down:,.0f} down.")
