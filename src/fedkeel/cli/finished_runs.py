@@ -263,7 +263,7 @@ def report(
         path = write_report(folder)
     else:
         raise FedKeelError(f"{folder} holds neither suite.json nor recipe.toml: it is no folder of a suite or a run")
-    typer.echo(f"report: {path}")
+    typer.echo(f"report: {path.with_suffix('.html')}")
 
 
 @app.command()

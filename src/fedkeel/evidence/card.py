@@ -216,7 +216,9 @@ def _use(recipe: Recipe, made: Made) -> str:
     if made.gguf:
         return _use_gguf(made)
     base = "./base" if made.left else hub_id(recipe.model.base) or "BASE"
-    told = "" if base != "BASE" or made.merged else f"`BASE` is where `{escape(_named(recipe))}` lies on your machine.\n\n"
+    where = " (it comes with fedkeel: `fedkeel.model.bases.folder_of`)" if recipe.model.base in tables.BASES else ""
+    told = f"`BASE` is where `{escape(_named(recipe))}` lies on your machine{where}.\n\n"
+    told = "" if base != "BASE" or made.merged else told
     head = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "classifier": "AutoModel"}[made.kind]
     if made.merged:
         python = f'model = transformers.{head}.from_pretrained(".")'
