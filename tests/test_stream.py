@@ -438,7 +438,7 @@ def test_what_is_served_is_averaged_along_the_stages(stream: list[str], heard: l
 @pytest.mark.parametrize(
     "more",
     [
-        [],
+        pytest.param([], marks=pytest.mark.slow),
         ["federation.codec_up=int8", "federation.codec_down=int4"],
         ["structure.branch=0.3", "structure.skip=0.5", "structure.hold=true"],
         pytest.param(["attack.kind=gaussian", "attack.share=0.4"], marks=pytest.mark.slow),
