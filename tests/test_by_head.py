@@ -435,7 +435,7 @@ def test_who_says_a_weight_means_it(encoder: tuple[list[str], RunFolder]) -> Non
     for said in (["evidence.serve=0"], ["evidence.serve=0", "evidence.serve_from=[]"], ["evidence.serve=4"]):
         found = CliRunner().invoke(app, ["evaluate", str(folder), *said])
         assert found.exit_code == 0, found.output
-        told.append(found.output.partition(": federated adapter")[2].replace("\n", " "))
+        told.append(" ".join(found.output.partition(": federated adapter")[2].split()))
     assert told[0] == told[1]
     assert "beside it" not in told[0]
     assert "with the analytic head beside it, weight 4," in told[2]

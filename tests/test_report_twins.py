@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from suites import one_row, scored, write_plan, write_run
 
+from fedkeel.evidence.report.results import results_of
 from fedkeel.evidence.report.suite import Suite, read_suite
 from fedkeel.evidence.report.suite_page import write_suite_report
 from fedkeel.evidence.report.tables import Table
@@ -42,7 +43,7 @@ def suite_of(folder: Path, evenly: int) -> Suite:
 
 
 def table_of(suite: Suite) -> Table:
-    return twin_table(suite, "s", ())
+    return twin_table(suite, "s", results_of(suite, "s", ()), results_of(suite, "s-iid", ()), ())
 
 
 def test_what_skew_costs_is_told_over_the_seeds_that_both_have(tmp_path: Path) -> None:
@@ -69,7 +70,8 @@ def test_a_task_at_chance_on_one_of_the_two_is_in_no_number(tmp_path: Path) -> N
         found = scored(name, 1, {"A": 0.5, "B": b / 40}, {"a": 0.5}, stage=0, stages=(0.5,), round=2)
         write_run(tmp_path / name, found, scores=[*per_row(20), *({**row, "task": "B"} for row in per_row(b))])
     suite = read_suite(tmp_path)
-    whole, without = (twin_table(suite, "s", left_out) for left_out in ((), ("B",)))
+    both = [results_of(suite, stream, ()) for stream in ("s", "s-iid")]
+    whole, without = (twin_table(suite, "s", *both, left_out) for left_out in ((), ("B",)))
     header = whole.header.index("difference")
     assert whole.lines[0][header] == "−40.0"
     assert without.lines[0][header : header + 2] == ("0.0", "0.0 to 0.0")

@@ -65,7 +65,6 @@ def finished(folder: Path, which: str = "adapter", base: str = "", needs_base: b
     recipe, adapter = folder / "recipe.toml", folder / "adapter" / "adapter_model.safetensors"
     if not recipe.is_file():
         raise FedKeelError(f"{recipe} is missing: {folder} is not a run whose federation has ended")
-    tables.load_plugins()
     loaded = with_threads(make_recipe(known_of(read_tree(recipe, [f"model.base={base}"] if base else [])), data=False))
     if needs_base and base_is_away(loaded, folder):
         raise FedKeelError(

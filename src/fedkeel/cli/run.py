@@ -78,7 +78,7 @@ def _latest_unfinished(out: Path) -> list[str]:
 
 
 def _print_results(console: Console, folder: Path, recipe: Recipe, page: Path | str) -> None:
-    from fedkeel.evidence.doctor import served_weight
+    from fedkeel.evidence.doctor import served
     from fedkeel.evidence.report import method_table, read_rows, read_scores, stage_table, sure_table, task_table
     from fedkeel.runs.folder import RunFolder
 
@@ -89,13 +89,9 @@ def _print_results(console: Console, folder: Path, recipe: Recipe, page: Path | 
     for table in (task_table(rows), sure_table(read_scores(folder))):
         if 0 < len(table.lines) <= 20:
             console.print(table.rich())
-    if recipe.evidence.served:
-        console.print(
-            f"note: the federated scores are of the adapter with the analytic head beside it, weight "
-            f"{served_weight(recipe, rows):g}; the adapter alone: fedkeel evaluate {folder} evidence.serve=0",
-            style="yellow",
-            highlight=False,
-        )
+    for verdict in served(recipe, rows):
+        alone = f"the adapter alone: fedkeel evaluate {folder} evidence.serve=0"
+        console.print(f"note: {verdict.told}; {alone}", style="yellow", highlight=False)
     console.print(f"report: {page}\nadapter (PEFT): {folder / 'adapter'}", highlight=False)
     if (folder / "best").is_dir():
         best = RunFolder(folder).state().best

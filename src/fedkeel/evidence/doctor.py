@@ -24,10 +24,15 @@ LOOKED_AT = 2000  # training rows whose tokens are counted; their ids are hashes
 
 def of_recipe(prepared: Prepared) -> list[Verdict]:
     """Verdicts on a recipe and its rows, before any training; the tokenizer is read, no weights."""
-    rows = {r.id: r for stage in prepared.stages for r in stage.all("train")}
-    some = [rows[name] for name in sorted(rows)[:LOOKED_AT]]
+    rows = _trained(prepared)
+    some = [rows[name][1] for name in sorted(rows)[:LOOKED_AT]]
     about_rows = [cut(prepared, some), seen(prepared), *labels(prepared), *odd(prepared), resolution(prepared)]
     return [*about_rows, payload(prepared.recipe)]
+
+
+def _trained(prepared: Prepared) -> dict[str, tuple[str, Record]]:
+    """The training rows of all stages: id -> (site, row)."""
+    return {r.id: (site, r) for stage in prepared.stages for site, of in stage.rows.items() for r in of["train"]}
 
 
 def cut(prepared: Prepared, rows: Sequence[Record]) -> Verdict:
@@ -95,7 +100,7 @@ def labels(prepared: Prepared) -> Iterator[Verdict]:
 
 def odd(prepared: Prepared) -> Iterator[Verdict]:
     """Names that differ in case alone, texts that say nothing, the same row twice at a site."""
-    rows = {r.id: (site, r) for stage in prepared.stages for site, of in stage.rows.items() for r in of["train"]}
+    rows = _trained(prepared)
     held = [record for _, record in rows.values()]
     tasks, asked = dict[str, set[str]](), dict[str, set[str]]()
     for r in held:

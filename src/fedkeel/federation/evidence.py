@@ -126,9 +126,8 @@ class Prototypes:
     Source: FedProto, arXiv:2105.00243; see `method.objective.prototype`.
     """
 
-    def __init__(self, model: Model, heads: Mapping[str, Head]) -> None:
-        """heads: as they came down, by task. Raises ModelError as `check_pooled` does."""
-        check_pooled(model)
+    def __init__(self, heads: Mapping[str, Head]) -> None:
+        """heads: as they came down, by task."""
         self._means = {
             (task, label): STEP * mean[:-1]  # without the intercept
             for task, head in heads.items()

@@ -263,7 +263,7 @@ def lesson_of(model: Model, examples: Sequence[Example], round: Round) -> Iterat
             draw = injection.draw if injection is not None else Draw()
             calibration = calibration_of(examples, recipe.evidence)
             anchor = Anchor(model.features, round.state.heads, recipe.evidence) if recipe.evidence.anchor else None
-            prototypes = Prototypes(model, round.state.heads) if recipe.evidence.prototype else None
+            prototypes = Prototypes(round.state.heads) if recipe.evidence.prototype else None
             downs = [branch.a.get_parameter("weight") for branch in model.places.branches] if remembers else []
             weights = Parameters(now, start, downs, round.ranks)
             yield Lesson(model, examples, round, terms, guide, injection, draw, weights, calibration, anchor, prototypes)

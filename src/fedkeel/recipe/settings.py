@@ -377,14 +377,16 @@ def _toml(tree: Mapping[str, Any], prefix: str) -> str:
     return "\n".join(part for part in (own, *inner) if part)
 
 
+def dotted(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """The keys of a recipe as overrides write them, such as train.lr, and their values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= dotted(value, f"{before}{key}.") if isinstance(value, Mapping) else {before + key: value}
+    return found
+
+
 def unlike(settings: Any, others: Any) -> list[str]:
     """Of each key whose value is another than in `others`: `section.key = value`, as an override names it."""
-    return list(_unlike(tree_of(settings), tree_of(others), ""))
-
-
-def _unlike(tree: Mapping[str, Any], other: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _unlike(value, other.get(name, {}), f"{prefix}{name}.")
-        elif name not in other or value != other[name]:
-            yield f"{prefix}{name} = {toml_value(value)}"
+    known = dotted(tree_of(others))
+    found = dotted(tree_of(settings))
+    return [f"{key} = {toml_value(value)}" for key, value in found.items() if key not in known or value != known[key]]

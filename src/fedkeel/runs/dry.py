@@ -10,7 +10,6 @@ from fedkeel import tables
 from fedkeel.exchange.codecs import make_codec, seal
 from fedkeel.exchange.messages import Way, about, names_of, pack, pack_global, shapes_of
 from fedkeel.exchange.summands import summand
-from fedkeel.federation.evidence import check_pooled
 from fedkeel.model.bases import ModelError
 from fedkeel.model.load import device_of
 from fedkeel.model.lora import Model
@@ -65,8 +64,6 @@ class Dry:
         """Raises what the run would."""
         recipe = prepared.recipe
         model = Model(recipe.model, recipe.lora, recipe.seed, prepared.classes, weights=False)
-        if recipe.evidence.prototype:
-            check_pooled(model)
         rows = Encoded(model, prepared)
         self.cast, self.shapes = rows.cast, model.read_shapes()
         self.frozen, self.trainable = model.base_parameters(), sum(p.numel() for p in model.parameters())

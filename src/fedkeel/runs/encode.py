@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from fedkeel.data.format import Example, Formatter
 from fedkeel.data.forms import DataError
 from fedkeel.data.sites import Sites
+from fedkeel.federation.evidence import check_pooled
 from fedkeel.model.lora import Model
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.legs import Cast, cast_of
@@ -30,9 +31,12 @@ def check_length(model: Model, tokens: int, answers: int = 0) -> None:
 
 
 def formatter_of(model: Model, prepared: Prepared) -> Formatter:
-    """What makes examples of the run's rows for this model."""
+    """What makes examples of the run's rows for this model. Raises ConfigError or ModelError where the recipe asks of the base
+    what it cannot do."""
     data = prepared.recipe.data
     check_length(model, data.max_length, prepared.recipe.evaluation.max_new_tokens)
+    if prepared.recipe.evidence.prototype:
+        check_pooled(model)
     return Formatter(model.tokenizer, model.kind, data.max_length, data.list_labels, classes=model.classes)
 
 

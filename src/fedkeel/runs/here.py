@@ -12,7 +12,6 @@ from fedkeel.data.sites import Sites
 from fedkeel.data.template import TODAY
 from fedkeel.federation.attacks import hostile_sites, poisoned, target_of, triggered
 from fedkeel.federation.client import Site
-from fedkeel.federation.evidence import check_pooled
 from fedkeel.federation.kept import Kept
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.train import injection_of
@@ -104,8 +103,6 @@ class Here:
     def _check_places(self) -> None:
         """A structure without a place is an error now, not at a site's first step."""
         recipe = self.prepared.recipe
-        if recipe.evidence.prototype:
-            check_pooled(self.model)
         injection = injection_of(self.model, recipe)
         if injection is not None:
             with injection:

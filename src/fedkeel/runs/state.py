@@ -53,8 +53,9 @@ class State:
 
     def as_json(self) -> dict[str, Any]:
         """A JSON object; what says nothing is left out."""
-        told = {key: value for key, value in asdict(self).items() if value not in (None, {}, "") or key in _ALWAYS}
-        return told | ({"before": self.before.as_json()} if self.before else {})
+        inside = {"best": self.best and asdict(self.best), "before": self.before and self.before.as_json()}
+        told = {**vars(self), **inside}
+        return {key: value for key, value in told.items() if value not in (None, {}, "") or key in _ALWAYS}
 
 
 _ALWAYS = {"done": list, "leg": str, "round": int, "tested": int, "rows_bytes": int, "finished": bool}

@@ -69,8 +69,8 @@ def row_scores(line: Line, left_out: Collection[str]) -> dict[int, Scores]:
 
 
 def _result(line: Line, reference: Line | None, stream: str, left_out: Collection[str], families: Collection[str]) -> Result:
-    final = _finals(line, left_out)
-    against = _finals(reference, left_out) if reference else {}
+    final = finals_of(line, left_out)
+    against = finals_of(reference, left_out) if reference else {}
     compared = reference is not None and reference != line
     interval = None
     if reference is not None and compared:
@@ -103,7 +103,8 @@ def _result(line: Line, reference: Line | None, stream: str, left_out: Collectio
     )
 
 
-def _finals(line: Line, left_out: Collection[str]) -> dict[int, float]:
+def finals_of(line: Line, left_out: Collection[str]) -> dict[int, float]:
+    """seed -> final score, over tasks that are not left out; without seeds that have none."""
     found = {run.seed: final_score(run.rows, line.leg, left_out) for run in line.runs}
     return {seed: score for seed, score in found.items() if score is not None}
 

@@ -163,14 +163,6 @@ def scores_of(text: str, where: str) -> dict[str, Scores]:
 SKIPPED = ("name", "seed", "out", "threads")  # of a recipe: no part of a method
 
 
-def dotted(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """The keys of a recipe as overrides write them, such as train.lr, and their values."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= dotted(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-    return found
-
-
 def streams_of(suite: Suite) -> list[str]:
     """The streams that have a run, in the order of the plan."""
     return [s for s in suite.streams if any(r.stream == s for r in suite.runs)]

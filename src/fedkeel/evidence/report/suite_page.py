@@ -74,7 +74,9 @@ def _all_judged(suite: Suite) -> list[_Stream]:
     found = {name: _judged(suite, name) for name in streams_of(suite)}
     for name, twin in suite.twins.items():
         if name in found and twin in found:
-            found[name].beside = twin_table(suite, name, {*found[name].left_out, *found[twin].left_out})
+            here, there = found[name], found[twin]
+            left_out = {*here.left_out, *there.left_out}
+            here.beside = twin_table(suite, name, here.results, there.results, left_out)
     return list(found.values())
 
 

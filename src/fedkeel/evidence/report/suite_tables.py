@@ -18,7 +18,7 @@ from fedkeel.evidence.report.run_numbers import (
     measured,
     split_score,
 )
-from fedkeel.evidence.report.suite import BASELINES, SKIPPED, Line, Suite, dotted
+from fedkeel.evidence.report.suite import BASELINES, SKIPPED, Line, Suite
 from fedkeel.evidence.report.tables import (
     FAILED,
     MISSING,
@@ -31,6 +31,7 @@ from fedkeel.evidence.report.tables import (
     points_with_sd,
     signed,
 )
+from fedkeel.recipe.settings import dotted
 from fedkeel.scores.metrics import participation_gap, step_cost
 
 

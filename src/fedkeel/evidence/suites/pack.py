@@ -12,11 +12,11 @@ from typing import Any
 
 from fedkeel.evidence.archive import ARCHIVE, FAILED, KEPT, RunFiles, to_archive
 from fedkeel.evidence.report import suite_markdown
-from fedkeel.evidence.report.suite import SKIPPED, dotted
+from fedkeel.evidence.report.suite import SKIPPED
 from fedkeel.evidence.report.tables import escape
 from fedkeel.evidence.suites.tuning import trial_tables
 from fedkeel.files import write_atomic
-from fedkeel.recipe.settings import toml_value
+from fedkeel.recipe.settings import dotted, toml_value
 from fedkeel.types import FedKeelError
 
 BESIDE = ("chance.json", "tuned.toml")  # copied, where the suite has them
