@@ -114,7 +114,6 @@ def assert_one_paragraph(done: Done, told: str) -> None:
         (["run", "federation.rule=medium"], "federation.rule = 'medium': one of mean, freeze_a, alternate, svd"),
         (["run", "--engine", "flower"], "--engine flower: one of local, flower-sim belongs here"),
         (["evaluate", "runs/never"], "is missing: runs/never is not a run whose federation has ended"),
-        (["export", "runs/never", "x"], "is missing: runs/never is not a run whose federation has ended"),
     ],
 )
 def test_mistakes_are_one_paragraph_and_exit_1(arguments: list[str], told: str) -> None:

@@ -21,6 +21,7 @@ import pytest
 from tiny import tiny_rows
 
 from fedkeel.engines.sitefile import SiteFile, read_site
+from fedkeel.engines.work import handle
 from fedkeel.engines.worker import WorkerError, ask, stop
 from fedkeel.engines.world import cargo_of, world_of
 from fedkeel.recipe.load import load_recipe, make_recipe, read_tree
@@ -183,12 +184,12 @@ def test_a_base_that_changes_in_a_run_is_refused(
     base = shutil.copytree(tiny_base, tmp_path / "own-base")
     site.path.write_text(site.path.read_text().replace(str(tiny_base), str(base)))
     here = read_site(site.path)
-    assert "hello" in ask(here, request(tiny_overrides), b"", SECONDS)[0]
-    assert len(ask(here, request(tiny_overrides, kind="start"), b"", SECONDS)[1]) > 1000
+    assert "hello" in handle(request(tiny_overrides), b"", here)[0]
+    assert len(handle(request(tiny_overrides, kind="start"), b"", here)[1]) > 1000
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] *= 2
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    told, _ = ask(here, request(tiny_overrides, kind="start"), b"", SECONDS)
+    told, _ = handle(request(tiny_overrides, kind="start"), b"", here)
     assert told["error"] == "site ward-0: its base or tokenizer is another than when it said hello; put it back"
 
 
