@@ -3,6 +3,7 @@ refusals."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe, plain
 from fedkeel.recipe.schema import Evidence, Federation
 from fedkeel.recipe.settings import ConfigError
+from fedkeel.runs.dry import Dry
 from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.served import trained_model
@@ -127,6 +129,24 @@ def test_the_analytic_baseline_answers_by_the_classifier_alone(anchored: tuple[l
             and r["stage"] == stages - 1
         ]  # fmt: skip
         assert told == pytest.approx(right / len(tests))
+
+
+def test_the_dry_run_tells_what_the_ledger_then_holds(anchored: tuple[list[str], RunFolder]) -> None:
+    """Of the anchor's messages and of the rounds', each way, to what numbers and names in headers take."""
+    given, folder = anchored
+    told = Dry(prepare(load_recipe(None, given))).traffic
+    moved: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    for row in rows_of(folder):
+        if row["method"] == "federated" and row["name"] in ("bytes_down", "bytes_up"):
+            moved[row["name"], row["site"], row["round"]].append(row["value"])
+    first = {key: sizes for key, sizes in moved.items() if len(sizes) == 2}  # the anchor's come before the round's
+    assert len(first) == 2 * (2 + 3)  # one site has rows of the second stage alone
+    for way, planned in zip(("bytes_down", "bytes_up"), told.gathered, strict=True):
+        assert planned == pytest.approx(sum(sizes[0] for key, sizes in first.items() if key[0] == way), rel=0.01)
+    assert told.rounds == pytest.approx(sum(sizes[-1] for sizes in moved.values()), rel=0.01)
+    plain = Dry(prepare(load_recipe(None, [*given, "evidence.anchor=0", "evidence.serve=0"]))).traffic
+    assert plain.gathered == (0, 0)
+    assert plain.rounds < 0.98 * told.rounds
 
 
 def test_a_run_goes_on_in_the_same_bits(anchored: tuple[list[str], RunFolder], tmp_path: Path) -> None:

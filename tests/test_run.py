@@ -33,7 +33,7 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe, Train
 from fedkeel.recipe.settings import ConfigError
-from fedkeel.runs.dry import Dry, payload_bytes
+from fedkeel.runs.dry import Dry
 from fedkeel.runs.execute import execute
 from fedkeel.runs.folder import RunError, RunFolder
 from fedkeel.runs.legs import legs_of
@@ -308,9 +308,8 @@ def test_rows_of_a_run(tiny_overrides: list[str], uncut: RunFolder) -> None:
         counts[r["method"], r["site"]][r["task"]] = r["value"]
     assert set(counts) == {("base", ""), ("federated", ""), ("centralised", ""), *(("local", f"ward-{k}") for k in range(3))}
     assert len({tuple(sorted(c.items())) for c in counts.values()}) == 1
-    shapes = Dry(prepare(recipe)).shapes
-    down, up = payload_bytes(shapes, recipe)
-    for name, planned in (("bytes_down", down), ("bytes_up", up)):
+    told = Dry(prepare(recipe)).traffic
+    for name, planned in (("bytes_down", told.down), ("bytes_up", told.up)):
         sent = [r["value"] for r in rows if r["name"] == name and r["method"] == "federated"]
         assert len(sent) == 9
         assert all(abs(b - planned) <= 200 for b in sent), (planned, sent)

@@ -36,7 +36,7 @@ from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
-from fedkeel.runs.dry import Dry, payload_bytes
+from fedkeel.runs.dry import Dry
 from fedkeel.runs.legs import legs_of
 from fedkeel.runs.planned import check_stages
 from fedkeel.runs.prepare import Prepared, prepare
@@ -403,10 +403,12 @@ def test_the_memory_is_the_end_of_the_stage_before_and_travels_only_where_it_is_
     assert stored.counts == results[4].state.counts
     assert stored.drift == results[4].state.drift
     down = {round: result.bytes_down["north"] for round, result in enumerate(results)}
-    shapes = Dry(prepare(recipe)).shapes
-    numbers = sum(torch.Size(s).numel() for s in shapes.values())
+    told = Dry(prepare(recipe)).traffic
+    numbers = sum(t.numel() for t in model.read().tensors().values())
     assert down[3] - down[1] == pytest.approx(4 * numbers if share else 0, abs=4000)
-    assert payload_bytes(shapes, recipe)[0] == pytest.approx(down[3], abs=400)
+    assert told.down == pytest.approx(down[3], abs=400)
+    sent = sum(sum(r.bytes_down.values()) + sum(r.bytes_up.values()) for r in results)
+    assert told.rounds == pytest.approx(sent, rel=0.02)
 
 
 @pytest.mark.parametrize("memory", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])

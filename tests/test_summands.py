@@ -29,7 +29,7 @@ from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Federation, Privacy
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
-from fedkeel.runs.dry import payload_bytes
+from fedkeel.runs.traffic import payload_bytes
 from fedkeel.types import Adapter, Global, Lora, Reply, Request
 
 INT8 = [*MASKS, "federation.codec_up=int8"]

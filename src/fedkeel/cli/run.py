@@ -27,7 +27,7 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     from rich.table import Table
 
     from fedkeel.evidence.report import human_bytes
-    from fedkeel.runs.dry import Dry, payload_bytes
+    from fedkeel.runs.dry import Dry
     from fedkeel.runs.prepare import describe_sites
 
     recipe = prepared.recipe
@@ -42,18 +42,18 @@ def _print_plan(console: Console, prepared: Prepared) -> None:
     for name, *counts, top in describe_sites(prepared):
         table.add_row(name, *(f"{c:,}" for c in counts), top)
     console.print(table)
-    asked = [sum(dry.cast.asked(stage).values()) for stage in range(len(prepared.stages))]
     sites = min(recipe.federation.sites_per_round or len(prepared.sites.rows), len(prepared.sites.rows))
-    down, up = payload_bytes(dry.shapes, recipe, sites)
+    bytes_of = dry.traffic
     facts = Table(show_header=False, title="Before any work", title_justify="left")
     facts.add_row("base model", f"{recipe.model.base} ({prepared.kind}), {dry.frozen:,} frozen parameters")
     facts.add_row("trainable parameters", f"{dry.trainable:,} ({dry.trainable / max(1, dry.frozen):.2%} of the base)")
-    facts.add_row("one message down / up", f"{down:,} / {up:,} bytes")
-    facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (down + up))}")
+    facts.add_row("one message down / up", f"{bytes_of.down:,} / {bytes_of.up:,} bytes")
+    facts.add_row("a round", f"{sites} sites, {human_bytes(sites * (bytes_of.down + bytes_of.up))}")
     rounds = recipe.federation.rounds * len(prepared.stages)
-    gathers = any(leg.gathers for leg in dry.legs if leg.method == "federated")
-    beside = ", and the analytic anchor's sums and classifiers" if gathers else ""
-    facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(sum(asked) * (down + up))}{beside}")
+    if any(bytes_of.gathered):
+        down, up = map(human_bytes, bytes_of.gathered)
+        facts.add_row("the analytic anchor", f"once a stage, all sites and stages {down} down, {up} up")
+    facts.add_row("the whole federation", f"{rounds} rounds, {human_bytes(bytes_of.rounds + sum(bytes_of.gathered))}")
     if dry.promise:
         facts.add_row("privacy", dry.promise)
     facts.add_row("methods", ", ".join(dict.fromkeys(leg.method for leg in dry.legs)))

@@ -20,10 +20,10 @@ from fedkeel.model.lora import Model
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import derive
-from fedkeel.runs.dry import payload_bytes
 from fedkeel.runs.encode import formatter_of
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.prepare import Prepared
+from fedkeel.runs.traffic import payload_bytes
 from fedkeel.scores.evaluate import choose, row_nats
 from fedkeel.types import Global
 

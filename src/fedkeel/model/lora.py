@@ -382,6 +382,13 @@ class Model(Adapted):
             )
         return found
 
+    @property
+    def pooled_width(self) -> int:
+        """Features that the analytic anchor sees of a row, the intercept among them, see `_pooled`; known without weights. Of
+        `model.feature_depths` that fall on one block it counts each."""
+        hidden: int = self.net.get_base_model().config.get_text_config().hidden_size
+        return max(1, len(self.config.feature_depths)) * (2 if self.kind == "causal" else 1) * hidden + 1
+
     @contextmanager
     def _looking(self, inputs: dict[str, Any]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
         """Around a pass over `inputs`: the last hidden states -> those at each of `depths`, (rows, tokens, d); without any the

@@ -77,13 +77,16 @@ class Cast:
         """All sites, in the order in which they are named."""
         return list(dict.fromkeys(name for stage in self.rows for name in stage))
 
+    def rounds(self, stage: int) -> list[list[str]]:
+        """The sites that are asked in each round of a stage."""
+        federation = self.recipe.federation
+        names = [name for name, count in self.rows[stage].items() if count]
+        numbers = range(stage * federation.rounds, (stage + 1) * federation.rounds)
+        return [sample_sites(names, federation.sites_per_round, self.recipe.seed, round) for round in numbers]
+
     def asked(self, stage: int) -> Counter[str]:
         """In how many rounds of a stage each site is asked."""
-        federation, found = self.recipe.federation, Counter[str]()
-        names = [name for name, count in self.rows[stage].items() if count]
-        for round in range(stage * federation.rounds, (stage + 1) * federation.rounds):
-            found.update(sample_sites(names, federation.sites_per_round, self.recipe.seed, round))
-        return found
+        return Counter(site for sites in self.rounds(stage) for site in sites)
 
     def steps(self, stage: int) -> dict[str, int]:
         """Optimiser steps that each site takes in the federation in a stage."""
