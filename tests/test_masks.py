@@ -347,7 +347,8 @@ def test_a_site_gives_no_keys_where_its_recipe_asks_for_none(
     [
         "federation.rule=svd", "federation.rule=alternate", "federation.weighting=positions", "federation.codec_up=bf16",
         "federation.codec_up=topk=0.1+int8",
-        "federation.max_update_norm=3", "structure.hold=true", "evidence.anchor=1", 'evaluation.baselines=["analytic"]',
+        "federation.max_update_norm=3", "structure.hold=true", "evidence.anchor=1", "evidence.prototype=0.1",
+        "evidence.serve=1", "evidence.serve_from=[0.5, 1.0]", "model.head=analytic", 'evaluation.baselines=["analytic"]',
         "distill.weight=1",
     ],
 )  # fmt: skip

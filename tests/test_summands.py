@@ -347,5 +347,7 @@ def test_a_stage_begins_with_the_reach_of_its_rate(tiny_overrides: list[str], mo
 def test_noise_that_is_whole_in_the_sum_alone_is_not_rounded_before() -> None:
     private = [*INT8, "privacy.unit=site", "privacy.noise=1"]
     load_recipe(None, private)
-    with pytest.raises(ConfigError, match=r"privacy\.together = 3: noise that is whole in a sum alone"):
+    with pytest.raises(
+        ConfigError, match=r"together = 3: noise hides a site in a sum .*codec_up = 'int8' rounds behind the bound"
+    ):
         load_recipe(None, [*private, "privacy.together=3"])

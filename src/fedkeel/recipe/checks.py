@@ -213,18 +213,33 @@ def _check_privacy(recipe: Recipe) -> None:
             f"privacy.unit = {privacy.unit!r}: distill.task_trust and site_trust send counts of a site's rows; set both "
             f"to false"
         )
-    if (privacy.noise_at == "coordinator" or privacy.together > 1) and not rule.sums:
-        raise ConfigError(
-            f"privacy.noise_at = {privacy.noise_at!r}, together = {privacy.together}: noise hides a site in a sum, and "
-            f"federation.rule = {federation.rule!r} is none; set one of {_rules(lambda r: r.sums)}, or noise_at = 'sites' and "
-            f"together = 1"
-        )
+    if privacy.summed:
+        _check_summed(recipe)
     if privacy.noise_at == "coordinator" and privacy.together > 1:
         raise ConfigError("privacy.together counts sites that add noise; with noise_at = 'coordinator' none does: set 1")
     if rule.personal:
         raise ConfigError(
             f"privacy.unit = {privacy.unit!r}: federation.rule = {rule.name!r} keeps a factor at each site, without noise; "
             f"choose another rule"
+        )
+
+
+def _check_summed(recipe: Recipe) -> None:
+    """Noise that is whole in a sum alone hides a site whose part of that sum is no longer than the bound."""
+    privacy, federation = recipe.privacy, recipe.federation
+    wrong = {
+        f"federation.rule = {federation.rule!r} is no sum ({_rules(lambda r: r.sums)} are)": not tables.RULES[
+            federation.rule
+        ].sums,
+        "structure.hold = true: what few sites train is divided by those few": recipe.structure.hold,
+        f"federation.codec_up = {federation.codec_up!r} rounds behind the bound, and what it leaves out comes later beside it "
+        f"('fp32' does not)": federation.codec_up != "fp32",
+    }
+    found = [what for what, so in wrong.items() if so]
+    if found:
+        raise ConfigError(
+            f"privacy.noise_at = {privacy.noise_at!r}, together = {privacy.together}: noise hides a site in a sum of parts that "
+            f"are no longer than privacy.clip, and {'; '.join(found)}. Change that, or set noise_at = 'sites' and together = 1"
         )
 
 
@@ -247,6 +262,7 @@ def _check_masks(recipe: Recipe) -> None:
     if not privacy.masks:
         return
     rule = tables.RULES[federation.rule]
+    asked = anchor_asked(recipe)
     added = ("fp32", *(name for name, codec in tables.CODECS.items() if codec.bits))
     wrong = {
         f"federation.rule = {rule.name!r}": not rule.sums or len(rule.trains) > 1,
@@ -258,8 +274,7 @@ def _check_masks(recipe: Recipe) -> None:
         "privacy.noise_at = 'coordinator'": privacy.noise_at == "coordinator",
         "distill.task_trust, site_trust": distill.weight and (distill.task_trust or distill.site_trust),
         "distill.align with layer_trust": distill.weight and distill.align != "off" and distill.layer_trust,
-        "evidence.anchor, serve": recipe.evidence.anchor or recipe.evidence.served,
-        "model.head = 'analytic'": recipe.model.head == "analytic",
+        ", ".join(asked): asked,
         "evaluation.baselines = analytic": "analytic" in recipe.evaluation.baselines,
     }
     if find_spec("cryptography") is None:
@@ -270,12 +285,6 @@ def _check_masks(recipe: Recipe) -> None:
             f"privacy.masks shows the coordinator the sum of the sites' changes alone, and {', '.join(found)} would need more: "
             f"federation.rule = 'mean' or 'freeze_a', weighting = 'uniform' and codec_up of {', '.join(added)} go with it, "
             f"and what is not among these has to be left out"
-        )
-    if federation.codec_up != "fp32" and privacy.unit == "site" and privacy.together > 1:
-        raise ConfigError(
-            f"privacy.together = {privacy.together}: noise that is whole in a sum alone is accounted for where its parts are "
-            f"added as they are, and federation.codec_up = {federation.codec_up!r} would round each to few steps before: set "
-            f"codec_up = 'fp32', or together = 1"
         )
 
 

@@ -415,6 +415,11 @@ class Privacy:
         texts of errors. Scores of its held-out rows and numbers of its rows are kept back under `unit` alone."""
         return self.unit != "none" or self.masks
 
+    @property
+    def summed(self) -> bool:
+        """Whether the noise hides a site in the sum of a round alone: what a site sends is bounded, and no more than that."""
+        return self.unit == "site" and (self.noise_at == "coordinator" or self.together > 1)
+
 
 @dataclass(frozen=True)
 class Audit:
