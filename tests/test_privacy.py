@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -39,13 +40,14 @@ from fedkeel.exchange.noise import Noise, deviation
 from fedkeel.federation.local import LocalTransport
 from fedkeel.federation.screen import Expected, screen
 from fedkeel.federation.server import FederationError, Roster, run_round
-from fedkeel.federation.train import steps_a_round
+from fedkeel.federation.train import SiteError, steps_a_round
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.schema import Federation, Privacy
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.rng import secret_normal
 from fedkeel.runs.dry import Dry
 from fedkeel.runs.folder import RunFolder
+from fedkeel.runs.legs import Cast
 from fedkeel.runs.prepare import prepare
 from fedkeel.runs.privacy import Spending, check_budget, epsilon, noise_for, planned, row_epsilon, spending
 from fedkeel.types import Adapter, Global, Lora, Reply
@@ -177,6 +179,33 @@ def test_a_round_is_the_mean_of_clipped_changes_and_noise(
         assert torch.allclose(after[name].double(), before[name].double() + sum(clipped) / 3 + shift, atol=1e-6), name
 
 
+def test_the_coordinators_noise_is_that_of_the_sum_of_those_who_answered(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three: with noise of ones the mean has z · C / 2, or the sum of two would have less than was promised."""
+    heard = listening(monkeypatch)
+    monkeypatch.setattr(fedkeel.exchange.noise, "secret_normal", ones)
+
+    def answer(payload: bytes, model: Any, site: Any, *more: Any) -> bytes:
+        if site.name == "ward-1":
+            raise SiteError("out of memory")
+        return real(payload, model, site, *more)
+
+    real = fedkeel.federation.local.answer
+    monkeypatch.setattr(fedkeel.federation.local, "answer", answer)
+    given = [*tiny_overrides, *PRIVATE, *ALONE, "privacy.noise_at=coordinator", "privacy.clip=1e6", "federation.quorum=0.6"]
+    watch = Silent()
+    recipe, _, model = go([*given, "federation.rounds=1"], watch)
+    ((_, result),) = watch.results
+    assert len(heard) == 2
+    assert model.initial is not None
+    after, before = result.state.adapter.tensors(), model.initial.tensors()
+    for name in heard[0]:
+        mean = sum(change[name].double() for change in heard) / 2
+        shift = after[name].double() - before[name].double() - mean
+        assert torch.allclose(shift, torch.full_like(shift, recipe.privacy.noise * 1e6 / 2), rtol=1e-5)
+
+
 def test_what_a_site_sends_tells_nothing_beside_its_change(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bytes] = []
 
@@ -234,6 +263,24 @@ def test_epsilon_is_told_each_round_and_counts_what_was_asked_for_twice(tiny_ove
     _, resumed, _ = go([*given, "name=cut"], resume=True)
     last = [r["value"] for r in rows_of(resumed) if r["name"] == "epsilon"][-1]
     assert last == pytest.approx(epsilon(privacy, 5))
+
+
+def test_a_round_whose_checkpoint_was_torn_counts_too(tiny_overrides: list[str]) -> None:
+    """What was sent cannot be taken back: rounds 1, 2, 2 again and 3 are four."""
+    given = [*tiny_overrides, *PRIVATE, *ALONE, "federation.rounds=3", "name=torn"]
+    out = Path(next(o for o in given if o.startswith("out="))[4:]) / "torn"
+
+    def stop(leg: str, done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(given, Silent(stop))
+    checkpoint = out / "checkpoints" / "federated" / "round-0002.fkl"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-7])
+    recipe, folder, _ = go(given, resume=True)
+    last = [r["value"] for r in rows_of(folder) if r["name"] == "epsilon"][-1]
+    assert last == pytest.approx(epsilon(recipe.privacy, 4))
 
 
 def test_a_site_that_is_drawn_seldom_spends_less(tiny_overrides: list[str]) -> None:
@@ -490,8 +537,40 @@ def test_the_most_is_that_of_all_sites_and_is_told_without_a_warning(train: str,
         row_epsilon(1.1, min(1.0, 8 / rows[site]), rounds * steps_a_round(recipe.train, rows[site]), 1e-5)
         for site, rounds in asked.items()
     ]
-    assert Spending(recipe, rows).after(asked) == max(every)
+    assert Spending(recipe, {site: (count, count) for site, count in rows.items()}).after(asked) == max(every)
     assert not caplog.records
+
+
+def test_rows_that_came_or_went_in_between_make_epsilon_no_less(tiny_overrides: list[str]) -> None:
+    """A coordinator that begins again hears of rows anew: they are drawn as of the fewest, in the steps of the most."""
+    recipe = load_recipe(None, [*tiny_overrides, *ROWS, "train.batch_size=4", "train.local_steps=0", "train.local_epochs=1"])
+    before = spending(Cast(recipe, [{"a": 12, "b": 40}])).rows
+    now = spending(Cast(recipe, [{"a": 40, "b": 40, "c": 16}]), before)
+    assert {site: tuple(counts) for site, counts in now.rows.items()} == {"a": (12, 40), "b": (40, 40), "c": (16, 16)}
+    assert now.after({"a": 3}) == row_epsilon(1.1, 4 / 12, 30, 1e-5)
+    assert now.after({"b": 3}) == row_epsilon(1.1, 4 / 40, 30, 1e-5)
+
+
+def test_a_run_does_not_pass_the_epsilon_that_it_was_given(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rounds fill it; the second is cut off, so there is no room for the third. With a higher one it goes on."""
+    given = [*tiny_overrides, *PRIVATE, *ALONE, "federation.rounds=3", "name=full"]
+    most = epsilon(load_recipe(None, given).privacy, 3) + 1e-6
+    real, calls = fedkeel.federation.local.answer, itertools.count()
+
+    def answer(*asked: Any) -> bytes:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedkeel.federation.local, "answer", answer)
+        with pytest.raises(KeyboardInterrupt):
+            go([*given, f"privacy.epsilon={most}"])
+    with pytest.raises(FederationError, match=r"round 3 would come to ε = .*, over privacy\.epsilon = .*ends with round 2"):
+        go([*given, f"privacy.epsilon={most}"], resume=True)
+    _, folder, _ = go([*given, "privacy.epsilon=1000"], resume=True)
+    last = [r["value"] for r in rows_of(folder) if r["name"] == "epsilon"]
+    assert last == pytest.approx([epsilon(load_recipe(None, given).privacy, n) for n in (1, 3, 4)])
 
 
 @pytest.mark.parametrize("micro", [0, 2])

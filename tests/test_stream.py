@@ -25,6 +25,7 @@ from fedkeel.data.format import Example, Formatter
 from fedkeel.data.sites import Sites, unseen_sites
 from fedkeel.data.stages import arrivals
 from fedkeel.evidence.report import write_report
+from fedkeel.exchange.channel import Feedback
 from fedkeel.exchange.messages import unpack_global
 from fedkeel.federation.client import Site
 from fedkeel.federation.kept import Kept
@@ -460,6 +461,29 @@ def test_each_stage_trains_its_own_ranks_and_no_others(stream: list[str], more: 
             assert torch.equal(after.b[:, others], before.b[:, others])
             assert (after.b[:, mine] != before.b[:, mine]).any()
             assert (after.a[mine] != before.a[mine]).any()
+
+
+def test_what_was_left_unsent_of_an_earlier_stages_ranks_is_forgotten(
+    stream: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No residual is of a rank that has no change in the round."""
+    came: list[tuple[Any, Any]] = []
+
+    def leaves(self: Feedback, tensors: Any, memory: Any) -> Any:
+        came.append((dict(tensors), dict(memory)))
+        return real(self, tensors, memory)
+
+    real = Feedback.leaves
+    monkeypatch.setattr(Feedback, "leaves", leaves)
+    go([*stream, "stream.stages=bank,travel+home", "lora.rank=8", "stream.slices=true", "federation.codec_up=topk=0.1"])
+    stages = set()
+    for tensors, memory in came:
+        for name, residual in memory.items():
+            axis = 1 if name.endswith(".a") else 0
+            mine, left = (tuple(t.abs().sum(axis).nonzero().flatten().tolist()) for t in (tensors[name], residual))
+            assert set(left) <= set(mine)
+            stages.add(mine)
+    assert {(0, 1, 2, 3), (4, 5, 6, 7)} <= stages
 
 
 def test_a_stage_of_own_ranks_is_a_pair_of_that_rank_beside_the_frozen_earlier_ones(stream: list[str]) -> None:

@@ -125,6 +125,16 @@ class Work:
             self.model.rewind()
             self._run, self._leg = run, leg
 
+    @property
+    def sameness(self) -> str:
+        """What a site must have in every round as when it said hello, in words: ε of rows goes by how many there are."""
+        return "base, tokenizer or number of training rows" if self.recipe.privacy.unit == "row" else "base or tokenizer"
+
+    def same(self, site: str) -> str:
+        """The same as a text that is another one where any of it is."""
+        counts = [str(len(rows)) for rows in self.examples(site)] if self.recipe.privacy.unit == "row" else []
+        return " ".join([self.base + self.words, *counts])
+
     def hello(self, site: str) -> dict[str, Any]:
         """What a coordinator checks before round 1: that this site would train the same thing as the others."""
         versions = {name: metadata.version(name) for name in ("fedkeel", "torch", "transformers", "peft")}
@@ -309,7 +319,7 @@ def handle(
         folder = root / run
         mark = folder / "recipe.sha256"
         seal = hashlib.sha256(text.encode()).hexdigest()
-        said, now = folder / "base.sha256", work.base + work.words
+        said, now = folder / "base.sha256", work.same(site)
         if kind == "hello":
             if not mark.exists():
                 write_shared(mark, seal)
@@ -317,7 +327,7 @@ def handle(
         elif not mark.exists():
             raise WorkError(f"site {site} refuses a message of a foreign run: {run!r} has not said hello here")
         elif said.exists() and said.read_text() != now:
-            raise WorkError(f"site {site}: its base or tokenizer is another than when it said hello; put it back")
+            raise WorkError(f"site {site}: its {work.sameness} is another than when it said hello; put it back")
         if mark.read_text() != seal:
             raise WorkError(f"site {site} refuses a message of a foreign run: the recipe of {run!r} was another when it began")
         work.begin(run)

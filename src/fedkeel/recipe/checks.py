@@ -238,8 +238,9 @@ def _check_summed(recipe: Recipe) -> None:
     found = [what for what, so in wrong.items() if so]
     if found:
         raise ConfigError(
-            f"privacy.noise_at = {privacy.noise_at!r}, together = {privacy.together}: noise hides a site in a sum of parts that "
-            f"are no longer than privacy.clip, and {'; '.join(found)}. Change that, or set noise_at = 'sites' and together = 1"
+            f"privacy.noise_at = {privacy.noise_at!r}, together = {privacy.together}: noise hides a site in a sum of parts "
+            f"that are no longer than privacy.clip, and {'; '.join(found)}. Change that, or set noise_at = 'sites' and "
+            f"together = 1"
         )
 
 

@@ -510,5 +510,6 @@ class Recipe:
 # Keys that a resumed run may have otherwise: they change no bit of it, or as the threads and the rows scored at once only
 # the last ones.
 FREE = (
-    "evaluation.batch_size", "keep_checkpoints", "model.cache_disk", "model.cache_memory", "out", "threads", "track",
+    "evaluation.batch_size", "keep_checkpoints", "model.cache_disk", "model.cache_memory", "out", "privacy.epsilon", "threads",
+    "track",
 )  # fmt: skip

@@ -190,7 +190,8 @@ class RunFolder:
         if not before or self._damage(before):
             raise RunError(f"{wrong}, and the round before cannot be used either; start over with --fresh")
         self.notes.append(f"{wrong}: this run goes on from round {before.round}, the one before")
-        self._saved = replace(before, asked=state.asked)  # what was sent cannot be taken back, and counts for privacy
+        # what was sent cannot be taken back, and counts for privacy
+        self._saved = replace(before, asked=state.asked, held=state.held)
         return self._saved
 
     def _damage(self, state: State) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -79,11 +79,11 @@ def noise_for(wished: float, of: Callable[[float], float]) -> float:
 
 @dataclass(frozen=True)
 class Spending:
-    """What a run spends. rows: by site, the fewest training rows that it has in a stage: a row is drawn the oftener the fewer
-    there are."""
+    """What a run spends. rows: by site, the fewest and the most training rows that it has in a stage: a row is drawn the
+    oftener the fewer there are, and by epochs in the more steps the more there are."""
 
     recipe: Recipe
-    rows: Mapping[str, int]
+    rows: Mapping[str, Sequence[int]]
 
     def after(self, asked: Mapping[str, int], noise: float = 0.0) -> float:
         """ε of the site, or the row, that has spent most. asked: site -> rounds. noise: in place of the recipe's."""
@@ -92,22 +92,23 @@ class Spending:
         if privacy.unit == "site":
             return epsilon(replace(privacy, noise=noise), max(asked.values(), default=0))
         sites = {
-            (min(1.0, train.batch_size / rows), rounds * steps_a_round(train, rows))
+            (min(1.0, train.batch_size / self.rows[site][0]), rounds * steps_a_round(train, self.rows[site][1]))
             for site, rounds in asked.items()
-            if (rows := self.rows.get(site, 0))
+            if site in self.rows
         }
         # a row that is drawn as likely and in as many steps as another's has spent as much
         most = [(r, s) for r, s in sites if not any(r <= q and s <= t for q, t in sites - {(r, s)})]
         return max((row_epsilon(noise, rate, steps, privacy.delta) for rate, steps in most), default=0.0)
 
 
-def spending(cast: Cast) -> Spending:
-    """Of a run."""
-    rows: dict[str, int] = {}
+def spending(cast: Cast, before: Mapping[str, Sequence[int]] | None = None) -> Spending:
+    """Of a run. before: `Spending.rows` of rounds that it was asked for with other rows, as a deployment's sites may change."""
+    rows = {name: list(counts) for name, counts in (before or {}).items()}
     for stage in cast.rows:
         for name, count in stage.items():
             if count:
-                rows[name] = min(count, rows.get(name, count))
+                fewest, most = rows.get(name, (count, count))
+                rows[name] = [min(fewest, count), max(most, count)]
     return Spending(cast.recipe, rows)
 
 

@@ -29,7 +29,7 @@ from fedkeel.recipe.schema import Recipe
 from fedkeel.runs.folder import RunFolder
 from fedkeel.runs.legs import Cast, Leg, Stage
 from fedkeel.runs.planned import CHOICES, choices_of
-from fedkeel.runs.privacy import spending
+from fedkeel.runs.privacy import Spending, spending
 from fedkeel.runs.rows import gathered_rows, round_rows
 from fedkeel.runs.served import served, share_of
 from fedkeel.runs.state import Best, State
@@ -241,7 +241,7 @@ class Loop:
             # and if the memory is the global adapter itself, it need not travel twice
             apart = remembers and recipe.stream.averages
             current = replace(current, counts={}, reach={}, memory=self._served(leg, stage - 1) if apart else None)
-        self._release(roster, current.round)
+        self._release(leg, roster, current.round)
         bound = roster.now(current).privacy.clip
         begin, elsewhere = time.process_time(), carrier.cpu
         result = (run_masked_round if roster.privacy.masks else run_round)(current, carrier, roster)
@@ -261,7 +261,7 @@ class Loop:
     def _spent(self, leg: Leg, stage: int, round: int, bound: float) -> list[Row]:
         """What has been promised after a round, told. bound: C of that round."""
         recipe = leg.stages[stage].recipe
-        spent = spending(Cast(recipe, [at.rows for at in leg.stages])).after(self.state.asked)
+        spent = self._spends(leg).after(self.state.asked)
         found, moves = {"epsilon": (spent, "epsilon")}, recipe.privacy.quantile > 0
         found |= {"clip": (bound, "norm")} if moves else {}
         told = f"; changes of this round were clipped to {bound:.3g}" if moves else ""
@@ -269,10 +269,24 @@ class Loop:
         run, method, seed = self.recipe.name, leg.method, leg.seed
         return [Row(run, method, seed, round, name, value, unit, stage=stage) for name, (value, unit) in found.items()]
 
-    def _release(self, roster: Roster, round: int) -> None:
-        """Count what the sites are asked for before they are: a round that is cut off and done again is told twice."""
-        if roster.privacy.unit != "none":
-            self._keep([], asked=dict(Counter(self.state.asked) + Counter(roster.asked(round))))
+    def _release(self, leg: Leg, roster: Roster, round: int) -> None:
+        """Count what the sites are asked for before they are: a round that is cut off and done again is told twice. Raises
+        FederationError where that would come to more than privacy.epsilon."""
+        privacy = roster.privacy
+        if privacy.unit == "none":
+            return
+        asked = Counter(self.state.asked) + Counter(roster.asked(round))
+        spends = self._spends(leg)
+        if privacy.epsilon and (comes := spends.after(asked)) > privacy.epsilon:
+            raise FederationError(
+                f"round {round + 1} would come to ε = {comes:.3g}, over privacy.epsilon = {privacy.epsilon:g}, as rounds were "
+                f"asked for again or sites have other rows than at the beginning. The federation ends with round {round}, "
+                f"which is kept; resumed with a higher privacy.epsilon it goes on"
+            )
+        self._keep([], asked=dict(asked), held=spends.rows if privacy.unit == "row" else {})
+
+    def _spends(self, leg: Leg) -> Spending:
+        return spending(Cast(leg.stages[0].recipe, [at.rows for at in leg.stages]), self.state.held)
 
     def _save(self, leg: Leg, current: Global, rows: Sequence[Row], **more: Any) -> None:
         """A state to resume from. What the sites keep is part of it."""

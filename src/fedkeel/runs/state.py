@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ class State:
     done: names of finished legs. leg: that at hand, and of it: round: its last checkpoint. tested: how many of its stages are
     scored. scored: the last round with a point of the curve. last: the last round of a stage that was really run. best: of the
     curve. kept: site -> the name of what it keeps elsewhere.
-    asked: under `[privacy]`, site -> rounds that it was asked for. prints: what the run works with -> its fingerprint; empty
+    asked: under `[privacy]`, site -> rounds that it was asked for. held: under `privacy.unit = "row"`, site -> the fewest and
+    the most training rows that it had then. prints: what the run works with -> its fingerprint; empty
     where none was taken. run, reference: of a deployment, its name at the sites and what they were held to. rows_bytes: how
     much of rows.jsonl belongs to this state. before: the state as the round before left it.
     """
@@ -40,6 +41,7 @@ class State:
     best: Best | None = None
     kept: Mapping[str, str] = field(default_factory=dict)
     asked: Mapping[str, int] = field(default_factory=dict)
+    held: Mapping[str, Sequence[int]] = field(default_factory=dict)
     prints: Mapping[str, str] = field(default_factory=dict)
     run: str = ""
     reference: Mapping[str, Any] = field(default_factory=dict)
@@ -59,7 +61,16 @@ class State:
 
 
 _ALWAYS = {"done": list, "leg": str, "round": int, "tested": int, "rows_bytes": int, "finished": bool}
-_PERHAPS = {"scored": int, "last": int, "kept": dict, "asked": dict, "prints": dict, "run": str, "reference": dict}
+_PERHAPS = {
+    "scored": int,
+    "last": int,
+    "kept": dict,
+    "asked": dict,
+    "held": dict,
+    "prints": dict,
+    "run": str,
+    "reference": dict,
+}
 _BEST = {"stage": int, "round": int, "score": float, "waited": int}
 _INSIDE = {"done": str, "kept": str, "asked": int, "prints": str}
 
@@ -72,6 +83,9 @@ def read_state(told: Any) -> State:
         inside = held.get(key, ())
         if not all(type(value) is kind for value in (inside.values() if isinstance(inside, dict) else inside)):
             raise ValueError(f"{key} is {inside!r:.60}")
+    for counts in held.get("held", {}).values():
+        if not isinstance(counts, list) or len(counts) != 2 or not all(type(n) is int and 0 < n < MOST for n in counts):
+            raise ValueError(f"held is {counts!r:.60}")
     held["done"] = tuple(held["done"])
     held.setdefault("scored", held["round"])  # of a run that began before this was kept
     best = Best(**_checked(told["best"], _BEST, {})) if told.get("best") else None
