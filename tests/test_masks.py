@@ -19,6 +19,7 @@ from test_run import Silent, adapter_of, go, rows_of, same
 
 pytest.importorskip("cryptography", reason="the extra fedkeel[privacy] is not installed")
 
+from fedkeel.engines.store import Store
 from fedkeel.exchange.codecs import header_of, open_envelope, seal
 from fedkeel.exchange.masks import (
     PRIME,
@@ -197,8 +198,12 @@ def test_a_site_refuses_what_would_tell_its_change() -> None:
         assert said in str(caught.value)
     masked(change, told["a"], "a", kept["a"])
     less = {"among": ["a", "b"], "shares": {o: told["a"]["shares"][o] for o in ("a", "b")}}
-    with pytest.raises(MaskError, match="asked for this round's change before, behind other masks"):
-        masked(change, less, "a", kept["a"])
+    for again in (less, told["a"]):
+        with pytest.raises(MaskError, match="site a: it was asked for its change of round 1 before"):
+            masked(change, again, "a", kept["a"])
+    public = {name: [32 * "00", 32 * "00"] for name in kept}
+    with pytest.raises(MaskError, match="site b: it gave shares of round 1 before"):
+        prepare(question("shares", keys=public, threshold=2), like(), "b", kept["b"])
     for threshold in (0, 1, 4, True, None):
         with pytest.raises(MaskError, match="more than half must be needed"):
             begun(["a", "b", "c"], threshold)  # type: ignore[arg-type]
@@ -309,13 +314,28 @@ def test_a_cut_off_round_begins_anew_with_other_keys(overrides: list[str], monke
 
 
 @pytest.mark.parametrize("codec", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
-def test_over_a_grid_as_in_this_process(codec: str, overrides: list[str], tmp_path: Path) -> None:
+def test_over_a_grid_as_in_this_process(
+    codec: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And at the sites no secret of a round outlasts it."""
     pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
     from test_engines_agree import over_grid
 
     given = [*overrides, f"federation.codec_up={codec}"]
     _, here, _ = go(given)
+    real, wrote = Store.write_masks, Counter[bool]()
+
+    def write_masks(self: Store, secrets: bytes) -> None:
+        real(self, secrets)
+        wrote[bool(secrets)] += 1
+
+    monkeypatch.setattr(Store, "write_masks", write_masks)
     there = over_grid([*given, "name=there"], tmp_path)
+    assert wrote == {
+        True: 3 * 3 * 3,
+        False: 3 * 3,
+    }  # keys, shares, change; and the shares of all, of three sites in three rounds
+    assert not list(tmp_path.rglob("masks.json"))
     assert same(adapter_of(here.path), adapter_of(there.path))
 
 
@@ -365,8 +385,21 @@ def test_a_missing_library_is_told_before_any_work(monkeypatch: pytest.MonkeyPat
         load_recipe(None, ["privacy.masks=true", "federation.weighting=uniform"])
 
 
-def test_secrets_are_kept_for_a_round_and_written_as_numbers() -> None:
-    kept, told = begun(["a", "b"])
-    again = Kept().restored(json.loads(json.dumps({})) or kept["a"].tensors())
-    one = masked({"w": torch.ones(3)}, told["a"], "a", kept["a"])
-    assert np.array_equal(one, masked({"w": torch.ones(3)}, told["a"], "a", again))
+def test_a_sites_disk_holds_secrets_for_a_round_and_gives_them_to_no_older_state(tmp_path: Path) -> None:
+    """Between messages they lie beside what the site keeps; told once, they are gone, whatever state is named."""
+    store, kept = Store(tmp_path, "a"), Kept(memory={"residual": {"w": torch.ones(3)}})
+    _, told = begun(["a", "b"])
+    prepare(question("keys"), like(), "a", kept)
+    assert set(kept.tensors()) == {"residual/w"}
+    store.write_masks(kept.masks)
+    older = store.write("1", kept.tensors())
+    again = Kept(masks=store.read_masks()).restored(store.read(older))
+    assert (again.masks, set(again.memory)) == (kept.masks, {"residual"})
+    files = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    secrets = json.loads(files.pop("masks.json"))
+    assert files.keys() == {"kept-1.fkl"}
+    assert not any(secrets[name].encode() in content for name in ("channel", "mask", "seed") for content in files.values())
+    store.write_masks(b"")
+    assert not list(tmp_path.rglob("masks.json"))
+    with pytest.raises(MaskError, match="site a: it has no keys of round 1"):
+        masked({"w": torch.ones(3)}, told["a"], "a", Kept(masks=store.read_masks()).restored(store.read(older)))

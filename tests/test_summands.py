@@ -92,15 +92,15 @@ def test_a_sum_behind_masks_is_that_of_the_integers(bits: int) -> None:
     top = [int(encoded[name]["a"][0]) for name in names]
     assert top == [0, *[adds.steps] * 7]
     form = adds.form(shapes, 1)
+    masks = {name: masks_of(told[name], 0, name, kept[name]) for name in names}
     open_, hidden = [], []
     for n, name in enumerate(names):
         whole = adds.numbers(encoded[name], [n / 4])
         open_.append(whole[: form.change].astype(object))
-        hidden.append(form.unpacked(form.packed(masks_of(told[name], 0, name, kept[name]).over(whole))))
+        hidden.append(form.unpacked(form.packed(masks[name].over(whole))))
     total = np.sum(np.array(hidden, dtype=np.uint64), axis=0).astype(np.uint32)
     for name in names:  # the pairs' masks cancel; each site's own is taken off
-        secrets = masks_of(told[name], 0, name, kept[name]).secrets
-        total = total - stream(bytes.fromhex(secrets.seed), len(total))
+        total = total - stream(bytes.fromhex(masks[name].secrets.seed), len(total))
     assert (total[: form.change] & np.uint32(2**adds.width - 1)).tolist() == list(sum(open_))
     change, beside, _ = adds.means(total, [derive(1, name) for name in names], shapes)
     assert beside == [7.0]

@@ -71,6 +71,22 @@ class Store:
                         path.unlink()
         return token if tensors else ""
 
+    @property
+    def _masks(self) -> Path:
+        return self._own / "masks.json"
+
+    def read_masks(self) -> bytes:
+        """What `write_masks` wrote last; empty where there is nothing."""
+        return self._masks.read_bytes() if self._masks.exists() else b""
+
+    def write_masks(self, secrets: bytes) -> None:
+        """Keep the secrets of the present round's masks, of no token: whatever state is asked for, those of the round are
+        one, and gone once they are used. Empty: forget them."""
+        if secrets:
+            write_atomic(self._masks, secrets)
+        else:
+            self._masks.unlink(missing_ok=True)
+
     def _shift(self, number: int) -> Path:
         return self._folder / f"shift-{number:04d}.fkl"
 

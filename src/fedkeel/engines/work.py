@@ -189,7 +189,7 @@ class Work:
         rank, before, leg = int(header["rank"]), str(header["kept"]), str(header["leg"])
         recipe = self.recipe_of(leg, int(header["steps"]))
         self.begin(self._run, leg)
-        kept = Kept(rank=rank).restored(store.read(before))
+        kept = Kept(rank=rank, masks=store.read_masks()).restored(store.read(before))
         rule = tables.RULES[recipe.federation.rule]
         if rule.shifts:
             like = layout_of(self.initial, recipe.lora, rank)
@@ -199,6 +199,7 @@ class Work:
             if self.model.shifts < first:
                 self.model.replay(store.read_shifts(self.model.shifts, first), self.model.shifts)
         update = answer(payload, self.model, Site(site, self.examples(site), int(header["rounds"]), recipe), kept)
+        store.write_masks(kept.masks)
         return {"kept": store.write(str(header["id"]), kept.tensors(), before)}, update
 
     def evaluate(self, site: str, header: Mapping[str, Any], payload: bytes, store: Store) -> tuple[dict[str, Any], bytes]:

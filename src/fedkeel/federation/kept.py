@@ -22,12 +22,14 @@ class Kept:
     """What one site keeps between the rounds of a federation; tensors in float32 by flat names, which never travel as they are.
 
     rank: of its adapter; 0: the recipe's. memory: step of the channel -> what it remembers. personal: the factors that stay
-    here under `share_a` and `share_b`.
+    here under `share_a` and `share_b`. masks: secrets of the present round's masks, see `masking`; they are no part of
+    `tensors`, so that none is written where a federation could be resumed from, or lasts longer than it must.
     """
 
     rank: int = 0
     memory: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     personal: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: bytes = b""
 
     def forget(self, ranks: range) -> None:
         """Keep of what is remembered for the next message only what is of these ranks of the branches."""

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedkeel.exchange.codecs import seal
 from fedkeel.exchange.masks import (
@@ -30,7 +29,6 @@ from fedkeel.federation.kept import Kept
 from fedkeel.rng import secret_bytes
 from fedkeel.types import Adapter
 
-STEP = "masks"  # of what a site keeps
 KINDS = ("keys", "shares", "unmask")
 
 
@@ -49,18 +47,14 @@ class Secrets:
 
 
 def _kept(kept: Kept, round: int, site: str) -> Secrets:
-    held = kept.memory.get(STEP, {}).get("secrets")
-    found = None if held is None else Secrets(**json.loads(bytes(held.to(torch.uint8).tolist())))
+    found = Secrets(**json.loads(kept.masks)) if kept.masks else None
     if found is None or found.round != round:
         raise MaskError(f"site {site}: it has no keys of round {round + 1}, which is begun anew by asking for them")
     return found
 
 
 def _keep(kept: Kept, secrets: Secrets | None) -> None:
-    memory = {name: held for name, held in kept.memory.items() if name != STEP}
-    if secrets is not None:  # as float32, in which whatever a site keeps is written
-        memory[STEP] = {"secrets": torch.tensor(list(json.dumps(asdict(secrets)).encode()), dtype=torch.float32)}
-    kept.memory = memory
+    kept.masks = b"" if secrets is None else json.dumps(asdict(secrets)).encode()
 
 
 def prepare(header: Mapping[str, Any], like: Adapter, site: str, kept: Kept) -> bytes:
@@ -83,6 +77,8 @@ def prepare(header: Mapping[str, Any], like: Adapter, site: str, kept: Kept) -> 
 
 def _shared(header: Mapping[str, Any], secrets: Secrets, site: str, kept: Kept) -> dict[str, str]:
     """other site -> its shares of this one's two secrets, sealed for it."""
+    if secrets.keys:
+        raise MaskError(f"site {site}: it gave shares of round {secrets.round + 1} before; a round begins anew with new keys")
     keys: Any = header.get("keys")
     threshold = header.get("threshold")
     known = isinstance(keys, dict) and site in keys
@@ -135,8 +131,11 @@ def masks_of(told: Mapping[str, Any], round: int, site: str, kept: Kept) -> Mask
         raise MaskError(f"site {site}: masks among {among!r} are asked for, of {sorted(secrets.keys)} that gave keys")
     if not isinstance(came, dict) or set(came) != set(among):
         raise MaskError(f"site {site}: shares of {sorted(came or [])} came, and masks are among {among}")
-    if secrets.came and dict(secrets.came) != came:
-        raise MaskError(f"site {site}: it was asked for this round's change before, behind other masks; two sums would tell it")
+    if secrets.came:
+        raise MaskError(
+            f"site {site}: it was asked for its change of round {round + 1} before, and two behind the same masks would tell "
+            f"how they differ; a round begins anew with new keys"
+        )
     _keep(kept, replace(secrets, came=came))
     return Masks(site, among, secrets)
 
