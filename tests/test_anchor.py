@@ -450,8 +450,13 @@ def test_sums_that_no_rows_have_are_refused(told: tuple[Model, list[Example], di
     wrong = replace(known, gram=twisted)
     with pytest.raises(EnvelopeError, match="topic are not those of any rows: their matrix has an eigenvalue below 0"):
         read_sums(Reply("a", pack_sums("a", 7, model.initial, {"topic": wrong})), 7, 3, model.initial)
+    endless = replace(known, gram=known.gram * 2**40, rows={**known.rows, label: 2**53})
+    with pytest.raises(EnvelopeError, match=r"topic are of \d+ rows; at most 2147483648 are taken"):
+        read_sums(Reply("a", pack_sums("a", 7, model.initial, {"topic": endless})), 7, 3, model.initial)
     nothing = replace(known, gram=0 * known.gram)  # of rows whose features are all 0
     read_sums(Reply("a", pack_sums("a", 7, model.initial, {"topic": nothing})), 7, 3, model.initial)
+    with pytest.raises(anchor.SumsError, match="sums that no rows have"):
+        anchor.head_of(nothing, 0.1)
     with pytest.raises(EnvelopeError, match="no sums of rows"):
         read_known(pack_sums("a", 7, model.initial, sums))
 
@@ -464,6 +469,7 @@ def test_sums_that_no_rows_have_are_refused(told: tuple[Model, list[Example], di
         ({"topic": {"hits": {"zebra": 1}, "nats": [0.0] * 6}}, "more rows foretold"),
         ({"topic": {"hits": {}, "nats": [0.0] * 5}}, "where 6 numbers belong"),
         ({"topic": {"hits": {}, "nats": [-1.0] * 6}}, "where 6 numbers belong"),
+        ({"topic": {"hits": {}, "nats": [1.7e308] * 6}}, "where 6 numbers belong, at most 8e.09 each"),
         ({"topic": {"hits": [], "nats": [0.0] * 6}}, "task names with whole numbers"),
         ({"topic": None}, "task names with whole numbers"),
     ],

@@ -32,6 +32,7 @@ from fedkeel.cli import app as cli
 from fedkeel.engines.coordinate import meanings_of, read_sums, reference_of
 from fedkeel.engines.exported import check_heads
 from fedkeel.engines.flower.apps import OneSentence, Waiting, client_app, server_app
+from fedkeel.engines.hello import HelloError, read_hello
 from fedkeel.engines.sitefile import SiteFileError, read_site
 from fedkeel.engines.work import handle
 from fedkeel.exchange.codecs import EnvelopeError
@@ -354,8 +355,34 @@ def test_sites_that_ask_a_free_task_otherwise_are_refused(
         coordinate(overrides, files, tmp_path, monkeypatch)
 
 
+def test_the_head_alone_beside_a_rule_that_moves_the_base(
+    deployment: tuple[list[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its rows say through the base a site is asked without a word of shifts."""
+    overrides, files = deployment
+    given = [*overrides, "federation.rule=residual", "federation.rounds=1", "train.local_steps=1"]
+    there = coordinate([*given, 'evaluation.baselines=["analytic"]'], files, tmp_path, monkeypatch)
+    assert {r["task"] for r in rows_of(there) if (r["method"], r["name"], r["split"]) == ("analytic", "score", "test")} >= {""}
+
+
+HELLO = {
+    "base": "a",
+    "tokenizer": "t",
+    "kind": "causal",
+    "classes": "c",
+    "layout": "l",
+    "initial": "i",
+    "tasks": {},
+    "rows": [{"train": 3}],
+    "encoded": [3],
+    "versions": {"torch": "2"},
+    "load_seconds": 0.5,
+}
+
+
 def test_what_most_sites_mean_by_a_task() -> None:
-    hellos = {"x": {"tasks": {"t": "1", "u": "5"}}, "y": {"tasks": {"t": "2"}}, "z": {"tasks": {"t": "1"}}, "old": {}}
+    said = {"x": {"t": "1", "u": "5"}, "y": {"t": "2"}, "z": {"t": "1"}, "old": {}}
+    hellos = {site: read_hello(HELLO | {"tasks": tasks}) for site, tasks in said.items()}
     assert meanings_of(hellos) == {"t": "1", "u": "5"}
     with pytest.raises(FederationError, match="the labels or the instruction of task 't', x against y: nothing was trained"):
         meanings_of({name: hellos[name] for name in "xy"})
@@ -372,10 +399,28 @@ def test_one_coordinator_a_run(
 
 
 def test_most_sites_say_what_belongs() -> None:
-    one = {"base": "a", "tokenizer": "t", "kind": "causal", "classes": "c", "layout": "l", "initial": "i"}
-    assert reference_of({"x": one, "y": one, "z": one | {"base": "b"}}) == one
+    one, two, three = (read_hello(HELLO | more) for more in ({}, {"base": "b"}, {"base": "b", "initial": "j"}))
+    assert reference_of({"x": one, "y": one, "z": two}) == one.one
     with pytest.raises(FederationError, match="disagree about the base model and the initial adapter, x against y"):
-        reference_of({"x": one, "y": one | {"base": "b", "initial": "j"}})
+        reference_of({"x": one, "y": three})
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"encoded": 5}, "encoded = 5 where a list belongs"),
+        ({"encoded": [True]}, "True for a number of rows in encoded"),
+        ({"versions": [1]}, r"versions = \[1\] where an object belongs"),
+        ({"rows": [7]}, "rows = 7 where an object belongs"),
+        ({"rows": [{"train": -1}]}, "-1 for a number of rows in rows"),
+        ({"tasks": {"a": 3}}, "a = 3 where a text belongs"),
+        ({"base": None}, "base = None where a text belongs"),
+        ({"load_seconds": float("nan")}, "load_seconds = nan"),
+    ],
+)
+def test_a_hello_that_is_none_is_refused_with_its_key(more: dict[str, Any], told: str) -> None:
+    with pytest.raises(HelloError, match=told):
+        read_hello(HELLO | more)
 
 
 def test_pooled_scores_by_hand(tiny_overrides: list[str]) -> None:

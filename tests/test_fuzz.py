@@ -13,8 +13,10 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,14 +24,19 @@ import torch
 from builders import SHAPES, crafted, make_adapter, numbers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_coordinate import HELLO
 
 from fedkeel.data.sources import load_records
 from fedkeel.deploy.manifest import read_manifest
+from fedkeel.engines.coordinate import vetted
+from fedkeel.engines.hello import HelloError, read_hello
 from fedkeel.engines.sitefile import read_members, read_site
 from fedkeel.evidence.suites.plan import PLANS, load_plan
 from fedkeel.exchange.codecs import EnvelopeError
 from fedkeel.exchange.messages import pack, pack_global, pack_tensors, unpack_global, unpack_shift
+from fedkeel.exchange.sums import pack_foretold, pack_known, pack_sums, read_foretold, read_sums
 from fedkeel.federation.screen import Expected, screen
+from fedkeel.method.objective.anchor import SCALES, SumsError, added, head_of, sums_of
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.reference import sections
 from fedkeel.recipe.schema import Data, Recipe
@@ -253,6 +260,52 @@ def test_updates(cases: int) -> None:
 @counts
 def test_global_states(cases: int) -> None:
     fuzz(Parser([pack_global("global", STATE, since=0)[36:]], [*COMMON, *JSON], sealed(global_of), (EnvelopeError,)), cases)
+
+
+SUMS = {"t": sums_of(torch.tensor([[3, -2, 64], [1, 5, 64], [0, 2, 64]]), ["a", "b", "a"])}
+
+
+def known_of(payload: bytes) -> None:
+    found = read_sums(Reply("a", payload), 0, 0, LIKE)
+    for task, sums in found.items():
+        twice = added([sums, sums])
+        assert int(twice.gram.abs().max()) < 2**62
+        with suppress(SumsError):
+            assert torch.isfinite(head_of(twice, 0.0).weight).all()
+        assert pack_known({task: twice})
+
+
+@counts
+def test_sums_of_rows(cases: int) -> None:
+    fuzz(Parser([pack_sums("a", 0, LIKE, SUMS)[36:]], [*COMMON, *JSON], sealed(known_of), (EnvelopeError,)), cases)
+
+
+def foretold_of(payload: bytes) -> None:
+    found = read_foretold(Reply("a", payload), 0, LIKE, SUMS)
+    assert pack_known({task: added([sums, sums]) for task, sums in found.items()})
+
+
+@counts
+def test_outcomes_of_the_trial(cases: int) -> None:
+    valid = pack_foretold("a", 0, LIKE, {"t": ({"a": 1, "b": 1}, [0.5] * len(SCALES))})[36:]
+    fuzz(Parser([valid], [*COMMON, *JSON], sealed(foretold_of), (EnvelopeError,)), cases)
+
+
+@counts
+def test_hellos(cases: int) -> None:
+    """As `courier` reads an answer: JSON first."""
+    pytest.importorskip("flwr", reason="the extra fedkeel[flower] is not installed")
+    from fedkeel.engines.flower.courier import FlowerError, unpack
+
+    valid = json.dumps({"hello": HELLO}).encode()
+
+    def read(body: bytes) -> None:
+        content: Any = {"fedkeel": {"header": body.decode(errors="replace")}}
+        found = read_hello(unpack(SimpleNamespace(content=content))[0].get("hello"))
+        assert found.trained(0) >= 0 <= found.held(0, "train")
+        assert vetted(dict(found.one), found) in ("", "refused before training: it has no training row")
+
+    fuzz(Parser([valid], [*COMMON, *JSON, b"[" * 200_000], read, (HelloError, FlowerError)), cases)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

@@ -283,6 +283,25 @@ def test_a_site_that_goes_at_any_point_is_left_out(overrides: list[str], gone: s
     assert max(float((mine[n] - theirs[n]).abs().max()) for n in mine) < 1e-6
 
 
+def test_a_key_that_nobody_can_agree_with_is_its_sites_failure(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point of low order, which every other site would stumble over."""
+    real = LocalTransport.exchange
+
+    def exchange(self: LocalTransport, requests: Sequence[Request], deadline: float) -> list[Reply]:
+        replies = real(self, requests, deadline)
+        for n, reply in enumerate(replies):
+            header = header_of(reply.payload)
+            if (header["kind"], reply.site) == ("keys", "ward-1"):
+                replies[n] = Reply(reply.site, seal({**header, "keys": [header["keys"][0], 64 * "0"]}, {}))
+        return list(replies)
+
+    monkeypatch.setattr(LocalTransport, "exchange", exchange)
+    watch = Silent()
+    _, folder, _ = go([*overrides, "federation.rounds=1", "federation.quorum=0.6"], watch)
+    assert {r["site"] for r in rows_of(folder) if r["name"] == "positions"} == {"ward-0", "ward-2"}
+    assert any("site ward-1 failed and was left out" in note and "a key that is none of X25519" in note for note in watch.notes)
+
+
 def test_one_more_that_goes_is_too_many(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     dropping(monkeypatch, lambda kind, site, round: kind == "unmask" and site != "ward-0")
     with pytest.raises(FederationError) as caught:

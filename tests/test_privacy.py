@@ -31,6 +31,7 @@ import fedkeel.federation.local
 import fedkeel.federation.server
 from fedkeel.cli import app
 from fedkeel.engines.coordinate import Away
+from fedkeel.engines.hello import read_hello
 from fedkeel.engines.work import Work
 from fedkeel.exchange.channel import channel_of
 from fedkeel.exchange.clip import Clip
@@ -517,7 +518,7 @@ def test_rows_that_do_not_fit_are_not_those_that_are_drawn(tiny_overrides: list[
         hello = Work(recipe).hello("ward-0")
         told.append((epsilons, re.findall(r"ε = (\S+) at δ", dry), hello["encoded"], Dry(prepare(recipe)).cast.rows))
         counts = prepare(recipe).cast.rows[0]["ward-0"]
-        away = Away(recipe, ["ward-0"], cast(Any, SimpleNamespace(hellos={"ward-0": hello})), folder, Silent())
+        away = Away(recipe, ["ward-0"], cast(Any, SimpleNamespace(hellos={"ward-0": read_hello(hello)})), folder, Silent())
         assert away.cast().rows == [{"ward-0": hello["encoded"][0]}]
     assert told[0] == told[1]
     assert counts > told[0][2][0] == 18

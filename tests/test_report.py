@@ -116,6 +116,13 @@ def test_method_table_by_hand() -> None:
     assert "centralised pools all rows: what federation avoids; an upper reference." in notes
 
 
+def test_a_loss_without_a_finite_perplexity_is_told_in_words() -> None:
+    """One site may say so much that the mean of all is beyond what a float's exponential holds."""
+    table = method_table([*run_rows(), row("federated", "nats", 1e5, "nats", 2, split="test")])
+    told = dict(zip(table.header, next(line for line in table.lines if line[0] == "federated"), strict=True))
+    assert (told["loss, nats a token"], told["perplexity"]) == ("100000.000", "not finite")
+
+
 def test_one_kind_of_metric_needs_no_columns_of_its_own() -> None:
     rows = [r for r in run_rows() if r.task != "gist" and r.name != "rouge_l"]
     assert method_table(rows).header[:3] == ("method", "score, points", "worst site, own rows")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 from fedkeel import tables
 from fedkeel.engines.exported import differing, read_folder
+from fedkeel.engines.hello import ONE, Hello
 from fedkeel.exchange.codecs import EnvelopeError, open_envelope
 from fedkeel.exchange.messages import MEMORY, pack_global, read_counts
 from fedkeel.federation.server import FederationError
@@ -36,15 +36,7 @@ from fedkeel.runs.track import Tracks
 from fedkeel.runs.watch import Watch
 from fedkeel.types import Adapter, FedKeelError, Global, Lora, Reply, Row
 
-# what must be one at all sites, and how a person would say it
-ONE = {
-    "base": "base model",
-    "tokenizer": "tokenizer",
-    "kind": "kind of model",
-    "classes": "list of classes (list a task's labels in data.tasks_file)",
-    "layout": "adapter layout",
-    "initial": "initial adapter",
-}
+NATS = 1e6  # of a token, more than any model of float32 gives it
 ASKED = 3  # sites for the adapter's folder, until two agree
 Answers = Mapping[str, "tuple[dict[str, Any], bytes] | FedKeelError"]
 
@@ -63,8 +55,8 @@ class Terms:
 class Sites(Protocol):
     """The sites, as `courier.Courier` reaches them. vet: (site, what it said) -> why it is not asked, or nothing."""
 
-    hellos: dict[str, dict[str, Any]]
-    vet: Callable[[str, Mapping[str, Any]], str]
+    hellos: dict[str, Hello]
+    vet: Callable[[str, Hello], str]
 
     def ask(
         self,
@@ -79,11 +71,11 @@ class Sites(Protocol):
         """kept: site -> the name of the state that it starts from, brought up to date as answers are taken."""
 
 
-def reference_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def reference_of(hellos: Mapping[str, Hello]) -> dict[str, str]:
     """What most sites say of base, tokenizer and the rest of ONE. Raises FederationError where no answer has most."""
     groups: dict[str, list[str]] = {}
     for site, hello in sorted(hellos.items()):
-        groups.setdefault(json.dumps([hello.get(key) for key in ONE]), []).append(site)
+        groups.setdefault(json.dumps([hello.one[key] for key in ONE]), []).append(site)
     most, *level = _most(groups)
     if level:
         first, second = (dict(zip(ONE, json.loads(told), strict=True)) for told in (most, *level))
@@ -99,11 +91,11 @@ def _most(groups: Mapping[str, Sequence[str]]) -> list[str]:
     return [first, *(told for told in others if len(groups[told]) == len(groups[first]))]
 
 
-def meanings_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def meanings_of(hellos: Mapping[str, Hello]) -> dict[str, str]:
     """What most sites mean by each task, see `work.Work.hello`. Raises FederationError where no answer has most."""
     said: dict[str, dict[str, list[str]]] = {}
     for site, hello in sorted(hellos.items()):
-        for task, meaning in _tasks(hello).items():
+        for task, meaning in hello.tasks.items():
             said.setdefault(task, {}).setdefault(meaning, []).append(site)
     found = {}
     for task, groups in said.items():
@@ -118,31 +110,21 @@ def meanings_of(hellos: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def _tasks(hello: Mapping[str, Any]) -> dict[str, str]:
-    told = hello.get("tasks")
-    return {str(task): str(meaning) for task, meaning in told.items()} if isinstance(told, dict) else {}
-
-
-def vetted(reference: Mapping[str, Any], hello: Mapping[str, Any]) -> str:
+def vetted(reference: Mapping[str, Any], hello: Hello) -> str:
     """Why a site that says `hello` is refused; nothing if it is not."""
-    odd = [name for key, name in ONE.items() if hello.get(key) != reference[key]]
+    odd = [name for key, name in ONE.items() if hello.one[key] != reference[key]]
     if odd:
         return f"refused before training: its {' and its '.join(odd)} is not that of the other sites"
     agreed = reference.get("tasks", {})
-    other = [repr(task) for task, meaning in _tasks(hello).items() if agreed.get(task, meaning) != meaning]
+    other = [repr(task) for task, meaning in hello.tasks.items() if agreed.get(task, meaning) != meaning]
     if other:
         return (
             f"refused before training: the labels or the instruction of its task {' and its task '.join(other)} are not those "
             f"of the other sites; give all of them the same data.tasks_file"
         )
-    if not any(hello.get("encoded", [])):
+    if not any(hello.encoded):
         return "refused before training: it has no training row"
     return ""
-
-
-def _count(told: Any) -> int:
-    """A number of rows that a site told; 0 of what is none."""
-    return told if type(told) is int and 0 <= told < 2**40 else 0
 
 
 def read_start(payload: bytes) -> Adapter:
@@ -174,9 +156,9 @@ def read_sums(header: Mapping[str, Any], stages: int, rows: int, tokens: int) ->
             for name, (total, count) in measures.items():
                 if name != "score" and name not in tables.METRICS:
                     raise ValueError(f"{task}: no measure {name!r}")
-                # a measure is a share of a row, or nats of a token, which have no bound above
+                # a measure is a share of a row, or nats of a token
                 nats = tables.by_token(name)
-                if not (1 <= count <= left * (tokens if nats else 1) and 0 <= total <= (sys.float_info.max if nats else count)):
+                if not (1 <= count <= left * (tokens if nats else 1) and 0 <= total <= count * (NATS if nats else 1)):
                     raise ValueError(f"{task}: {name} of {total!r} over {count!r} rows, of {rows} that the site has")
                 held[str(name)] = float(total), float(count)
             left -= int(held["score"][1])
@@ -215,7 +197,7 @@ class Away:
             )
         if told:
             self.watch.note(f"the federation begins without some sites (the quorum holds):{told}")
-        torches = {str(hello.get("versions", {}).get("torch")) for hello in hellos.values()}
+        torches = {hello.versions.get("torch", "") for hello in hellos.values()}
         if len(torches) > 1:
             self.watch.note(f"the sites run torch {', '.join(sorted(torches))}: the last bits of their sums may differ")
         for stage, name in enumerate(self.recipe.stream.stages):
@@ -225,16 +207,11 @@ class Away:
 
     def _rows(self, site: str, stage: int, split: str) -> int:
         """Rows that a site said it holds; 0 of one that has not."""
-        rows = self.sites.hellos.get(site, {}).get("rows", [])
-        count = rows[stage].get(split, 0) if isinstance(rows, list) and stage < len(rows) else 0
-        return _count(count)
+        return self.sites.hellos[site].held(stage, split) if site in self.sites.hellos else 0
 
     def _trained(self, site: str, stage: int) -> int:
         """Rows that a site said it trains on: those that fit; of one that has not said hello, which may still come, one."""
-        if site not in self.sites.hellos:
-            return 1
-        encoded = self.sites.hellos[site].get("encoded", [])
-        return _count(encoded[stage]) if isinstance(encoded, list) and stage < len(encoded) else 0
+        return self.sites.hellos[site].trained(stage) if site in self.sites.hellos else 1
 
     def cast(self) -> Cast:
         """Who takes part."""
@@ -244,13 +221,9 @@ class Away:
 
     def loads(self) -> list[Row]:
         """How long each site took from nothing to a loaded base and encoded rows: what a warm worker saves every round."""
-        rows = []
-        for site in self.fine():
-            seconds = self.sites.hellos[site].get("load_seconds")
-            if isinstance(seconds, float) and 0 <= seconds < 1e6:
-                told = ("load_seconds", seconds, "seconds")
-                rows.append(Row(self.recipe.name, "federated", self.recipe.seed, 0, *told, site=site))
-        return rows
+        told = {site: self.sites.hellos[site].load_seconds for site in self.fine()}
+        run, seed = self.recipe.name, self.recipe.seed
+        return [Row(run, "federated", seed, 0, "load_seconds", s, "seconds", site=site) for site, s in told.items()]
 
     def start(self, digest: str) -> None:
         """What the federation starts from: from the first site that can say, held to the hash that all of them told."""

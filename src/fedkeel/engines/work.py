@@ -34,6 +34,7 @@ from fedkeel.data.format import Example
 from fedkeel.engines.sitefile import SiteFile, for_a_part
 from fedkeel.engines.store import LostStateError, Store, WorkError, checked_name, write_shared
 from fedkeel.engines.world import cargo_of
+from fedkeel.exchange.codecs import header_of
 from fedkeel.exchange.messages import (
     layout,
     names_of,
@@ -191,7 +192,7 @@ class Work:
         self.begin(self._run, leg)
         kept = Kept(rank=rank, masks=store.read_masks()).restored(store.read(before))
         rule = tables.RULES[recipe.federation.rule]
-        if rule.shifts:
+        if rule.shifts and header_of(payload).get("kind") == "global":  # other questions tell nothing of the base
             like = layout_of(self.initial, recipe.lora, rank)
             told, state = unpack_global(payload, "global", like, names_of(like, rule.down), recipe.federation.codec_down)
             first = int(told["shifts"]["first"])

@@ -7,7 +7,6 @@ trial   ↓  W and (G + λ I)⁻¹            foretold  ↑  of each label the r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,9 @@ from fedkeel.exchange.messages import SCHEMA, about, check_promised, read_counts
 from fedkeel.method.objective.anchor import SCALES
 from fedkeel.model.features import BOUND
 from fedkeel.types import Adapter, Head, Reply, Sums
+
+MOST_ROWS = 2**31  # of a site and stage: sums over 8,192 of such stay below 2⁶²
+MOST_NATS = 1e9  # of a row at one of SCALES: its leverage is cut at 1 − 10⁻⁶
 
 
 def pack_gather(round: int, stage: int, like: Adapter) -> bytes:
@@ -83,6 +85,8 @@ def read_sums(reply: Reply, round: int, stage: int, like: Adapter) -> dict[str, 
         gram = squared(sent[f"gram/{number}"].to(torch.int64), header["width"])
         moments = sent[f"moments/{number}"].to(torch.int64)
         count = sum(rows.values())
+        if count > MOST_ROWS:
+            raise EnvelopeError(f"the sums of task {task} are of {count} rows; at most {MOST_ROWS} are taken")
         most, counts = int(gram.abs().max()), torch.tensor(list(rows.values()))
         if most > count * BOUND**2 or int(gram.diagonal().min()) < 0 or bool((moments.abs().amax(1) > counts * BOUND).any()):
             raise EnvelopeError(f"the sums of task {task} are not those of {count} rows")
@@ -163,12 +167,10 @@ def read_foretold(reply: Reply, round: int, like: Adapter, given: Mapping[str, S
         hits, nats = read_counts(told.get("hits") if isinstance(told, dict) else None), told.get("nats")
         if not all(hits[label] <= given[task].rows.get(label, 0) for label in hits):
             raise EnvelopeError(f"task {task}: more rows foretold than there are")
-        if (
-            not isinstance(nats, list)
-            or len(nats) != len(SCALES)
-            or not all(type(v) is float and 0 <= v < math.inf for v in nats)
-        ):
-            raise EnvelopeError(f"task {task}: nats {nats!r} where {len(SCALES)} numbers belong")
+        most = MOST_NATS * sum(given[task].rows.values())
+        fit = isinstance(nats, list) and len(nats) == len(SCALES)
+        if not fit or not all(type(v) is float and 0 <= v <= most for v in nats):
+            raise EnvelopeError(f"task {task}: nats {nats!r:.80} where {len(SCALES)} numbers belong, at most {most:g} each")
         found[task] = replace(given[task], hits=hits, nats=nats)
     return found
 

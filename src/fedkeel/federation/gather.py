@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedkeel.exchange.sums import pack_gather, pack_trial, read_foretold, read_sums
 from fedkeel.federation.asking import Asking, told
 from fedkeel.federation.server import FederationError, Roster
-from fedkeel.method.objective.anchor import added, head_of, inverse
+from fedkeel.method.objective.anchor import SumsError, added, head_of, inverse
 from fedkeel.types import Adapter, Head, Sums, Transport
 
 
@@ -31,7 +31,13 @@ def gather(before: Mapping[str, Sums], transport: Transport, roster: Roster, lik
     before: of the stages before. like: the layout of the adapter. round, stage: from 0. A site that does not answer one of the
     two is left out of the sums. Raises FederationError if fewer than quorum · sites answered.
     """
-    asking = Asking(transport, roster.federation.deadline)
+    try:
+        return _gather(before, Asking(transport, roster.federation.deadline), roster, like, round, stage)
+    except SumsError as error:
+        raise FederationError(f"the anchor of stage {stage + 1} cannot be made: {error}") from error
+
+
+def _gather(before: Mapping[str, Sums], asking: Asking, roster: Roster, like: Adapter, round: int, stage: int) -> Gathered:
     question = pack_gather(round, stage, like)
     sums = asking.ask(dict.fromkeys(roster.sites, question), lambda reply: read_sums(reply, round, stage, like))
     for site, text in _odd(sums, before).items():

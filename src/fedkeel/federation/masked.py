@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fedkeel.exchange.codecs import EnvelopeError, Wire, open_envelope, seal
-from fedkeel.exchange.masks import NONCE, SECRET, SHARE, TAG, MaskError, join, pair_masks, public_of, stream
+from fedkeel.exchange.masks import NONCE, SECRET, SHARE, TAG, MaskError, agreed, join, new_key, pair_masks, public_of, stream
 from fedkeel.exchange.messages import about, check_promised, names_of, shapes_of
 from fedkeel.exchange.summands import first_reach, summand
 from fedkeel.federation.asking import Asking, told
@@ -110,6 +110,11 @@ def _keys(talk: _Talk, reply: Reply) -> tuple[bytes, bytes]:
     if not isinstance(pair, list) or len(pair) != 2:
         raise EnvelopeError("two public keys belong here")
     channel, mask = (_bytes(key, SECRET, "a public key") for key in pair)
+    try:
+        for key in (channel, mask):
+            agreed(new_key()[0], key, "a trial")  # one that nobody can agree with would fail at every other site
+    except MaskError as error:
+        raise EnvelopeError(str(error)) from error
     return channel, mask
 
 

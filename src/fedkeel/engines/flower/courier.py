@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedkeel.engines.hello import Hello, read_hello
 from fedkeel.types import FedKeelError, Reply, Request
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def unpack(message: Message) -> tuple[dict[str, Any], bytes]:
             if not isinstance(array, Array) or array.stype != STYPE or array.dtype != "uint8":
                 raise FlowerError("its payload is no array of FedKeel's")
             payload = bytes(array.data)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FlowerError(f"a message without FedKeel's header: {error!r}") from error
     if not isinstance(header, dict):
         raise FlowerError("a message whose header is no object")
@@ -109,8 +110,8 @@ class Courier:
         self._stopped = stopped or threading.Event()
         self._limit, self._members = limit, members
         self.nodes: dict[str, int] = {}
-        self.hellos: dict[str, dict[str, Any]] = {}
-        self.vet: Callable[[str, Mapping[str, Any]], str] = lambda site, hello: ""
+        self.hellos: dict[str, Hello] = {}
+        self.vet: Callable[[str, Hello], str] = lambda site, hello: ""
         self.troubles: list[str] = []  # of the present greeting: what nodes said that could not say hello
         self.tell: Callable[[str], None] = lambda trouble: None  # called with each of them as it comes, once in a run
         self._told: set[str] = set()
@@ -195,7 +196,7 @@ class Courier:
             for (node, identity, _), reply in self._collect(self._greeted, min(end, time.monotonic() + 1.0)):
                 try:
                     header, _ = self._open(reply, identity, "")
-                    site, hello = str(header["site"]), dict(header["hello"])
+                    site, hello = str(header["site"]), read_hello(header.get("hello"))
                 except (FlowerError, SiteFailure, KeyError, TypeError, ValueError) as error:
                     named = [f"site {name!r} (node {node})" for name, key in (members or {}).items() if key == node]
                     self._trouble(f"{named[0] if named else f'node {node}'}: {error}")

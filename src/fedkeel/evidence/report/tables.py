@@ -23,6 +23,7 @@ METHODS = {n: _TITLES.get(n, "federated") for n in ("base", "local", "federated"
 MISSING = "–"
 NOT_FINITE = "not finite"
 FAILED = "failed"
+MOST_NATS = 700.0  # whose exponential a float still holds
 REFERENCE = "reference"  # in a column of differences to it
 
 
@@ -333,7 +334,7 @@ def _loss(nats: Iterable[float]) -> tuple[str, str]:
     if not held:
         return MISSING, MISSING
     mean = mean_and_sd(held)[0]
-    return number(mean, 3), number(math.exp(mean), 2)
+    return number(mean, 3), number(math.exp(mean), 2) if mean < MOST_NATS else NOT_FINITE
 
 
 def _notes(rows: Sequence[Row], present: Sequence[str]) -> tuple[str, ...]:

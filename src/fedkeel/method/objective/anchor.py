@@ -27,6 +27,10 @@ RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)  # of scores in a softmax, of which the likeliest is taken
 
 
+class SumsError(ValueError):
+    """Sums of which no classifier can be made."""
+
+
 def sums_of(features: Tensor, labels: Sequence[str], stage: int = 0) -> Sums:
     """Of one task's rows, which came in `stage`. features: (rows, d) int16. labels: of each row."""
     wide_ = features.double()  # products of whole numbers under 2⁵³ are exact
@@ -39,14 +43,14 @@ def sums_of(features: Tensor, labels: Sequence[str], stage: int = 0) -> Sums:
 
 
 def added(parts: Iterable[Sums]) -> Sums:
-    """The sums of all rows of several. Raises ValueError where their features differ in number."""
+    """The sums of all rows of several. Raises SumsError where their features differ in number."""
     gram: Tensor | None = None
     moments: dict[str, Tensor] = {}
     rows, hits, nats = Counter[str](), Counter[str](), [0.0] * len(SCALES)
     stage = 0
     for part in parts:
         if gram is not None and gram.shape != part.gram.shape:
-            raise ValueError(f"features of {len(part.gram)} numbers beside such of {len(gram)}")
+            raise SumsError(f"features of {len(part.gram)} numbers beside such of {len(gram)}")
         gram = part.gram if gram is None else gram + part.gram
         for label, moment in part.moments.items():
             moments[label] = moments[label] + moment if label in moments else moment
@@ -61,10 +65,13 @@ def added(parts: Iterable[Sums]) -> Sums:
 
 def inverse(sums: Sums, ridge: float) -> Tensor:
     """(G + λ I)⁻¹, (d, d) float64, in units of whole features; λ = ridge · the mean of G's diagonal, under ridge = 0
-    `cross_validated`."""
+    `cross_validated`. Raises SumsError for sums that no rows have."""
     gram = sums.gram.double()
-    strength = (ridge or cross_validated(sums)) * float(gram.diagonal().mean())
-    return torch.cholesky_inverse(torch.linalg.cholesky(gram + strength * torch.eye(len(gram), dtype=torch.float64)))
+    try:
+        strength = (ridge or cross_validated(sums)) * float(gram.diagonal().mean())
+        return torch.cholesky_inverse(torch.linalg.cholesky(gram + strength * torch.eye(len(gram), dtype=torch.float64)))
+    except RuntimeError as error:  # LinAlgError
+        raise SumsError(f"sums that no rows have: {error}") from error
 
 
 def cross_validated(sums: Sums) -> float:
