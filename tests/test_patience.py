@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from test_run import Silent, adapter_of, go, rows_of, same, without_time
 from typer.testing import CliRunner
 
+import fedkeel.federation.local
 from fedkeel.cli import app
 from fedkeel.evidence.leaks import updates
+from fedkeel.exchange.codecs import header_of
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.encode import formatter_of
@@ -213,3 +215,32 @@ def test_the_best_is_asked_scored_and_exported(tiny_overrides: list[str], tiny_b
     refused = CliRunner().invoke(app, ["export", str(shifted.path), str(tmp_path / "no"), "--best"])
     assert refused.exit_code != 0
     assert "best is missing" in str(refused.exception)
+
+
+def test_the_round_before_an_early_end_is_there_when_the_end_is_torn(
+    tiny_overrides: list[str], scripted: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round 6 is written after round 3; of what sites keep nothing older stays."""
+    given = [*tiny_overrides, *SIX, "federation.patience=1", "keep_checkpoints=1", "federation.codec_up=int4"]
+    given += ['stream.stages=["colour", "echo"]', "evaluation.every=1"]
+    scripted += CURVE
+    _, whole, _ = go([*given, "name=whole"])
+    real = fedkeel.federation.local.answer
+
+    def answer(payload: bytes, *more: Any) -> bytes:
+        if header_of(payload)["round"] == 6:
+            raise KeyboardInterrupt
+        return real(payload, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedkeel.federation.local, "answer", answer)
+        with pytest.raises(KeyboardInterrupt):
+            go([*given, "name=torn"])
+    there = whole.path.with_name("torn") / "checkpoints" / "federated"
+    names = {path.name for path in there.glob("*-000?*")}
+    assert names == {"round-0002.fkl", "round-0003.fkl", "round-0006.fkl", "kept-0003", "kept-0006"}
+    (there / "round-0006.fkl").write_bytes(b"torn")
+    watch = Silent()
+    _, resumed, _ = go([*given, "name=torn"], watch, resume=True)
+    assert any("goes on from round 3, the one before" in note for note in watch.notes)
+    assert same(adapter_of(resumed.path), adapter_of(whole.path))

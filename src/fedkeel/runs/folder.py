@@ -221,6 +221,13 @@ class RunFolder:
             if round not in keep:
                 self.checkpoint(leg, round).unlink()
 
+    def prune_kept(self, leg: str, keep: Collection[int]) -> None:
+        """Remove what sites and server optimiser kept after other rounds than `keep`: it is as large as the adapters of all
+        sites together, and needed to go on from a saved state only."""
+        for path in self.checkpoint(leg, 0).parent.glob("kept-*"):
+            if path not in {self._kept(leg, round) for round in keep}:
+                shutil.rmtree(path, ignore_errors=True)
+
     def rounds(self, leg: str) -> list[int]:
         """The rounds of a leg whose checkpoints are there."""
         found = self.checkpoint(leg, 0).parent.glob("round-*.fkl")
@@ -329,8 +336,6 @@ class RunFolder:
                     write_atomic(target / f"{n}.fkl", pack_tensors(tensors, kind="kept", site=site))
                 optimiser = pack_tensors(state.optimiser, kind="optimiser", sites=len(kept or {}))
                 write_atomic(target / "optimiser.fkl", optimiser)
-                # as large as the adapters of all sites together, and needed to go on from the last rounds only
-                shutil.rmtree(self._kept(leg, state.round - 2), ignore_errors=True)
             write_atomic(self.checkpoint(leg, state.round), pack_global("checkpoint", state, **more))
         except ValueError as error:
             raise RunError(

@@ -294,11 +294,15 @@ class Loop:
         self.folder.write_checkpoint(leg.name, current, memory.tensors)
         self._keep([*self.untold, *rows], round=current.round, kept=dict(memory.names), **more)
         self.untold = []
+        before = self.state.before  # an early end, or a stage without sites, leaves numbers out between the two
+        needed = {current.round, before.round if before and before.leg == leg.name else current.round}
+        self.folder.prune_kept(leg.name, needed)
         if self.recipe.keep_checkpoints:
-            last = range(current.round - max(2, self.recipe.keep_checkpoints) + 1, current.round + 1)
+            written = [round for round in self.folder.rounds(leg.name) if round <= current.round]
+            last = written[-self.recipe.keep_checkpoints :]
             ends = range(leg.rounds, current.round + 1, leg.rounds) if leg.rounds else ()
             best = {self.state.best.round} if self.state.best and leg.method == "federated" else set()
-            self.folder.prune(leg.name, {*last, *ends, *best})
+            self.folder.prune(leg.name, {*needed, *last, *ends, *best})
 
     def _served(self, leg: Leg, stage: int) -> Adapter:
         """What is served after `stage`, from the checkpoints of the stages' ends."""
