@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from fedkeel.evidence.archive import RunFiles
 from fedkeel.evidence.suites.pack import pack
 from fedkeel.evidence.suites.plan import Plan, Planned, load_plan, plan_names
 from fedkeel.evidence.suites.pool import jobs_for
-from fedkeel.evidence.suites.runs import execute, other_recipe, runs_of
+from fedkeel.evidence.suites.runs import describe, execute, other_recipe, recipe_of, runs_of
 from fedkeel.evidence.suites.tuning import chance, final_score, trial_scores, tuned_text
 from fedkeel.recipe.load import load_recipe
 from fedkeel.recipe.settings import ConfigError, to_toml
@@ -137,6 +138,47 @@ def test_where_a_run_ran_makes_no_other_recipe(plan_file: Path) -> None:
     assert not other_recipe(run, held("out=elsewhere", "threads=3", "model.device=cuda", "evaluation.batch_size=7"))
     assert other_recipe(run, held("model.precision=fp32")) == "model.precision was 'fp32' and is 'auto'"
     assert other_recipe(run, held("train.batch_size=7", "model.device=cuda")) == "train.batch_size was 7 and is 16"
+
+
+def test_a_run_older_than_a_key_had_its_default(plan_file: Path) -> None:
+    """As a plan that says nothing of it means, and not as one that sets it."""
+    run = runs_of(load_plan(str(plan_file)))[0][0]
+    older = to_toml(recipe_of(run)).replace("prototype = 0.0\n", "")
+    assert "prototype" not in older
+    assert not other_recipe(run, older)
+    asks = replace(run, given=(*run.given, "evidence.prototype=0.5", "model.head=analytic"))
+    assert other_recipe(asks, older) == "evidence.prototype was 0.0 and is 0.5"
+
+
+def test_two_methods_of_one_folder_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.toml"
+    path.write_text('[streams.a]\n[methods."c d"]\n[methods."c/d"]\n')
+    with pytest.raises(ConfigError, match="'a', 'c d' and 'a', 'c/d' would both be run as a-c-d-s1: rename one"):
+        runs_of(load_plan(str(path)))
+
+
+def test_trials_are_those_of_a_method_that_was_tuned(plan_file: Path) -> None:
+    plan = load_plan(str(plan_file))
+    told = json.loads(describe(plan, runs_of(plan)[0]))["trials"]
+    for stream, of in told.items():
+        for method, count in of.items():
+            tuned = (plan.methods[method].tuned_as or method) in plan.streams[stream].tuned
+            assert count == (len(plan.streams[stream].settings()) if tuned else 0)
+    assert {bool(count) for of in told.values() for count in of.values()} == {False, True}
+
+
+def test_tuning_judges_what_is_served() -> None:
+    """Not the last point of the curve, which goes by the first candidate; and whatever round the choice stands under."""
+    curve = [Row("r", "federated", 1, n, "score", v, "share", split="validation") for n, v in ((1, 0.4), (2, 0.5))]
+    tried = [Row("r", "federated", 1, 3, "score_at_serve_1", 0.9, "share", split="validation")]
+    chosen = [Row("r", "federated", 1, 3, "served_score", 0.9, "share", split="validation")]
+    assert final_score([*curve, *tried, *chosen], "validation") == 0.9
+    by_stage = [
+        Row("r", "federated", 1, 3, f"served_score_of_stage_{s}", v, "share", split="validation")
+        for s, v in ((1, 0.2), (2, 0.6))
+    ]
+    assert final_score([*curve, *tried, *chosen, *by_stage], "validation") == pytest.approx(0.4)
+    assert final_score(curve, "validation") == 0.5
 
 
 def test_choices_of_the_command_line(plan_file: Path) -> None:

@@ -110,7 +110,7 @@ def evaluate(
         prepared = prepare(recipe)
         model = trained_model(recipe, run_folder, which)
         formatter = formatter_of(model, prepared)
-        rows = choose(prepared.stages[-1].all(split), split, recipe.evaluation.test_rows)
+        rows = choose(prepared.stages[-1].all(split), split, recipe.evaluation.limit(split))
     if not rows:
         raise FedKeelError(f"the data has no row of split {split!r}")
     ticks = iter(track(range(len(rows)), description=f"scoring {len(rows):,} rows", console=console))

@@ -223,8 +223,7 @@ class Work:
         self.model.beside = beside_of(self.recipe, state, alone=header.get("leg") == "analytic")
         self.model.know(state.heads)
         evaluation = self.recipe.evaluation
-        limit = evaluation.test_rows if split == "test" else evaluation.validation_rows
-        chosen = {r.id for r in choose(self.prepared.stages[-1].rows[site][split], split, limit)}
+        chosen = {r.id for r in choose(self.prepared.stages[-1].rows[site][split], split, evaluation.limit(split))}
         rows = choose([r for r in self.prepared.stages[stage].rows[site][split] if r.id in chosen], split, 0)
         with self.model.remembering():
             scored = score(self.model, self.formatter, rows, evaluation)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedkeel import tables
 from fedkeel.recipe.checks import check_data, cross_check, with_order
 from fedkeel.recipe.schema import Recipe
-from fedkeel.recipe.settings import ConfigError, Frozen, build, cores, known_keys, read_toml
+from fedkeel.recipe.settings import ConfigError, Frozen, build, cores, dotted, known_keys, read_toml, to_toml
 
 
 def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -32,6 +32,16 @@ def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any
     for override in overrides:
         _assign(tree, override, known)
     return tree
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, what it was, what it is) of each key, such as train.lr, that two recipes as TOML is read have otherwise, sorted. A
+    key that one of them lacks, as an earlier version did, counts there at its default."""
+    default = dotted(tomllib.loads(to_toml(Recipe())))
+    was, held = {**default, **dotted(before)}, {**default, **dotted(now)}
+    for key in sorted(was.keys() | held.keys()):
+        if was.get(key) != held.get(key):
+            yield key, was.get(key), held.get(key)
 
 
 def make_recipe(tree: Mapping[str, Any], data: bool = True, order: bool = False, here: bool = True) -> Recipe:

@@ -450,6 +450,10 @@ class Evaluation:
         ("base", "local", "centralised"), tables.BASELINES, "run beside the federation, on the same rows and steps"
     )
 
+    def limit(self, split: str) -> int:
+        """Rows a task that are scored of a split; 0: all."""
+        return self.validation_rows if split == "validation" else self.test_rows
+
 
 @dataclass(frozen=True)
 class Attack:

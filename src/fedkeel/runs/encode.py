@@ -9,6 +9,7 @@ from fedkeel.data.forms import DataError
 from fedkeel.data.sites import Sites
 from fedkeel.federation.evidence import check_pooled
 from fedkeel.model.lora import Model
+from fedkeel.recipe.schema import Evaluation
 from fedkeel.recipe.settings import ConfigError
 from fedkeel.runs.legs import Cast, cast_of
 from fedkeel.runs.prepare import Prepared
@@ -54,9 +55,9 @@ class Encoded:
         self.stages = [self._encoded(stage, number) for number, stage in enumerate(prepared.stages, 1)]
         evaluation = prepared.recipe.evaluation
         self.held_out = {
-            "validation": _held_out("validation", evaluation.validation_rows, prepared.stages),
-            "test": _held_out("test", evaluation.test_rows, prepared.stages),
-            "unseen-sites": _held_out("test", evaluation.test_rows, prepared.unseen),
+            "validation": _held_out("validation", evaluation, prepared.stages),
+            "test": _held_out("test", evaluation, prepared.stages),
+            "unseen-sites": _held_out("test", evaluation, prepared.unseen),
         }
         if not all(self.held_out["test"]):
             raise ConfigError(
@@ -103,8 +104,8 @@ class Encoded:
             )
 
 
-def _held_out(split: str, limit: int, stages: Sequence[Sites]) -> list[list[Record]]:
+def _held_out(split: str, evaluation: Evaluation, stages: Sequence[Sites]) -> list[list[Record]]:
     """The rows to score after each stage: one choice for the whole run, each stage seeing what has arrived by then."""
-    chosen = {r.id for r in choose(stages[-1].all(split), split, limit)}
+    chosen = {r.id for r in choose(stages[-1].all(split), split, evaluation.limit(split))}
     found = [[r for r in stage.all(split) if r.id in chosen] for stage in stages]
     return [choose(rows, split, 0) for rows in found]

@@ -24,6 +24,7 @@ from fedkeel.exchange.codecs import open_envelope
 from fedkeel.exchange.messages import pack_global, pack_shift, pack_tensors, read_counts, unpack_global, unpack_shift
 from fedkeel.exchange.sums import pack_known, read_known
 from fedkeel.files import append_lines, write_atomic
+from fedkeel.recipe.load import differing
 from fedkeel.recipe.schema import FREE, Recipe
 from fedkeel.recipe.settings import read_toml, to_toml
 from fedkeel.runs.state import State, read_state
@@ -54,20 +55,6 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
-
-
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str:
-    """The first key that differs between two recipes as TOML is read; nothing where none does. A key that is newer than the run
-    counts at its default, as the run had it."""
-    default = tomllib.loads(to_toml(Recipe())) if not prefix else {}
-    for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key, default.get(key)), after.get(key, default.get(key))
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            if told := _difference({**default.get(key, {}), **was}, {**default.get(key, {}), **now}, f"{prefix}{key}."):
-                return told
-        elif was != now and f"{prefix}{key}" not in FREE:
-            return f"{prefix}{key} = {was!r} became {now!r}"
-    return ""
 
 
 def _count(header: Mapping[str, Any], key: str) -> int:
@@ -134,9 +121,11 @@ class RunFolder:
                     f"(from Python: existing = 'resume' or 'replace')"
                 )
             before = read_toml(self.path / "recipe.toml", "the run's recipe")
-            if changed := _difference(before, tomllib.loads(to_toml(recipe))):
+            if changed := [one for one in differing(before, tomllib.loads(to_toml(recipe))) if one[0] not in FREE]:
+                key, was, now = changed[0]
                 raise RunError(
-                    f"{self.path} cannot be resumed with another recipe: {changed}; only {', '.join(FREE)} may be changed"
+                    f"{self.path} cannot be resumed with another recipe: {key} = {was!r} became {now!r}; only "
+                    f"{', '.join(FREE)} may be changed"
                 )
         elif resume:
             raise RunError(f"{self.path} holds no run to resume")

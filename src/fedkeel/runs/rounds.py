@@ -97,6 +97,9 @@ class Parties(Protocol):
         """The last stage of a leg is scored: keep what it ends in, and beside it the best by validation rows, if known."""
 
 
+SERVED = "served_"  # before the names of scores on validation rows of what is served at the end, where the curve has others
+
+
 @dataclass
 class Loop:
     """A run in progress. state: where it stands; what is saved of it is what is resumed from."""
@@ -353,11 +356,11 @@ class Loop:
         begin = time.perf_counter()
         rows += self.parties.score(leg, stage, as_served, "test")
         seconds = time.perf_counter() - begin
-        # the centralised leg has no curve, and at its end tuning judges it by validation rows, as a reference must not be
-        # worse for another's learning rate
-        for split in (*(["validation"] if leg.method == "centralised" and last else []), "unseen-sites"):
-            if self.parties.size(leg, stage, split):
-                rows += self.parties.score(leg, stage, as_served, split)
+        if self.parties.size(leg, stage, "unseen-sites"):
+            rows += self.parties.score(leg, stage, as_served, "unseen-sites")
+        if _judged_apart(leg, stage) and self.parties.size(leg, stage, "validation"):
+            found = self.parties.score(leg, stage, as_served, "validation")
+            rows += [replace(r, name=SERVED + r.name) for r in found] if leg.method == "federated" else found
         told = ("test_seconds", seconds, "seconds")
         rows.append(Row(self.recipe.name, leg.method, leg.seed, current.round, *told, site=leg.site, stage=stage))
         federation, best = leg.stages[stage].recipe.federation, self._best(leg, stage)
@@ -396,8 +399,7 @@ class Loop:
         one, size = round_work(leg.stages[stage]), self.parties.size
         points = sum(self._curve_point(leg, stage * leg.rounds + n + 1) for n in range(leg.rounds))
         curve = points * size(leg, stage, "validation") if points else 0
-        judged = leg.method == "centralised" and stage + 1 == len(leg.stages)
-        again = judged + sum(map(len, choices_of(leg, stage).values()))
+        again = _judged_apart(leg, stage) + sum(map(len, choices_of(leg, stage).values()))
         tested = size(leg, stage, "test") + size(leg, stage, "unseen-sites") + again * size(leg, stage, "validation")
         return one, leg.rounds * one + curve + gather_work(leg, stage), tested
 
@@ -412,6 +414,16 @@ def _as_served(leg: Leg, stage: int, current: Global, before: Adapter | None) ->
         return current
     share = share_of(leg.stages[stage].recipe.stream, current)
     return replace(current, adapter=blend(before, current.adapter, share))
+
+
+def _judged_apart(leg: Leg, stage: int) -> bool:
+    """Whether validation rows are scored once more at the end, by which tuning judges a leg: of the centralised one, which has
+    no curve, as a reference must not be worse for another's learning rate, and where the last point of the curve is of another
+    thing than what is served."""
+    if stage + 1 < len(leg.stages):
+        return False
+    chosen = choices_of(leg, stage) or leg.stages[stage].recipe.federation.keep == "best"
+    return leg.method == "centralised" or (leg.method == "federated" and bool(chosen))
 
 
 def _choosing(current: Global, name: str, value: float) -> Global:

@@ -20,7 +20,7 @@ from fedkeel.evidence.archive import FAILED, RunFiles
 from fedkeel.evidence.suites.plan import Plan, Planned
 from fedkeel.evidence.suites.pool import POLL, Job, Watch, failure_of, how_far, processes, start, stopped_at_the_end
 from fedkeel.files import write_atomic
-from fedkeel.recipe.load import load_recipe
+from fedkeel.recipe.load import differing, load_recipe
 from fedkeel.recipe.schema import FREE, Recipe
 from fedkeel.recipe.settings import ConfigError, choose, to_toml
 
@@ -74,6 +74,13 @@ def runs_of(
         for at in chosen
         for variant, given, leg in variants[at]
     ]
+    by_name: dict[str, Planned] = {}
+    for run in found:
+        if by_name.setdefault(run.name, run) is not run:
+            raise ConfigError(
+                f"suite {plan.name!r}: {by_name[run.name].stream!r}, {by_name[run.name].method!r} and {run.stream!r}, "
+                f"{run.method!r} would both be run as {run.name}: rename one"
+            )
     return found, left
 
 
@@ -151,7 +158,7 @@ def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, 
         "methods": {name: m.text for name, m in plan.methods.items() if name in shown},
         "trials": {
             # a grid that nobody tried has had no trial
-            name: {m: len(s.settings()) if s.tuned and not plan.methods[m].untuned else 0 for m in plan.methods if m in shown}
+            name: {m: len(s.settings()) * ((plan.methods[m].tuned_as or m) in s.tuned) for m in plan.methods if m in shown}
             for name, s in plan.streams.items()
             if name in streams
         },
@@ -166,21 +173,16 @@ def describe(plan: Plan, runs: Sequence[Planned], before: Sequence[Mapping[str, 
 def other_recipe(run: Planned, held: str) -> str:
     """What differs between `held`, the recipe.toml that a run had, and the plan's, empty if nothing does.
 
-    Keys that a resumed run may have otherwise, the device, which changes results by rounding alone, and keys that a later
-    version of FedKeel added do not count. Raises ConfigError if `held` is no TOML.
+    Keys that a resumed run may have otherwise, and the device, which changes results by rounding alone, do not count; a key
+    that a later version of FedKeel added counts at its default, as the run had it. Raises ConfigError if `held` is no TOML.
     """
     meant = tomllib.loads(to_toml(recipe_of(run)))
     try:
         was_told = tomllib.loads(held)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{run.name}: recipe.toml: {error}") from error
-    for key, value in was_told.items():
-        for name, was in value.items() if isinstance(value, dict) else [("", value)]:
-            now = meant.get(key, {}).get(name) if name else meant.get(key)
-            dotted = f"{key}{'.' * bool(name)}{name}"
-            if dotted not in UNCOUNTED and now != was:
-                return f"{dotted} was {was!r} and is {now!r}"
-    return ""
+    changed = ((key, was, now) for key, was, now in differing(was_told, meant) if key not in UNCOUNTED)
+    return next((f"{key} was {was!r} and is {now!r}" for key, was, now in changed), "")
 
 
 def execute(plan: Plan, runs: Sequence[Planned], out: Path, jobs: int, watch: Watch) -> list[Planned]:

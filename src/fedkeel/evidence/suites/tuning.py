@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedkeel.evidence.archive import RunFiles
@@ -12,6 +13,7 @@ from fedkeel.evidence.report.suite import BASELINES
 from fedkeel.evidence.report.tables import MISSING, Table, points, rows_of
 from fedkeel.evidence.suites.plan import Planned
 from fedkeel.evidence.suites.runs import recipe_of
+from fedkeel.runs.rounds import SERVED
 from fedkeel.scores.metrics import mean
 from fedkeel.types import FedKeelError, Row
 
@@ -20,8 +22,9 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # stream -> method -> 
 
 def final_score(rows: Sequence[Row], split: str, leg: str = "federated") -> float | None:
     """A finished run's score at its end on the rows of `split`, in [0, 1]: in a stream the mean over its stages, else over
-    tasks. None where the run holds none."""
+    tasks. None where the run holds none. Where what is served was scored apart from the curve, it is that which counts."""
     rows = [r for r in rows if (r.method, r.split, r.task, r.site) == (leg, split, "", "")]
+    rows = [replace(r, name=r.name.removeprefix(SERVED)) for r in rows if r.name.startswith(SERVED)] or rows
     last = max((r.round for r in rows), default=0)
     by_stage = [r.value for r in rows if r.round == last and r.name.startswith("score_of_stage_")]
     whole = [r.value for r in rows if r.round == last and r.name == "score"]
@@ -97,6 +100,6 @@ def chance(runs: Sequence[Planned]) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for stream, run in {run.stream: run for run in reversed(runs)}.items():
         recipe = recipe_of(run)
-        rows = choose(prepare(recipe).sites.all("test"), "test", recipe.evaluation.test_rows)
+        rows = choose(prepare(recipe).sites.all("test"), "test", recipe.evaluation.limit("test"))
         found[stream] = {task: {"majority": share, "rows": count} for task, (share, count) in majority(rows).items()}
     return found
