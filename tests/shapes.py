@@ -279,6 +279,8 @@ def base(name: str) -> str:
     kind, shape, sizes = ARCHITECTURES[name]
     words = _built(shape)
     ids = {"pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    if kind == "seq2seq" and name.startswith("t5"):
+        del ids["bos_token_id"]  # as T5's own configs: a decoder begins with its padding
     config = transformers.AutoConfig.for_model(name.partition(":")[0], vocab_size=len(words), **(ids | sizes))
     auto = {
         "causal": transformers.AutoModelForCausalLM,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_half import rounded
 from test_run import go
 from typer.testing import CliRunner
 
@@ -113,6 +114,30 @@ def test_nats_of_a_row_are_those_of_transformers(tiny_overrides: list[str]) -> N
         with torch.no_grad():
             loss = model.net(input_ids=ids, labels=labels).loss
         assert nats == pytest.approx(float(loss) * example.positions, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "more"), [("bert", []), ("llama", ["model.precision=bf16"])])
+def test_an_encoder_and_a_pass_in_bf16_are_attacked_too(
+    name: str, more: list[str], tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """Of 24 rows on each side; and words are looked for in one update."""
+    rows = [
+        {"split": ("train", "test")[n % 2], "text": f"line {n} {n % 7}", "label": ("red", "blue")[n // 2 % 2]}
+        for n in range(48)
+    ]
+    (tmp_path / "lines.jsonl").write_text(
+        "".join(json.dumps({**row, "ward": f"w{n // 4 % 2}"}) + "\n" for n, row in enumerate(rows))
+    )
+    given = [
+        *tiny_overrides, *more, f"model.base={rounded(name, tmp_path / 'base')}", f"data.root={tmp_path}", 'data.files=["lines.jsonl"]',
+        'data.tasks_file=""', "data.site_column=ward", "evaluation.baselines=[]", "federation.rounds=1", "train.local_steps=1",
+        "evaluation.test_rows=0",
+    ]  # fmt: skip
+    _, folder, _ = go(given)
+    found = audit(prepare(load_recipe(folder.path / "recipe.toml")), folder.path)
+    assert [(one.members, one.others) for one in found.attacks] == [(24, 24), (24, 24)]
+    assert all(0 <= one.low <= one.auc <= one.high <= 1 for one in found.attacks)
+    assert {one.what for one in found.updates} >= {"words"}
 
 
 def test_too_few_rows_are_refused(tiny_overrides: list[str]) -> None:

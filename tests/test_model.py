@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from shapes import ARCHITECTURES, CAUSAL, ENCODERS, HIDDEN, LAYERS, SEQ2SEQ, base, chosen, make, randomise, tokenizer
 from torch import Tensor, nn
+from training import setting, whole_batch
 
 from fedkeel import tables
 from fedkeel.data.batches import Batch, collate
@@ -624,3 +625,20 @@ def test_how_many_tokens_a_base_reads(name: str, positions: int) -> None:
 def test_a_rank_beyond_every_map_is_refused() -> None:
     with pytest.raises(ModelError, match=r"lora\.rank = 33: no map of .* has a rank above 32"):
         make("llama", rank=33)
+
+
+@pytest.mark.parametrize("name", chosen(ARCHITECTURES))
+def test_a_pass_in_bf16_is_trained_and_is_nearly_that_in_float32(name: str) -> None:
+    """Attention is trained in float32 there, whatever a model gives it beside its mask."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        model, examples = setting(name, precision=precision)
+        model.train(True)
+        with model.autocast():
+            forward = model.forward(whole_batch(model, examples))
+            loss = torch.nn.functional.cross_entropy(forward.logits.float(), forward.targets)
+        loss.backward()
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+        assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -22,11 +22,16 @@ def _attention(
     """`sdpa_attention_forward`, its arguments and its result of (rows, tokens, heads, d); in float32 where it is trained."""
     if not query.requires_grad or not torch.is_autocast_enabled(query.device.type):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
+    if attention_mask is not None:
+        attention_mask = _in_float32(attention_mask)
+    options = {name: _in_float32(value) for name, value in options.items()}  # T5's bias of positions
     with torch.autocast(query.device.type, enabled=False):
         out, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return out.to(torch.bfloat16), weights
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def train_in_float32(net: Any) -> None:

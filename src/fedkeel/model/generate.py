@@ -20,7 +20,8 @@ def _own_settings(net: Any) -> Iterator[None]:
     before = net.generation_config
     start = net.config.get_text_config(decoder=True)
     net.generation_config = GenerationConfig(
-        bos_token_id=start.bos_token_id, decoder_start_token_id=getattr(net.config, "decoder_start_token_id", None)
+        bos_token_id=getattr(start, "bos_token_id", None),
+        decoder_start_token_id=getattr(net.config, "decoder_start_token_id", None),
     )
     try:
         yield

@@ -339,7 +339,7 @@ def row_nats(model: Model, examples: Sequence[Example], size: int) -> torch.Tens
 
 def _foretold(model: Model, examples: Sequence[Example]) -> list[tuple[float, int]]:
     """Of each example: the nats of its supervised tokens, and how many of them are the likeliest."""
-    forward = model.forward(collate(examples, model.kind, model.tokenizer.pad_token_id))
+    forward = model.forward(collate(examples, model.kind, model.tokenizer.pad_token_id, len(model.classes)))
     logits, targets = forward.logits.float(), forward.targets
     nats = logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]
     sums, hits = [0.0] * len(examples), [0] * len(examples)

@@ -72,7 +72,7 @@ def entry_of(model: Model, words: Sequence[int], usual: Sequence[int]) -> Entry:
             ids = ids.to(model.device)
             seen.clear()
             more = {"decoder_input_ids": ids} if model.kind == "seq2seq" else {}
-            with suppress(_Reached):
+            with suppress(_Reached), model.autocast():
                 model.net(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
             paths, whole = tuple(seen), next(iter(seen.values()))
             parts.append(whole[:, len(begin) :].float().mean(1).cpu())
