@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 import torch
 from test_half import rounded
 from test_run import go
@@ -128,8 +129,9 @@ def test_an_encoder_and_a_pass_in_bf16_are_attacked_too(
     (tmp_path / "lines.jsonl").write_text(
         "".join(json.dumps({**row, "ward": f"w{n // 4 % 2}"}) + "\n" for n, row in enumerate(rows))
     )
+    made = rounded(name, tmp_path / "base") if more else shapes.base(name)
     given = [
-        *tiny_overrides, *more, f"model.base={rounded(name, tmp_path / 'base')}", f"data.root={tmp_path}", 'data.files=["lines.jsonl"]',
+        *tiny_overrides, *more, f"model.base={made}", f"data.root={tmp_path}", 'data.files=["lines.jsonl"]',
         'data.tasks_file=""', "data.site_column=ward", "evaluation.baselines=[]", "federation.rounds=1", "train.local_steps=1",
         "evaluation.test_rows=0",
     ]  # fmt: skip

@@ -156,4 +156,6 @@ def answers_of(model: Model, adapter: Adapter, batch: Batch) -> Tensor:
     """(V,): mean log chance of each answer, of a classifier a class, else a token, at the supervised positions of `batch`. What
     became likelier through a site's change is what the site taught."""
     model.write(adapter)
-    return model.forward(batch).logits.float().log_softmax(-1).clamp_min(-100).mean(0).cpu()
+    with model.autocast():
+        logits = model.forward(batch).logits
+    return logits.float().log_softmax(-1).clamp_min(-100).mean(0).cpu()
