@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedkeel import tables
 from fedkeel.cli import app
 from fedkeel.data.forms import DataError
 from fedkeel.data.given import records_of
+from fedkeel.exchange.codecs.cast import Cast
 from fedkeel.method.aggregate.common import Aggregate
 from fedkeel.method.aggregate.updates import Checked
 from fedkeel.recipe.load import load_recipe, read_tree
@@ -388,8 +390,60 @@ def test_a_rule_that_gives_nothing_back_is_named(tiny_overrides: list[str]) -> N
 
     with pytest.raises(fedkeel.FedKeelError, match="rule nothing returned NoneType; an Aggregate belongs there"):
         fedkeel.run(read_tree(None, tiny_overrides), rule=nothing)
+
+    def narrow(reference: Any, updates: Any, weights: Any) -> Aggregate:
+        """Of half the rank."""
+        return Aggregate(Adapter({p: replace(f, a=f.a[:2], b=f.b[:, :2]) for p, f in reference.lora.items()}), 0.0)
+
+    def holed(reference: Any, updates: Any, weights: Any) -> Aggregate:
+        return Aggregate(Adapter(dict([*reference.lora.items()][1:])), 0.0)
+
+    def worded(reference: Any, updates: Any, weights: Any) -> Aggregate:
+        return Aggregate(reference, "none")  # type: ignore[arg-type]
+
+    for wrong, told in (
+        (narrow, r"rule narrow returned \S+\.a of shape \(2, 32\); \(4, 32\) belongs there"),
+        (holed, r"rule holed returned no \S+\.a"),
+        (worded, "rule worded returned an Aggregate of Adapter and error 'none'; an Adapter and a number belong there"),
+    ):
+        with pytest.raises(fedkeel.FedKeelError, match=told):
+            fedkeel.run(read_tree(None, tiny_overrides), rule=wrong, existing="replace")
     with pytest.raises(fedkeel.FedKeelError, match="'x' is given for a term or rule, where a function belongs"):
         fedkeel.run(read_tree(None, tiny_overrides), terms=["x"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"terms": len}, r"terms = <built-in function len>: a list of functions belongs here"),
+        ({"sites": [{"text": "a", "label": "b"}]}, "sites = list: a dict, name -> rows, belongs here"),
+        ({"recipe": 5}, "recipe = 5: a path, a dict of keys or a Recipe belongs here"),
+    ],
+)
+def test_what_is_given_wrongly_is_named(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(fedkeel.FedKeelError, match=told):
+        fedkeel.run(given.pop("recipe", None), **given)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tiny_overrides: list[str]) -> None:
+    tree = read_tree(None, [*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1"])
+    given = {"train.lr": torch.tensor(0.25), "train.local_steps": numpy.int64(1), "lora.site_ranks": [numpy.int64(2), 4]}
+    recipe = fedkeel.run({**tree, **given, "federation.rule": "svd"}).recipe
+    assert (recipe.train.lr, recipe.train.local_steps, recipe.lora.site_ranks) == (0.25, 1, (2, 4))
+
+
+def test_a_codec_that_decodes_to_something_else_is_named(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short(Cast):
+        @property
+        def name(self) -> str:
+            return "short"
+
+        def decode(self, encoded: Any, shapes: Any) -> Any:
+            return {name: tensor[:1] for name, tensor in super().decode(encoded, shapes).items()}
+
+    monkeypatch.setitem(tables.CODECS, "short", replace(tables.CODECS["fp32"], code=Short))
+    with pytest.raises(fedkeel.FedKeelError, match=r"codec 'short' decodes to something else than was sent: \S+: float32"):
+        fedkeel.run(read_tree(None, [*tiny_overrides, "federation.codec_up=short"]))
 
 
 def test_a_site_without_rows_is_named() -> None:

@@ -126,7 +126,9 @@ def test_pack_and_report_from_the_command_line(
     assert fedkeel("pack", str(suite), str(kept)) == f"12 runs: {kept}/\n"
     assert fedkeel("report", str(kept)) == f"report: {kept}/report.html\n"
     assert "holds no finished run" in fedkeel("pack", str(write_empty(tmp_path / "empty")), str(kept))
-    assert "suite.json is not what `fedkeel bench` writes" in fedkeel("pack", str(tmp_path / "nowhere"), str(kept))
+    assert "nowhere is no suite's folder: suite.json, which `fedkeel bench` writes, is missing" in fedkeel(
+        "pack", str(tmp_path / "nowhere"), str(kept)
+    )
 
 
 def write_empty(folder: Path) -> Path:

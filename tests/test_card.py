@@ -112,13 +112,26 @@ def test_the_best_adapter_is_not_given_the_scores_of_the_last(tmp_path: Path) ->
         scored = Row("r", "federated", 0, 3, "accuracy", 0.5, "share", task="colour", split="test")
         file.write(json.dumps(scored.as_json()) + "\n")
     (tmp_path / "state.json").write_text(json.dumps(State(finished=True, best=Best(0, 2, 0.625)).as_json()))
-    last, best = (
-        card(load_recipe(None, []), tmp_path, Made("causal", 8, merged=False, gguf=False, best=best)) for best in (False, True)
+    last, best, less = (
+        card(load_recipe(None, []), tmp_path, Made("causal", 8, merged=False, gguf=False, **more))
+        for more in ({}, {"best": True}, {"left": "3 of 6 blocks are left"})
     )
     assert "model-index:" in last
     assert "validation rows of the last stage" not in last
     assert "model-index:" not in best
+    assert "model-index:" not in less  # what is left of a model scores otherwise
     assert "the adapter of round 2 (62.5 points there) that did best on validation rows of the last stage" in best
+
+
+def test_the_lines_that_load_a_linear_head_give_its_classes(tmp_path: Path) -> None:
+    card_of([], [], tmp_path)
+    recipe, about = load_recipe(None, ["model.head=linear"]), ("classifier", 8)
+    adapter, merged = (card(recipe, tmp_path, Made(*about, merged=m, gguf=False, classes=4)) for m in (False, True))
+    assert (
+        'PeftModel.from_pretrained(transformers.AutoModelForSequenceClassification.from_pretrained("BASE", num_labels=4), "."'
+        in adapter
+    )
+    assert 'transformers.AutoModelForSequenceClassification.from_pretrained(".")' in merged
 
 
 def test_a_masked_run_says_that_sums_alone_were_seen(tmp_path: Path) -> None:

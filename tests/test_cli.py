@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shapes
 import tiny
 import torch
 import transformers
 import typer
+from safetensors.torch import load_file, save_file
 from test_run import go
 from typer.testing import CliRunner
 
@@ -311,3 +314,22 @@ def test_a_run_is_not_resumed_and_replaced_at_once_nor_put_where_no_folder_can_b
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"out = .*file.* cannot be made: "):
         go([*tiny_overrides, f"out={tmp_path / 'file' / 'below'}"])
+
+
+def test_another_base_than_the_runs_is_refused(tiny_overrides: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    """By its words, or its weights; elsewhere the same one is the same."""
+    _, folder, _ = go([*tiny_overrides, "evaluation.baselines=[]", "federation.rounds=1", "train.local_steps=1"])
+    moved, changed = (shutil.copytree(tiny_base, tmp_path / name) for name in ("moved", "changed"))
+    weights = load_file(changed / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    for base, command, told in (
+        (shapes.base("llama"), ["export", str(tmp_path / "x")], "its tokenizer or chat template is another"),
+        (str(tmp_path / "none"), ["export", str(tmp_path / "x")], "none"),
+        (str(changed), ["export", str(tmp_path / "x"), "--merged"], "its weights are others"),
+        (str(moved), ["export", str(tmp_path / "y"), "--merged"], ""),
+    ):
+        found = CliRunner().invoke(app, [command[0], str(folder.path), *command[1:], "--base", base])
+        assert (found.exit_code == 0) == (not told)
+        assert told in str(found.exception)
+    assert not (tmp_path / "x").exists()

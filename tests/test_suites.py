@@ -150,6 +150,14 @@ def test_a_run_older_than_a_key_had_its_default(plan_file: Path) -> None:
     assert other_recipe(asks, older) == "evidence.prototype was 0.0 and is 0.5"
 
 
+def test_seeds_are_compared_once_and_not_tuned_on(plan_file: Path) -> None:
+    plan = load_plan(str(plan_file))
+    with pytest.raises(ConfigError, match=r"seeds = \[3, 3\]: each once belongs here"):
+        runs_of(plan, seeds=[3, 3])
+    with pytest.raises(ConfigError, match=rf"is tuned on \[{plan.tuning_seeds[0]}\], which are not compared"):
+        runs_of(plan, seeds=[3, plan.tuning_seeds[0]])
+
+
 def test_two_methods_of_one_folder_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.toml"
     path.write_text('[streams.a]\n[methods."c d"]\n[methods."c/d"]\n')

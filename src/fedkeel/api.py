@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkeel import tables
 from fedkeel.recipe.checks import check_one_model
-from fedkeel.recipe.load import make_recipe, read_tree, with_threads
+from fedkeel.recipe.load import known_of, make_recipe, read_tree, with_threads
 from fedkeel.recipe.schema import Recipe
 from fedkeel.recipe.settings import to_toml
 from fedkeel.types import FedKeelError, Row
@@ -127,6 +127,15 @@ def run(
     lines, as by print, or a `Watch`. existing: what happens where the folder holds this run already: `refuse`, `resume`,
     `replace`. Raises FedKeelError.
     """
+    if callable(terms) or (sites is not None and not isinstance(sites, Mapping)):
+        wrong = (
+            f"terms = {terms!r}: a list of functions"
+            if callable(terms)
+            else f"sites = {type(sites).__name__}: a dict, name -> rows,"
+        )
+        raise FedKeelError(f"{wrong} belongs here")
+    if not isinstance(recipe, Recipe | Mapping | str | Path | None):
+        raise FedKeelError(f"recipe = {recipe!r:.60}: a path, a dict of keys or a Recipe belongs here")
     if existing not in EXISTING:
         raise FedKeelError(f"existing = {existing!r}: one of {', '.join(EXISTING)} belongs here")
     tables.load_plugins()
@@ -145,16 +154,10 @@ def run(
 def load(folder: Path | str) -> Result:
     """What a finished run came to, from its folder. Raises FedKeelError where there is none.
 
-    Terms and rules that were given from Python need not be there: they have had their say.
+    Terms, rules and codecs that were given from Python need not be there: they have had their say.
     """
     folder = Path(folder)
-    tree = read_tree(folder / "recipe.toml")
-    tree["term"] = {n: v for n, v in tree.get("term", {}).items() if n in tables.TERMS}
-    tree["rule"] = {n: v for n, v in tree.get("rule", {}).items() if n in tables.RULES}
-    federation = _section(tree, "federation")
-    if federation.get("rule") not in tables.RULES and (folder / "adapter" / "adapter_model.safetensors").exists():
-        federation["rule"] = Recipe().federation.rule  # any that ends in one model
-    recipe = make_recipe(tree, data=False)
+    recipe = make_recipe(known_of(read_tree(folder / "recipe.toml")), data=False)
     if not (folder / "rows.jsonl").exists():
         raise FedKeelError(f"{folder} holds no run: rows.jsonl is missing")
     return Result(folder, recipe)
@@ -197,8 +200,17 @@ def _tree(recipe: Given) -> dict[str, Any]:
         if isinstance(value, Mapping):
             node.setdefault(key, {}).update(_tree(value))
         else:
-            node[key] = list(value) if isinstance(value, tuple | set) else str(value) if isinstance(value, Path) else value
+            node[key] = _plain(value)
     return tree
+
+
+def _plain(value: Any) -> Any:
+    """A value as TOML has it: a number of NumPy's or torch's is the number."""
+    if isinstance(value, tuple | set | list):
+        return [_plain(one) for one in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
 
 
 def _section(tree: MutableMapping[str, Any], *names: str) -> MutableMapping[str, Any]:

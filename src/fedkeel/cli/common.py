@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedkeel import __version__, tables
 from fedkeel.recipe.checks import check_one_model
-from fedkeel.recipe.load import load_recipe, make_recipe, read_tree, with_threads
+from fedkeel.recipe.load import known_of, load_recipe, make_recipe, read_tree, with_threads
 from fedkeel.recipe.schema import Recipe
 from fedkeel.types import FedKeelError
 
@@ -70,6 +70,10 @@ def finished(folder: Path, which: str = "adapter", base: str = "", needs_base: b
         raise FedKeelError(
             f"the base {loaded.model.base!r} of this run is a folder at its sites: say where it is here with --base PATH"
         )
+    if base:
+        from fedkeel.runs.served import check_base
+
+        check_base(loaded, folder)
     check_one_model(loaded, folder / "adapter")
     if not adapter.is_file():
         raise FedKeelError(f"{adapter} is missing: {folder} is not a run whose federation has ended")
@@ -79,19 +83,6 @@ def finished(folder: Path, which: str = "adapter", base: str = "", needs_base: b
             f"leaves no such adapter"
         )
     return loaded, folder / which
-
-
-def known_of(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A finished run's recipe without rules and terms that are known nowhere but where it ran, as those given from Python: its
-    adapter is trained, and needs neither."""
-    found = {**tree}
-    federation = {**found.get("federation", {})}
-    if federation.get("rule", "mean") not in tables.RULES:
-        found["federation"] = {**federation, "rule": "mean"}
-    for kind, table in (("rule", tables.RULES), ("term", tables.TERMS)):
-        if isinstance(own := found.get(kind), Mapping):
-            found[kind] = {name: options for name, options in own.items() if name in table}
-    return found
 
 
 def names_in(given: str) -> list[str]:

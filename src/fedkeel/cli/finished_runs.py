@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from fedkeel import tables
-from fedkeel.cli.common import BaseOption, BestOption, RunArgument, app, finished, known_of, names_in, terminal
-from fedkeel.recipe.load import load_recipe, make_recipe, read_tree, with_threads
+from fedkeel.cli.common import BaseOption, BestOption, RunArgument, app, finished, names_in, terminal
+from fedkeel.recipe.load import known_of, load_recipe, make_recipe, read_tree, with_threads
 from fedkeel.recipe.schema import Recipe
 from fedkeel.types import FedKeelError
 

@@ -39,6 +39,13 @@ def _seeds(given: str) -> list[int]:
         raise FedKeelError(f"--seeds {given}: whole numbers joined by commas belong here") from None
 
 
+def _nothing(plan: Plan, tune: bool, left_out: Sequence[str]) -> str:
+    """Why a suite has no run."""
+    grids = any(stream.grid for stream in plan.streams.values())
+    whys = ["none of its streams has a `grid` of settings to try"] if tune and not grids else []
+    return "; ".join([f"suite {plan.name!r}: nothing to run", *whys, *left_out])
+
+
 def _needed(plan: Plan, given: Mapping[str, Path | None]) -> list[str]:
     """Overrides of the streams that need one of the keys of `given`."""
     return [
@@ -108,7 +115,7 @@ def bench(
         console.print(f"{len(runs)} runs")
         return
     if not runs:
-        raise FedKeelError(f"suite {plan.name!r}: nothing to run" + (f"; {'; '.join(left_out)}" if left_out else ""))
+        raise FedKeelError(_nothing(plan, tune, left_out))
     folder = out / (f"{plan.name}-tuning" if tune else plan.name)
     jobs = jobs or jobs_for()
     console.print(f"{plan.title} -> {folder}/", highlight=False)

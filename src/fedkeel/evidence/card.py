@@ -37,7 +37,8 @@ _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank
 class Made:
     """What stands in the folder of a card. kind: of the model, `causal`, `seq2seq` or `classifier`. rank: of the adapter. left:
     which of its blocks are, in words, where some are not; an adapter then stands upon the base in `base`. best: it is the best
-    of the last stage by validation rows, and not what the run's scores are of."""
+    of the last stage by validation rows, and not what the run's scores are of. classes: of a linear head, which the adapter
+    holds; 0: it has none."""
 
     kind: str
     rank: int
@@ -45,6 +46,7 @@ class Made:
     gguf: bool
     left: str = ""
     best: bool = False
+    classes: int = 0
 
 
 def base_is_away(recipe: Recipe, run: Path) -> bool:
@@ -179,7 +181,7 @@ def _head(recipe: Recipe, rows: Sequence[Row], made: Made) -> str:
         about["library_name"] = "transformers" if made.merged else "peft"
     if known:
         about["license"] = known.licence.lower()
-    results = [] if made.best or recipe.evidence.served else _results(rows, _TASKS[made.kind])
+    results = [] if made.best or made.left or recipe.evidence.served else _results(rows, _TASKS[made.kind])
     if results:
         about |= {"model_name": recipe.name, "eval_results": results}
     tags = ["fedkeel", "federated-learning", *([] if made.merged else ["lora"]), *(["gguf"] if made.gguf else [])]
@@ -220,11 +222,12 @@ def _use(recipe: Recipe, made: Made) -> str:
     told = f"`BASE` is where `{escape(_named(recipe))}` lies on your machine{where}.\n\n"
     told = "" if base != "BASE" or made.merged else told
     head = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "classifier": "AutoModel"}[made.kind]
+    head, given = ("AutoModelForSequenceClassification", f", num_labels={made.classes}") if made.classes else (head, "")
     if made.merged:
         python = f'model = transformers.{head}.from_pretrained(".")'
         served = "vllm serve . --served-model-name fedkeel"
     else:
-        python = f'model = peft.PeftModel.from_pretrained(transformers.{head}.from_pretrained("{base}"), ".")'
+        python = f'model = peft.PeftModel.from_pretrained(transformers.{head}.from_pretrained("{base}"{given}), ".")'
         rank = next((size for size in _SERVED_RANKS if size >= made.rank), made.rank)
         served = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules fedkeel=."
     imports = "transformers" if made.merged else "peft, transformers"

@@ -14,7 +14,7 @@ from fedkeel.evidence.report.run_numbers import measured_of
 from fedkeel.files import whole_folder, write_atomic
 from fedkeel.model.bases import ADAPTER_FILES, ModelError
 from fedkeel.model.depth import kept_blocks
-from fedkeel.model.export import cut, save_merged, save_with_base
+from fedkeel.model.export import CLASSES, cut, save_merged, save_with_base
 from fedkeel.model.gguf_write import save_adapter_gguf, save_merged_gguf
 from fedkeel.model.load import load_tokenizer
 from fedkeel.model.lora import Model
@@ -65,8 +65,16 @@ def export(
                 load_tokenizer(recipe.model).save_pretrained(partial)
             except ModelError:
                 notes.append(f"the base {recipe.model.base!r} is not on this machine: the adapter is without its tokenizer")
-        _write_card(recipe, run, partial, Made(kind, _rank(run), merged, gguf=False, left=left, best=which == "best"))
+        made = Made(kind, _rank(run), merged, gguf=False, left=left, best=which == "best", classes=_linear(partial))
+        _write_card(recipe, run, partial, made)
     return notes
+
+
+def _linear(folder: Path) -> int:
+    """Classes of a linear head, which an encoder's adapter holds; 0 where there is none."""
+    path = folder / CLASSES
+    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return len(about["classes"]) if about.get("head") == "linear" else 0
 
 
 def _shorten(model: Model, run: Path, depth: Depth) -> str:

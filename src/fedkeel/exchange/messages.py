@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkeel.exchange.codecs import Codec, EnvelopeError, Wire, make_codec, open_envelope, seal
+from fedkeel.exchange.codecs import Codec, EnvelopeError, Wire, decoded, make_codec, open_envelope, seal
 from fedkeel.exchange.codecs.quantize import matrix_of
 from fedkeel.exchange.heads import heads_packed, heads_unpacked, heads_wire
 from fedkeel.exchange.quantile import read_bound
@@ -85,7 +85,7 @@ def unpack(
         return _codec(header, kind, round, like, codec).wire(shapes)
 
     header, sent = open_envelope(payload, expected=expected)
-    return header, make_codec(header["codec"]).decode(sent, shapes)
+    return header, decoded(make_codec(header["codec"]), sent, shapes)
 
 
 def _codec(header: Mapping[str, Any], kind: str, round: int | None, like: Adapter, codec: str) -> Codec:
@@ -173,7 +173,7 @@ def unpack_global(
         return found.wire(shapes) | plain
 
     header, sent = open_envelope(payload, expected=expected)
-    tensors = make_codec(header["codec"]).decode({n: t for n, t in sent.items() if n not in plain}, shapes)
+    tensors = decoded(make_codec(header["codec"]), {n: t for n, t in sent.items() if n not in plain}, shapes)
     round, drift = header.get("round"), header.get("drift")
     if type(round) is not int or round < 0:
         raise EnvelopeError(f"a message of round {round!r}")

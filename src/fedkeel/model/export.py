@@ -158,6 +158,9 @@ def _save_whole(model: Model, net: Any, folder: Path, ends: Sequence[int] = ()) 
     net = net.to(model.stored)
     _check_cut(model, net)
     net.config.use_cache, net.config.dtype = True, model.stored
+    if model.kind == "classifier" and model.label_text is None:
+        net.config.id2label = dict(enumerate(model.classes))
+        net.config.label2id = {name: n for n, name in enumerate(model.classes)}
     if ends:
         net.config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
         net.generation_config = _ending(net.generation_config, net.config.eos_token_id)

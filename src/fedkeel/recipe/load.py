@@ -34,6 +34,24 @@ def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any
     return tree
 
 
+def known_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished run's recipe without rules, terms and codecs that are known nowhere but where it ran, as those given from
+    Python: its adapter is trained, and needs none of them."""
+    found = {**tree}
+    federation, default = {**found.get("federation", {})}, Recipe().federation
+    if federation.get("rule", default.rule) not in tables.RULES:
+        federation["rule"] = default.rule
+    for key in ("codec_up", "codec_down"):
+        try:
+            tables.codec_parts(federation.get(key, getattr(default, key)))
+        except ValueError:
+            federation[key] = getattr(default, key)
+    for kind, table in (("rule", tables.RULES), ("term", tables.TERMS)):
+        if isinstance(own := found.get(kind), Mapping):
+            found[kind] = {name: options for name, options in own.items() if name in table}
+    return {**found, "federation": federation}
+
+
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(key, what it was, what it is) of each key, such as train.lr, that two recipes as TOML is read have otherwise, sorted. A
     key that one of them lacks, as an earlier version did, counts there at its default."""

@@ -143,8 +143,7 @@ class Ask:
         of = task or (next(iter(self.tasks)) if len(self.tasks) == 1 else "asked")
         by = of if who == "federated" else "asked"  # the base goes by the classes' words, whatever the adapter was trained for
         example = Example("asked", by, ids, target=0, allowed=tuple(model.classes.index(name) for name in names))
-        with model.autocast():
-            logits = model.forward(collate([example], model.kind, model.tokenizer.pad_token_id, len(model.classes))).logits
+        logits = model.forward(collate([example], model.kind, model.tokenizer.pad_token_id, len(model.classes))).logits
         own = logits.float()[0, list(example.allowed)]
         return _likeliest(names, self._beside(who, task, names, ids, own).softmax(-1))
 

@@ -12,6 +12,8 @@ from fedkeel.model.digest import tokenizer_digest
 from fedkeel.model.lora import Model
 from fedkeel.runs.prepare import Prepared
 
+BASE, WORDS = "the base", "the tokenizer or its chat template"  # what they are of, as a person would say it
+
 
 def prints_of(prepared: Prepared, base: str, model: Model) -> dict[str, str]:
     """What it is -> its fingerprint: the base, its words, the rows of each site, and code of one's own. base: its digest, taken
@@ -22,7 +24,7 @@ def prints_of(prepared: Prepared, base: str, model: Model) -> dict[str, str]:
             held[site] += [repr(record) for rows in by_split.values() for record in rows]
     rows = {f"the rows of {site}": hashlib.sha256("\n".join(told).encode()).hexdigest() for site, told in held.items()}
     words = tokenizer_digest(model.tokenizer)
-    return {"the base": base, "the tokenizer or its chat template": words, **rows, **own_code()}
+    return {BASE: base, WORDS: words, **rows, **own_code()}
 
 
 def own_code() -> dict[str, str]:

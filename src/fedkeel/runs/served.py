@@ -9,12 +9,16 @@ from pathlib import Path
 from fedkeel import tables
 from fedkeel.method.aggregate.common import blend
 from fedkeel.method.aggregate.layouts import folded
+from fedkeel.model.digest import base_digest, tokenizer_digest
 from fedkeel.model.export import CLASSES
 from fedkeel.model.features import Beside
+from fedkeel.model.load import load_tokenizer
 from fedkeel.model.lora import Model
 from fedkeel.recipe.checks import anchor_asked, check_one_model
 from fedkeel.recipe.schema import Recipe, Stream
+from fedkeel.recipe.settings import read_toml
 from fedkeel.runs.folder import RunError, RunFolder
+from fedkeel.runs.prints import BASE, WORDS
 from fedkeel.types import Adapter, Global
 
 
@@ -93,10 +97,25 @@ def _best(folder: RunFolder, recipe: Recipe, like: Adapter) -> Adapter:
     return blend(served(folder, "federated", rounds, last - 1, recipe.stream, like), found, share)
 
 
+def check_base(recipe: Recipe, folder: Path, model: Model | None = None) -> None:
+    """Raise RunError where the base that `recipe` names is not the one that the run in `folder` was trained upon, as far as the
+    run knows: by its words, and of a `model` by its weights."""
+    state = RunFolder(folder).state()
+    words = state.reference.get("tokenizer") or state.prints.get(WORDS)
+    weights = state.reference.get("base") or state.prints.get(BASE)
+    where = f"{recipe.model.base!r} is not the base that {folder} was trained upon"
+    if words and tokenizer_digest(load_tokenizer(recipe.model)) != words:
+        raise RunError(f"{where}: its tokenizer or chat template is another")
+    if model is not None and weights and base_digest(model) != weights:
+        raise RunError(f"{where}: its weights are others")
+
+
 def trained_model(recipe: Recipe, folder: Path, which: str = "adapter") -> Model:
     """The model of a finished run with its federated adapter in it; its data are not asked for. which: see `serve`. Raises
     RunError."""
     model = Model(recipe.model, recipe.lora, recipe.seed, _classes(folder / "adapter" / CLASSES))
+    if recipe.model.base != read_toml(folder / "recipe.toml", "the run's recipe").get("model", {}).get("base"):
+        check_base(recipe, folder, model)
     serve(model, RunFolder(folder), recipe, which)
     return model
 

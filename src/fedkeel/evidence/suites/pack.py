@@ -36,6 +36,8 @@ def pack(suite: Path, target: Path) -> tuple[int, list[str]]:
     try:
         plan = json.loads(listed.read_text(encoding="utf-8"))
         runs = [(r["name"], r["stream"], r["method"]) for r in plan["runs"]]
+    except FileNotFoundError as error:
+        raise FedKeelError(f"{suite} is no suite's folder: suite.json, which `fedkeel bench` writes, is missing") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FedKeelError(f"{listed} is not what `fedkeel bench` writes: {error!r}") from error
     files = RunFiles(suite)
@@ -46,7 +48,7 @@ def pack(suite: Path, target: Path) -> tuple[int, list[str]]:
         state = files.state(run)
         if state == "finished":
             held = {name: files.text(run, name) for name in KEPT if files.holds(run, name)}
-            held["recipe.toml"] = _moved(files.text(run, "recipe.toml"), suite.resolve().name)
+            held["recipe.toml"] = _moved(files.text(run, "recipe.toml"), plan.get("name", suite.resolve().name))
             recipes.append((stream, method, _parsed(held["recipe.toml"], files.where(run, "recipe.toml"))))
             kept |= {f"{run}/{name}": text.encode() for name, text in held.items()}
         elif state == "failed":

@@ -66,6 +66,12 @@ def runs_of(
         choose("methods", asked, plan.methods)
     if any(seed < 0 for seed in seeds):
         raise ConfigError(f"seeds = {list(seeds)}: whole numbers from 0 belong here")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds = {list(seeds)}: each once belongs here, or one run would count as several")
+    if not tune and (shared := sorted(set(seeds) & set(plan.tuning_seeds))):
+        raise ConfigError(
+            f"seeds = {list(seeds)}: suite {plan.name!r} is tuned on {shared}, which are not compared; take others"
+        )
     chosen, left = _streams(plan, streams, extra)
     variants = {at: _variants(plan, at, methods, extra, tune) for at in chosen}
     found = [

@@ -6,7 +6,7 @@ A codec is apart from aggregation and runs in every engine, so that the ledger o
 from __future__ import annotations
 
 from fedkeel import tables
-from fedkeel.exchange.codecs.chain import Chain, Codec, CodecError
+from fedkeel.exchange.codecs.chain import Chain, Codec, CodecError, decoded
 from fedkeel.exchange.codecs.envelope import EnvelopeError, Wire, header_of, open_envelope, seal
 
 
@@ -23,4 +23,4 @@ def make_codec(spec: str) -> Codec:
     return codecs[0] if len(codecs) == 1 else Chain(*codecs)
 
 
-__all__ = ["Codec", "CodecError", "EnvelopeError", "Wire", "header_of", "make_codec", "open_envelope", "seal"]
+__all__ = ["Codec", "CodecError", "EnvelopeError", "Wire", "decoded", "header_of", "make_codec", "open_envelope", "seal"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fedkeel.exchange.codecs.envelope import EnvelopeError, Wire, is_finite, mismatch
@@ -85,6 +86,18 @@ def check_wire(encoded: Mapping[str, Tensor], promised: Wire) -> None:
     problem = mismatch({name: (t.dtype, tuple(t.shape)) for name, t in encoded.items()}, promised)
     if problem:
         raise CodecError(problem)
+
+
+def decoded(codec: Codec, encoded: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+    """`codec.decode`, held to what it promises: a codec of somebody else's could return anything. Raises CodecError."""
+    found = codec.decode(encoded, shapes)
+    problem = mismatch(
+        {name: (t.dtype, tuple(t.shape)) for name, t in found.items()},
+        {n: (torch.float32, tuple(s)) for n, s in shapes.items()},
+    )
+    if problem:
+        raise CodecError(f"codec {codec.name!r} decodes to something else than was sent: {problem}")
+    return found
 
 
 @dataclass(frozen=True)

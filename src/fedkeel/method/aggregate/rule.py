@@ -52,7 +52,24 @@ class Aggregator:
         found: Aggregate = self.entry.load()(reference, checked, weights, options)
         if not isinstance(found, Aggregate):
             raise ValueError(f"rule {self.entry.name} returned {type(found).__name__}; an Aggregate belongs there")
+        _check(self.entry.name, reference, found)
         return found
+
+
+def _check(name: str, reference: Adapter, found: Aggregate) -> None:
+    """Raise ValueError where the next adapter is not laid out as the one that the sites started from."""
+    told: tuple[Any, Any] = found.adapter, found.error
+    if not isinstance(told[0], Adapter) or not isinstance(told[1], int | float):
+        of = f"{type(told[0]).__name__} and error {told[1]!r}"
+        raise ValueError(f"rule {name} returned an Aggregate of {of}; an Adapter and a number belong there")
+    had, has = reference.tensors(), found.adapter.tensors()
+    for path in sorted(had.keys() ^ has.keys()):
+        raise ValueError(f"rule {name} returned {'no' if path in had else 'another tensor,'} {path}")
+    for path, tensor in had.items():
+        if has[path].shape != tensor.shape:
+            raise ValueError(
+                f"rule {name} returned {path} of shape {tuple(has[path].shape)}; {tuple(tensor.shape)} belongs there"
+            )
 
 
 def aggregator(name: str) -> Aggregator:
