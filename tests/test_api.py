@@ -369,10 +369,11 @@ def test_the_face_is_light_until_it_is_used() -> None:
     ("term", "told"),
     [
         (lambda forward: forward.logits.mean(-1), "term odd returned shape ("),
+        (lambda forward: forward.logits.detach().mean(), "term odd returned a number without a gradient, which trains nothing"),
         (lambda forward: 0.5, "term odd returned float; a tensor of shape (), a mean over positions, belongs there"),
         (lambda forward: forward.logits.mean() * math.nan, "as odd_loss is not finite; nothing of this round was sent"),
     ],
-    ids=["a vector", "a float", "not a number"],
+    ids=["a vector", "no gradient", "a float", "not a number"],
 )
 def test_a_term_that_is_none_is_named(term: Any, told: str, tiny_overrides: list[str]) -> None:
     def odd(forward: Any) -> Any:

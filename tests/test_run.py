@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from training import assert_loads_in_peft
 
 import fedkeel.federation.server
+from fedkeel import tables
 from fedkeel.data.batches import batch_indices, collate
 from fedkeel.data.format import Formatter
 from fedkeel.data.sites import make_sites
@@ -697,3 +698,19 @@ def test_the_order_of_rows_files_and_sites_changes_no_score(
     given = [*tiny_overrides, tiny.BASELINES, f"data.root={folder}", 'data.files=["*.jsonl"]']
     _, other, _ = go([*given, "name=tiny", f"out={tmp_path}"])
     assert_ends_as(other, uncut)
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        (None, r"scheme = 'odd' gave None; a list of each site's row numbers, or site -> row numbers, belongs there"),
+        ({"a": 3}, "scheme = 'odd' gave {'a': 3}; a list of"),
+        ([[0, 1], [2, 10**6]], r"scheme = 'odd' gave a site row 1000000 of \d+, counted from 0"),
+    ],
+)
+def test_a_partition_of_ones_own_that_is_none_is_named(
+    held: Any, told: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tables.PARTITIONS, "odd", replace(tables.PARTITIONS["iid"], name="odd", code=lambda deal: held))
+    with pytest.raises(ConfigError, match=told):
+        prepare(load_recipe(None, [*tiny_overrides, "partition.scheme=odd"]))

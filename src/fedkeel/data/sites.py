@@ -36,10 +36,7 @@ def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
     """
     spec = recipe.partition
     deal = Deal(records, spec, numpy_generator(recipe.seed, "partition"), recipe.options("scheme", spec.scheme))
-    held: Any = tables.PARTITIONS[spec.scheme].load()(deal)
-    if not isinstance(held, Mapping):
-        width = len(str(len(held) - 1))
-        held = {f"site-{k:0{width}d}": indices for k, indices in enumerate(held)}
+    held = _named(spec.scheme, tables.PARTITIONS[spec.scheme].load()(deal), len(records))
     sites: dict[str, dict[str, list[Record]]] = {}
     for name, indices in held.items():
         sites[name] = {s: [records[i] for i in indices if records[i].split == s] for s in ("train", "validation", "test")}
@@ -55,6 +52,24 @@ def make_sites(records: Sequence[Record], recipe: Recipe) -> Sites:
             f"(sites = {len(sites)}, alpha = {spec.alpha:g}, {len(records)} rows); use fewer sites, a larger alpha or more rows"
         )
     return Sites(sites)
+
+
+def _named(scheme: str, held: Any, rows: int) -> dict[str, list[int]]:
+    """site -> numbers of its rows, as a partition gave them: by name, or a list of lists. Raises ConfigError for what is
+    neither, as a partition of somebody else's could give."""
+    if isinstance(held, Sequence) and not isinstance(held, str):
+        width = len(str(len(held) - 1))
+        held = {f"site-{k:0{width}d}": indices for k, indices in enumerate(held)}
+    try:
+        found = {str(name): [int(i) for i in indices] for name, indices in held.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"partition.scheme = {scheme!r} gave {held!r:.60}; a list of each site's row numbers, or site -> row numbers, "
+            f"belongs there"
+        ) from error
+    if odd := [i for indices in found.values() for i in indices if not 0 <= i < rows]:
+        raise ConfigError(f"partition.scheme = {scheme!r} gave a site row {odd[0]} of {rows}, counted from 0")
+    return found
 
 
 def unseen_sites(sites: Sites, recipe: Recipe) -> list[str]:

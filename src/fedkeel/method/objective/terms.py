@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedkeel import tables
@@ -42,13 +43,20 @@ class Active:
         return float(self.schedule(self.options, moment) if self.schedule else self.options.weight)
 
     def __call__(self, seen: Forward | Parameters) -> Loss:
-        """Its value on what there is to see. Raises TableError, naming the term, where that is not one number."""
+        """Its value on what there is to see. Raises TableError, naming the term, where that is not one number that trains."""
         found = self.function(seen, self.options)
         loss = found if isinstance(found, Loss) else Loss(found)
         if not isinstance(loss.value, Tensor) or loss.value.dim():
             what = f"shape {tuple(loss.value.shape)}" if isinstance(loss.value, Tensor) else type(loss.value).__name__
             belongs = "a tensor of shape (), a mean over positions, belongs there"
             raise tables.TableError(f"term {self.entry.name} returned {what}; {belongs}")
+        # FedKeel's own are constants where a batch gives them nothing to say
+        theirs = not (isinstance(self.entry.code, str) and self.entry.code.startswith("fedkeel."))
+        if theirs and torch.is_grad_enabled() and not loss.value.requires_grad:
+            raise tables.TableError(
+                f"term {self.entry.name} returned a number without a gradient, which trains nothing: make it of forward.logits "
+                f"or states; where a batch gives it nothing to say, 0 * forward.logits.sum()"
+            )
         return loss
 
 
