@@ -28,6 +28,7 @@ from test_coordinate import HELLO
 
 from fedkeel.data.sources import load_records
 from fedkeel.deploy.manifest import read_manifest
+from fedkeel.engines.coordinate import read_sums as read_scores
 from fedkeel.engines.coordinate import vetted
 from fedkeel.engines.hello import HelloError, read_hello
 from fedkeel.engines.sitefile import read_members, read_site
@@ -306,6 +307,21 @@ def test_hellos(cases: int) -> None:
         assert vetted(dict(found.one), found) in ("", "refused before training: it has no training row")
 
     fuzz(Parser([valid], [*COMMON, *JSON, b"[" * 200_000], read, (HelloError, FlowerError)), cases)
+
+
+@counts
+def test_scores_of_a_site(cases: int) -> None:
+    """What is taken can be added up, told and written."""
+    valid = json.dumps({"sums": {"0": {"t": {"score": [1.5, 2], "accuracy": [1.0, 2], "nats": [30.0, 7]}}}}).encode()
+
+    def read(body: bytes) -> None:
+        for tasks in read_scores(json.loads(body), 2, 5, 64).values():
+            for measures in tasks.values():
+                for name, (total, count) in measures.items():
+                    assert 0 <= total / count <= (1e6 if name == "nats" else 1)
+
+    errors = (KeyError, TypeError, ValueError, AttributeError, RecursionError)  # as `Away.score` takes them
+    fuzz(Parser([valid], [*COMMON, *JSON], read, errors), cases)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
