@@ -56,11 +56,12 @@ def traffic(cast: Cast, stages: Sequence[Mapping[str, Sequence[Example]]], shape
             gathered = gathered[0] + asked[0], gathered[1] + asked[1]
         teaches = evidence.anchor or evidence.prototype
         sent = {task: head for task, head in heads.items() if by_head or (teaches and head.stage == stage)}
-        for number, asked_sites in enumerate(cast.rounds(stage)):
-            # in the first round of a stage the memory is the global adapter, which comes down anyway
-            each = payload_bytes(shapes, recipe, sites, sent, remembers=stage > 0 < number)
+        first, *later = map(len, cast.rounds(stage))
+        # in the first round of a stage the memory is the global adapter, which comes down anyway
+        for asks, remembers in ((first, False), (sum(later), stage > 0)):
+            each = payload_bytes(shapes, recipe, sites, sent, remembers)
             longest = max(longest, each, key=sum)
-            rounds += len(asked_sites) * sum(each)
+            rounds += asks * sum(each)
     return Traffic(*longest, rounds, gathered)
 
 
