@@ -131,7 +131,12 @@ def test_the_doctor_says_where_the_rows_of_a_coordinators_run_are(
     assert told.exit_code == 0, told.output
     said = " ".join(told.output.replace("│", " ").split())
     assert "is a coordinator's run, and its rows are at its sites; `fedkeel doctor` on the recipe, at a site" in said
-    for words in ("training loss", "12 test rows of 2 tasks: a score alone is known to ± 28.3", "federation.codec_up = 'fp32'"):
+    for words in (
+        "training loss",
+        "12 test rows of 2 tasks: a score alone is known to ±",
+        "28.3 points",
+        "federation.codec_up = 'fp32'",
+    ):
         assert words in said
     # whoever has the rows may name them
     told = CliRunner().invoke(cli, ["doctor", str(there.path), f"data.root={tmp_path / 'gone'}"])

@@ -171,9 +171,9 @@ def test_rounds_and_guards_of_an_audit(tiny_overrides: list[str], tmp_path: Path
     prepared = prepare(recipe)
     found = inverted(prepared, model, formatter_of(model, prepared), folder.path)
     assert {one.round for one in found} == {1, 3}
-    assert {(one.rows, one.steps) for one in found} == {(1, 1), (4, 3)}
+    assert {(one.rows, one.steps) for one in found} == {(1, 1), (4, 2)}
     assert {one.guard for one in found if one.steps == 1} == {*GUARDS, "the run's own"}
-    assert {one.guard for one in found if one.steps == 3} == {"none", "secure aggregation", "the run's own"}
+    assert {one.guard for one in found if one.steps == 2} == {"none", "secure aggregation", "the run's own"}
     assert all(0 <= one.low <= one.auc <= one.high <= 1 and 0 <= one.found <= 1 for one in found)
     assert np.isfinite([one.usual_auc for one in found]).all()
     (tmp_path / "audit.json").write_text('{"attacks": [], "secrets": []}')
