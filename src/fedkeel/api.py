@@ -127,13 +127,10 @@ def run(
     lines, as by print, or a `Watch`. existing: what happens where the folder holds this run already: `refuse`, `resume`,
     `replace`. Raises FedKeelError.
     """
-    if callable(terms) or (sites is not None and not isinstance(sites, Mapping)):
-        wrong = (
-            f"terms = {terms!r}: a list of functions"
-            if callable(terms)
-            else f"sites = {type(sites).__name__}: a dict, name -> rows,"
-        )
-        raise FedKeelError(f"{wrong} belongs here")
+    if callable(terms):
+        raise FedKeelError(f"terms = {terms!r}: a list of functions belongs here")
+    if sites is not None and not isinstance(sites, Mapping):
+        raise FedKeelError(f"sites = {type(sites).__name__}: a dict, name -> rows, belongs here")
     if not isinstance(recipe, Recipe | Mapping | str | Path | None):
         raise FedKeelError(f"recipe = {recipe!r:.60}: a path, a dict of keys or a Recipe belongs here")
     if existing not in EXISTING:

@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -183,7 +183,7 @@ def _check_slices(recipe: Recipe) -> None:
         f"federation.optimiser = {recipe.federation.optimiser!r}": recipe.federation.optimiser != "average",
         f"privacy.unit = {recipe.privacy.unit!r}, whose noise moves all": recipe.privacy.unit != "none",
     }
-    found = [what for what, so in wrong.items() if so]
+    found = _those(wrong)
     if found:
         raise ConfigError(
             f"stream.slices = true trains a share of the ranks in each stage; it does not go with {', '.join(found)}"
@@ -235,7 +235,7 @@ def _check_summed(recipe: Recipe) -> None:
         f"federation.codec_up = {federation.codec_up!r} rounds behind the bound, and what it leaves out comes later beside it "
         f"('fp32' does not)": federation.codec_up != "fp32",
     }
-    found = [what for what, so in wrong.items() if so]
+    found = _those(wrong)
     if found:
         raise ConfigError(
             f"privacy.noise_at = {privacy.noise_at!r}, together = {privacy.together}: noise hides a site in a sum of parts "
@@ -280,7 +280,7 @@ def _check_masks(recipe: Recipe) -> None:
     }
     if find_spec("cryptography") is None:
         raise ConfigError("privacy.masks goes through `cryptography`: pip install 'fedkeel[privacy]'")
-    found = [key for key, set_ in wrong.items() if set_]
+    found = _those(wrong)
     if found:
         raise ConfigError(
             f"privacy.masks shows the coordinator the sum of the sites' changes alone, and {', '.join(found)} would need more: "
@@ -367,7 +367,7 @@ def _check_row_privacy(recipe: Recipe) -> None:
         "structure.*": structure.amounts,
         "stream.replay": recipe.stream.replay,  # rows of an earlier stage are drawn again
     }
-    found = [key for key, set_ in wrong.items() if set_]
+    found = _those(wrong)
     if found:
         raise ConfigError(
             f"privacy.unit = 'row' takes each row's gradient by itself, which {', '.join(found)} would couple to other rows or "
@@ -378,6 +378,11 @@ def _check_row_privacy(recipe: Recipe) -> None:
 def _holds_ranks(rule: tables.Rule) -> bool:
     """Whether a rank of both factors is the same from round to round, on a base that stays."""
     return rule.keeps_basis and rule.trains == ("ab",) and not rule.shifts and not rule.personal
+
+
+def _those(wrong: Mapping[str, object]) -> list[str]:
+    """What is so, of what would be wrong."""
+    return [what for what, so in wrong.items() if so]
 
 
 def _rules(having: Callable[[tables.Rule], bool]) -> str:
